@@ -1,0 +1,19 @@
+"""Higher-order Linear Attention (arXiv 2510.27258) on any array library."""
+
+from .api import available, combine, explain, scan, step, summarize, vjp
+from .core.forms import Gradients
+from .errors import SlowPathWarning, Unsupported
+
+__version__ = "0.1.0"
+__all__ = [
+    "Gradients",
+    "SlowPathWarning",
+    "Unsupported",
+    "available",
+    "combine",
+    "explain",
+    "scan",
+    "step",
+    "summarize",
+    "vjp",
+]

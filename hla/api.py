@@ -1,0 +1,473 @@
+"""The public functions: each checks its arguments once and hands one request to a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from . import dispatch
+from .core import namespace as ns
+from .core.forms import ALGEBRA, Gradients
+from .core.namespace import Array
+from .core.packing import PackedState
+from .core.request import Inputs, Request
+from .dispatch import Backend, Explanation
+from .errors import Unsupported
+from .request import Layout, array, prepare
+
+Backends = str | Sequence[str] | None
+
+
+def scan(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    operator: str = "hla2",
+    mask: str = "causal",
+    decay: Any = None,
+    log_gate: Any = None,
+    scale: float = 1.0,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    ridge: float = 0.0,
+    axis: int = -2,
+    initial_state: Any = None,
+    return_state: bool = False,
+    form: str | None = None,
+    chunk_size: int | None = None,
+    convention: str = "exact",
+    backend: Backends = None,
+) -> Any:
+    """Higher-order linear attention over a whole sequence.
+
+    Parameters
+    ----------
+    q, k : array, (*batch, T, D), floating
+        Queries and keys, of one library, dtype and device; any strides. Batch axes broadcast: k of
+        one head serves every head of q.
+    v : array, (*batch, T, V)
+        Values.
+    operator : {"hla2", "linear", "ahla", "hla3"}
+        Which sum (the paper's sections 3, 2.2, 6 and 7).
+    mask : {"causal", "prefix", "none"}
+        The paper's masked operator, its unmasked streaming form (Eq. 3.1), or bidirectional.
+    decay : float or array in (0, 1], optional
+        Factor a token on the past; an array broadcasts to batch (per head). float32 or float64.
+    log_gate : float or array <= 0, optional
+        Instead of decay, its logarithm token by token: (*batch, T) in q's axis order. -inf forgets
+        every token before.
+    scale : float
+        q is multiplied by it in the accumulator; 1/sqrt(D) is usual, 1 is the paper's.
+    normalize : bool
+        Divide by the same sum with v = 1, plus eps. Meant for non-negative q and k.
+    eps : float
+        Added to the denominator.
+    ridge : float
+        The paper's lambda, hla2 only: S + lambda I in place of S.
+    axis : int
+        Token axis; -3 takes (B, T, H, D).
+    initial_state : state, optional
+        Continue from a state that `scan`, `step` or ``Segment.to_state()`` returned.
+    return_state : bool
+        Return (o, state).
+    form : {None, "chunked", "recurrent", "associative", "dense"}
+        How it is computed; all agree to rounding. None is chunked.
+    chunk_size : int, optional
+        Tokens in a chunk (the paper's w); a hint that changes neither value nor backend.
+    convention : {"exact", "paper"}
+        "paper" runs the paper's own recurrences where they part from its sums.
+    backend : None, str or sequence of str
+        None picks by q's library and device; a name runs or raises; names are tried in order.
+
+    Returns
+    -------
+    o : array, (*batch, T, V)
+        In q's layout, library and device and v's dtype; products accumulate in at least float32.
+    state : NamedTuple of arrays
+        With return_state=True only; float32, or float64 for float64 input.
+
+    Raises
+    ------
+    ValueError
+        Shapes, devices or values are wrong.
+    TypeError
+        Libraries are mixed, or a dtype or kind of argument is wrong.
+    Unsupported
+        A named backend or form cannot do this request.
+
+    Examples
+    --------
+    >>> import numpy as np, hla
+    >>> q = k = v = np.ones((3, 1))
+    >>> hla.scan(q, k, v)[:, 0]
+    array([1., 3., 6.])
+    """
+    request, inputs, layout = prepare(
+        q,
+        k,
+        v,
+        operator=operator,
+        mask=mask,
+        decay=decay,
+        log_gate=log_gate,
+        scale=scale,
+        normalize=normalize,
+        eps=eps,
+        ridge=ridge,
+        axis=axis,
+        initial_state=initial_state,
+        return_state=return_state,
+        form=form,
+        chunk_size=chunk_size,
+        convention=convention,
+    )
+    o, state, _ = dispatch.choose(request, backend).forward(request, inputs)
+    o = layout.tokens_out(o)
+    return (o, state) if return_state else o
+
+
+def step(
+    q_t: Array,
+    k_t: Array,
+    v_t: Array,
+    state: Any = None,
+    *,
+    operator: str = "hla2",
+    mask: str = "causal",
+    decay: Any = None,
+    log_gate: Any = None,
+    scale: float = 1.0,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    ridge: float = 0.0,
+    convention: str = "exact",
+    backend: Backends = None,
+    donate: bool = False,
+) -> tuple[Array, Any]:
+    """Take one token: update the state, then read it.
+
+    Parameters
+    ----------
+    q_t, k_t : array, (*batch, D)
+        One token's query and key.
+    v_t : array, (*batch, V)
+        Its value.
+    state : state, optional
+        From `scan`, `step` or ``Segment.to_state()``, packed or not; None starts empty.
+    operator, mask, decay, scale, normalize, eps, ridge, convention, backend
+        As in `scan`; mask "none" has no steps.
+    log_gate : float or array <= 0, optional
+        This token's log decay, broadcasts to batch.
+    donate : bool
+        Let the backend update ``state`` in place; it must then not be used again.
+
+    Returns
+    -------
+    o_t : array, (*batch, V)
+    state : NamedTuple of arrays
+        Packed where the given one was.
+
+    Raises
+    ------
+    ValueError, TypeError, Unsupported
+        As in `scan`.
+    """
+    request, inputs, layout = prepare(
+        q_t,
+        k_t,
+        v_t,
+        operator=operator,
+        mask=mask,
+        decay=decay,
+        log_gate=log_gate,
+        scale=scale,
+        normalize=normalize,
+        eps=eps,
+        ridge=ridge,
+        axis=None,
+        initial_state=state,
+        return_state=True,
+        convention=convention,
+    )
+    o, new = dispatch.choose(request, backend).step(request, inputs, bool(donate))
+    return layout.tokens_out(o), new.pack() if isinstance(state, PackedState) else new
+
+
+def summarize(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    operator: str = "hla2",
+    mask: str = "causal",
+    decay: Any = None,
+    log_gate: Any = None,
+    scale: float = 1.0,
+    axis: int = -2,
+    backend: Backends = None,
+) -> Any:
+    """Summarize a stretch of a sequence as one segment, for `combine`.
+
+    Parameters
+    ----------
+    q, k, v, operator, mask, decay, log_gate, scale, axis, backend
+        As in `scan`; mask "none" has no segments.
+
+    Returns
+    -------
+    segment : NamedTuple of arrays
+        The paper's summary (its sections 4 and 6.2, repaired) and its attenuation rho.
+
+    Raises
+    ------
+    ValueError, TypeError, Unsupported
+        As in `scan`.
+    """
+    request, inputs, _ = prepare(
+        q,
+        k,
+        v,
+        operator=operator,
+        mask=mask,
+        decay=decay,
+        log_gate=log_gate,
+        scale=scale,
+        axis=axis,
+        return_state=True,
+    )
+    chosen = dispatch.choose(request, backend)
+    if not hasattr(chosen, "summarize"):
+        raise Unsupported(f"backend {chosen.__name__} does not summarize; use backend='array_api'")
+    return chosen.summarize(request, inputs)
+
+
+def combine(left: Any, right: Any) -> Any:
+    """Join two adjacent stretches, earlier first: the paper's associative operator.
+
+    Parameters
+    ----------
+    left : Segment or State
+        The earlier one.
+    right : Segment
+        The later one, of the same operator, mask and sizes.
+
+    Returns
+    -------
+    Segment or State
+        What ``left`` is.
+
+    Raises
+    ------
+    TypeError
+        The two are not of one operator and mask, or ``right`` is no segment.
+    ValueError
+        Their sizes or devices disagree.
+    Unsupported
+        ``left`` is a state of the paper's own recurrences, which no segment continues.
+    """
+    packed = isinstance(left, PackedState)
+    left = left.unpack() if packed else left
+    algebra = next((a for a in ALGEBRA.values() if a.segment is type(right)), None)
+    if algebra is None:
+        raise TypeError(f"right is {type(right).__name__}; expected a segment from hla.summarize")
+    if type(left).__name__.endswith("PaperState"):
+        raise Unsupported(
+            "left is a state of convention='paper', whose decayed recurrences are not associative;"
+            " continue it with hla.scan or hla.step"
+        )
+    whole = type(getattr(right, "to_state")())  # noqa: B009 - a union of NamedTuples
+    if type(left) not in (algebra.segment, algebra.state, whole):
+        raise TypeError(
+            f"left is {type(left).__name__}; expected {algebra.segment.__name__} or "
+            f"{algebra.state.__name__} like right"
+        )
+    for name, x in (*left._asdict().items(), *right._asdict().items()):
+        array(name, x, right.rho, "right.rho")
+    for name in set(left._fields) & set(right._fields) - {"rho"}:
+        rank = 1 if name[0].islower() else 2
+        a, b = (tuple(getattr(x, name).shape[-rank:]) for x in (left, right))
+        if a != b:
+            raise ValueError(f"left.{name} has sizes {a}; expected {b} like right.{name}")
+    with ns.exact_products(right.rho):
+        if type(left) is algebra.segment:
+            return algebra.combine(left, right)
+        joined = algebra.extend(left, right)
+    return joined.pack() if packed else joined
+
+
+def vjp(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    operator: str = "hla2",
+    mask: str = "causal",
+    decay: Any = None,
+    log_gate: Any = None,
+    scale: float = 1.0,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    ridge: float = 0.0,
+    axis: int = -2,
+    initial_state: Any = None,
+    return_state: bool = False,
+    form: str | None = None,
+    chunk_size: int | None = None,
+    convention: str = "exact",
+    backend: Backends = None,
+) -> tuple[Any, Callable[..., Gradients]]:
+    """Return `scan`'s result and the function that pulls a gradient back through it.
+
+    Parameters
+    ----------
+    q, k, v, operator, mask, decay, log_gate, scale, normalize, eps, ridge, axis, initial_state, \
+return_state, form, chunk_size, convention, backend
+        As in `scan`.
+
+    Returns
+    -------
+    out : array, or (array, state)
+        What `scan` returns.
+    pullback : callable
+        ``pullback(do)``, or ``pullback(do, dstate)`` with return_state=True, gives `Gradients` (dq,
+        dk, dv, ddecay, dlog_gate, dinitial_state), None where an input was not given as an array.
+        Either argument may be None; it can be called again.
+
+    Raises
+    ------
+    ValueError, TypeError, Unsupported
+        As in `scan`.
+    """
+    request, inputs, layout = prepare(
+        q,
+        k,
+        v,
+        operator=operator,
+        mask=mask,
+        decay=decay,
+        log_gate=log_gate,
+        scale=scale,
+        normalize=normalize,
+        eps=eps,
+        ridge=ridge,
+        axis=axis,
+        initial_state=initial_state,
+        return_state=return_state,
+        form=form,
+        chunk_size=chunk_size,
+        convention=convention,
+    )
+    chosen = dispatch.choose(request, backend)
+    o, state, saved = chosen.forward(request, inputs)
+    o = layout.tokens_out(o)
+
+    def pullback(do: Array | None, dstate: Any = None) -> Gradients:
+        """Gradients of every array input from those of the outputs."""
+        return _pull(chosen, request, inputs, layout, saved, o.shape, do, dstate)
+
+    return ((o, state) if return_state else o), pullback
+
+
+def _pull(
+    chosen: Any,
+    request: Request,
+    inputs: Inputs,
+    layout: Layout,
+    saved: Any,
+    shape: tuple[int, ...],
+    do: Array | None,
+    dstate: Any,
+) -> Gradients:
+    if do is not None:
+        do = array("do", do, inputs.q)
+        if tuple(do.shape) != tuple(shape):
+            raise ValueError(f"do has shape {tuple(do.shape)}; expected {tuple(shape)} like o")
+        if ns.dtype_name(do) not in ns.FLOATS:
+            raise TypeError(f"do has dtype {do.dtype}; expected {inputs.v.dtype} like o")
+        do = layout.tokens_in(do)
+    if dstate is not None and (not request.return_state or type(dstate) is not request.state_type):
+        expected = "None without return_state=True"
+        if request.return_state and request.state_type is not None:
+            expected = request.state_type.__name__
+        raise ValueError(f"dstate is {type(dstate).__name__}; expected {expected}")
+    grads: Gradients = chosen.backward(request, inputs, saved, do, dstate)
+    ddecay, dlog_gate = grads.ddecay, grads.dlog_gate
+    return Gradients(
+        *(layout.tokens_out(g) for g in grads[:3]),
+        ddecay,
+        None if dlog_gate is None else layout.gate_out(dlog_gate),
+        grads.dinitial_state,
+    )
+
+
+def available() -> tuple[Backend, ...]:
+    """List the backends and whether each can run on this machine.
+
+    Returns
+    -------
+    tuple of NamedTuple
+        One per backend: name, available, reason, device, version, operators, dtypes, gradients.
+    """
+    return dispatch.available()
+
+
+def explain(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    operator: str = "hla2",
+    mask: str = "causal",
+    decay: Any = None,
+    log_gate: Any = None,
+    scale: float = 1.0,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    ridge: float = 0.0,
+    axis: int = -2,
+    initial_state: Any = None,
+    return_state: bool = False,
+    form: str | None = None,
+    chunk_size: int | None = None,
+    convention: str = "exact",
+    backend: Backends = None,
+) -> Explanation:
+    """Say what `scan` would run on these arguments, and why nothing else.
+
+    Parameters
+    ----------
+    q, k, v, operator, mask, decay, log_gate, scale, normalize, eps, ridge, axis, initial_state, \
+return_state, form, chunk_size, convention, backend
+        As in `scan`.
+
+    Returns
+    -------
+    NamedTuple
+        backend, form, plan, and reasons by the name of each backend that would not run.
+
+    Raises
+    ------
+    ValueError, TypeError, Unsupported
+        As in `scan`.
+    """
+    request, _, _ = prepare(
+        q,
+        k,
+        v,
+        operator=operator,
+        mask=mask,
+        decay=decay,
+        log_gate=log_gate,
+        scale=scale,
+        normalize=normalize,
+        eps=eps,
+        ridge=ridge,
+        axis=axis,
+        initial_state=initial_state,
+        return_state=return_state,
+        form=form,
+        chunk_size=chunk_size,
+        convention=convention,
+    )
+    return dispatch.explain(request, backend)

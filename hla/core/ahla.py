@@ -1,0 +1,87 @@
+"""Asymmetric second order: o_t = sum_{j<=i<=t} g^(t-j) (q_t.k_i)(q_i.k_j) v_j (paper section 6).
+
+R of a masked segment never decays (design 3.2: decayed, the operator is not associative).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .algebra import Algebra, Cross, Join, dot, inner, outer
+from .namespace import Array
+
+
+class AHLAState(NamedTuple):
+    """The state of the paper's Algorithm 2: P = sum k v', m = sum k, E and n, decayed."""
+
+    P: Array
+    m: Array
+    E: Array
+    n: Array
+
+
+class AHLAPrefixState(NamedTuple):
+    """The plain moments R = sum k q' (D, D), P = sum k v', m = sum k, all decayed."""
+
+    R: Array
+    P: Array
+    m: Array
+
+
+class AHLASegment(NamedTuple):
+    """The paper's summary of a segment (Eq. 6.2), R undecayed, and its attenuation rho."""
+
+    R: Array
+    P: Array
+    m: Array
+    E: Array
+    n: Array
+    rho: Array
+
+    def to_state(self) -> AHLAState:
+        """Return the state after this segment, started empty."""
+        return AHLAState(self.P, self.m, self.E, self.n)
+
+
+class AHLAPrefixSegment(NamedTuple):
+    """The plain moments of a segment and its attenuation rho."""
+
+    R: Array
+    P: Array
+    m: Array
+    rho: Array
+
+    def to_state(self) -> AHLAPrefixState:
+        """Return the state after this segment, started empty."""
+        return AHLAPrefixState(self.R, self.P, self.m)
+
+
+def lift(q: Array, k: Array, v: Array, rho: Array) -> AHLASegment:
+    """Segment of one token: E = k (q.k) v', n = k (q.k)."""
+    n = k * inner(q, k)[..., None]
+    return AHLASegment(outer(k, q), outer(k, v), k, outer(n, v), n, rho)
+
+
+def lift_prefix(q: Array, k: Array, v: Array, rho: Array) -> AHLAPrefixSegment:
+    """Segment of one token."""
+    return AHLAPrefixSegment(outer(k, q), outer(k, v), k, rho)
+
+
+def read(state: AHLAState, q: Array) -> tuple[Array, Array]:
+    """Return q'E and q'n (the paper's Theorem 6.1)."""
+    return dot(state.E.mT, q), inner(q, state.n)
+
+
+def read_prefix(state: AHLAPrefixState, q: Array) -> tuple[Array, Array]:
+    """Return q'R P and q'R m."""
+    z = dot(state.R.mT, q)
+    return dot(state.P.mT, z), inner(z, state.m)
+
+
+MASKED = Join(
+    {"R": 0, "P": 1, "m": 1, "E": 1, "n": 1},
+    (Cross("E", 1, ("B.R", "A.P")), Cross("n", 1, ("B.R", "A.m"))),
+)
+CAUSAL = Algebra(AHLASegment, AHLAState, lift, read, MASKED, MASKED)
+JOIN = Join({"R": 1, "P": 1, "m": 1})
+PREFIX = Algebra(AHLAPrefixSegment, AHLAPrefixState, lift_prefix, read_prefix, JOIN, JOIN)

@@ -1,0 +1,41 @@
+"""First order, causal linear attention: o_t = sum_{j<=t} g^(t-j) (q_t . k_j) v_j."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .algebra import Algebra, Join, dot, inner, outer
+from .namespace import Array
+
+
+class LinearState(NamedTuple):
+    """P = sum k v' (D, V) and m = sum k (D), decayed."""
+
+    P: Array
+    m: Array
+
+
+class LinearSegment(NamedTuple):
+    """A state and its attenuation rho."""
+
+    P: Array
+    m: Array
+    rho: Array
+
+    def to_state(self) -> LinearState:
+        """Return the state after this segment, started empty."""
+        return LinearState(self.P, self.m)
+
+
+def lift(q: Array, k: Array, v: Array, rho: Array) -> LinearSegment:
+    """Segment of one token."""
+    return LinearSegment(outer(k, v), k, rho)
+
+
+def read(state: LinearState, q: Array) -> tuple[Array, Array]:
+    """Return q'P and q'm."""
+    return dot(state.P.mT, q), inner(q, state.m)
+
+
+JOIN = Join({"P": 1, "m": 1})
+CAUSAL = PREFIX = Algebra(LinearSegment, LinearState, lift, read, JOIN, JOIN)

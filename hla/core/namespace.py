@@ -1,0 +1,185 @@
+"""What the Array API standard lacks: naming a library, reading a value, rounding policy, a loop.
+
+The only file that knows array libraries by name, through array-api-compat.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+
+Array = Any
+Namespace = Any
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def library(x: Array) -> str | None:
+    """Name the array library of ``x`` ("numpy", "torch", "jax", "cupy", ...); None if it has none."""
+    if isinstance(x, np.ma.MaskedArray) or compat.is_dask_array(x):
+        return None
+    if not compat.is_array_api_obj(x):
+        return None
+    name = compat.array_namespace(x).__name__
+    return str(name.removeprefix("array_api_compat.").split(".")[0])
+
+
+def namespace(x: Array) -> Namespace:
+    """Array API namespace of ``x``."""
+    return compat.array_namespace(x)
+
+
+def device(x: Array) -> Any:
+    """Device of ``x``, or None where a tracer has none (then new arrays follow the trace)."""
+    if is_jax(x):
+        return None  # under jit a tracer has no device, and jit places what it makes
+    return compat.device(x)
+
+
+def device_name(x: Array) -> str:
+    """Device of ``x`` as text, "traced" for a tracer."""
+    if is_jax(x):
+        if traced(x):
+            return "traced"
+        return ",".join(sorted(str(d) for d in x.devices()))
+    return str(compat.device(x))
+
+
+def on_accelerator(x: Array) -> bool:
+    """Whether ``x`` lives outside the host's memory (for a JAX tracer: the default platform)."""
+    if is_jax(x):
+        jax = sys.modules["jax"]
+        return bool(jax.default_backend() != "cpu") if traced(x) else x.devices().pop().platform != "cpu"
+    if compat.is_torch_array(x):
+        return bool(x.device.type not in ("cpu", "meta"))
+    return bool(compat.is_cupy_array(x))
+
+
+def is_jax(x: Array) -> bool:
+    """Whether ``x`` is a JAX array or tracer."""
+    return bool(compat.is_jax_array(x))
+
+
+def traced(x: Array) -> bool:
+    """Whether ``x`` stands for values that are not there yet (jit, vmap, compile, fake tensors)."""
+    if is_jax(x):
+        return isinstance(x, sys.modules["jax"].core.Tracer)
+    if compat.is_torch_array(x):
+        torch = sys.modules["torch"]
+        functorch = torch._C._functorch
+        return bool(
+            torch.compiler.is_compiling()
+            or x.device.type == "meta"
+            or functorch.is_functorch_wrapped_tensor(x)
+            or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        )
+    return False
+
+
+def host_values(x: Array) -> np.ndarray[Any, Any] | None:
+    """Values of a number or host array as NumPy, or None where reading would wait or fail."""
+    if compat.is_numpy_array(x):
+        return np.asarray(x)
+    if traced(x) or on_accelerator(x):
+        return None
+    if compat.is_torch_array(x):
+        x = x.detach()
+        return np.asarray(x.double() if dtype_name(x) == "bfloat16" else x)
+    if is_jax(x):
+        return np.asarray(x)
+    try:
+        return np.from_dlpack(x)
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
+        return None  # a library that does not share host memory: only shapes are checked
+
+
+def dtype_name(x: Array) -> str:
+    """Bare dtype name of ``x``: "float32", "bfloat16", "int64", ..."""
+    return str(x.dtype).rsplit(".", 1)[-1]
+
+
+def tf32_allowed(x: Array) -> bool:
+    """Whether the caller's own library switch asks for reduced-precision float32 products."""
+    if compat.is_torch_array(x):
+        return bool(sys.modules["torch"].backends.cuda.matmul.allow_tf32)
+    if is_jax(x):
+        chosen = sys.modules["jax"].config.jax_default_matmul_precision
+        return chosen not in (None, "highest", "float32")
+    return False
+
+
+def exact_products(x: Array) -> AbstractContextManager[Any]:
+    """Context in which float32 products are float32, unless the caller's switch says otherwise."""
+    if is_jax(x) and sys.modules["jax"].config.jax_default_matmul_precision is None:
+        precision: AbstractContextManager[Any] = sys.modules["jax"].default_matmul_precision("highest")
+        return precision
+    return nullcontext()
+
+
+@functools.cache
+def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
+    jitted: Callable[..., Any] = sys.modules["jax"].jit(function, static_argnums=0)
+    return jitted
+
+
+def call(function: Callable[..., Any], request: Any, x: Array, *args: Any) -> Any:
+    """Run ``function(request, *args)``; under JAX as one compiled call, ``request`` static."""
+    with exact_products(x):
+        return (_jitted(function) if is_jax(x) else function)(request, *args)
+
+
+def fold(
+    body: Callable[[Any, tuple[Array, ...]], tuple[Any, Any]],
+    carry: Any,
+    xs: tuple[Array, ...],
+    *,
+    axes: tuple[int, ...],
+    out_axis: int,
+    reverse: bool = False,
+) -> tuple[Any, Array]:
+    """Loop ``carry, y = body(carry, slices)`` over one axis of each x; stack the y's on one axis.
+
+    Parameters
+    ----------
+    body : callable
+        Takes the carry and a tuple with one slice of each x; returns (carry, y). ``y`` is one
+        array or None.
+    carry : pytree
+        Keeps its shapes and dtypes from turn to turn.
+    xs : tuple of arrays
+        Sliced along ``axes[i]`` (negative), all of one length there, at least 1.
+    axes : tuple of int
+        The sliced axis of each x.
+    out_axis : int
+        Negative axis of the result that counts the turns.
+    reverse : bool
+        Last slice first; the y's stay at their slice's place.
+
+    Returns
+    -------
+    carry, ys
+        A plain loop for eager libraries and ``lax.scan`` under JAX, where the graph must not grow.
+    """
+    xp = namespace(xs[0])
+    if is_jax(xs[0]):
+        lax = sys.modules["jax"].lax
+        leading = tuple(xp.moveaxis(x, axis, 0) for x, axis in zip(xs, axes, strict=True))
+        carry, ys = lax.scan(body, carry, leading, reverse=reverse)
+        return carry, None if ys is None else xp.moveaxis(ys, 0, out_axis)
+    turns = range(xs[0].shape[axes[0]])
+    out: list[Array] = []
+    for i in reversed(turns) if reverse else turns:
+        slices = tuple(
+            x[(..., i) + (slice(None),) * (-axis - 1)] for x, axis in zip(xs, axes, strict=True)
+        )
+        carry, y = body(carry, slices)
+        out.append(y)
+    if out[0] is None:
+        return carry, None
+    return carry, xp.stack(out[::-1] if reverse else out, axis=out_axis)

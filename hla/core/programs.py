@@ -1,0 +1,391 @@
+"""Every operator of the paper as a short program of passes, and the interpreter that runs them.
+
+A program is data: steps ``out = pass(q, k, v)`` with the exponent of the gate, and a signed sum of
+their outputs. All programs are linear in v, so a denominator is one more column of v holding ones,
+and the mass of a state (m, eta, n, h) is that column of its matrix (P or C, F, E, G).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from . import ahla, hla2, hla3, linear
+from .namespace import Array, device, namespace
+from .passes import Gate, Shape, broadcast
+
+RunPass = Callable[..., tuple[Array | None, Array]]
+
+
+class Pass(NamedTuple):
+    """One step: ``out = pass(q, k, v)``, whose state is named after the fields that hold it."""
+
+    out: str
+    q: str  # "" asks for the state alone
+    k: str
+    v: str
+    state: tuple[str, ...]  # (matrix,) or, where v carries the column of ones, (matrix, mass)
+    power: int = 1
+    kind: str = "causal"
+
+
+class Program(NamedTuple):
+    """Steps in order, the signed sum that is the output, and the state's type."""
+
+    steps: tuple[Pass, ...]
+    outputs: tuple[tuple[float, str], ...] = ()
+    state: type[Any] | None = None
+
+
+S, Q, R = ("S",), ("Q",), ("R",)
+C, P, E, F, G, X = ("C", "m"), ("P", "m"), ("E", "n"), ("F", "eta"), ("G", "h"), ("X", "x")
+
+CAUSAL: dict[str, Program] = {
+    "linear": Program((Pass("o", "q", "k", "v", P),), ((1, "o"),), linear.LinearState),
+    "hla2": Program(
+        (Pass("y", "q", "k", "k", S), Pass("o", "q", "y", "v", F, 2)), ((1, "o"),), hla2.HLA2State
+    ),
+    "ahla": Program(
+        (Pass("u", "q", "k", "v", P), Pass("o", "q", "k", "u", E)), ((1, "o"),), ahla.AHLAState
+    ),
+    "hla3": Program(
+        (
+            Pass("y", "q", "k", "k", S),
+            Pass("u", "q", "k", "v", P),
+            Pass("o", "q", "y", "u", F, 3),
+        ),
+        ((1, "o"),),
+        hla3.HLA3State,
+    ),
+}
+PREFIX: dict[str, Program] = {
+    "linear": CAUSAL["linear"],
+    "hla2": Program(
+        (Pass("y", "q", "k", "k", S), Pass("o", "y", "q", "v", C)),
+        ((1, "o"),),
+        hla2.HLA2PrefixState,
+    ),
+    "ahla": Program(
+        (Pass("z", "q", "k", "q", R), Pass("o", "z", "k", "v", P)),
+        ((1, "o"),),
+        ahla.AHLAPrefixState,
+    ),
+    "hla3": Program(
+        (
+            Pass("y", "q", "k", "k", S),
+            Pass("z", "y", "q", "q", Q),
+            Pass("o", "z", "k", "v", P),
+        ),
+        ((1, "o"),),
+        hla3.HLA3PrefixState,
+    ),
+}
+# The paper's serial recurrences letter by letter, where they differ from the sums (design 3).
+PAPER: dict[str, Program] = {
+    "hla2": Program(
+        (
+            *PREFIX["hla2"].steps,
+            Pass("c", "k", "q", "v", C, 1, "strict"),
+            Pass("g", "q", "k", "c", G),
+        ),
+        ((1, "o"), (-1, "g")),
+        hla2.HLA2PaperState,
+    ),
+    "hla3": Program(
+        (
+            *PREFIX["hla3"].steps,
+            Pass("b1", "k", "q", "q", Q, 1, "strict"),
+            Pass("c1", "b1", "k", "v", P, 1, "strict"),
+            Pass("g1", "q", "k", "c1", ("G1", "h1")),
+            Pass("b2", "q", "k", "k", S, 1, "strict"),
+            Pass("c2", "q", "k", "v", P, 1, "strict"),
+            Pass("g2", "q", "b2", "c2", ("G2", "h2")),
+            Pass("b3", "b1", "k", "k", S, 1, "strict"),
+            Pass("g3", "q", "b3", "v", ("G3", "h3")),
+        ),
+        ((1, "o"), (-1, "g1"), (-1, "g2"), (-1, "g3")),
+        hla3.HLA3PaperState,
+    ),
+}
+# What `summarize` needs beyond a causal state; its fields are then renamed by the operator.
+SEGMENT: dict[str, tuple[Pass, ...]] = {
+    "linear": (),
+    "hla2": (Pass("", "", "q", "v", C),),
+    "ahla": (Pass("", "", "k", "q", R, 0),),
+    "hla3": (
+        Pass("", "", "q", "q", Q),
+        Pass("", "", "q", "u", X, 2),
+        Pass("", "", "y", "q", ("Y",), 2),
+    ),
+}
+RIDGE = Pass("ridge", "q", "q", "v", C)
+
+
+@functools.cache
+def program(operator: str, mask: str, convention: str, ridge: float, state: type | None) -> Program:
+    """Return the program of one request.
+
+    Parameters
+    ----------
+    operator, mask, convention : str
+        As in `hla.scan`.
+    ridge : float
+        Weight of the pass (q, q, v); hla2 only.
+    state : type, optional
+        Type of the incoming state; `HLA2RidgeState` keeps C and m going also where ridge is 0.
+    """
+    if mask == "causal":
+        table = PAPER if convention == "paper" and operator in PAPER else CAUSAL
+    else:
+        table = PREFIX
+    chosen = table[operator]
+    if ridge or state is hla2.HLA2RidgeState:
+        keeps = hla2.HLA2RidgeState if chosen.state is hla2.HLA2State else chosen.state
+        outputs = (*chosen.outputs, (ridge, "ridge")) if ridge else chosen.outputs
+        chosen = Program((*chosen.steps, RIDGE), outputs, keeps)
+    if mask == "none":
+        steps = tuple(step._replace(kind="full") for step in chosen.steps)
+        chosen = Program(steps, chosen.outputs, None)
+    return chosen
+
+
+def segment_program(operator: str, mask: str) -> Program:
+    """Return the program whose final states make up a segment (design 2)."""
+    if mask == "prefix":
+        return PREFIX[operator]
+    return Program((*CAUSAL[operator].steps, *SEGMENT[operator]))
+
+
+class Trace(NamedTuple):
+    """What a run leaves behind: every named array and the final state of every step."""
+
+    values: dict[str, Array]
+    states: tuple[Array, ...]
+
+
+def run(
+    program: Program,
+    values: Mapping[str, Array],
+    gate: Gate,
+    initial: Mapping[tuple[str, ...], Array],
+    run_pass: RunPass,
+) -> tuple[Array | None, Trace]:
+    """Run a program forward.
+
+    Parameters
+    ----------
+    program : Program
+        What to run.
+    values : mapping
+        "q", "k", "v" in the accumulation dtype, v with its column of ones where masses are asked.
+    gate : Gate
+        Decay of every step.
+    initial : mapping
+        Incoming states by the fields they hold.
+    run_pass : callable
+        `passes.causal_pass` or a backend's own with the same signature.
+
+    Returns
+    -------
+    o : array or None, trace : Trace
+    """
+    env, states = dict(values), []
+    for s in program.steps:
+        q = env[s.q] if s.q else None
+        out, state = run_pass(
+            q, env[s.k], env[s.v], gate, power=s.power, kind=s.kind, state=initial.get(s.state)
+        )
+        states.append(state)
+        if s.out:
+            env[s.out] = out
+    o = None
+    for coefficient, name in program.outputs:
+        term = env[name] if coefficient == 1 else coefficient * env[name]
+        o = term if o is None else o + term
+    return o, Trace(env, tuple(states))
+
+
+def final_states(program: Program, trace: Trace) -> dict[tuple[str, ...], Array]:
+    """Final states by their fields; steps that share fields end with the same state."""
+    return {s.state: x for s, x in zip(program.steps, trace.states, strict=True)}
+
+
+class Adjoint(NamedTuple):
+    """Gradients of q, k, v, of the incoming states and of the gate, the last two where asked."""
+
+    values: dict[str, Array]
+    states: dict[tuple[str, ...], Array]
+    gate: Array | None
+
+
+def adjoint(
+    program: Program,
+    trace: Trace,
+    gate: Gate,
+    initial: Mapping[tuple[str, ...], Array],
+    do: Array,
+    dfinal: Mapping[tuple[str, ...], Array],
+    run_pass: RunPass,
+    *,
+    with_gate: bool,
+    pass_adjoint: Callable[..., Any] | None = None,
+) -> Adjoint:
+    """Run a program's adjoint: every step backwards, last first.
+
+    Parameters
+    ----------
+    program, trace, gate, initial, run_pass
+        As in and from `run`.
+    do : array
+        Gradient of the output, (*batch, T, V) with the column of the denominator where v has one.
+    dfinal : mapping
+        Gradients of final states by their fields.
+    with_gate : bool
+        Whether the gate's gradient is asked.
+    pass_adjoint : callable, optional
+        A backend's own adjoint of one pass; by default three passes (`adjoint_by_passes`).
+
+    Returns
+    -------
+    Adjoint
+    """
+    one_step = pass_adjoint or functools.partial(adjoint_by_passes, run_pass)
+    grads: dict[str, Array] = {}
+    dinitial: dict[tuple[str, ...], Array] = {}
+    dgate, pending = None, dict(dfinal)
+    for coefficient, name in program.outputs:
+        grads[name] = do if coefficient == 1 else coefficient * do
+    for s, state in zip(reversed(program.steps), reversed(trace.states), strict=True):
+        q, k, v = (trace.values[name] for name in (s.q, s.k, s.v))
+        dout, dstate = grads.pop(s.out, None), pending.pop(s.state, None)
+        if dout is None and dstate is None:
+            continue
+        if dout is None:
+            dout = namespace(q).zeros_like(trace.values[s.out])
+        dq, dk, dv, dstate0 = one_step(
+            q,
+            k,
+            v,
+            gate,
+            dout,
+            power=s.power,
+            kind=s.kind,
+            state=initial.get(s.state),
+            dstate=_shared_out(dstate, trace.values[s.out].shape),
+        )
+        if with_gate:
+            term = _gate_gradient(s, gate, trace.values[s.out], v, dout, dv, state, dstate)
+            dgate = term if dgate is None else dgate + term
+        for name, x, g in ((s.q, q, dq), (s.k, k, dk), (s.v, v, dv)):
+            g = sum_to(g, x.shape)
+            grads[name] = grads[name] + g if name in grads else g
+        if s.state in initial:
+            before = dinitial.get(s.state)
+            g = sum_to(dstate0, initial[s.state].shape)
+            dinitial[s.state] = g if before is None else before + g
+    return Adjoint(grads, dinitial, dgate)
+
+
+def _shared_out(dstate: Array | None, out: Shape) -> Array | None:
+    """Share a state's gradient among the batch entries that the state was broadcast to."""
+    if dstate is None:
+        return None
+    copies = math.prod(out[:-2]) // max(1, math.prod(dstate.shape[:-2]))
+    return dstate / copies if copies > 1 else dstate
+
+
+def adjoint_by_passes(
+    run_pass: RunPass,
+    q: Array,
+    k: Array,
+    v: Array,
+    gate: Gate,
+    do: Array,
+    *,
+    power: int,
+    kind: str,
+    state: Array | None,
+    dstate: Array | None,
+) -> tuple[Array, Array, Array, Array]:
+    """Adjoint of one pass as three passes (design 1), gradients not yet summed over broadcasts."""
+    options = {"power": power, "kind": kind}
+    dq, _ = run_pass(do, v, k, gate, state=None if state is None else state.mT, **options)
+    back = {**options, "reverse": kind != "full"}
+    dk, _ = run_pass(v, do, q, gate, state=None if dstate is None else dstate.mT, **back)
+    dv, dstate0 = run_pass(k, q, do, gate, state=dstate, **back)
+    return dq, dk, dv, dstate0
+
+
+def _gate_gradient(
+    step: Pass,
+    gate: Gate,
+    o: Array,
+    v: Array,
+    do: Array,
+    dv: Array,
+    state: Array,
+    dstate: Array | None,
+) -> Array:
+    """Gradient of the log gate by one pass, p (<dS_T, S_T> + sum_{t>=s} (do.o - v.dv)) (design 1).
+
+    Summed to (*gate's batch, T); for a strict pass the sum of do.o begins one token later.
+    """
+    xp, batch = namespace(o), gate.batch
+    out = sum_to(xp.sum(do * o, axis=-1), (*batch, o.shape[-2]))
+    if step.kind == "strict":
+        out = xp.concat([out[..., 1:], xp.zeros_like(out[..., :1])], axis=-1)
+    change = out - sum_to(xp.sum(v * dv, axis=-1), (*batch, o.shape[-2]))
+    total = xp.flip(xp.cumulative_sum(xp.flip(change, axis=-1), axis=-1), axis=-1)
+    if dstate is not None:
+        total = total + sum_to(xp.sum(xp.sum(dstate * state, axis=-1), axis=-1), batch)[..., None]
+    return step.power * total
+
+
+def sum_to(x: Array, shape: Shape) -> Array:
+    """Sum ``x`` over the axes along which ``shape`` was broadcast to it."""
+    extra = len(x.shape) - len(shape)
+    axes = tuple(range(extra)) + tuple(
+        i + extra for i, n in enumerate(shape) if n == 1 and x.shape[i + extra] != 1
+    )
+    if not axes:
+        return x
+    xp = namespace(x)
+    return xp.reshape(xp.sum(x, axis=axes), shape)
+
+
+def with_ones(v: Array) -> Array:
+    """Append the column of ones that carries every mass: [v | 1]."""
+    xp = namespace(v)
+    ones = xp.ones((*v.shape[:-1], 1), dtype=v.dtype, device=device(v))
+    return xp.concat([v, ones], axis=-1)
+
+
+def state_shapes(program: Program, q: Shape, k: Shape, v: Shape, gate: Shape) -> dict[str, Shape]:
+    """Full shape of each state field: the broadcast of just the inputs it is made of (design 4).
+
+    Parameters
+    ----------
+    program : Program
+        Any program with a state.
+    q, k, v : tuple of int
+        Their shapes, (*batch, T, features).
+    gate : tuple of int
+        Batch shape of the gate.
+    """
+    batch = {"q": q[:-2], "k": k[:-2], "v": v[:-2]}
+    mass: dict[str, Shape] = {"v": ()}
+    width = {"q": q[-1], "k": k[-1], "v": v[-1]}
+    shapes: dict[str, Shape] = {}
+    for s in program.steps:
+        held = broadcast(batch[s.k], batch[s.v], gate)
+        shapes[s.state[0]] = (*held, width[s.k], width[s.v])
+        if s.v in mass and len(s.state) > 1:
+            weighed = broadcast(batch[s.k], mass[s.v], gate)
+            shapes[s.state[1]] = (*weighed, width[s.k])
+            if s.q:
+                mass[s.out] = broadcast(weighed, batch[s.q])
+        if s.q:
+            batch[s.out], width[s.out] = broadcast(held, batch[s.q]), width[s.v]
+    return shapes

@@ -1,0 +1,75 @@
+"""What one call asks for: the validated, hashable Request and the arrays that go with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from .namespace import Array
+from .passes import Shape
+from .programs import Program, program, segment_program, state_shapes
+
+
+class Inputs(NamedTuple):
+    """Arrays of one call; token axis at -2 (for the gate at -1), dtypes as the caller gave them."""
+
+    q: Array  # (*batch, T, D)
+    k: Array
+    v: Array  # (*batch, T, V)
+    decay: Array | None  # broadcasts to batch; accumulation dtype
+    log_gate: Array | None  # (*batch or 1, T); accumulation dtype
+    state: Any  # NamedTuple of the operator, or None; accumulation dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Everything about a call but its arrays; hashable, so a compiler can hold it static."""
+
+    operator: str
+    mask: str
+    convention: str
+    normalize: bool
+    eps: float
+    scale: float
+    ridge: float
+    return_state: bool
+    form: str | None
+    chunk_size: int | None
+    q_shape: Shape
+    k_shape: Shape
+    v_shape: Shape
+    gate: str | None  # None, "decay" or "log_gate"
+    gate_given: bool  # as an array, so that it has a gradient
+    gate_batch: Shape
+    state_type: type[Any] | None
+    library: str
+    device: str
+    dtype: str
+    accelerator: bool
+    traced: bool
+    tf32: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence, T."""
+        return self.k_shape[-2]
+
+    @property
+    def accumulate(self) -> str:
+        """Name of the dtype that states and sums have."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def mass(self) -> bool:
+        """Whether denominators or their part of the state are computed."""
+        return self.normalize or self.return_state
+
+    @property
+    def program(self) -> Program:
+        """The passes that compute this request."""
+        return program(self.operator, self.mask, self.convention, self.ridge, self.state_type)
+
+    def state_shapes(self, *, segment: bool = False) -> dict[str, Shape]:
+        """Full shape of each field of the state or segment."""
+        chosen = segment_program(self.operator, self.mask) if segment else self.program
+        return state_shapes(chosen, self.q_shape, self.k_shape, self.v_shape, self.gate_batch)

@@ -1,0 +1,206 @@
+"""Which backend runs a request: the table, the choice, and the reasons."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import threading
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from .core import forms
+from .core.request import Request
+from .errors import SlowPathWarning, Unsupported
+
+GROUP = "hla.backends"  # entry points: name = a module with what `Row` says a backend has
+RESERVED = ("triton", "pallas", "cupy", "numba")  # known names, also before they are there
+ANY = "any"
+
+
+class Row(NamedTuple):
+    """One backend: its module and the pairs (library, on an accelerator?) it is picked for.
+
+    The module has ``supports(request) -> str | None`` (the reason for refusing), ``forward``,
+    ``backward`` and ``step`` as `hla.backends.array_api` has them, ``summarize`` where it can,
+    and ``info() -> Info``.
+    """
+
+    name: str
+    module: str
+    serves: tuple[tuple[str, bool], ...]
+
+
+class Info(NamedTuple):
+    """What a backend says of itself on this machine."""
+
+    available: bool
+    reason: str
+    device: str
+    version: str
+    operators: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    gradients: bool
+
+
+class Backend(NamedTuple):
+    """One line of `hla.available`."""
+
+    name: str
+    available: bool
+    reason: str
+    device: str
+    version: str
+    operators: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    gradients: bool
+
+
+class Explanation(NamedTuple):
+    """What would run, how, and why each other backend would not."""
+
+    backend: str
+    form: str
+    plan: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"backend  {self.backend}", f"form     {self.form}", f"plan     {self.plan}"]
+        return "\n".join(lines + [f"not {name}: {why}" for name, why in self.reasons.items()])
+
+
+TABLE: tuple[Row, ...] = (
+    # Row("numpy", "hla.backends.numpy", (("numpy", False),)),
+    Row("array_api", "hla.backends.array_api", ((ANY, False), (ANY, True))),
+)
+_lock = threading.Lock()
+_warned: set[str] = set()
+
+
+@functools.cache
+def _third_party() -> dict[str, importlib.metadata.EntryPoint]:
+    taken = {row.name for row in TABLE} | set(RESERVED)
+    found = importlib.metadata.entry_points(group=GROUP)
+    return {point.name: point for point in found if point.name not in taken}
+
+
+@functools.cache
+def load(name: str) -> ModuleType | Any:
+    """Import a backend; a real import error surfaces."""
+    for row in TABLE:
+        if row.name == name:
+            return importlib.import_module(row.module)
+    return _third_party()[name].load()
+
+
+def names() -> tuple[str, ...]:
+    """Every backend there is, in the order in which they are tried; array_api is last."""
+    rows = [row.name for row in TABLE]
+    return (*rows[:-1], *_third_party(), rows[-1])
+
+
+def _serves(name: str, request: Request) -> bool:
+    """Whether ``backend=None`` may pick this backend for the request's library and device."""
+    for row in TABLE:
+        if row.name == name:
+            pairs = row.serves
+            break
+    else:
+        pairs = getattr(load(name), "serves", ())
+    return any(lib in (request.library, ANY) and acc == request.accelerator for lib, acc in pairs)
+
+
+def choose(request: Request, backend: str | Sequence[str] | None) -> Any:
+    """Pick a backend (see `pick`) and load it; warn where it is the slow path."""
+    name, reasons = pick(request, backend)
+    if backend is None and name == "array_api" and request.accelerator:
+        _warn_slow(request, reasons)
+    return load(name)
+
+
+def pick(request: Request, backend: str | Sequence[str] | None) -> tuple[str, dict[str, str]]:
+    """Name the backend to run and say why each one tried before it would not do.
+
+    Parameters
+    ----------
+    request : Request
+        What is asked.
+    backend : None, str or sequence of str
+        Automatic, that one alone, or these in order.
+
+    Raises
+    ------
+    Unsupported
+        No backend asked for can do it; the message holds every reason.
+    """
+    reasons: dict[str, str] = {}
+    if backend is None:
+        tried = [name for name in names() if _serves(name, request)]
+    else:
+        tried = [backend] if isinstance(backend, str) else list(backend)
+        if not tried:
+            raise ValueError("backend is an empty sequence; expected a name, some names or None")
+        for name in tried:
+            if not isinstance(name, str) or name not in (*names(), *RESERVED):
+                known = ", ".join(dict.fromkeys((*names(), *RESERVED)))
+                raise ValueError(f"backend is {name!r}; expected one of {known}, or None")
+    for name in tried:
+        why = refusal(name, request)
+        if why is None:
+            return name, reasons
+        reasons[name] = why
+    listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+    raise Unsupported(f"no backend can do this request. {listed}")
+
+
+def refusal(name: str, request: Request) -> str | None:
+    """Why a backend cannot do a request, or None."""
+    if name in RESERVED and name not in names():
+        return f"this version of hla has no {name} backend; use backend=None or 'array_api'"
+    why = forms.refusal(request)
+    if why is None:
+        answer: str | None = load(name).supports(request)
+        why = answer
+    return why
+
+
+def _warn_slow(request: Request, reasons: dict[str, str]) -> None:
+    """Say once per reason that an accelerator runs the generic code."""
+    why = "; ".join(f"{n}: {w}" for n, w in reasons.items())
+    why = why or f"hla has no kernel backend for {request.library} arrays on {request.device}"
+    with _lock:
+        if why in _warned:
+            return
+        _warned.add(why)
+    warnings.warn(
+        f"running the generic array code ({why}); backend='array_api' asks for it silently",
+        SlowPathWarning,
+        stacklevel=5,
+    )
+
+
+def explain(request: Request, backend: str | Sequence[str] | None) -> Explanation:
+    """Describe what would run, and for each other backend the reason why it would not."""
+    chosen, reasons = pick(request, backend)
+    for name in (*names(), *RESERVED):
+        if name != chosen and name not in reasons:
+            other = f"{chosen} comes first" if backend is None else "not asked for"
+            reasons[name] = refusal(name, request) or other
+    how = forms.plan(request)
+    if request.tf32:
+        how += "; float32 products in reduced precision, as the array library is set to"
+    return Explanation(chosen, request.form or "chunked", how, reasons)
+
+
+def available() -> tuple[Backend, ...]:
+    """One line per backend: whether it can run on this machine, and why not."""
+    lines = []
+    for name in names():
+        try:
+            info = load(name).info()
+        except (ImportError, OSError) as error:
+            info = Info(False, f"{type(error).__name__}: {error}", "", "", (), (), False)
+        lines.append(Backend(name, *info))
+    return tuple(lines)

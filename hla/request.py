@@ -1,0 +1,374 @@
+"""The door: every argument of the public functions is checked here, before any work is done."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator as operators
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .core import namespace as ns
+from .core.forms import ALGEBRA, FORMS
+from .core.namespace import Array
+from .core.packing import PackedState
+from .core.passes import Shape
+from .core.programs import CAUSAL, program, sum_to
+from .core.request import Inputs, Request
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "operator": tuple(CAUSAL),
+    "mask": ("causal", "prefix", "none"),
+    "convention": ("exact", "paper"),
+    "form": FORMS,
+}
+
+
+class Layout(NamedTuple):
+    """How the caller lays out arrays; takes canonical results back to it."""
+
+    axis: int | None  # token axis of q, negative; None in `step`
+    gate_shape: Shape | None  # the caller's log_gate; None where it has no gradient
+    decay_shape: Shape | None
+    rank: int  # axes of q with the token axis
+
+    def tokens_in(self, x: Array) -> Array:
+        """Move the token axis to -2 (`step`: add one)."""
+        if self.axis is None:
+            return x[..., None, :]
+        return x if self.axis == -2 else ns.namespace(x).moveaxis(x, self.axis, -2)
+
+    def tokens_out(self, x: Array) -> Array:
+        """Undo `tokens_in`."""
+        if self.axis is None:
+            return x[..., 0, :]
+        return x if self.axis == -2 else ns.namespace(x).moveaxis(x, -2, self.axis)
+
+    def gate_in(self, gate: Array, tokens: int) -> Array:
+        """Move the gate's token axis to -1 and give it its full length."""
+        xp = ns.namespace(gate)
+        if self.axis is None:
+            return gate[..., None]
+        missing = max(0, -self.axis - 1 - gate.ndim)
+        gate = xp.reshape(gate, (1,) * missing + tuple(gate.shape))
+        if self.axis != -2:
+            gate = xp.moveaxis(gate, self.axis + 1, -1)
+        return xp.broadcast_to(gate, (*gate.shape[:-1], tokens))
+
+    def gate_out(self, grad: Array) -> Array:
+        """Gradient of the caller's log_gate from that of the canonical one."""
+        assert self.gate_shape is not None
+        if self.axis is None:
+            return ns.namespace(grad).reshape(grad[..., 0], self.gate_shape)
+        if self.axis != -2:
+            grad = ns.namespace(grad).moveaxis(grad, -1, self.axis + 1)
+        lead = (1,) * (grad.ndim - len(self.gate_shape))
+        return ns.namespace(grad).reshape(sum_to(grad, (*lead, *self.gate_shape)), self.gate_shape)
+
+
+def prepare(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    operator: str,
+    mask: str,
+    decay: Any,
+    log_gate: Any,
+    scale: float,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    ridge: float = 0.0,
+    axis: int | None = -2,
+    initial_state: Any = None,
+    return_state: bool = False,
+    form: str | None = None,
+    chunk_size: int | None = None,
+    convention: str = "exact",
+) -> tuple[Request, Inputs, Layout]:
+    """Check every argument and describe the call.
+
+    Parameters
+    ----------
+    q, k, v, operator, mask, decay, log_gate, scale, normalize, eps, ridge
+        As given to `hla.scan`.
+    axis : int or None
+        Token axis; None where there is none (`hla.step`).
+    initial_state, return_state, form, chunk_size, convention
+        As given to `hla.scan`.
+
+    Returns
+    -------
+    request : Request, inputs : Inputs, layout : Layout
+    """
+    for name, value in (("operator", operator), ("mask", mask), ("convention", convention)):
+        _choice(name, value)
+    if form is not None:
+        _choice("form", form)
+    scale, eps, ridge = _number("scale", scale), _number("eps", eps), _number("ridge", ridge)
+    for name, value in (("eps", eps), ("ridge", ridge)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}; expected a number >= 0")
+    if ridge and operator != "hla2":
+        raise ValueError(f"ridge is {ridge} with operator={operator!r}; only 'hla2' has a ridge")
+    for name, flag in (("normalize", normalize), ("return_state", return_state)):
+        if not isinstance(flag, (bool, np.bool_)):
+            raise TypeError(f"{name} is {_kind(flag)}; expected True or False")
+    if mask == "none":
+        for name, value in (("decay", decay), ("log_gate", log_gate), ("initial_state", initial_state)):
+            if value is not None:
+                raise ValueError(f"{name} was given with mask='none', which has no order; pass None")
+        if return_state:
+            raise ValueError("return_state=True with mask='none', which has no state; pass False")
+    q, k, v, axis = _arrays(q, k, v, axis)
+    layout = Layout(axis, None, None, q.ndim)
+    q, k, v = (layout.tokens_in(x) for x in (q, k, v))
+    batch = _shapes(q, k, v, axis)
+    decay, log_gate, layout = _gate(q, batch, decay, log_gate, layout)
+    default = None if mask == "none" else program(operator, mask, convention, ridge, None).state
+    if isinstance(initial_state, PackedState):
+        initial_state = initial_state.unpack()
+    request = Request(
+        operator=operator,
+        mask=mask,
+        convention=convention,
+        normalize=bool(normalize),
+        eps=eps,
+        scale=scale,
+        ridge=ridge,
+        return_state=bool(return_state),
+        form=form,
+        chunk_size=_chunk(chunk_size),
+        q_shape=tuple(q.shape),
+        k_shape=tuple(k.shape),
+        v_shape=tuple(v.shape),
+        gate="decay" if decay is not None else "log_gate" if log_gate is not None else None,
+        gate_given=layout.decay_shape is not None or layout.gate_shape is not None,
+        gate_batch=tuple(decay.shape) if decay is not None
+        else tuple(log_gate.shape[:-1]) if log_gate is not None else (),
+        state_type=default if initial_state is None else _state_type(initial_state, default, ridge),
+        library=ns.library(q) or "",
+        device=ns.device_name(q),
+        dtype=ns.dtype_name(q),
+        accelerator=ns.on_accelerator(q),
+        traced=any(ns.traced(x) for x in (q, k, v)),
+        tf32=ns.tf32_allowed(q),
+    )
+    return request, Inputs(q, k, v, decay, log_gate, _state(request, q, initial_state)), layout
+
+
+def _choice(name: str, value: Any) -> None:
+    if not isinstance(value, str) or value not in CHOICES[name]:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(CHOICES[name])}")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {_kind(value)}; expected a Python number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; expected a finite number")
+    return float(value)
+
+
+def _chunk(value: Any) -> int | None:
+    if value is None:
+        return None
+    try:
+        size = operators.index(value)
+    except TypeError:
+        raise TypeError(f"chunk_size is {_kind(value)}; expected an integer >= 1 or None") from None
+    if isinstance(value, bool) or size < 1:
+        raise ValueError(f"chunk_size is {value}; expected an integer >= 1 or None")
+    return size
+
+
+def _kind(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})" if np.isscalar(value) or value is None else f"a {type(value).__module__}.{type(value).__name__}"
+
+
+def array(name: str, x: Any, like: Array | None = None, like_name: str = "q") -> Array:
+    """Check that ``x`` is an array of one library and device with ``like``."""
+    found = ns.library(x)
+    if found is None:
+        raise TypeError(
+            f"{name} is {_kind(x)}; expected an array of NumPy, torch, JAX, CuPy or another library"
+            " of the Array API standard. Dask and masked arrays: compute or fill them first"
+        )
+    if like is not None:
+        expected = ns.library(like)
+        if found != expected:
+            raise TypeError(
+                f"{name} is an array of {found}; expected {expected} like {like_name}. Convert it first"
+            )
+        if not (ns.traced(x) or ns.traced(like)) and ns.device_name(x) != ns.device_name(like):
+            raise ValueError(
+                f"{name} is on device {ns.device_name(x)}; expected {ns.device_name(like)} like"
+                f" {like_name}. Move it first"
+            )
+    return np.asarray(x) if found == "numpy" else x
+
+
+def _arrays(q: Any, k: Any, v: Any, axis: int | None) -> tuple[Array, Array, Array, int | None]:
+    """Check kind, dtype, device and the token axis of q, k and v."""
+    q = array("q", q)
+    k, v = array("k", k, q), array("v", v, q)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if ns.dtype_name(x) not in ns.FLOATS:
+            raise TypeError(
+                f"{name} has dtype {x.dtype}; expected one of {', '.join(ns.FLOATS)}. Cast it first"
+            )
+        if ns.dtype_name(x) != ns.dtype_name(q):
+            raise TypeError(f"{name} has dtype {x.dtype}; expected {q.dtype} like q. Cast it first")
+    if axis is None:
+        lowest = 1
+    else:
+        try:
+            axis = operators.index(axis)
+        except TypeError:
+            raise TypeError(f"axis is {_kind(axis)}; expected an integer") from None
+        negative = axis if axis < 0 else axis - q.ndim
+        if not -q.ndim <= negative <= -2:
+            raise ValueError(
+                f"axis is {axis} for q of shape {tuple(q.shape)}; expected the token axis, from"
+                f" {-q.ndim} to -2 (the feature axis is last)"
+            )
+        axis, lowest = negative, -negative
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim < lowest:
+            layout = "(*batch, D)" if axis is None else "(*batch, T, D)"
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; expected at least {lowest} axes, {layout}"
+            )
+    return q, k, v, axis
+
+
+def _shapes(q: Array, k: Array, v: Array, axis: int | None) -> Shape:
+    """Check widths, lengths and batch axes; return the batch shape."""
+    hint = "" if axis is None else f" Is the token axis {axis}? Pass axis="
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"k has feature width {k.shape[-1]}; expected {q.shape[-1]} like q (q and k share D)"
+        )
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[-2] != q.shape[-2]:
+            raise ValueError(
+                f"{name} has {x.shape[-2]} tokens; expected {q.shape[-2]} like q.{hint}"
+            )
+    try:
+        return tuple(np.broadcast_shapes(*(tuple(x.shape[:-2]) for x in (q, k, v))))
+    except ValueError:
+        raise ValueError(
+            f"q, k and v have batch shapes {tuple(q.shape[:-2])}, {tuple(k.shape[:-2])} and "
+            f"{tuple(v.shape[:-2])}; expected shapes that broadcast.{hint}"
+        ) from None
+
+
+def _gate(
+    q: Array, batch: Shape, decay: Any, log_gate: Any, layout: Layout
+) -> tuple[Array | None, Array | None, Layout]:
+    """Check the decay or the log gate and bring it to the accumulation dtype."""
+    if decay is not None and log_gate is not None:
+        raise ValueError("decay and log_gate were both given; expected one (log_gate = log(decay))")
+    xp, like = ns.namespace(q), {"device": ns.device(q)}
+    dtype = xp.float64 if ns.dtype_name(q) == "float64" else xp.float32
+    if decay is not None:
+        if isinstance(decay, numbers.Real) and not isinstance(decay, bool):
+            if not 0 < decay <= 1:
+                raise ValueError(f"decay is {decay}; expected a number in (0, 1]")
+            return None if decay == 1 else xp.asarray(float(decay), dtype=dtype, **like), None, layout
+        decay = array("decay", decay, q)
+        if ns.dtype_name(decay) not in ("float32", "float64"):
+            raise TypeError(
+                f"decay has dtype {decay.dtype}; expected float32 or float64 (bfloat16(0.999) is 1)"
+            )
+        _broadcasts("decay", decay.shape, batch, "the batch shape of q, k and v")
+        values = ns.host_values(decay)
+        if values is not None and not ((values > 0) & (values <= 1)).all():
+            wrong = values[~((values > 0) & (values <= 1))].flat[0]
+            raise ValueError(f"decay holds {wrong}; expected values in (0, 1]")
+        layout = layout._replace(decay_shape=tuple(decay.shape))
+        return xp.astype(decay, dtype, copy=False), None, layout
+    if log_gate is None:
+        return None, None, layout
+    tokens = q.shape[-2]
+    if isinstance(log_gate, numbers.Real) and not isinstance(log_gate, bool):
+        if not log_gate <= 0:
+            raise ValueError(f"log_gate is {log_gate}; expected a number <= 0 (-inf forgets)")
+        gate = xp.asarray(float(log_gate), dtype=dtype, **like)
+        return None, layout.gate_in(gate, tokens), layout
+    log_gate = array("log_gate", log_gate, q)
+    if ns.dtype_name(log_gate) not in ns.FLOATS:
+        raise TypeError(f"log_gate has dtype {log_gate.dtype}; expected a floating dtype. Cast it")
+    full = batch if layout.axis is None else _with_tokens(batch, tokens, layout.axis)
+    _broadcasts("log_gate", log_gate.shape, full, "q without its feature axis")
+    values = ns.host_values(log_gate)
+    if values is not None and (values > 0).any():
+        raise ValueError(f"log_gate holds {values.max()}; expected values <= 0 (-inf forgets)")
+    gate = layout.gate_in(xp.astype(log_gate, dtype, copy=False), tokens)
+    return None, gate, layout._replace(gate_shape=tuple(log_gate.shape))
+
+
+def _with_tokens(batch: Shape, tokens: int, axis: int) -> Shape:
+    place = len(batch) + axis + 2
+    return (*batch[:place], tokens, *batch[place:])
+
+
+def _broadcasts(name: str, shape: Shape, to: Shape, what: str) -> None:
+    try:
+        if tuple(np.broadcast_shapes(tuple(shape), to)) == tuple(to):
+            return
+    except ValueError:
+        pass
+    raise ValueError(
+        f"{name} has shape {tuple(shape)}; expected a shape that broadcasts to {tuple(to)}, {what}"
+    )
+
+
+def _state_type(state: Any, default: type[Any] | None, ridge: float) -> type[Any]:
+    """Check that a state is of the request's kind; return its type."""
+    long = getattr(ALGEBRA["hla2", "causal"].segment, "to_state", None)
+    assert default is not None and long is not None
+    accepted = {default}
+    if default.__name__.startswith("HLA2") and default in _causal_hla2():
+        accepted = set(_causal_hla2())
+    if type(state) not in accepted:
+        raise ValueError(
+            f"initial_state is {_kind(state)}; expected {default.__name__}, the state of this"
+            " operator, mask and convention"
+        )
+    if ridge and default in _causal_hla2() and type(state) is not default:
+        raise ValueError(
+            "initial_state is HLA2State, which lacks the C and m that ridge > 0 reads; start from a"
+            " state made with ridge > 0 or from Segment.to_state()"
+        )
+    return type(state)
+
+
+def _causal_hla2() -> tuple[type[Any], type[Any]]:
+    short = program("hla2", "causal", "exact", 0.0, None).state
+    long = program("hla2", "causal", "exact", 1.0, None).state
+    assert short is not None and long is not None
+    return short, long
+
+
+def _state(request: Request, q: Array, state: Any) -> Any:
+    """Check each field of the incoming state and bring it to the accumulation dtype."""
+    if state is None:
+        return None
+    xp, fields = ns.namespace(q), {}
+    dtype = getattr(xp, request.accumulate)
+    for field, shape in request.state_shapes().items():
+        name, x = f"initial_state.{field}", getattr(state, field)
+        try:
+            x = array(name, x, q)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        kind = ns.dtype_name(x)
+        if kind not in ns.FLOATS or (kind == "float64" and request.accumulate != "float64"):
+            raise ValueError(
+                f"{name} has dtype {x.dtype}; expected {request.accumulate} or lower. Cast it first"
+            )
+        _broadcasts(name, x.shape, shape, "its shape in this call")
+        fields[field] = xp.astype(x, dtype, copy=False)
+    return type(state)(**fields)
