@@ -7,7 +7,8 @@ from typing import Any
 
 from . import dispatch
 from .core import namespace as ns
-from .core.forms import ALGEBRA, Gradients
+from .core.associative import ALGEBRA
+from .core.forms import Gradients
 from .core.namespace import Array
 from .core.packing import PackedState
 from .core.request import Inputs, Request
@@ -357,6 +358,7 @@ return_state, form, chunk_size, convention, backend
         form=form,
         chunk_size=chunk_size,
         convention=convention,
+        gradient=True,
     )
     chosen = dispatch.choose(request, backend)
     o, state, saved = chosen.forward(request, inputs)
@@ -394,7 +396,9 @@ def _pull(
     grads: Gradients = chosen.backward(request, inputs, saved, do, dstate)
     ddecay, dlog_gate = grads.ddecay, grads.dlog_gate
     return Gradients(
-        *(layout.tokens_out(g) for g in grads[:3]),
+        layout.tokens_out(grads.dq),
+        layout.tokens_out(grads.dk),
+        layout.tokens_out(grads.dv),
         ddecay,
         None if dlog_gate is None else layout.gate_out(dlog_gate),
         grads.dinitial_state,

@@ -8,7 +8,6 @@ import importlib.metadata
 import threading
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from .core import forms
@@ -72,7 +71,7 @@ class Explanation(NamedTuple):
 
 
 TABLE: tuple[Row, ...] = (
-    # Row("numpy", "hla.backends.numpy", (("numpy", False),)),
+    Row("numpy", "hla.backends.numpy", (("numpy", False),)),
     Row("array_api", "hla.backends.array_api", ((ANY, False), (ANY, True))),
 )
 _lock = threading.Lock()
@@ -87,7 +86,7 @@ def _third_party() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 @functools.cache
-def load(name: str) -> ModuleType | Any:
+def load(name: str) -> Any:
     """Import a backend; a real import error surfaces."""
     for row in TABLE:
         if row.name == name:
@@ -103,13 +102,20 @@ def names() -> tuple[str, ...]:
 
 def _serves(name: str, request: Request) -> bool:
     """Whether ``backend=None`` may pick this backend for the request's library and device."""
-    for row in TABLE:
-        if row.name == name:
-            pairs = row.serves
-            break
-    else:
-        pairs = getattr(load(name), "serves", ())
+    pairs = next((row.serves for row in TABLE if row.name == name), None)
+    if pairs is None:
+        plugin = _plugin(name)
+        pairs = () if isinstance(plugin, str) else getattr(plugin, "serves", ())
     return any(lib in (request.library, ANY) and acc == request.accelerator for lib, acc in pairs)
+
+
+@functools.cache
+def _plugin(name: str) -> Any:
+    """Load a third party's backend, or the reason why it cannot be: it must not break the rest."""
+    try:
+        return _third_party()[name].load()
+    except Exception as error:
+        return f"its plugin failed to import: {type(error).__name__}: {error}"
 
 
 def choose(request: Request, backend: str | Sequence[str] | None) -> Any:
@@ -137,9 +143,11 @@ def pick(request: Request, backend: str | Sequence[str] | None) -> tuple[str, di
     """
     reasons: dict[str, str] = {}
     if backend is None:
-        tried = [name for name in names() if _serves(name, request)]
+        tried = names()
     else:
-        tried = [backend] if isinstance(backend, str) else list(backend)
+        if not isinstance(backend, (str, Sequence)):
+            raise TypeError(f"backend is {backend!r}; expected a name, a sequence of names or None")
+        tried = (backend,) if isinstance(backend, str) else tuple(backend)
         if not tried:
             raise ValueError("backend is an empty sequence; expected a name, some names or None")
         for name in tried:
@@ -147,6 +155,8 @@ def pick(request: Request, backend: str | Sequence[str] | None) -> tuple[str, di
                 known = ", ".join(dict.fromkeys((*names(), *RESERVED)))
                 raise ValueError(f"backend is {name!r}; expected one of {known}, or None")
     for name in tried:
+        if backend is None and _serves(name, request) is False:
+            continue
         why = refusal(name, request)
         if why is None:
             return name, reasons
@@ -160,9 +170,10 @@ def refusal(name: str, request: Request) -> str | None:
     if name in RESERVED and name not in names():
         return f"this version of hla has no {name} backend; use backend=None or 'array_api'"
     why = forms.refusal(request)
+    if why is None and name in _third_party() and isinstance(_plugin(name), str):
+        why = _plugin(name)
     if why is None:
-        answer: str | None = load(name).supports(request)
-        why = answer
+        why = load(name).supports(request)
     return why
 
 
@@ -200,7 +211,7 @@ def available() -> tuple[Backend, ...]:
     for name in names():
         try:
             info = load(name).info()
-        except (ImportError, OSError) as error:
+        except Exception as error:  # a broken plugin is a line of the table, not the end of it
             info = Info(False, f"{type(error).__name__}: {error}", "", "", (), (), False)
         lines.append(Backend(name, *info))
     return tuple(lines)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 import operator as operators
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
 from .core import namespace as ns
-from .core.forms import ALGEBRA, FORMS
+from .core.forms import FORMS
+from .core.hla2 import HLA2RidgeState, HLA2State
 from .core.namespace import Array
 from .core.packing import PackedState
 from .core.passes import Shape
@@ -31,7 +32,6 @@ class Layout(NamedTuple):
     axis: int | None  # token axis of q, negative; None in `step`
     gate_shape: Shape | None  # the caller's log_gate; None where it has no gradient
     decay_shape: Shape | None
-    rank: int  # axes of q with the token axis
 
     def tokens_in(self, x: Array) -> Array:
         """Move the token axis to -2 (`step`: add one)."""
@@ -86,6 +86,7 @@ def prepare(
     form: str | None = None,
     chunk_size: int | None = None,
     convention: str = "exact",
+    gradient: bool = False,
 ) -> tuple[Request, Inputs, Layout]:
     """Check every argument and describe the call.
 
@@ -97,13 +98,15 @@ def prepare(
         Token axis; None where there is none (`hla.step`).
     initial_state, return_state, form, chunk_size, convention
         As given to `hla.scan`.
+    gradient : bool
+        Whether the gradient will be asked, so that a backend keeps what it needs.
 
     Returns
     -------
     request : Request, inputs : Inputs, layout : Layout
     """
-    for name, value in (("operator", operator), ("mask", mask), ("convention", convention)):
-        _choice(name, value)
+    for name, choice in (("operator", operator), ("mask", mask), ("convention", convention)):
+        _choice(name, choice)
     if form is not None:
         _choice("form", form)
     scale, eps, ridge = _number("scale", scale), _number("eps", eps), _number("ridge", ridge)
@@ -116,18 +119,25 @@ def prepare(
         if not isinstance(flag, (bool, np.bool_)):
             raise TypeError(f"{name} is {_kind(flag)}; expected True or False")
     if mask == "none":
-        for name, value in (("decay", decay), ("log_gate", log_gate), ("initial_state", initial_state)):
-            if value is not None:
-                raise ValueError(f"{name} was given with mask='none', which has no order; pass None")
+        ordered = {"decay": decay, "log_gate": log_gate, "initial_state": initial_state}
+        for name, x in ordered.items():
+            if x is not None:
+                raise ValueError(
+                    f"{name} was given with mask='none', which has no order; pass None"
+                )
         if return_state:
             raise ValueError("return_state=True with mask='none', which has no state; pass False")
-    q, k, v, axis = _arrays(q, k, v, axis)
-    layout = Layout(axis, None, None, q.ndim)
+    labels = ("q", "k", "v") if axis is not None else ("q_t", "k_t", "v_t")
+    given = dict(zip(labels, (q, k, v), strict=True))
+    q, k, v, axis = _arrays(given, axis)
+    layout = Layout(axis, None, None)
+    batch = _shapes(given, layout)
     q, k, v = (layout.tokens_in(x) for x in (q, k, v))
-    batch = _shapes(q, k, v, axis)
     decay, log_gate, layout = _gate(q, batch, decay, log_gate, layout)
     default = None if mask == "none" else program(operator, mask, convention, ridge, None).state
     if isinstance(initial_state, PackedState):
+        if axis is not None:
+            raise ValueError("initial_state is packed; expected it whole. Pass state.unpack()")
         initial_state = initial_state.unpack()
     request = Request(
         operator=operator,
@@ -138,6 +148,7 @@ def prepare(
         scale=scale,
         ridge=ridge,
         return_state=bool(return_state),
+        gradient=gradient,
         form=form,
         chunk_size=_chunk(chunk_size),
         q_shape=tuple(q.shape),
@@ -145,8 +156,11 @@ def prepare(
         v_shape=tuple(v.shape),
         gate="decay" if decay is not None else "log_gate" if log_gate is not None else None,
         gate_given=layout.decay_shape is not None or layout.gate_shape is not None,
-        gate_batch=tuple(decay.shape) if decay is not None
-        else tuple(log_gate.shape[:-1]) if log_gate is not None else (),
+        gate_batch=tuple(decay.shape)
+        if decay is not None
+        else tuple(log_gate.shape[:-1])
+        if log_gate is not None
+        else (),
         state_type=default if initial_state is None else _state_type(initial_state, default, ridge),
         library=ns.library(q) or "",
         device=ns.device_name(q),
@@ -163,8 +177,12 @@ def _choice(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(CHOICES[name])}")
 
 
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+
+
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not _is_number(value):
         raise TypeError(f"{name} is {_kind(value)}; expected a Python number")
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; expected a finite number")
@@ -184,7 +202,11 @@ def _chunk(value: Any) -> int | None:
 
 
 def _kind(value: Any) -> str:
-    return f"{value!r} ({type(value).__name__})" if np.isscalar(value) or value is None else f"a {type(value).__module__}.{type(value).__name__}"
+    return (
+        f"{value!r} ({type(value).__name__})"
+        if np.isscalar(value) or value is None
+        else f"a {type(value).__module__}.{type(value).__name__}"
+    )
 
 
 def array(name: str, x: Any, like: Array | None = None, like_name: str = "q") -> Array:
@@ -199,7 +221,7 @@ def array(name: str, x: Any, like: Array | None = None, like_name: str = "q") ->
         expected = ns.library(like)
         if found != expected:
             raise TypeError(
-                f"{name} is an array of {found}; expected {expected} like {like_name}. Convert it first"
+                f"{name} is an array of {found}; expected {expected} like {like_name}. Convert it"
             )
         if not (ns.traced(x) or ns.traced(like)) and ns.device_name(x) != ns.device_name(like):
             raise ValueError(
@@ -209,32 +231,36 @@ def array(name: str, x: Any, like: Array | None = None, like_name: str = "q") ->
     return np.asarray(x) if found == "numpy" else x
 
 
-def _arrays(q: Any, k: Any, v: Any, axis: int | None) -> tuple[Array, Array, Array, int | None]:
+def _arrays(given: dict[str, Any], axis: int | None) -> tuple[Array, Array, Array, int | None]:
     """Check kind, dtype, device and the token axis of q, k and v."""
-    q = array("q", q)
-    k, v = array("k", k, q), array("v", v, q)
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    first, *_ = given
+    for name, x in given.items():
+        given[name] = array(name, x, None if name == first else given[first], first)
+    for name, x in given.items():
         if ns.dtype_name(x) not in ns.FLOATS:
             raise TypeError(
                 f"{name} has dtype {x.dtype}; expected one of {', '.join(ns.FLOATS)}. Cast it first"
             )
-        if ns.dtype_name(x) != ns.dtype_name(q):
-            raise TypeError(f"{name} has dtype {x.dtype}; expected {q.dtype} like q. Cast it first")
-    if axis is None:
-        lowest = 1
-    else:
+        expected = given[first].dtype
+        if x.dtype != expected:
+            raise TypeError(
+                f"{name} has dtype {x.dtype}; expected {expected} like {first}. Cast it"
+            )
+    q, k, v = given.values()
+    lowest = 1
+    if axis is not None:
         try:
             axis = operators.index(axis)
         except TypeError:
             raise TypeError(f"axis is {_kind(axis)}; expected an integer") from None
         negative = axis if axis < 0 else axis - q.ndim
-        if not -q.ndim <= negative <= -2:
+        if q.ndim >= 2 and not -q.ndim <= negative <= -2:
             raise ValueError(
                 f"axis is {axis} for q of shape {tuple(q.shape)}; expected the token axis, from"
                 f" {-q.ndim} to -2 (the feature axis is last)"
             )
-        axis, lowest = negative, -negative
-    for name, x in (("q", q), ("k", k), ("v", v)):
+        axis, lowest = negative, max(2, -negative)
+    for name, x in given.items():
         if x.ndim < lowest:
             layout = "(*batch, D)" if axis is None else "(*batch, T, D)"
             raise ValueError(
@@ -243,25 +269,35 @@ def _arrays(q: Any, k: Any, v: Any, axis: int | None) -> tuple[Array, Array, Arr
     return q, k, v, axis
 
 
-def _shapes(q: Array, k: Array, v: Array, axis: int | None) -> Shape:
-    """Check widths, lengths and batch axes; return the batch shape."""
-    hint = "" if axis is None else f" Is the token axis {axis}? Pass axis="
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(
-            f"k has feature width {k.shape[-1]}; expected {q.shape[-1]} like q (q and k share D)"
-        )
-    for name, x in (("k", k), ("v", v)):
-        if x.shape[-2] != q.shape[-2]:
+def _shapes(given: dict[str, Array], layout: Layout) -> Shape:
+    """Check widths, lengths and batch axes as the caller sees them; return the batch shape."""
+    axis, (first, second, _) = layout.axis, given
+    q = given[first]
+    hint = "" if axis is None else f". Is the token axis {axis}? Pass axis="
+    places = {-1, axis} - {None}
+    batches = {}
+    for name, x in given.items():
+        shape = tuple(x.shape)
+        wrong = name == second and shape[-1] != q.shape[-1]
+        if wrong or (axis is not None and shape[axis] != q.shape[axis]):
+            expected = list(shape)
+            if axis is not None:
+                expected[axis] = q.shape[axis]
+            if name == second:
+                expected[-1] = q.shape[-1]
             raise ValueError(
-                f"{name} has {x.shape[-2]} tokens; expected {q.shape[-2]} like q.{hint}"
+                f"{name} has shape {shape}; expected {tuple(expected)} to go with {first} of shape"
+                f" {tuple(q.shape)}{hint}"
             )
-    try:
-        return tuple(np.broadcast_shapes(*(tuple(x.shape[:-2]) for x in (q, k, v))))
-    except ValueError:
-        raise ValueError(
-            f"q, k and v have batch shapes {tuple(q.shape[:-2])}, {tuple(k.shape[:-2])} and "
-            f"{tuple(v.shape[:-2])}; expected shapes that broadcast.{hint}"
-        ) from None
+        batches[name] = tuple(n for i, n in enumerate(shape) if i - len(shape) not in places)
+        try:
+            batch = np.broadcast_shapes(*batches.values())
+        except ValueError:
+            raise ValueError(
+                f"{name} has shape {shape}; expected batch axes that broadcast with those of"
+                f" {first} of shape {tuple(q.shape)}{hint}"
+            ) from None
+    return tuple(batch)
 
 
 def _gate(
@@ -273,10 +309,11 @@ def _gate(
     xp, like = ns.namespace(q), {"device": ns.device(q)}
     dtype = xp.float64 if ns.dtype_name(q) == "float64" else xp.float32
     if decay is not None:
-        if isinstance(decay, numbers.Real) and not isinstance(decay, bool):
+        if _is_number(decay):
             if not 0 < decay <= 1:
                 raise ValueError(f"decay is {decay}; expected a number in (0, 1]")
-            return None if decay == 1 else xp.asarray(float(decay), dtype=dtype, **like), None, layout
+            constant = None if decay == 1 else xp.asarray(float(decay), dtype=dtype, **like)
+            return constant, None, layout
         decay = array("decay", decay, q)
         if ns.dtype_name(decay) not in ("float32", "float64"):
             raise TypeError(
@@ -292,7 +329,7 @@ def _gate(
     if log_gate is None:
         return None, None, layout
     tokens = q.shape[-2]
-    if isinstance(log_gate, numbers.Real) and not isinstance(log_gate, bool):
+    if _is_number(log_gate):
         if not log_gate <= 0:
             raise ValueError(f"log_gate is {log_gate}; expected a number <= 0 (-inf forgets)")
         gate = xp.asarray(float(log_gate), dtype=dtype, **like)
@@ -303,8 +340,10 @@ def _gate(
     full = batch if layout.axis is None else _with_tokens(batch, tokens, layout.axis)
     _broadcasts("log_gate", log_gate.shape, full, "q without its feature axis")
     values = ns.host_values(log_gate)
-    if values is not None and (values > 0).any():
-        raise ValueError(f"log_gate holds {values.max()}; expected values <= 0 (-inf forgets)")
+    if values is not None and not (values <= 0).all():
+        raise ValueError(
+            f"log_gate holds {values[~(values <= 0)].flat[0]}; expected values <= 0 (-inf forgets)"
+        )
     gate = layout.gate_in(xp.astype(log_gate, dtype, copy=False), tokens)
     return None, gate, layout._replace(gate_shape=tuple(log_gate.shape))
 
@@ -327,29 +366,21 @@ def _broadcasts(name: str, shape: Shape, to: Shape, what: str) -> None:
 
 def _state_type(state: Any, default: type[Any] | None, ridge: float) -> type[Any]:
     """Check that a state is of the request's kind; return its type."""
-    long = getattr(ALGEBRA["hla2", "causal"].segment, "to_state", None)
-    assert default is not None and long is not None
-    accepted = {default}
-    if default.__name__.startswith("HLA2") and default in _causal_hla2():
-        accepted = set(_causal_hla2())
+    assert default is not None
+    accepted = (HLA2State, HLA2RidgeState) if default in (HLA2State, HLA2RidgeState) else (default,)
+    if not hasattr(state, "_fields"):
+        raise TypeError(f"initial_state is {_kind(state)}; expected {default.__name__} or None")
     if type(state) not in accepted:
         raise ValueError(
             f"initial_state is {_kind(state)}; expected {default.__name__}, the state of this"
             " operator, mask and convention"
         )
-    if ridge and default in _causal_hla2() and type(state) is not default:
+    if ridge and type(state) is HLA2State:
         raise ValueError(
             "initial_state is HLA2State, which lacks the C and m that ridge > 0 reads; start from a"
             " state made with ridge > 0 or from Segment.to_state()"
         )
     return type(state)
-
-
-def _causal_hla2() -> tuple[type[Any], type[Any]]:
-    short = program("hla2", "causal", "exact", 0.0, None).state
-    long = program("hla2", "causal", "exact", 1.0, None).state
-    assert short is not None and long is not None
-    return short, long
 
 
 def _state(request: Request, q: Array, state: Any) -> Any:
@@ -365,7 +396,9 @@ def _state(request: Request, q: Array, state: Any) -> Any:
         except TypeError as error:
             raise ValueError(str(error)) from None
         kind = ns.dtype_name(x)
-        if kind not in ns.FLOATS or (kind == "float64" and request.accumulate != "float64"):
+        if kind not in ns.FLOATS:
+            raise TypeError(f"{name} has dtype {x.dtype}; expected {request.accumulate}. Cast it")
+        if kind == "float64" and request.accumulate != "float64":
             raise ValueError(
                 f"{name} has dtype {x.dtype}; expected {request.accumulate} or lower. Cast it first"
             )

@@ -32,7 +32,7 @@ class Join(NamedTuple):
     cross: tuple[Cross, ...] = ()
 
 
-def _fields(x: Any) -> dict[str, Array]:
+def fields_of(x: Any) -> dict[str, Array]:
     return dict(x._asdict())
 
 
@@ -45,7 +45,7 @@ class Algebra(NamedTuple):
     read: Callable[..., tuple[Array, Array]]  # (state, q) -> numerator, denominator
     segments: Join
     states: Join  # a state continued by the fields `view` gives of a segment
-    view: Callable[[Any], dict[str, Array]] = _fields
+    view: Callable[[Any], dict[str, Array]] = fields_of
     moments: Callable[[dict[str, Array]], dict[str, Array]] = dict  # final states -> segment fields
 
     def identity(self, like: Any) -> Any:
@@ -56,17 +56,17 @@ class Algebra(NamedTuple):
 
     def combine(self, left: Any, right: Any) -> Any:
         """Join two adjacent segments, earlier first."""
-        joined = join(self.segments, _fields(left), _fields(right), right.rho)
+        joined = join(self.segments, fields_of(left), fields_of(right), right.rho)
         return self.segment(**joined, rho=left.rho * right.rho)
 
     def extend(self, state: Any, right: Any) -> Any:
         """Continue a state by a segment; the state keeps its type."""
-        return type(state)(**join(self.states, _fields(state), self.view(right), right.rho))
+        return type(state)(**join(self.states, fields_of(state), self.view(right), right.rho))
 
     def combine_adjoint(self, left: Any, right: Any, grad: Any) -> tuple[Any, Any]:
         """Return the gradients of (left, right) from that of ``combine(left, right)``."""
         dleft, dright, dr = join_adjoint(
-            self.segments, _fields(left), _fields(right), right.rho, _fields(grad)
+            self.segments, fields_of(left), fields_of(right), right.rho, fields_of(grad)
         )
         return (
             self.segment(**dleft, rho=grad.rho * right.rho),
@@ -167,5 +167,11 @@ def join_adjoint(
             side, key = name.split(".")
             target = dleft if side == "A" else dright
             target[key] = target[key] + g
-            back = dot(factors[i].mT, back) if vector and rest else factors[i].mT @ back if rest else back
+            back = (
+                dot(factors[i].mT, back)
+                if vector and rest
+                else factors[i].mT @ back
+                if rest
+                else back
+            )
     return dleft, dright, dr

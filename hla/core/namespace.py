@@ -21,7 +21,7 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def library(x: Array) -> str | None:
-    """Name the array library of ``x`` ("numpy", "torch", "jax", "cupy", ...); None if it has none."""
+    """Name the array library of ``x`` ("numpy", "torch", "jax", ...); None if it has none."""
     if isinstance(x, np.ma.MaskedArray) or compat.is_dask_array(x):
         return None
     if not compat.is_array_api_obj(x):
@@ -55,7 +55,11 @@ def on_accelerator(x: Array) -> bool:
     """Whether ``x`` lives outside the host's memory (for a JAX tracer: the default platform)."""
     if is_jax(x):
         jax = sys.modules["jax"]
-        return bool(jax.default_backend() != "cpu") if traced(x) else x.devices().pop().platform != "cpu"
+        return (
+            bool(jax.default_backend() != "cpu")
+            if traced(x)
+            else x.devices().pop().platform != "cpu"
+        )
     if compat.is_torch_array(x):
         return bool(x.device.type not in ("cpu", "meta"))
     return bool(compat.is_cupy_array(x))
@@ -114,12 +118,24 @@ def tf32_allowed(x: Array) -> bool:
     return False
 
 
-def exact_products(x: Array) -> AbstractContextManager[Any]:
+def exact_products(x: Array) -> AbstractContextManager[None]:
     """Context in which float32 products are float32, unless the caller's switch says otherwise."""
-    if is_jax(x) and sys.modules["jax"].config.jax_default_matmul_precision is None:
-        precision: AbstractContextManager[Any] = sys.modules["jax"].default_matmul_precision("highest")
-        return precision
+    jax = sys.modules.get("jax")
+    if jax is not None and is_jax(x) and jax.config.jax_default_matmul_precision is None:
+        highest: AbstractContextManager[None] = jax.default_matmul_precision("highest")
+        return highest
     return nullcontext()
+
+
+def unstack(x: Array, axis: int) -> tuple[Array, ...]:
+    """Split along one axis into its slices.
+
+    Not by indexing, whose gradient is a whole array of zeros a slice; and torch by its own unbind,
+    which unlike array-api-compat's moveaxis works under ``torch.func.vmap``.
+    """
+    if compat.is_torch_array(x):
+        return tuple(x.unbind(axis))
+    return tuple(namespace(x).unstack(x, axis=axis))
 
 
 @functools.cache
@@ -172,12 +188,9 @@ def fold(
         leading = tuple(xp.moveaxis(x, axis, 0) for x, axis in zip(xs, axes, strict=True))
         carry, ys = lax.scan(body, carry, leading, reverse=reverse)
         return carry, None if ys is None else xp.moveaxis(ys, 0, out_axis)
-    turns = range(xs[0].shape[axes[0]])
+    turns = list(zip(*(unstack(x, axis) for x, axis in zip(xs, axes, strict=True)), strict=True))
     out: list[Array] = []
-    for i in reversed(turns) if reverse else turns:
-        slices = tuple(
-            x[(..., i) + (slice(None),) * (-axis - 1)] for x, axis in zip(xs, axes, strict=True)
-        )
+    for slices in reversed(turns) if reverse else turns:
         carry, y = body(carry, slices)
         out.append(y)
     if out[0] is None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .namespace import Array, Namespace, device, fold, namespace
+from .namespace import Array, Namespace, device, fold, namespace, unstack
 
 Shape = tuple[int, ...]
 
@@ -121,7 +121,7 @@ def causal_pass(
 
 
 def pieces(T: int, chunk: int, group: int) -> list[tuple[int, int, int, int]]:
-    """Cut T tokens into whole groups, whole chunks and a ragged rest: (start, stop, group, chunk)."""
+    """Cut T tokens into whole groups, whole chunks and a rest: (start, stop, group, chunk)."""
     groups, chunks = T - T % (group * chunk), T - T % chunk
     cuts = [
         (0, groups, group, chunk),
@@ -151,7 +151,8 @@ def _piece(
 
     def grouped(x: Array, features: int) -> Array:  # [..., T, *] -> [..., turns, G, W, *]
         rows = x[(..., slice(start, stop)) + (slice(None),) * features]
-        return xp.reshape(rows, (*rows.shape[: rows.ndim - 1 - features], turns, G, W, *rows.shape[rows.ndim - features :]))
+        lead, last = rows.shape[: rows.ndim - 1 - features], rows.shape[rows.ndim - features :]
+        return xp.reshape(rows, (*lead, turns, G, W, *last))
 
     xs = [grouped(x, 1) for x in (k, v)] if q is None else [grouped(x, 1) for x in (q, k, v)]
     axes = [-4] * len(xs)
@@ -172,12 +173,14 @@ def _piece(
         return _group(None if q is None else x[0], x[-2], x[-1], w, S, reverse)
 
     if turns == 1:
-        slices = tuple(x[(..., 0) + (slice(None),) * (-a - 1)] for x, a in zip(xs, axes, strict=True))
+        places = zip(xs, axes, strict=True)
+        slices = tuple(x[(..., 0) + (slice(None),) * (-axis - 1)] for x, axis in places)
         state, o = body(state, slices)
     else:
         state, o = fold(body, state, tuple(xs), axes=tuple(axes), out_axis=-4, reverse=reverse)
     if o is not None:
-        o = xp.reshape(o, (*o.shape[: len(o.shape) - (3 if turns == 1 else 4)], stop - start, o.shape[-1]))
+        lead = o.shape[: o.ndim - (3 if turns == 1 else 4)]
+        o = xp.reshape(o, (*lead, stop - start, o.shape[-1]))
     return o, state
 
 
@@ -187,13 +190,17 @@ def _group(
     """One group of chunks: q, k [..., G, W, D], v [..., G, W, V], S [..., D, V] -> (S, o)."""
     xp = namespace(k)
     kv = (k if w.key is None else k * w.key).mT @ v  # [..., G, D, V]
-    G = k.shape[-3]
-    before = [S] * G
-    for i in reversed(range(G)) if reverse else range(G):
-        before[i] = S
-        if w.total is not None:
-            S = S * w.total[..., min(i, w.total.shape[-3] - 1), :, :]
-        S = S + kv[..., i, :, :]
+    totals: tuple[Array | None, ...] = (None,) * kv.shape[-3]
+    if w.total is not None:
+        each = (*w.total.shape[:-3], kv.shape[-3], 1, 1)
+        totals = unstack(xp.broadcast_to(w.total, each), -3)
+    turns = list(zip(unstack(kv, -3), totals, strict=True))
+    before = []
+    for added, total in reversed(turns) if reverse else turns:
+        before.append(S)
+        S = added + (S if total is None else S * total)
+    if reverse:
+        before.reverse()
     if q is None:
         return S, None
     pair = q @ k.mT  # [..., G, W, W]
@@ -205,9 +212,7 @@ def _group(
     return S, pair @ v + carried @ xp.stack(before, axis=-3)
 
 
-def weights(
-    xp: Namespace, gate: Gate, power: int, strict: bool, W: int, *, like: Array
-) -> Weights:
+def weights(xp: Namespace, gate: Gate, power: int, strict: bool, W: int, *, like: Array) -> Weights:
     """Weights of one chunk of W tokens (``gate.log_gate``: (..., G, W), of each chunk).
 
     Sums of the log gate run over exactly the tokens between a pair: no difference of prefix sums

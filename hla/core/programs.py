@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 from . import ahla, hla2, hla3, linear
 from .namespace import Array, device, namespace
-from .passes import Gate, Shape, broadcast
+from .passes import CHUNK, GROUP, Gate, Shape, broadcast, causal_pass
 
 RunPass = Callable[..., tuple[Array | None, Array]]
 
@@ -124,7 +124,7 @@ RIDGE = Pass("ridge", "q", "q", "v", C)
 
 
 @functools.cache
-def program(operator: str, mask: str, convention: str, ridge: float, state: type | None) -> Program:
+def program(operator: str, mask: str, convention: str, ridge: float, state: Hashable) -> Program:
     """Return the program of one request.
 
     Parameters
@@ -159,10 +159,11 @@ def segment_program(operator: str, mask: str) -> Program:
 
 
 class Trace(NamedTuple):
-    """What a run leaves behind: every named array and the final state of every step."""
+    """What a run leaves behind: every named array, each step's final state, what it kept."""
 
     values: dict[str, Array]
     states: tuple[Array, ...]
+    kept: tuple[Array, ...] = ()
 
 
 def run(
@@ -170,7 +171,10 @@ def run(
     values: Mapping[str, Array],
     gate: Gate,
     initial: Mapping[tuple[str, ...], Array],
-    run_pass: RunPass,
+    *,
+    chunk: int = CHUNK,
+    group: int = GROUP,
+    run_pass: RunPass = causal_pass,
 ) -> tuple[Array | None, Trace]:
     """Run a program forward.
 
@@ -184,6 +188,8 @@ def run(
         Decay of every step.
     initial : mapping
         Incoming states by the fields they hold.
+    chunk, group : int
+        As in `passes.causal_pass`.
     run_pass : callable
         `passes.causal_pass` or a backend's own with the same signature.
 
@@ -195,7 +201,15 @@ def run(
     for s in program.steps:
         q = env[s.q] if s.q else None
         out, state = run_pass(
-            q, env[s.k], env[s.v], gate, power=s.power, kind=s.kind, state=initial.get(s.state)
+            q,
+            env[s.k],
+            env[s.v],
+            gate,
+            power=s.power,
+            kind=s.kind,
+            state=initial.get(s.state),
+            chunk=chunk,
+            group=group,
         )
         states.append(state)
         if s.out:
@@ -227,16 +241,17 @@ def adjoint(
     initial: Mapping[tuple[str, ...], Array],
     do: Array,
     dfinal: Mapping[tuple[str, ...], Array],
-    run_pass: RunPass,
     *,
     with_gate: bool,
-    pass_adjoint: Callable[..., Any] | None = None,
+    chunk: int = CHUNK,
+    group: int = GROUP,
+    run_pass: RunPass = causal_pass,
 ) -> Adjoint:
     """Run a program's adjoint: every step backwards, last first.
 
     Parameters
     ----------
-    program, trace, gate, initial, run_pass
+    program, trace, gate, initial, chunk, group, run_pass
         As in and from `run`.
     do : array
         Gradient of the output, (*batch, T, V) with the column of the denominator where v has one.
@@ -244,14 +259,12 @@ def adjoint(
         Gradients of final states by their fields.
     with_gate : bool
         Whether the gate's gradient is asked.
-    pass_adjoint : callable, optional
-        A backend's own adjoint of one pass; by default three passes (`adjoint_by_passes`).
 
     Returns
     -------
     Adjoint
     """
-    one_step = pass_adjoint or functools.partial(adjoint_by_passes, run_pass)
+    one_pass = functools.partial(run_pass, chunk=chunk, group=group)
     grads: dict[str, Array] = {}
     dinitial: dict[tuple[str, ...], Array] = {}
     dgate, pending = None, dict(dfinal)
@@ -264,7 +277,8 @@ def adjoint(
             continue
         if dout is None:
             dout = namespace(q).zeros_like(trace.values[s.out])
-        dq, dk, dv, dstate0 = one_step(
+        dq, dk, dv, dstate0 = adjoint_by_passes(
+            one_pass,
             q,
             k,
             v,
@@ -273,7 +287,7 @@ def adjoint(
             power=s.power,
             kind=s.kind,
             state=initial.get(s.state),
-            dstate=_shared_out(dstate, trace.values[s.out].shape),
+            dstate=shared_out(dstate, trace.values[s.out].shape),
         )
         if with_gate:
             term = _gate_gradient(s, gate, trace.values[s.out], v, dout, dv, state, dstate)
@@ -288,7 +302,7 @@ def adjoint(
     return Adjoint(grads, dinitial, dgate)
 
 
-def _shared_out(dstate: Array | None, out: Shape) -> Array | None:
+def shared_out(dstate: Array | None, out: Shape) -> Array | None:
     """Share a state's gradient among the batch entries that the state was broadcast to."""
     if dstate is None:
         return None
@@ -337,10 +351,26 @@ def _gate_gradient(
     if step.kind == "strict":
         out = xp.concat([out[..., 1:], xp.zeros_like(out[..., :1])], axis=-1)
     change = out - sum_to(xp.sum(v * dv, axis=-1), (*batch, o.shape[-2]))
-    total = xp.flip(xp.cumulative_sum(xp.flip(change, axis=-1), axis=-1), axis=-1)
+    total = gate_total(change)
     if dstate is not None:
         total = total + sum_to(xp.sum(xp.sum(dstate * state, axis=-1), axis=-1), batch)[..., None]
     return step.power * total
+
+
+def gate_total(change: Array) -> Array:
+    """Sum ``change`` (..., T) over each token and all after it."""
+    xp = namespace(change)
+    return xp.flip(xp.cumulative_sum(xp.flip(change, axis=-1), axis=-1), axis=-1)
+
+
+class Engine(NamedTuple):
+    """What runs programs: `run` and `adjoint`, or a backend's own with the same signatures."""
+
+    run: Callable[..., tuple[Any, Trace]]
+    adjoint: Callable[..., Adjoint]
+
+
+CORE = Engine(run, adjoint)
 
 
 def sum_to(x: Array, shape: Shape) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 from .namespace import Array
@@ -33,6 +34,7 @@ class Request:
     scale: float
     ridge: float
     return_state: bool
+    gradient: bool  # whether `backward` may follow
     form: str | None
     chunk_size: int | None
     q_shape: Shape
@@ -67,7 +69,8 @@ class Request:
     @property
     def program(self) -> Program:
         """The passes that compute this request."""
-        return program(self.operator, self.mask, self.convention, self.ridge, self.state_type)
+        kind: Hashable = self.state_type
+        return program(self.operator, self.mask, self.convention, self.ridge, kind)
 
     def state_shapes(self, *, segment: bool = False) -> dict[str, Shape]:
         """Full shape of each field of the state or segment."""

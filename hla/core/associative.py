@@ -1,0 +1,183 @@
+"""Segments: the summary of a stretch, and the two-level exclusive scan over them (paper 4, 7.3)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from . import ahla, hla2, hla3, linear, programs, scans
+from .algebra import Algebra
+from .namespace import Array, device, fold, namespace
+from .passes import Gate, Shape, broadcast
+from .programs import PAPER, final_states, with_ones
+from .request import Request
+from .states import own, rank, split
+
+ALGEBRA: dict[tuple[str, str], Algebra] = {
+    (name, mask): getattr(module, mask.upper())
+    for name, module in {"linear": linear, "hla2": hla2, "ahla": ahla, "hla3": hla3}.items()
+    for mask in ("causal", "prefix")
+}
+
+
+def algebra_of(request: Request) -> Algebra | None:
+    """Return the algebra of a request, None where the paper's own recurrences have none."""
+    if request.convention == "exact" or request.mask != "causal" or request.operator not in PAPER:
+        return ALGEBRA[request.operator, request.mask]
+    return hla2.PAPER if request.operator == "hla2" and request.gate is None else None
+
+
+def segment(
+    request: Request,
+    values: dict[str, Array],
+    gate: Gate,
+    *,
+    chunk: int,
+    group: int,
+    shapes: dict[str, Shape] | None = None,
+) -> Any:
+    """Summarize a sequence by the operator's segment program.
+
+    Parameters
+    ----------
+    request : Request
+        Names the operator and mask.
+    values : dict
+        "q", "k" and "v" with its column of ones, (*batch, T, features).
+    gate, chunk, group
+        As in `passes.causal_pass`.
+    shapes : dict, optional
+        Full shape of each final state, to which they are cut.
+    """
+    algebra = ALGEBRA[request.operator, request.mask]
+    program = programs.segment_program(request.operator, request.mask)
+    _, trace = programs.run(program, values, gate, {}, chunk=chunk, group=group)
+    fields = split(final_states(program, trace), shapes)
+    return algebra.segment(**algebra.moments(fields), rho=_attenuation(values["k"], gate))
+
+
+def _attenuation(k: Array, gate: Gate) -> Array:
+    """Rho of a whole sequence, of the gate's batch shape."""
+    xp = namespace(k)
+    if gate.log_gate is not None:
+        return xp.exp(xp.sum(gate.log_gate, axis=-1))
+    length = xp.asarray(float(k.shape[-2]), dtype=k.dtype, device=device(k))
+    return xp.ones_like(length) if gate.decay is None else gate.decay**length
+
+
+def scan(
+    request: Request, values: dict[str, Array], gate: Gate, state: Any, width: int
+) -> tuple[Array, Any]:
+    """Chunk summaries, an exclusive scan across them, and one within each chunk.
+
+    Tokens are padded at the front, where a token of zeros with rho = 1 changes nothing.
+
+    Parameters
+    ----------
+    request : Request
+        Names the operator; its `algebra_of` is not None.
+    values : dict
+        "q", "k" and v without a column of ones, in the accumulation dtype.
+    gate : Gate
+        The decay.
+    state : NamedTuple or None
+        What the scan continues.
+    width : int
+        Tokens in a chunk, the paper's w.
+
+    Returns
+    -------
+    out : array, (*batch, T, V + 1)
+        Numerators and, last, the denominator.
+    state : NamedTuple
+    """
+    algebra = algebra_of(request)
+    assert algebra is not None
+    q, k, v = (values[x] for x in "qkv")
+    xp, T, V = namespace(q), request.tokens, v.shape[-1]
+    batch = broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2], gate.batch)
+    start = _started(request, q, state, batch)
+    if T == 0:
+        empty = xp.zeros((*batch, 0, V + 1), dtype=q.dtype, device=device(q))
+        return empty, _owned(start, request)
+    w = min(width, T)
+    tokens = [_chunked(x, batch, w, 0.0) for x in (q, k, v)]
+    rhos = _chunked(_token_rho(q, gate), batch, w, 1.0)
+    summary = _summaries(request, tokens, rhos, gate, batch, w)
+    before = scans.blelloch(algebra.combine, summary, algebra.identity(scans.element(summary, 0)))
+    carries = algebra.extend(start, before)
+    final = algebra.extend(scans.element(carries, -1), scans.element(summary, -1))
+    read = functools.partial(algebra.read, ridge=request.ridge) if request.ridge else algebra.read
+
+    def body(carry: None, xs: tuple[Array, ...]) -> tuple[None, Array]:
+        q, k, v, rho = (xp.moveaxis(x, -2, 0) for x in xs[:4])  # [w, *batch, features]
+        token = algebra.lift(q, k, v, rho[..., 0])
+        prefix = scans.blelloch(algebra.combine, token, algebra.identity(scans.element(token, 0)))
+        states = algebra.extend(algebra.extend(type(carries)(*xs[4:]), prefix), token)
+        num, den = read(states, q)
+        return carry, xp.moveaxis(xp.concat([num, den[..., None]], axis=-1), 0, -2)
+
+    xs = (*tokens, rhos, *carries)
+    _, out = fold(body, None, xs, axes=tuple(-x.ndim for x in xs), out_axis=-3)
+    rows = tokens[0].shape[0] * w
+    return xp.reshape(out, (*batch, rows, V + 1))[..., rows - T :, :], _owned(final, request)
+
+
+def _chunked(x: Array, batch: Shape, w: int, fill: float) -> Array:
+    """[*b, T, F] -> [chunks, *batch, w, F], padded at the front."""
+    xp, (T, F) = namespace(x), x.shape[-2:]
+    x, pad = xp.broadcast_to(x, (*batch, T, F)), -T % w
+    if pad:
+        head = xp.full((*batch, pad, F), fill, dtype=x.dtype, device=device(x))
+        x = xp.concat([head, x], axis=-2)
+    return xp.moveaxis(xp.reshape(x, (*batch, (T + pad) // w, w, F)), -3, 0)
+
+
+def _token_rho(q: Array, gate: Gate) -> Array:
+    """Attenuation of each token, (*gate's batch, T, 1)."""
+    if gate.log_gate is not None:
+        return namespace(q).exp(gate.log_gate)[..., None]
+    ones = namespace(q).ones((q.shape[-2], 1), dtype=q.dtype, device=device(q))
+    return ones if gate.decay is None else gate.decay[..., None, None] * ones
+
+
+def _summaries(
+    request: Request, tokens: list[Array], rhos: Array, gate: Gate, batch: Shape, w: int
+) -> Any:
+    """Return the segment of every chunk, [chunks, *batch, ...]."""
+    xp = namespace(rhos)
+    inner = gate
+    if gate.log_gate is not None:
+        inner = Gate(log_gate=_chunked(gate.log_gate[..., None], batch, w, 0.0)[..., 0])
+    values = dict(zip("qkv", tokens, strict=True))
+    values["v"] = with_ones(values["v"])
+    summary = segment(request, values, inner, chunk=w, group=1)._asdict()
+    chunks = rhos.shape[0]
+    for field in summary.keys() - {"rho"}:
+        x = summary[field]
+        shape = (chunks, *batch, *x.shape[x.ndim - rank(field) :])
+        summary[field] = xp.broadcast_to(x, shape)
+    summary["rho"] = xp.prod(rhos[..., 0], axis=-1)
+    return ALGEBRA[request.operator, request.mask].segment(**summary)
+
+
+def _started(request: Request, q: Array, state: Any, batch: Shape) -> Any:
+    """Incoming state, or zeros, broadcast to the whole batch."""
+    xp, kind = namespace(q), request.state_type
+    assert kind is not None
+    fields = {}
+    for field, shape in request.state_shapes().items():
+        full = (*batch, *shape[len(shape) - rank(field) :])
+        x = (
+            xp.zeros((), dtype=q.dtype, device=device(q))
+            if state is None
+            else getattr(state, field)
+        )
+        fields[field] = xp.broadcast_to(x, full)
+    return kind(**fields)
+
+
+def _owned(state: Any, request: Request) -> Any:
+    """Each field as a new array of its own shape."""
+    shapes = request.state_shapes()
+    return type(state)(**{f: own(x, shapes[f]) for f, x in state._asdict().items()})

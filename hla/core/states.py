@@ -1,0 +1,82 @@
+"""States between the public fields (matrix and mass apart) and the passes (side by side)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .namespace import Array, namespace
+from .passes import Shape
+from .programs import sum_to
+from .request import Request
+
+Fields = tuple[str, ...]
+Keyed = dict[Fields, Array]
+
+
+def rank(field: str) -> int:
+    """Axes of a field beyond the batch: masses, the lower-case fields, are vectors."""
+    return 1 if field[0].islower() else 2
+
+
+def joined(request: Request, state: Any, *, gradient: bool = False) -> Keyed:
+    """Matrix and mass of each pass side by side, of the full shape, by the fields' names.
+
+    A mass is the same for all values it is broadcast over, so its ``gradient`` is shared out
+    evenly among them. Fields that are None are left out.
+    """
+    if state is None:
+        return {}
+    shapes, out = request.state_shapes(), {}
+    for key in _keys(request):
+        parts = [getattr(state, field) for field in key]
+        if any(x is None for x in parts):
+            continue
+        xp, full = namespace(parts[0]), shapes[key[0]]
+        columns = [xp.broadcast_to(parts[0], full)]
+        if len(parts) == 2 and request.mass:
+            copies = math.prod(full[:-1]) // max(1, math.prod(shapes[key[1]]))
+            mass = parts[1] / copies if gradient and copies > 1 else parts[1]
+            columns.append(xp.broadcast_to(mass, full[:-1])[..., None])
+        out[key] = xp.concat(columns, axis=-1)
+    return out
+
+
+def split(finals: Mapping[Fields, Array], shapes: Mapping[str, Shape] | None) -> dict[str, Array]:
+    """Undo `joined`: each field, with ``shapes`` as a new array of its own full shape."""
+    fields = {}
+    for key, x in finals.items():
+        parts = [x] if len(key) == 1 else [x[..., :-1], x[..., -1]]
+        for field, part in zip(key, parts, strict=True):
+            fields[field] = part if shapes is None else own(part, shapes[field])
+    return fields
+
+
+def own(x: Array, shape: Shape) -> Array:
+    """Copy ``x`` without the equal copies along axes where ``shape`` has 1 or no axis."""
+    for _ in range(len(x.shape) - len(shape)):
+        x = x[0, ...]
+    index = tuple(slice(0, 1) if n == 1 else slice(None) for n in shape)
+    return namespace(x).astype(x[(*index, ...)], x.dtype, copy=True)
+
+
+def gradient_fields(request: Request, state: Any, grads: Keyed) -> Any:
+    """Gradient of the incoming state, each field in the shape it came in."""
+    if state is None:
+        return None
+    fields = {}
+    for key in _keys(request):
+        x = grads.get(key)
+        for i, field in enumerate(key):
+            given = getattr(state, field)
+            if x is None or (i == 1 and not request.mass):
+                fields[field] = namespace(given).zeros_like(given)
+            else:
+                part = x if len(key) == 1 or not request.mass else (x[..., :-1], x[..., -1])[i]
+                fields[field] = sum_to(part, given.shape)
+    return type(state)(**fields)
+
+
+def _keys(request: Request) -> list[Fields]:
+    return list(dict.fromkeys(step.state for step in request.program.steps))

@@ -1,0 +1,1 @@
+"""Device code, each module imported by one backend."""
