@@ -9,6 +9,7 @@ import array_api_compat
 from ..core import forms, namespace
 from ..core.forms import Gradients
 from ..core.namespace import Array
+from ..core.programs import ONE_TOKEN
 from ..core.request import Inputs, Request
 from ..dispatch import Info
 
@@ -34,8 +35,13 @@ def backward(
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
     """Return (o, state) of one token; never donates."""
-    o, state, _ = forward(request, inputs)
+    o, state, _ = namespace.call(_one_token, request, inputs.q, inputs)
     return o, state
+
+
+def _one_token(request: Request, inputs: Inputs) -> tuple[Array, Any, Any]:
+    o, state, _ = forms.forward(request, inputs, ONE_TOKEN)
+    return o, state, None
 
 
 def summarize(request: Request, inputs: Inputs) -> Any:

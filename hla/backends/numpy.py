@@ -10,7 +10,7 @@ import numpy as np
 from ..core import forms, namespace
 from ..core.forms import Gradients
 from ..core.namespace import Array
-from ..core.programs import Engine
+from ..core.programs import CORE, ONE_TOKEN, Engine
 from ..core.request import Inputs, Request
 from ..dispatch import Info
 from ..kernels import numpy_program
@@ -23,26 +23,44 @@ def supports(request: Request) -> str | None:
     """Return the reason for refusing ``request``, or None."""
     if request.library != "numpy":
         return f"it runs on NumPy arrays, these are arrays of {request.library}"
-    if request.mask == "none" or request.form == "associative":
-        return "it runs causal passes; array_api does mask='none' and form='associative'"
+    if request.form == "associative":
+        return "it runs passes; form='associative' is done by array_api"
     return None
+
+
+def _engine(request: Request) -> Engine:
+    if request.mask == "none":
+        return CORE  # whole products, with nothing to sweep over
+    return KEEPING if request.gradient else PLAIN
+
+
+def _readable(inputs: Inputs) -> Inputs:
+    return inputs._replace(q=_rows(inputs.q), k=_rows(inputs.k), v=_rows(inputs.v))
+
+
+def _rows(x: Array) -> Array:
+    """Copy ``x`` unless BLAS can read it: else its products take another path, to other bits."""
+    row, item = x.strides[-2:]
+    readable = item == x.itemsize and row >= x.shape[-1] * item and row % item == 0
+    return x if readable else np.ascontiguousarray(x)
 
 
 def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, Any]:
     """Return (o, state, what `backward` needs)."""
-    return forms.forward(request, inputs, KEEPING if request.gradient else PLAIN)
+    return forms.forward(request, _readable(inputs), _engine(request))
 
 
 def backward(
     request: Request, inputs: Inputs, saved: Any, do: Array | None, dstate: Any
 ) -> Gradients:
     """Return the gradients of `forward`."""
-    return forms.backward(request, inputs, saved, do, dstate, KEEPING)
+    do = None if do is None else _rows(do)
+    return forms.backward(request, _readable(inputs), saved, do, dstate, _engine(request))
 
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
     """Return (o, state) of one token; never donates."""
-    o, state, _ = forms.forward(request, inputs)
+    o, state, _ = forms.forward(request, inputs, ONE_TOKEN)
     return o, state
 
 

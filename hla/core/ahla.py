@@ -1,6 +1,6 @@
 """Asymmetric second order: o_t = sum_{j<=i<=t} g^(t-j) (q_t.k_i)(q_i.k_j) v_j (paper section 6).
 
-R of a masked segment never decays (design 3.2: decayed, the operator is not associative).
+R of a masked segment never decays (derivations 3.2: decayed, the operator is not associative).
 """
 
 from __future__ import annotations

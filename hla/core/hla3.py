@@ -1,6 +1,6 @@
 """Third order: o_t = sum_{i,j<=u<=t} g^(3t-i-u-j) (q_t.k_i)(q_u.k_i)(q_u.k_j) v_j (paper 7).
 
-The paper's Theorem 7.1 does not compute this sum (design 3.3); F and eta here do, and their
+The paper's Theorem 7.1 does not compute this sum (derivations 3.3); F and eta here do, and their
 associative operator needs O(D^2 + D V) memory where the paper's needs maps of O(D^3 V).
 """
 

@@ -1,4 +1,4 @@
-"""The causal pass, the one primitive: forward, reverse, strict and full (design 1).
+"""The causal pass, the one primitive: forward, reverse, strict and full (derivations 1).
 
     pass_g(q, k, v)_t = sum_{j<=t} g^(t-j) (q_t . k_j) v_j
 
@@ -71,7 +71,7 @@ def causal_pass(
     chunk: int = CHUNK,
     group: int = GROUP,
 ) -> tuple[Array | None, Array]:
-    """First-order causal linear attention over a sequence (design 1).
+    """First-order causal linear attention over a sequence (derivations 1).
 
     Parameters
     ----------
@@ -118,6 +118,34 @@ def causal_pass(
         batch = broadcast(q.shape[:-2], shape[:-2])
         return xp.zeros((*batch, 0, v.shape[-1]), dtype=k.dtype, device=device(k)), state
     return xp.concat(outs[::-1] if reverse else outs, axis=-2), state
+
+
+def token_pass(
+    q: Array | None,
+    k: Array,
+    v: Array,
+    gate: Gate,
+    *,
+    power: int = 1,
+    kind: str = "causal",
+    state: Array | None = None,
+    chunk: int = 1,
+    group: int = 1,
+) -> tuple[Array | None, Array]:
+    """`causal_pass` over a single token: update the state, then read it (strict: read it first)."""
+    before, after = state, k.mT @ v
+    full = broadcast(after.shape[:-2], gate.batch)
+    after = namespace(k).broadcast_to(after, (*full, *after.shape[-2:]))
+    if before is not None:
+        if power and gate.decay is not None:
+            state = before * (gate.decay**power)[..., None, None]
+        elif power and gate.log_gate is not None:
+            state = before * namespace(k).exp(power * gate.log_gate)[..., None]
+        after = state + after
+    read = after
+    if kind == "strict":
+        read = namespace(after).zeros_like(after) if before is None else before
+    return None if q is None else q @ read, after
 
 
 def pieces(T: int, chunk: int, group: int) -> list[tuple[int, int, int, int]]:

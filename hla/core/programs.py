@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from . import ahla, hla2, hla3, linear
 from .namespace import Array, device, namespace
-from .passes import CHUNK, GROUP, Gate, Shape, broadcast, causal_pass
+from .passes import CHUNK, GROUP, Gate, Shape, broadcast, causal_pass, token_pass
 
 RunPass = Callable[..., tuple[Array | None, Array]]
 
@@ -82,7 +82,7 @@ PREFIX: dict[str, Program] = {
         hla3.HLA3PrefixState,
     ),
 }
-# The paper's serial recurrences letter by letter, where they differ from the sums (design 3).
+# The paper's serial recurrences letter by letter, where they differ from the sums (derivations 3).
 PAPER: dict[str, Program] = {
     "hla2": Program(
         (
@@ -124,7 +124,7 @@ RIDGE = Pass("ridge", "q", "q", "v", C)
 
 
 @functools.cache
-def program(operator: str, mask: str, convention: str, ridge: float, state: Hashable) -> Program:
+def program(operator: str, mask: str, convention: str, ridge: float, state: Any) -> Program:
     """Return the program of one request.
 
     Parameters
@@ -152,7 +152,7 @@ def program(operator: str, mask: str, convention: str, ridge: float, state: Hash
 
 
 def segment_program(operator: str, mask: str) -> Program:
-    """Return the program whose final states make up a segment (design 2)."""
+    """Return the program whose final states make up a segment (derivations 2)."""
     if mask == "prefix":
         return PREFIX[operator]
     return Program((*CAUSAL[operator].steps, *SEGMENT[operator]))
@@ -323,7 +323,7 @@ def adjoint_by_passes(
     state: Array | None,
     dstate: Array | None,
 ) -> tuple[Array, Array, Array, Array]:
-    """Adjoint of one pass as three passes (design 1), gradients not yet summed over broadcasts."""
+    """Adjoint of one pass as three passes (derivations 1), gradients not yet summed over broadcasts."""
     options = {"power": power, "kind": kind}
     dq, _ = run_pass(do, v, k, gate, state=None if state is None else state.mT, **options)
     back = {**options, "reverse": kind != "full"}
@@ -342,7 +342,7 @@ def _gate_gradient(
     state: Array,
     dstate: Array | None,
 ) -> Array:
-    """Gradient of the log gate by one pass, p (<dS_T, S_T> + sum_{t>=s} (do.o - v.dv)) (design 1).
+    """Gradient of the log gate by one pass, p (<dS_T, S_T> + sum_{t>=s} (do.o - v.dv)) (derivations 1).
 
     Summed to (*gate's batch, T); for a strict pass the sum of do.o begins one token later.
     """
@@ -371,6 +371,7 @@ class Engine(NamedTuple):
 
 
 CORE = Engine(run, adjoint)
+ONE_TOKEN = Engine(functools.partial(run, run_pass=token_pass), adjoint)
 
 
 def sum_to(x: Array, shape: Shape) -> Array:
@@ -393,7 +394,7 @@ def with_ones(v: Array) -> Array:
 
 
 def state_shapes(program: Program, q: Shape, k: Shape, v: Shape, gate: Shape) -> dict[str, Shape]:
-    """Full shape of each state field: the broadcast of just the inputs it is made of (design 4).
+    """Full shape of each state field: the broadcast of just the inputs it is made of (derivations 2).
 
     Parameters
     ----------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 from .namespace import Array
@@ -69,7 +68,7 @@ class Request:
     @property
     def program(self) -> Program:
         """The passes that compute this request."""
-        kind: Hashable = self.state_type
+        kind: Any = self.state_type
         return program(self.operator, self.mask, self.convention, self.ridge, kind)
 
     def state_shapes(self, *, segment: bool = False) -> dict[str, Shape]:

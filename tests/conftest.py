@@ -1,0 +1,293 @@
+"""Array libraries, the rows of the parametrised tests, and the comparison with its error budget."""
+
+import functools
+import importlib
+import itertools
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the test processes share the cores: no threads that spin
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+
+import hla
+
+OPERATORS = ("linear", "hla2", "ahla", "hla3")
+MASKS = ("causal", "prefix", "none")
+FORMS = ("chunked", "recurrent", "associative", "dense")
+SERIAL = ("recurrent", "associative")  # what mask none does not have
+LIBRARIES = ("numpy", "torch", "jax", "array_api_strict", "cupy")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+DTYPES = dict.fromkeys(LIBRARIES, FLOATS) | {"array_api_strict": FLOATS[2:]}
+HOME = {"numpy": ("numpy",), "array_api": LIBRARIES}  # backend: its array libraries
+
+# Error budget: unit roundoff of the wide types, RMS of one rounding of the narrow ones; the same on
+# every machine. The core keeps intermediates in float32, so only the output is rounded (1.2).
+UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}
+ROUNDING = {"bfloat16": 1.66e-3, "float16": 2.1e-4}
+EXACT = 1e-9  # float64 against the literal sums
+
+
+class Row(NamedTuple):
+    backend: str
+    form: str
+    operator: str
+    mask: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of hla.scan."""
+        return self._asdict()
+
+
+@functools.cache
+def runs(backend, form, operator, mask):
+    """Whether the dispatch table has a row of this backend for such a call, by its own answer."""
+    q, k, v = draw(2)
+    try:
+        hla.explain(q, k, v, backend=backend, form=form, operator=operator, mask=mask)
+    except hla.Unsupported:
+        return False
+    return True
+
+
+def rows(operators=OPERATORS, masks=MASKS, forms=FORMS, library="numpy") -> list:
+    """Every backend x form x operator x mask that runs here on one library's arrays."""
+    found = []
+    for entry in hla.available():
+        if not entry.available or library not in HOME.get(entry.name, ()):
+            continue
+        assert set(entry.dtypes) == set(FLOATS)  # what is claimed is what is tested
+        for operator, mask, form in itertools.product(operators, masks, forms):
+            row = Row(entry.name, form, operator, mask)
+            if runs(*row):
+                found.append(pytest.param(row, id="-".join(row)))
+            else:  # no backend may refuse what all must do
+                assert operator in entry.operators
+                assert mask == "none" or form in ("associative", "dense", "recurrent")
+                assert entry.name != "array_api" or (mask == "none" and form in SERIAL)
+    assert found, f"no backend takes {library} arrays"
+    return found
+
+
+def gated(kinds, **selection) -> list:
+    """Every row with every kind of gate that its mask allows."""
+    return [
+        pytest.param(*row.values, kind, id=f"{row.id}-{kind}")
+        for row in rows(**selection)
+        for kind in kinds
+        if kind == "none" or row.values[0].mask != "none"
+    ]
+
+
+class Library(NamedTuple):
+    name: str
+    array: Callable  # (NumPy array, dtype name) -> its array
+    numpy: Callable  # its array -> float64 NumPy array
+    kind: type  # of its arrays
+
+    def arrays(self, *xs, dtype="float64"):
+        return tuple(self.array(x, dtype) for x in xs)
+
+
+def numpy_dtype(name):
+    if name in ("bfloat16", "float8_e4m3fn"):
+        return np.dtype(getattr(pytest.importorskip("ml_dtypes"), name))
+    return np.dtype(name)
+
+
+def to_numpy(x):
+    return np.asarray(x).astype(np.float64)
+
+
+@functools.cache
+def load(name) -> Library:
+    """The adapter of one array library; skips with the reason where it is not installed."""
+    xp = pytest.importorskip(name, reason=f"{name} is not installed")
+    if name == "numpy":
+        return Library(name, lambda x, d: np.asarray(x, numpy_dtype(d)), to_numpy, np.ndarray)
+    if name == "torch":
+        return Library(
+            name,
+            lambda x, d: xp.tensor(np.asarray(x), dtype=getattr(xp, d)),
+            lambda x: x.detach().to(xp.float64).cpu().numpy(),
+            xp.Tensor,
+        )
+    if name == "jax":
+        xp.config.update("jax_enable_x64", True)
+        jnp = importlib.import_module("jax.numpy")
+        return Library(name, lambda x, d: jnp.asarray(x, getattr(jnp, d)), to_numpy, xp.Array)
+    if name == "array_api_strict":
+        strict = type(xp.asarray(0.0))
+        return Library(
+            name, lambda x, d: xp.asarray(np.asarray(x), dtype=getattr(xp, d)), to_numpy, strict
+        )
+    return Library(
+        name, lambda x, d: xp.asarray(x, dtype=d), lambda x: xp.asnumpy(x).astype(float), xp.ndarray
+    )
+
+
+def poisoned(empty):
+    @functools.wraps(empty)
+    def allocate(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        kind = getattr(x.dtype, "kind", "f" if getattr(x, "is_floating_point", bool)() else "i")
+        if kind == "f":
+            x[...] = math.nan
+        return x
+
+    return allocate
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Empty allocations hold NaN, so that nothing that was never written reaches a result."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(np, name, poisoned(getattr(np, name)))
+
+
+def draw(*shape, seed=0, D=5, V=3, positive=False):
+    """Random q, k (*shape, D) and v (*shape, V) in float64."""
+    rng = np.random.default_rng([seed, *shape, D, V])
+    q, k = rng.standard_normal((2, *shape, D))
+    if positive:
+        q, k = abs(q) + 0.1, abs(k) + 0.1
+    return q, k, rng.standard_normal((*shape, V))
+
+
+def gates(name, H, T):
+    """The gate arguments of one kind (GATES) for H heads."""
+    if name == "none":
+        return {}
+    if name == "decay":
+        return {"decay": 0.8}
+    if name == "per_head":
+        return {"decay": np.linspace(0.6, 1.0, H)}
+    a = -np.random.default_rng([H, T]).random((H, T))
+    if name == "resets":  # one at the first token, two in one chunk, a head without any
+        a[0, [t for t in (0, 5, 6, 12, 100) if t < T]] = -np.inf
+    return {"log_gate": a}
+
+
+GATES = ("none", "decay", "per_head", "log_gate", "resets")
+
+
+MOVABLE = ("none", "per_head", "resets")
+
+
+def movable(kind, H, T):
+    """Gates away from the edge of their range, so that finite differences can move them."""
+    if kind == "none":
+        return {}
+    if kind == "per_head":
+        return {"decay": np.linspace(0.6, 0.9, H)}
+    a = gates("log_gate", H, T)["log_gate"] - 0.1
+    if kind == "resets":
+        a[0, 5] = -np.inf
+    return {"log_gate": a}
+
+
+def states(H, options, inputs, first=None, seed=0):
+    """A state the inputs can start from, and a random cotangent of their last one.
+
+    `first` are options of the call that makes the state; its type can hang on them (a decay there).
+    """
+    rng = np.random.default_rng(seed)
+    names = {n: x for n, x in options.items() if n not in ("form", "chunk_size", "backend")}
+    _, start = hla.scan(*draw(H, 6, seed=seed + 7), return_state=True, **names | (first or {}))
+    _, last = hla.scan(return_state=True, **inputs, **options)
+    cotangent = type(last)(*(rng.standard_normal(x.shape) for x in last))
+    return start, cotangent
+
+
+def symmetric(name, x):
+    """Twice the symmetric part of what belongs to a symmetric field; others as they are."""
+    return x + np.swapaxes(x, -1, -2) if name in ("S", "Q") else x
+
+
+def close(got, want, tol=EXACT, size=None):
+    """Assert that float64 arrays agree: shape, finite, largest error against largest value."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape
+    assert np.isfinite(want).all()
+    assert np.isfinite(got).all()
+    if want.size:
+        error, size = abs(got - want).max(), size or abs(want).max()
+        assert error <= tol * size, f"error {error:.2e} of {size:.2e}, allowed {tol:.0e} relative"
+
+
+def close_fields(got, want, tol=EXACT):
+    """Assert that two states, segments or gradients agree field by field, None with None."""
+    assert type(got).__name__ == type(want).__name__
+    assert got._fields == want._fields
+    for x, y in zip(got, want, strict=True):
+        if y is None or x is None:
+            assert x is y
+        elif hasattr(y, "_fields"):
+            close_fields(x, y, tol)
+        else:
+            close(to_numpy(x), to_numpy(y), tol)
+
+
+def same(got, want):
+    """Assert equal bits (of values; 0.0 is -0.0), NaN where NaN is."""
+    np.testing.assert_array_equal(to_numpy(got), to_numpy(want))
+
+
+def same_fields(got, want):
+    assert got._fields == want._fields
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == y.dtype
+        same(x, y)
+
+
+def rms(x):
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def errors(got, want, tokens=64, least=1024):
+    """Relative RMS error of the whole and of the worst block.
+
+    Arrays are (..., T, V). A block is one head and 64 consecutive tokens; heads are merged until a
+    block has 1024 elements, because with few values a cancellation is not an error.
+    """
+    assert got.shape == want.shape
+    assert np.isfinite(want).all()
+    assert np.isfinite(got).all(), "not finite"
+    if not want.size:
+        return 0.0, 0.0
+    T, V = want.shape[-2:]
+    got, want = got.reshape(-1, T, V), want.reshape(-1, T, V)
+    starts = range(0, max(T - tokens // 2, 1), tokens)  # a short tail belongs to the block before
+    worst = 0.0
+    for start in starts:
+        part = slice(start, None if start == starts[-1] else start + tokens)
+        group = math.ceil(least / want[0, part].size)
+        for h in range(0, max(len(want) - group // 2, 1), group):
+            head = slice(h, h + group if h + group + group // 2 < len(want) else None)
+            block = want[head, part]
+            worst = max(worst, rms(got[head, part] - block) / (rms(block) or 1e-300))
+    return rms(got - want) / (rms(want) or 1e-300), worst
+
+
+def budget(dtype, *, D, T, decay=None, W=64, gradient=False):
+    """Allowed relative RMS error (whole, worst block) against float64 on the same rounded input."""
+    if dtype in UNIT:
+        N = T if decay is None or np.max(decay) == 1 else min(T, 1 / (1 - float(np.max(decay))))
+        bound = 4 * UNIT[dtype] * (2 + 0.2 * math.sqrt(D) + 0.3 * math.sqrt(N / W))
+        return (1.5 if gradient else 1) * bound, (1.5 if gradient else 1) * bound
+    bound = (1.7 if gradient else 1.2) * ROUNDING[dtype]
+    return bound, 2 * bound
+
+
+def within_budget(got, want, dtype, **size):
+    """Assert the error budget; returns nothing, so that no caller can drop a verdict."""
+    whole, worst = errors(got, want)
+    most_whole, most_worst = budget(dtype, T=want.shape[-2], **size)
+    assert whole <= most_whole, f"{dtype}: error {whole:.2e} of the whole, allowed {most_whole:.2e}"
+    assert worst <= most_worst, f"{dtype}: error {worst:.2e} of a block, allowed {most_worst:.2e}"
