@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from ..core.request import Inputs, Request
 from ..dispatch import Info
 from ..kernels import numpy_program
 
-PLAIN = Engine(numpy_program.run, numpy_program.adjoint)
-KEEPING = PLAIN._replace(run=functools.partial(numpy_program.run, keep=True))
+SWEEP = Engine(numpy_program.run, numpy_program.adjoint)
 
 
 def supports(request: Request) -> str | None:
@@ -31,7 +29,7 @@ def supports(request: Request) -> str | None:
 def _engine(request: Request) -> Engine:
     if request.mask == "none":
         return CORE  # whole products, with nothing to sweep over
-    return KEEPING if request.gradient else PLAIN
+    return SWEEP
 
 
 def _readable(inputs: Inputs) -> Inputs:

@@ -33,7 +33,6 @@ def segment(
     gate: Gate,
     *,
     chunk: int,
-    group: int,
     shapes: dict[str, Shape] | None = None,
 ) -> Any:
     """Summarize a sequence by the operator's segment program.
@@ -44,14 +43,14 @@ def segment(
         Names the operator and mask.
     values : dict
         "q", "k" and "v" with its column of ones, (*batch, T, features).
-    gate, chunk, group
+    gate, chunk
         As in `passes.causal_pass`.
     shapes : dict, optional
         Full shape of each final state, to which they are cut.
     """
     algebra = ALGEBRA[request.operator, request.mask]
     program = programs.segment_program(request.operator, request.mask)
-    _, trace = programs.run(program, values, gate, {}, chunk=chunk, group=group)
+    _, trace = programs.run(program, values, gate, {}, chunk=chunk)
     fields = split(final_states(program, trace), shapes)
     return algebra.segment(**algebra.moments(fields), rho=_attenuation(values["k"], gate))
 
@@ -109,16 +108,16 @@ def scan(
     final = algebra.extend(scans.element(carries, -1), scans.element(summary, -1))
     read = functools.partial(algebra.read, ridge=request.ridge) if request.ridge else algebra.read
 
-    def body(carry: None, xs: tuple[Array, ...]) -> tuple[None, Array]:
+    def body(carry: None, xs: tuple[Array, ...]) -> tuple[None, tuple[Array]]:
         q, k, v, rho = (xp.moveaxis(x, -2, 0) for x in xs[:4])  # [w, *batch, features]
         token = algebra.lift(q, k, v, rho[..., 0])
         prefix = scans.blelloch(algebra.combine, token, algebra.identity(scans.element(token, 0)))
         states = algebra.extend(algebra.extend(type(carries)(*xs[4:]), prefix), token)
         num, den = read(states, q)
-        return carry, xp.moveaxis(xp.concat([num, den[..., None]], axis=-1), 0, -2)
+        return carry, (xp.moveaxis(xp.concat([num, den[..., None]], axis=-1), 0, -2),)
 
     xs = (*tokens, rhos, *carries)
-    _, out = fold(body, None, xs, axes=tuple(-x.ndim for x in xs), out_axis=-3)
+    _, (out,) = fold(body, None, xs, axes=tuple(-x.ndim for x in xs), out_axis=-3)
     rows = tokens[0].shape[0] * w
     return xp.reshape(out, (*batch, rows, V + 1))[..., rows - T :, :], _owned(final, request)
 
@@ -151,7 +150,7 @@ def _summaries(
         inner = Gate(log_gate=_chunked(gate.log_gate[..., None], batch, w, 0.0)[..., 0])
     values = dict(zip("qkv", tokens, strict=True))
     values["v"] = with_ones(values["v"])
-    summary = segment(request, values, inner, chunk=w, group=1)._asdict()
+    summary = segment(request, values, inner, chunk=w)._asdict()
     chunks = rhos.shape[0]
     for field in summary.keys() - {"rho"}:
         x = summary[field]

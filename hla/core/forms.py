@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from . import associative
 from .associative import algebra_of
 from .namespace import Array, namespace
-from .passes import CHUNK, GROUP, Gate
+from .passes import CHUNK, Gate
 from .programs import CORE, Engine, Trace, final_states, with_ones
 from .request import Inputs, Request
 from .states import Keyed, gradient_fields, joined, split
@@ -55,11 +55,6 @@ def plan(request: Request) -> str:
 def _width(request: Request) -> int:
     widths = {"recurrent": 1, "dense": request.tokens}
     return max(1, widths.get(request.form or "chunked", request.chunk_size or CHUNK))
-
-
-def _sizes(request: Request) -> dict[str, int]:
-    """Chunk width and group of the request's form."""
-    return {"chunk": _width(request), "group": GROUP if request.form in (None, "chunked") else 1}
 
 
 def accumulated(request: Request, inputs: Inputs) -> tuple[dict[str, Array], Gate, Keyed]:
@@ -112,7 +107,9 @@ def forward(
 
 def _run(request: Request, inputs: Inputs, engine: Engine) -> tuple[Array, Trace]:
     values, gate, initial = accumulated(request, inputs)
-    return engine.run(request.program, values, gate, initial, **_sizes(request))
+    return engine.run(
+        request.program, values, gate, initial, chunk=_width(request), keep=request.gradient
+    )
 
 
 def _finish(request: Request, inputs: Inputs, out: Array) -> Array:
@@ -160,7 +157,7 @@ def backward(
         dout,
         dfinal,
         with_gate=request.gate_given,
-        **_sizes(request),
+        chunk=_width(request),
     )
     dq, dk, dv = (grads.values[x] for x in "qkv")
     if request.scale != 1.0:
@@ -210,4 +207,4 @@ def summarize(request: Request, inputs: Inputs) -> Any:
     """Summary of a whole sequence as one segment, in the accumulation dtype."""
     values, gate, _ = accumulated(request, inputs)
     shapes = request.state_shapes(segment=True)
-    return associative.segment(request, values, gate, **_sizes(request), shapes=shapes)
+    return associative.segment(request, values, gate, chunk=_width(request), shapes=shapes)

@@ -1,7 +1,7 @@
 """Second order: o_t = sum_{i<=j<=t} g^(2t-i-j) (q_t.k_i)(q_j.k_i) v_j (the paper's section 3).
 
-A segment carries the paper's S, C, m, G, h, with G and h decayed by rho^2 (derivations 3.1: with the
-paper's rho the operator is not associative). A state carries F = S C - G and eta = S m - h.
+A segment carries the paper's S, C, m, G, h, with G and h decayed by rho^2 (derivations 3.1: with
+the paper's rho the operator is not associative). A state carries F = S C - G and eta = S m - h.
 """
 
 from __future__ import annotations

@@ -151,21 +151,20 @@ def call(function: Callable[..., Any], request: Any, x: Array, *args: Any) -> An
 
 
 def fold(
-    body: Callable[[Any, tuple[Array, ...]], tuple[Any, Any]],
+    body: Callable[[Any, tuple[Array, ...]], tuple[Any, tuple[Array, ...]]],
     carry: Any,
     xs: tuple[Array, ...],
     *,
     axes: tuple[int, ...],
     out_axis: int,
     reverse: bool = False,
-) -> tuple[Any, Array]:
-    """Loop ``carry, y = body(carry, slices)`` over one axis of each x; stack the y's on one axis.
+) -> tuple[Any, tuple[Array, ...]]:
+    """Loop ``carry, ys = body(carry, slices)`` over one axis of each x; stack the ys on one axis.
 
     Parameters
     ----------
     body : callable
-        Takes the carry and a tuple with one slice of each x; returns (carry, y). ``y`` is one
-        array or None.
+        Takes the carry and a tuple with one slice of each x; returns the carry and a tuple.
     carry : pytree
         Keeps its shapes and dtypes from turn to turn.
     xs : tuple of arrays
@@ -173,9 +172,9 @@ def fold(
     axes : tuple of int
         The sliced axis of each x.
     out_axis : int
-        Negative axis of the result that counts the turns.
+        Negative axis of the results that counts the turns.
     reverse : bool
-        Last slice first; the y's stay at their slice's place.
+        Last slice first; the ys stay at their slice's place.
 
     Returns
     -------
@@ -184,15 +183,17 @@ def fold(
     """
     xp = namespace(xs[0])
     if is_jax(xs[0]):
-        lax = sys.modules["jax"].lax
+        jax = sys.modules["jax"]
+        # the gradient computes a turn again: its residuals would be larger and slower than its sums
+        repeated = jax.checkpoint(body, prevent_cse=False)
         leading = tuple(xp.moveaxis(x, axis, 0) for x, axis in zip(xs, axes, strict=True))
-        carry, ys = lax.scan(body, carry, leading, reverse=reverse)
-        return carry, None if ys is None else xp.moveaxis(ys, 0, out_axis)
+        carry, ys = jax.lax.scan(repeated, carry, leading, reverse=reverse)
+        return carry, tuple(xp.moveaxis(y, 0, out_axis) for y in ys)
+    out = []
     turns = list(zip(*(unstack(x, axis) for x, axis in zip(xs, axes, strict=True)), strict=True))
-    out: list[Array] = []
-    for slices in reversed(turns) if reverse else turns:
-        carry, y = body(carry, slices)
-        out.append(y)
-    if out[0] is None:
-        return carry, None
-    return carry, xp.stack(out[::-1] if reverse else out, axis=out_axis)
+    for turn in reversed(turns) if reverse else turns:
+        carry, ys = body(carry, turn)
+        out.append(ys)
+    if reverse:
+        out.reverse()
+    return carry, tuple(xp.stack(y, axis=out_axis) for y in zip(*out, strict=True))

@@ -13,16 +13,29 @@ exchanged and the chunks taken last first. W = 1 is the recurrent form and W = T
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .namespace import Array, Namespace, device, fold, namespace, unstack
+from .namespace import Array, device, fold, namespace
 
 Shape = tuple[int, ...]
+Fields = tuple[str, ...]
 
 CHUNK = 64  # tokens in a chunk, the paper's w: balances W D against D^2 work at D = 64
-GROUP = 4  # chunks that share one set of products; only their states are joined one by one
+
+
+class Pass(NamedTuple):
+    """One step of a program, ``out = pass(q, k, v)``; its state has the fields named."""
+
+    out: str
+    q: str  # "" asks for the state alone
+    k: str
+    v: str
+    state: Fields  # (matrix,) or, where v carries the column of ones, (matrix, mass)
+    power: int = 1  # exponent of the gate
+    kind: str = "causal"  # pairs j <= t; "strict": j < t; "full": all, undecayed
 
 
 class Gate(NamedTuple):
@@ -40,17 +53,18 @@ class Gate(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What the gate does within a chunk, shaped to multiply (..., chunk, W, features)."""
+    """What the gate does within a chunk, shaped to multiply (..., W, features)."""
 
     mask: Array  # [W, W] the legal pairs (query, key)
-    pair: Array | None = None  # [..., chunk, W, W]
-    query: Array | None = None  # [..., chunk, W, 1]
-    key: Array | None = None  # [..., chunk, W, 1]
-    total: Array | None = None  # [..., chunk, 1, 1]
+    pair: Array | None = None  # [..., W, W]
+    query: Array | None = None  # [..., W, 1]
+    key: Array | None = None  # [..., W, 1]
+    total: Array | None = None  # [..., 1, 1]
 
     def reversed(self) -> Weights:
         """Weights of the reverse pass."""
-        return Weights(self.mask.T, _transpose(self.pair), self.key, self.query, self.total)
+        pair = None if self.pair is None else self.pair.mT
+        return Weights(self.mask.mT, pair, self.key, self.query, self.total)
 
 
 def broadcast(*shapes: Shape) -> Shape:
@@ -58,8 +72,171 @@ def broadcast(*shapes: Shape) -> Shape:
     return tuple(np.broadcast_shapes(*shapes))
 
 
+def weights(gate: Gate, power: int, kind: str, W: int, *, like: Array) -> Weights:
+    """Weights of one chunk of W tokens; ``gate.log_gate`` is that of the chunk, (..., W).
+
+    Sums of the log gate run over exactly the tokens between a pair: no difference of prefix sums
+    that cancels, and -inf is absorbed instead of subtracted.
+    """
+    xp, strict = namespace(like), kind == "strict"
+    t = xp.arange(W, dtype=like.dtype, device=device(like))
+    span = t[:, None] - t[None, :] - (1 if strict else 0)  # [W, W] decays between query and key
+    mask = span >= 0
+    zero = xp.zeros((), dtype=like.dtype, device=device(like))
+    if power and gate.decay is not None:
+        g = gate.decay[..., None, None]
+        return Weights(
+            mask,
+            g ** (power * xp.where(mask, span, zero)),
+            g ** (power * (t if strict else t + 1))[:, None],
+            g ** (power * (W - 1 - t))[:, None],
+            g ** (zero + power * W),
+        )
+    if not power or gate.log_gate is None:
+        return Weights(mask)
+    a = power * gate.log_gate
+    after = xp.where(t[:, None] > t[None, :], a[..., :, None], zero)
+    between = xp.cumulative_sum(after, axis=-2)  # [..., W, W]: sum of a over key+1..query
+    upto = xp.cumulative_sum(a, axis=-1)[..., None]  # [..., W, 1]
+    key, total = xp.exp(between[..., -1, :])[..., None], xp.exp(upto[..., -1:, :])
+    if strict:
+        between = xp.concat([xp.zeros_like(between[..., :1, :]), between[..., :-1, :]], axis=-2)
+        upto = xp.concat([xp.zeros_like(upto[..., :1, :]), upto[..., :-1, :]], axis=-2)
+    return Weights(mask, xp.exp(xp.where(mask, between, zero)), xp.exp(upto), key, total)
+
+
+def sweep(
+    steps: Sequence[Pass],
+    values: Mapping[str, Array],
+    gate: Gate,
+    states: Sequence[Array],
+    *,
+    chunk: int,
+    outputs: Sequence[str],
+    reverse: bool = False,
+) -> tuple[dict[str, Array], tuple[Array, ...]]:
+    """Run causal or strict steps together, chunk by chunk.
+
+    Parameters
+    ----------
+    steps : sequence of Pass
+        In order; later ones read the outputs of earlier ones.
+    values : mapping
+        The arrays that the steps read, (*batch, T, features), of the accumulation dtype.
+    gate : Gate
+        Decay of every step.
+    states : sequence of array
+        State that each step starts from, of its full shape.
+    chunk : int
+        Tokens in a chunk.
+    outputs : sequence of str
+        The step outputs to return.
+    reverse : bool
+        Exchange past and future: the transposed map; states then hold the future.
+
+    Returns
+    -------
+    outs : dict of array, (*batch, T, features)
+    states : tuple of array
+    """
+    carry, like = tuple(states), next(iter(values.values()))
+    xp, T = namespace(like), like.shape[-2]
+    kinds = {(s.power, s.kind) for s in steps}
+    parts: list[tuple[Array, ...]] = []
+    cuts = [(0, T - T % chunk, chunk), (T - T % chunk, T, T % chunk)]
+    for start, stop, W in reversed(cuts) if reverse else cuts:
+        if start == stop:
+            continue
+        turns = (stop - start) // W
+        xs = tuple(_chunks(x, 1, start, stop, turns) for x in values.values())
+        fixed = None
+        if gate.log_gate is None:
+            fixed = {key: weights(gate, *key, W, like=like) for key in kinds}
+        else:
+            xs = (*xs, _chunks(gate.log_gate, 0, start, stop, turns))
+
+        def body(
+            carry: tuple[Array, ...], xs: tuple[Array, ...], fixed: Any = fixed, W: int = W
+        ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+            ws = fixed
+            if ws is None:
+                ws = {key: weights(Gate(log_gate=xs[-1]), *key, W, like=like) for key in kinds}
+            local = dict(zip(values, xs, strict=False))
+            after = _chunk(steps, local, ws, carry, reverse)
+            return after, tuple(local[name] for name in outputs)
+
+        axes = (-3,) * len(values) + (-2,) * (gate.log_gate is not None)
+        carry, outs = fold(body, carry, xs, axes=axes, out_axis=-3, reverse=reverse)
+        parts.append(tuple(xp.reshape(o, (*o.shape[:-3], stop - start, o.shape[-1])) for o in outs))
+    if not parts:
+        return _empty(steps, values, carry, outputs), carry
+    if reverse:
+        parts.reverse()
+    whole = (
+        parts[0] if len(parts) == 1 else (xp.concat(p, axis=-2) for p in zip(*parts, strict=True))
+    )
+    return dict(zip(outputs, whole, strict=True)), carry
+
+
+def _chunks(x: Array, features: int, start: int, stop: int, turns: int) -> Array:
+    """Cut [..., T, *] into [..., turns, W, *]."""
+    rows = x[(..., slice(start, stop)) + (slice(None),) * features]
+    lead, last = rows.shape[: rows.ndim - 1 - features], rows.shape[rows.ndim - features :]
+    return namespace(x).reshape(rows, (*lead, turns, (stop - start) // turns, *last))
+
+
+def _chunk(
+    steps: Sequence[Pass],
+    local: dict[str, Array],
+    ws: Mapping[tuple[int, str], Weights],
+    carry: tuple[Array, ...],
+    reverse: bool,
+) -> tuple[Array, ...]:
+    """Run every step over one chunk; write its outputs to ``local``; return the states after it."""
+    pairs: dict[tuple[str, str, int, str], Array] = {}
+    after = []
+    for s, S in zip(steps, carry, strict=True):
+        w, k, v = ws[s.power, s.kind], local[s.k], local[s.v]
+        w = w.reversed() if reverse else w
+        xp = namespace(k)
+        if s.q:
+            q, key = local[s.q], (s.q, s.k, s.power, s.kind)
+            if key not in pairs:
+                pair = q @ k.mT  # [..., W, W]
+                pair = pair if w.pair is None else pair * w.pair
+                # not a product with the mask: an overflowing future would reach the past as 0 * inf
+                pairs[key] = xp.where(w.mask, pair, xp.zeros((), dtype=k.dtype, device=device(k)))
+            local[s.out] = pairs[key] @ v + (q if w.query is None else q * w.query) @ S
+        kv = (k if w.key is None else k * w.key).mT @ v
+        after.append(kv + (S if w.total is None else S * w.total))
+    return tuple(after)
+
+
+def _empty(
+    steps: Sequence[Pass],
+    values: Mapping[str, Array],
+    states: Sequence[Array],
+    outputs: Sequence[str],
+) -> dict[str, Array]:
+    """Outputs of no tokens."""
+    local = dict(values)
+    for s, S in zip(steps, states, strict=True):
+        if s.q:
+            shape = (*broadcast(local[s.q].shape[:-2], S.shape[:-2]), 0, S.shape[-1])
+            local[s.out] = namespace(S).zeros(shape, dtype=S.dtype, device=device(S))
+    return {name: local[name] for name in outputs}
+
+
+def started(state: Array | None, shape: Shape, like: Array) -> Array:
+    """Return the state that a pass starts from, of its full shape: as given, or zeros."""
+    xp = namespace(like)
+    if state is None:
+        state = xp.zeros((), dtype=like.dtype, device=device(like))
+    return xp.broadcast_to(state, shape)
+
+
 def causal_pass(
-    q: Array | None,
+    q: Array,
     k: Array,
     v: Array,
     gate: Gate,
@@ -69,14 +246,13 @@ def causal_pass(
     reverse: bool = False,
     state: Array | None = None,
     chunk: int = CHUNK,
-    group: int = GROUP,
-) -> tuple[Array | None, Array]:
-    """First-order causal linear attention over a sequence (derivations 1).
+) -> tuple[Array, Array]:
+    """First-order causal linear attention over a sequence, by itself.
 
     Parameters
     ----------
     q, k : array, (*batch, T, D)
-        Queries and keys; batch axes broadcast. ``q=None`` asks for the state alone.
+        Queries and keys; batch axes broadcast.
     v : array, (*batch, T, V)
         Values.
     gate : Gate
@@ -89,189 +265,33 @@ def causal_pass(
         Exchange past and future: the transposed map, which the adjoint needs.
     state : array, (*batch, D, V), optional
         State that the pass starts from (when reversed: at the end).
-    chunk, group : int
-        Tokens in a chunk; chunks in one product.
+    chunk : int
+        Tokens in a chunk.
 
     Returns
     -------
-    o : array, (*batch, T, V), or None
+    o : array, (*batch, T, V)
     state : array, (*broadcast of k, v and gate, D, V)
     """
     if kind == "full":
         total = k.mT @ v
-        return (None if q is None else q @ total), total
-    xp, T = namespace(k), k.shape[-2]
-    if power == 0:
-        gate = Gate()
-    shape = (*broadcast(k.shape[:-2], v.shape[:-2], gate.batch), k.shape[-1], v.shape[-1])
-    if state is None:
-        state = xp.zeros(shape, dtype=k.dtype, device=device(k))
-    state = xp.broadcast_to(state, shape)
-    cuts = pieces(T, chunk, group)
-    outs = []
-    for cut in reversed(cuts) if reverse else cuts:
-        o, state = _piece(q, k, v, gate, power, kind == "strict", reverse, state, *cut)
-        outs.append(o)
-    if q is None:
-        return None, state
-    if not outs:
-        batch = broadcast(q.shape[:-2], shape[:-2])
-        return xp.zeros((*batch, 0, v.shape[-1]), dtype=k.dtype, device=device(k)), state
-    return xp.concat(outs[::-1] if reverse else outs, axis=-2), state
+        return q @ total, total
+    step = Pass("o", "q", "k", "v", ("S",), power, kind)
+    lead = broadcast(k.shape[:-2], v.shape[:-2], gate.batch)
+    begin = [started(state, (*lead, k.shape[-1], v.shape[-1]), k)]
+    values = {"q": q, "k": k, "v": v}
+    outs, (end,) = sweep([step], values, gate, begin, chunk=chunk, outputs="o", reverse=reverse)
+    return outs["o"], end
 
 
-def token_pass(
-    q: Array | None,
-    k: Array,
-    v: Array,
-    gate: Gate,
-    *,
-    power: int = 1,
-    kind: str = "causal",
-    state: Array | None = None,
-    chunk: int = 1,
-    group: int = 1,
-) -> tuple[Array | None, Array]:
-    """`causal_pass` over a single token: update the state, then read it (strict: read it first)."""
-    before, after = state, k.mT @ v
-    full = broadcast(after.shape[:-2], gate.batch)
-    after = namespace(k).broadcast_to(after, (*full, *after.shape[-2:]))
-    if before is not None:
-        if power and gate.decay is not None:
-            state = before * (gate.decay**power)[..., None, None]
-        elif power and gate.log_gate is not None:
-            state = before * namespace(k).exp(power * gate.log_gate)[..., None]
-        after = state + after
-    read = after
-    if kind == "strict":
-        read = namespace(after).zeros_like(after) if before is None else before
-    return None if q is None else q @ read, after
-
-
-def pieces(T: int, chunk: int, group: int) -> list[tuple[int, int, int, int]]:
-    """Cut T tokens into whole groups, whole chunks and a rest: (start, stop, group, chunk)."""
-    groups, chunks = T - T % (group * chunk), T - T % chunk
-    cuts = [
-        (0, groups, group, chunk),
-        (groups, chunks, (chunks - groups) // chunk, chunk),
-        (chunks, T, 1, T - chunks),
-    ]
-    return [cut for cut in cuts if cut[1] > cut[0]]
-
-
-def _piece(
-    q: Array | None,
-    k: Array,
-    v: Array,
-    gate: Gate,
-    power: int,
-    strict: bool,
-    reverse: bool,
-    state: Array,
-    start: int,
-    stop: int,
-    G: int,
-    W: int,
-) -> tuple[Array | None, Array]:
-    """Run the pass over tokens start..stop, which are whole groups of G chunks of W tokens."""
-    xp = namespace(k)
-    turns = (stop - start) // (G * W)
-
-    def grouped(x: Array, features: int) -> Array:  # [..., T, *] -> [..., turns, G, W, *]
-        rows = x[(..., slice(start, stop)) + (slice(None),) * features]
-        lead, last = rows.shape[: rows.ndim - 1 - features], rows.shape[rows.ndim - features :]
-        return xp.reshape(rows, (*lead, turns, G, W, *last))
-
-    xs = [grouped(x, 1) for x in (k, v)] if q is None else [grouped(x, 1) for x in (q, k, v)]
-    axes = [-4] * len(xs)
-    fixed = None
-    if gate.log_gate is None:
-        fixed = weights(xp, gate, power, strict, W, like=k)
-    else:
-        xs.append(grouped(gate.log_gate, 0))
-        axes.append(-3)
-
-    def body(S: Array, x: tuple[Array, ...]) -> tuple[Array, Array | None]:
-        w = fixed
-        if w is None:
-            *x, a = x  # type: ignore[assignment]
-            w = weights(xp, Gate(log_gate=a), power, strict, W, like=k)
-        if reverse:
-            w = w.reversed()
-        return _group(None if q is None else x[0], x[-2], x[-1], w, S, reverse)
-
-    if turns == 1:
-        places = zip(xs, axes, strict=True)
-        slices = tuple(x[(..., 0) + (slice(None),) * (-axis - 1)] for x, axis in places)
-        state, o = body(state, slices)
-    else:
-        state, o = fold(body, state, tuple(xs), axes=tuple(axes), out_axis=-4, reverse=reverse)
-    if o is not None:
-        lead = o.shape[: o.ndim - (3 if turns == 1 else 4)]
-        o = xp.reshape(o, (*lead, stop - start, o.shape[-1]))
-    return o, state
-
-
-def _group(
-    q: Array | None, k: Array, v: Array, w: Weights, S: Array, reverse: bool
-) -> tuple[Array, Array | None]:
-    """One group of chunks: q, k [..., G, W, D], v [..., G, W, V], S [..., D, V] -> (S, o)."""
-    xp = namespace(k)
-    kv = (k if w.key is None else k * w.key).mT @ v  # [..., G, D, V]
-    totals: tuple[Array | None, ...] = (None,) * kv.shape[-3]
-    if w.total is not None:
-        each = (*w.total.shape[:-3], kv.shape[-3], 1, 1)
-        totals = unstack(xp.broadcast_to(w.total, each), -3)
-    turns = list(zip(unstack(kv, -3), totals, strict=True))
-    before = []
-    for added, total in reversed(turns) if reverse else turns:
-        before.append(S)
-        S = added + (S if total is None else S * total)
-    if reverse:
-        before.reverse()
-    if q is None:
-        return S, None
-    pair = q @ k.mT  # [..., G, W, W]
-    if w.pair is not None:
-        pair = pair * w.pair
-    # where, not a product with the mask: a future that overflows must not reach the past as 0 * inf
-    pair = xp.where(w.mask, pair, xp.zeros((), dtype=k.dtype, device=device(k)))
-    carried = q if w.query is None else q * w.query
-    return S, pair @ v + carried @ xp.stack(before, axis=-3)
-
-
-def weights(xp: Namespace, gate: Gate, power: int, strict: bool, W: int, *, like: Array) -> Weights:
-    """Weights of one chunk of W tokens (``gate.log_gate``: (..., G, W), of each chunk).
-
-    Sums of the log gate run over exactly the tokens between a pair: no difference of prefix sums
-    that cancels, and -inf is absorbed instead of subtracted.
-    """
-    t = xp.arange(W, dtype=like.dtype, device=device(like))
-    span = t[:, None] - t[None, :] - (1 if strict else 0)  # [W, W] decays between query and key
-    mask = span >= 0
-    if gate.decay is not None:
-        g = gate.decay[..., None, None, None]
-        zero = xp.zeros_like(span)
-        return Weights(
-            mask,
-            g ** (power * xp.where(mask, span, zero)),
-            g ** (power * (t if strict else t + 1))[:, None],
-            g ** (power * (W - 1 - t))[:, None],
-            g ** xp.asarray(power * W, dtype=like.dtype, device=device(like)),
-        )
-    if gate.log_gate is None:
-        return Weights(mask)
-    a = power * gate.log_gate  # [..., G, W]
-    zero = xp.zeros((), dtype=like.dtype, device=device(like))
-    after = xp.where(t[:, None] > t[None, :], a[..., :, None], zero)
-    between = xp.cumulative_sum(after, axis=-2)  # [..., G, W, W]: sum of a over key+1..query
-    upto = xp.cumulative_sum(a, axis=-1)[..., None]  # [..., G, W, 1]
-    key, total = xp.exp(between[..., -1, :])[..., None], xp.exp(upto[..., -1:, :])
-    if strict:
-        between = xp.concat([xp.zeros_like(between[..., :1, :]), between[..., :-1, :]], axis=-2)
-        upto = xp.concat([xp.zeros_like(upto[..., :1, :]), upto[..., :-1, :]], axis=-2)
-    return Weights(mask, xp.exp(xp.where(mask, between, zero)), xp.exp(upto), key, total)
-
-
-def _transpose(x: Array | None) -> Array | None:
-    return None if x is None else x.mT
+def token_step(step: Pass, local: dict[str, Array], gate: Gate, state: Array) -> Array:
+    """Run one step over a single token: update the state, then read it (strict: read it first)."""
+    xp, k, after = namespace(state), local[step.k], state
+    if step.power and gate.decay is not None:
+        after = state * (gate.decay**step.power)[..., None, None]
+    elif step.power and gate.log_gate is not None:
+        after = state * xp.exp(step.power * gate.log_gate)[..., None]
+    after = after + k.mT @ local[step.v]
+    if step.q:
+        local[step.out] = local[step.q] @ (state if step.kind == "strict" else after)
+    return after

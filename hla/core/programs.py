@@ -14,21 +14,18 @@ from typing import Any, NamedTuple
 
 from . import ahla, hla2, hla3, linear
 from .namespace import Array, device, namespace
-from .passes import CHUNK, GROUP, Gate, Shape, broadcast, causal_pass, token_pass
-
-RunPass = Callable[..., tuple[Array | None, Array]]
-
-
-class Pass(NamedTuple):
-    """One step: ``out = pass(q, k, v)``, whose state is named after the fields that hold it."""
-
-    out: str
-    q: str  # "" asks for the state alone
-    k: str
-    v: str
-    state: tuple[str, ...]  # (matrix,) or, where v carries the column of ones, (matrix, mass)
-    power: int = 1
-    kind: str = "causal"
+from .passes import (
+    CHUNK,
+    Fields,
+    Gate,
+    Pass,
+    Shape,
+    broadcast,
+    causal_pass,
+    started,
+    sweep,
+    token_step,
+)
 
 
 class Program(NamedTuple):
@@ -170,13 +167,12 @@ def run(
     program: Program,
     values: Mapping[str, Array],
     gate: Gate,
-    initial: Mapping[tuple[str, ...], Array],
+    initial: Mapping[Fields, Array],
     *,
     chunk: int = CHUNK,
-    group: int = GROUP,
-    run_pass: RunPass = causal_pass,
+    keep: bool = False,
 ) -> tuple[Array | None, Trace]:
-    """Run a program forward.
+    """Run a program forward, all its steps in one sweep.
 
     Parameters
     ----------
@@ -188,40 +184,69 @@ def run(
         Decay of every step.
     initial : mapping
         Incoming states by the fields they hold.
-    chunk, group : int
-        As in `passes.causal_pass`.
-    run_pass : callable
-        `passes.causal_pass` or a backend's own with the same signature.
+    chunk : int
+        Tokens in a chunk.
+    keep : bool
+        Keep every intermediate, for `adjoint`.
 
     Returns
     -------
     o : array or None, trace : Trace
     """
+    env = dict(values)
+    if any(s.kind == "full" for s in program.steps):
+        states = []
+        for s in program.steps:
+            env[s.out], state = causal_pass(env[s.q], env[s.k], env[s.v], gate, kind="full")
+            states.append(state)
+        return _sum(program, env), Trace(env, tuple(states))
+    needed = [s.out for s in program.steps if s.out] if keep else [x for _, x in program.outputs]
+    begin = _begin(program, values, gate, initial)
+    outs, ends = sweep(program.steps, values, gate, begin, chunk=chunk, outputs=needed)
+    env.update(outs)
+    return _sum(program, env), Trace(env, ends)
+
+
+def run_token(
+    program: Program,
+    values: Mapping[str, Array],
+    gate: Gate,
+    initial: Mapping[Fields, Array],
+    **_: Any,
+) -> tuple[Array | None, Trace]:
+    """Run a program over a single token, state by state; as `run`."""
     env, states = dict(values), []
+    for s, state in zip(program.steps, _begin(program, values, gate, initial), strict=True):
+        states.append(token_step(s, env, gate, state))
+    return _sum(program, env), Trace(env, tuple(states))
+
+
+def _begin(
+    program: Program, values: Mapping[str, Array], gate: Gate, initial: Mapping[Fields, Array]
+) -> list[Array]:
+    """Return the state that each step starts from."""
+    like, out = values["k"], []
+    shapes = {name: tuple(x.shape) for name, x in values.items()}
     for s in program.steps:
-        q = env[s.q] if s.q else None
-        out, state = run_pass(
-            q,
-            env[s.k],
-            env[s.v],
-            gate,
-            power=s.power,
-            kind=s.kind,
-            state=initial.get(s.state),
-            chunk=chunk,
-            group=group,
-        )
-        states.append(state)
-        if s.out:
-            env[s.out] = out
+        lead = broadcast(shapes[s.k][:-2], shapes[s.v][:-2], gate.batch)
+        shape = (*lead, shapes[s.k][-1], shapes[s.v][-1])
+        out.append(started(initial.get(s.state), shape, like))
+        if s.q:
+            lead = broadcast(lead, shapes[s.q][:-2])
+            shapes[s.out] = (*lead, shapes[s.q][-2], shape[-1])
+    return out
+
+
+def _sum(program: Program, env: Mapping[str, Array]) -> Array | None:
+    """Return the signed sum of a program's outputs."""
     o = None
     for coefficient, name in program.outputs:
         term = env[name] if coefficient == 1 else coefficient * env[name]
         o = term if o is None else o + term
-    return o, Trace(env, tuple(states))
+    return o
 
 
-def final_states(program: Program, trace: Trace) -> dict[tuple[str, ...], Array]:
+def final_states(program: Program, trace: Trace) -> dict[Fields, Array]:
     """Final states by their fields; steps that share fields end with the same state."""
     return {s.state: x for s, x in zip(program.steps, trace.states, strict=True)}
 
@@ -230,7 +255,7 @@ class Adjoint(NamedTuple):
     """Gradients of q, k, v, of the incoming states and of the gate, the last two where asked."""
 
     values: dict[str, Array]
-    states: dict[tuple[str, ...], Array]
+    states: dict[Fields, Array]
     gate: Array | None
 
 
@@ -238,21 +263,19 @@ def adjoint(
     program: Program,
     trace: Trace,
     gate: Gate,
-    initial: Mapping[tuple[str, ...], Array],
+    initial: Mapping[Fields, Array],
     do: Array,
-    dfinal: Mapping[tuple[str, ...], Array],
+    dfinal: Mapping[Fields, Array],
     *,
     with_gate: bool,
     chunk: int = CHUNK,
-    group: int = GROUP,
-    run_pass: RunPass = causal_pass,
 ) -> Adjoint:
     """Run a program's adjoint: every step backwards, last first.
 
     Parameters
     ----------
-    program, trace, gate, initial, chunk, group, run_pass
-        As in and from `run`.
+    program, trace, gate, initial, chunk
+        As in and, with ``keep``, from `run`.
     do : array
         Gradient of the output, (*batch, T, V) with the column of the denominator where v has one.
     dfinal : mapping
@@ -264,9 +287,8 @@ def adjoint(
     -------
     Adjoint
     """
-    one_pass = functools.partial(run_pass, chunk=chunk, group=group)
     grads: dict[str, Array] = {}
-    dinitial: dict[tuple[str, ...], Array] = {}
+    dinitial: dict[Fields, Array] = {}
     dgate, pending = None, dict(dfinal)
     for coefficient, name in program.outputs:
         grads[name] = do if coefficient == 1 else coefficient * do
@@ -278,7 +300,6 @@ def adjoint(
         if dout is None:
             dout = namespace(q).zeros_like(trace.values[s.out])
         dq, dk, dv, dstate0 = adjoint_by_passes(
-            one_pass,
             q,
             k,
             v,
@@ -288,6 +309,7 @@ def adjoint(
             kind=s.kind,
             state=initial.get(s.state),
             dstate=shared_out(dstate, trace.values[s.out].shape),
+            chunk=chunk,
         )
         if with_gate:
             term = _gate_gradient(s, gate, trace.values[s.out], v, dout, dv, state, dstate)
@@ -311,7 +333,6 @@ def shared_out(dstate: Array | None, out: Shape) -> Array | None:
 
 
 def adjoint_by_passes(
-    run_pass: RunPass,
     q: Array,
     k: Array,
     v: Array,
@@ -322,13 +343,14 @@ def adjoint_by_passes(
     kind: str,
     state: Array | None,
     dstate: Array | None,
+    chunk: int,
 ) -> tuple[Array, Array, Array, Array]:
-    """Adjoint of one pass as three passes (derivations 1), gradients not yet summed over broadcasts."""
-    options = {"power": power, "kind": kind}
-    dq, _ = run_pass(do, v, k, gate, state=None if state is None else state.mT, **options)
-    back = {**options, "reverse": kind != "full"}
-    dk, _ = run_pass(v, do, q, gate, state=None if dstate is None else dstate.mT, **back)
-    dv, dstate0 = run_pass(k, q, do, gate, state=dstate, **back)
+    """Adjoint of one pass as three passes, its gradients not yet summed over broadcasts."""
+    once = functools.partial(causal_pass, gate=gate, power=power, kind=kind, chunk=chunk)
+    back = functools.partial(once, reverse=True)
+    dq, _ = once(do, v, k, state=None if state is None else state.mT)
+    dk, _ = back(v, do, q, state=None if dstate is None else dstate.mT)
+    dv, dstate0 = back(k, q, do, state=dstate)
     return dq, dk, dv, dstate0
 
 
@@ -342,7 +364,7 @@ def _gate_gradient(
     state: Array,
     dstate: Array | None,
 ) -> Array:
-    """Gradient of the log gate by one pass, p (<dS_T, S_T> + sum_{t>=s} (do.o - v.dv)) (derivations 1).
+    """Gradient of the log gate by one pass, p (<dS_T, S_T> + sum_{t>=s} (do.o - v.dv)).
 
     Summed to (*gate's batch, T); for a strict pass the sum of do.o begins one token later.
     """
@@ -371,7 +393,7 @@ class Engine(NamedTuple):
 
 
 CORE = Engine(run, adjoint)
-ONE_TOKEN = Engine(functools.partial(run, run_pass=token_pass), adjoint)
+ONE_TOKEN = Engine(run_token, adjoint)
 
 
 def sum_to(x: Array, shape: Shape) -> Array:
@@ -394,7 +416,7 @@ def with_ones(v: Array) -> Array:
 
 
 def state_shapes(program: Program, q: Shape, k: Shape, v: Shape, gate: Shape) -> dict[str, Shape]:
-    """Full shape of each state field: the broadcast of just the inputs it is made of (derivations 2).
+    """Full shape of each state field: the broadcast of just the inputs it is made of.
 
     Parameters
     ----------

@@ -30,12 +30,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.passes import CHUNK, GROUP, Gate, Shape, Weights, broadcast, pieces, weights
-from ..core.programs import Adjoint, Pass, Program, Trace, gate_total, shared_out, sum_to
+from ..core.passes import CHUNK, Fields, Gate, Pass, Shape, Weights, broadcast, weights
+from ..core.programs import Adjoint, Program, Trace, gate_total, shared_out, sum_to
 from .numpy_threads import Part, spread
 
 Array = np.ndarray[Any, Any]
-Fields = tuple[str, ...]
+GROUP = 4  # chunks that share one call; only their states are joined one by one
 
 
 def run(
@@ -45,7 +45,6 @@ def run(
     initial: Mapping[Fields, Array],
     *,
     chunk: int = CHUNK,
-    group: int = GROUP,
     keep: bool = False,
 ) -> tuple[Array, Trace]:
     """Run a program as `core.programs.run` does; ``keep`` what `adjoint` needs."""
@@ -67,7 +66,7 @@ def run(
         env[program.outputs[0][1]] = o
 
     def job(part: Part) -> None:
-        sweep = _Sweep(program, part.gate(gate), T, chunk, group, dtype)
+        sweep = _Sweep(program, part.gate(gate), T, chunk, dtype)
         arrays = {name: part(x, 2) for name, x in env.items()}
         own = [part(S, 2) for S in states]
         after = sweep.forward(
@@ -90,7 +89,6 @@ def adjoint(
     *,
     with_gate: bool,
     chunk: int = CHUNK,
-    group: int = GROUP,
 ) -> Adjoint:
     """Run a program's adjoint as `core.programs.adjoint` does, in one sweep."""
     full, T, dtype = do.shape[:-2], do.shape[-2], do.dtype
@@ -108,7 +106,7 @@ def adjoint(
     change = np.zeros((*full, T + 1), dtype=dtype) if with_gate else None
 
     def job(part: Part) -> None:
-        sweep = _Sweep(program, part.gate(gate), T, chunk, group, dtype)
+        sweep = _Sweep(program, part.gate(gate), T, chunk, dtype)
         arrays = {name: part(x, 2) for name, x in trace.values.items()}
         out = {name: part(x, 2) for name, x in grads.items()}
         sums = None if change is None else part(change, 1)
@@ -151,14 +149,23 @@ class _Turn(NamedTuple):
         return part.reshape((*part.shape[:-2], *self.shape, part.shape[-1]), copy=False)
 
 
+def _pieces(T: int, chunk: int) -> list[tuple[int, int, int, int]]:
+    """Cut T tokens into whole groups, whole chunks and a rest: (start, stop, chunks, chunk)."""
+    groups, chunks = T - T % (GROUP * chunk), T - T % chunk
+    cuts = [
+        (0, groups, GROUP, chunk),
+        (groups, chunks, (chunks - groups) // chunk, chunk),
+        (chunks, T, 1, T - chunks),
+    ]
+    return [cut for cut in cuts if cut[1] > cut[0]]
+
+
 class _Sweep:
     """The loops over one thread's heads, and the buffers that they reuse."""
 
-    def __init__(
-        self, program: Program, gate: Gate, T: int, chunk: int, group: int, dtype: Any
-    ) -> None:
+    def __init__(self, program: Program, gate: Gate, T: int, chunk: int, dtype: Any) -> None:
         self.program, self.gate, self.T = program, gate, T
-        self.chunk, self.group, self.dtype = chunk, group, dtype
+        self.chunk, self.dtype = chunk, dtype
         self.held: dict[str, Array] = {}
         self.uses = Counter((s.q, s.k, s.power, s.kind) for s in program.steps)
 
@@ -166,15 +173,16 @@ class _Sweep:
         """Yield the groups of chunks, last first where ``reverse``."""
         like, kinds = np.empty(0, self.dtype), {(s.power, s.kind) for s in self.program.steps}
 
+        each = Gate(None if self.gate.decay is None else self.gate.decay[..., None])
+
         def weigh(gate: Gate, W: int) -> dict[tuple[int, str], Weights]:
             return {
-                (power, kind): weights(np, gate, power, kind == "strict", W, like=like)
-                for power, kind in kinds
+                (power, kind): weights(gate, power, kind, W, like=like) for power, kind in kinds
             }
 
-        for start, stop, G, W in pieces(self.T, self.chunk, self.group)[:: -1 if reverse else 1]:
+        for start, stop, G, W in _pieces(self.T, self.chunk)[:: -1 if reverse else 1]:
             a = self.gate.log_gate
-            fixed = weigh(self.gate, W) if a is None else {}
+            fixed = weigh(each, W) if a is None else {}
             firsts = range(start, stop, G * W)
             for first in reversed(firsts) if reverse else firsts:
                 rows = slice(first, first + G * W)
