@@ -13,6 +13,7 @@ exchanged and the chunks taken last first. W = 1 is the recurrent form and W = T
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -67,6 +68,7 @@ class Weights(NamedTuple):
         return Weights(self.mask.mT, pair, self.key, self.query, self.total)
 
 
+@functools.lru_cache(maxsize=1024)
 def broadcast(*shapes: Shape) -> Shape:
     """Return the common shape of ``shapes``."""
     return tuple(np.broadcast_shapes(*shapes))

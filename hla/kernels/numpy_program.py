@@ -14,16 +14,17 @@ and in the adjoint, last group first, with R the gradient of the state after the
 The states S before each chunk are kept by the forward sweep where a gradient may follow (T / W of
 them a step, the size of v at D = W). Steps that share q and k share their pairs.
 
-A group is G = 4 chunks of W = 64 tokens of all heads of a thread: at D = V = 64 and 4 heads some
-eight buffers of 0.3 MB, reused, since fresh pages cost more than the sums. Operands are transposed
-once by a copy: a 64 x 64 product on a transposed view takes twice as long. A thread takes a run of
-heads: one head a thread loses more to the interpreter than it gains. Products stay at 64^3, up to
-which OpenBLAS starts no threads of its own. Work a token and head: 2 (W D + W V + 2 D V)
-operations a pass, the floor that is reported.
+A group is 2048 tokens of a thread's heads (at 4 heads 8 chunks of W = 64), in six buffers that are
+reused (0.5 MB each at D = V = 64): fresh pages cost more than the sums, and smaller groups mean
+more calls, for which two threads wait on one interpreter. It changes no bits. Operands are
+transposed once by a copy: a 64 x 64 product on a transposed view takes twice as long. Products stay
+at 64^3, up to which OpenBLAS starts no threads of its own. Work a token and head:
+2 (W D + W V + 2 D V) operations a pass.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from ..core.programs import Adjoint, Program, Trace, gate_total, shared_out, sum
 from .numpy_threads import Part, spread
 
 Array = np.ndarray[Any, Any]
-GROUP = 4  # chunks that share one call; only their states are joined one by one
+GROUP = 2048  # tokens of all heads that share one call
 
 
 def run(
@@ -66,8 +67,9 @@ def run(
         env[program.outputs[0][1]] = o
 
     def job(part: Part) -> None:
-        sweep = _Sweep(program, part.gate(gate), T, chunk, dtype)
         arrays = {name: part(x, 2) for name, x in env.items()}
+        out = part(o, 2)
+        sweep = _Sweep(program, part.gate(gate), T, chunk, math.prod(out.shape[:-2]), dtype)
         own = [part(S, 2) for S in states]
         after = sweep.forward(
             arrays, [S.copy() for S in own], [part(x, 3) for x in kept], part(o, 2)
@@ -106,7 +108,8 @@ def adjoint(
     change = np.zeros((*full, T + 1), dtype=dtype) if with_gate else None
 
     def job(part: Part) -> None:
-        sweep = _Sweep(program, part.gate(gate), T, chunk, dtype)
+        dout = part(do, 2)
+        sweep = _Sweep(program, part.gate(gate), T, chunk, math.prod(dout.shape[:-2]), dtype)
         arrays = {name: part(x, 2) for name, x in trace.values.items()}
         out = {name: part(x, 2) for name, x in grads.items()}
         sums = None if change is None else part(change, 1)
@@ -141,7 +144,7 @@ class _Turn(NamedTuple):
     rows: slice
     chunks: slice
     shape: Shape  # (G, W)
-    weights: dict[tuple[int, str], Weights]
+    weights: dict[tuple[int, str], Weights]  # each mask as bits to keep
 
     def view(self, x: Array) -> Array:
         """Return these rows of (..., T, F) as (..., G, W, F)."""
@@ -149,11 +152,11 @@ class _Turn(NamedTuple):
         return part.reshape((*part.shape[:-2], *self.shape, part.shape[-1]), copy=False)
 
 
-def _pieces(T: int, chunk: int) -> list[tuple[int, int, int, int]]:
+def _pieces(T: int, chunk: int, group: int) -> list[tuple[int, int, int, int]]:
     """Cut T tokens into whole groups, whole chunks and a rest: (start, stop, chunks, chunk)."""
-    groups, chunks = T - T % (GROUP * chunk), T - T % chunk
+    groups, chunks = T - T % (group * chunk), T - T % chunk
     cuts = [
-        (0, groups, GROUP, chunk),
+        (0, groups, group, chunk),
         (groups, chunks, (chunks - groups) // chunk, chunk),
         (chunks, T, 1, T - chunks),
     ]
@@ -163,9 +166,11 @@ def _pieces(T: int, chunk: int) -> list[tuple[int, int, int, int]]:
 class _Sweep:
     """The loops over one thread's heads, and the buffers that they reuse."""
 
-    def __init__(self, program: Program, gate: Gate, T: int, chunk: int, dtype: Any) -> None:
+    def __init__(
+        self, program: Program, gate: Gate, T: int, chunk: int, heads: int, dtype: Any
+    ) -> None:
         self.program, self.gate, self.T = program, gate, T
-        self.chunk, self.dtype = chunk, dtype
+        self.chunk, self.group, self.dtype = chunk, max(1, GROUP // max(1, heads * chunk)), dtype
         self.held: dict[str, Array] = {}
         self.uses = Counter((s.q, s.k, s.power, s.kind) for s in program.steps)
 
@@ -173,14 +178,14 @@ class _Sweep:
         """Yield the groups of chunks, last first where ``reverse``."""
         like, kinds = np.empty(0, self.dtype), {(s.power, s.kind) for s in self.program.steps}
 
+        bits = f"u{like.itemsize}"
         each = Gate(None if self.gate.decay is None else self.gate.decay[..., None])
 
         def weigh(gate: Gate, W: int) -> dict[tuple[int, str], Weights]:
-            return {
-                (power, kind): weights(gate, power, kind, W, like=like) for power, kind in kinds
-            }
+            found = {key: weights(gate, *key, W, like=like) for key in kinds}
+            return {key: w._replace(mask=-w.mask.astype(bits)) for key, w in found.items()}
 
-        for start, stop, G, W in _pieces(self.T, self.chunk)[:: -1 if reverse else 1]:
+        for start, stop, G, W in _pieces(self.T, self.chunk, self.group)[:: -1 if reverse else 1]:
             a = self.gate.log_gate
             fixed = weigh(each, W) if a is None else {}
             firsts = range(start, stop, G * W)
@@ -222,8 +227,8 @@ class _Sweep:
         np.matmul(q, kt, out=out)
         if pair is not None:
             np.multiply(out, pair, out=out)
-        bits = out.view(f"u{out.itemsize}")
-        np.bitwise_and(bits, -mask.astype(bits.dtype), out=bits)
+        bits = out.view(mask.dtype)
+        np.bitwise_and(bits, mask, out=bits)
         return out
 
     def forward(
