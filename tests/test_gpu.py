@@ -73,7 +73,8 @@ def test_steps_continue_a_scan(library):
     host = draw()
     (q, k, v, *_), back = arrays(library, *host)
     whole = hla.scan(q, k, v, decay=0.9)
-    o, state = hla.scan(q[..., :-1, :], k[..., :-1, :], v[..., :-1, :], decay=0.9, return_state=True)
+    first = (x[..., :-1, :] for x in (q, k, v))
+    _, state = hla.scan(*first, decay=0.9, return_state=True)
     last, _ = hla.step(q[..., -1, :], k[..., -1, :], v[..., -1, :], state, decay=0.9)
     assert off(back(last)[..., None, :], back(whole)[..., -1:, :]) < 2 * FLOAT32
 

@@ -33,6 +33,7 @@ class Join(NamedTuple):
 
 
 def fields_of(x: Any) -> dict[str, Array]:
+    """Return a state or segment as a dict."""
     return dict(x._asdict())
 
 

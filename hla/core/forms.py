@@ -58,7 +58,7 @@ def _width(request: Request) -> int:
 
 
 def accumulated(request: Request, inputs: Inputs) -> tuple[dict[str, Array], Gate, Keyed]:
-    """Inputs in the accumulation dtype, q scaled; the gate; incoming states by their fields."""
+    """Return inputs in the accumulation dtype, q scaled; the gate; states by their fields."""
     xp = namespace(inputs.q)
     dtype = getattr(xp, request.accumulate)
     q, k, v = (xp.astype(x, dtype, copy=False) for x in inputs[:3])

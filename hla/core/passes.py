@@ -220,7 +220,7 @@ def _empty(
     states: Sequence[Array],
     outputs: Sequence[str],
 ) -> dict[str, Array]:
-    """Outputs of no tokens."""
+    """Return the outputs of no tokens."""
     local = dict(values)
     for s, S in zip(steps, states, strict=True):
         if s.q:

@@ -28,6 +28,9 @@ from .passes import (
 )
 
 
+RunPass = Callable[..., tuple[Array, Array]]
+
+
 class Program(NamedTuple):
     """Steps in order, the signed sum that is the output, and the state's type."""
 
@@ -193,18 +196,33 @@ def run(
     -------
     o : array or None, trace : Trace
     """
-    env = dict(values)
     if any(s.kind == "full" for s in program.steps):
-        states = []
-        for s in program.steps:
-            env[s.out], state = causal_pass(env[s.q], env[s.k], env[s.v], gate, kind="full")
-            states.append(state)
-        return _sum(program, env), Trace(env, tuple(states))
+        return run_passes(program, values, gate, initial, chunk=chunk)
+    env = dict(values)
     needed = [s.out for s in program.steps if s.out] if keep else [x for _, x in program.outputs]
     begin = _begin(program, values, gate, initial)
     outs, ends = sweep(program.steps, values, gate, begin, chunk=chunk, outputs=needed)
     env.update(outs)
     return _sum(program, env), Trace(env, ends)
+
+
+def run_passes(
+    program: Program,
+    values: Mapping[str, Array],
+    gate: Gate,
+    initial: Mapping[Fields, Array],
+    *,
+    chunk: int = CHUNK,
+    keep: bool = True,
+    run_pass: RunPass = causal_pass,
+) -> tuple[Array | None, Trace]:
+    """Run a program pass by pass, each over the whole sequence; as `run`."""
+    env, states = dict(values), []
+    for s in program.steps:
+        options = {"power": s.power, "kind": s.kind, "state": initial.get(s.state), "chunk": chunk}
+        env[s.out], state = run_pass(env[s.q], env[s.k], env[s.v], gate, **options)
+        states.append(state)
+    return _sum(program, env), Trace(env, tuple(states))
 
 
 def run_token(
@@ -247,7 +265,7 @@ def _sum(program: Program, env: Mapping[str, Array]) -> Array | None:
 
 
 def final_states(program: Program, trace: Trace) -> dict[Fields, Array]:
-    """Final states by their fields; steps that share fields end with the same state."""
+    """Return final states by their fields; steps that share fields end with the same state."""
     return {s.state: x for s, x in zip(program.steps, trace.states, strict=True)}
 
 
@@ -269,6 +287,7 @@ def adjoint(
     *,
     with_gate: bool,
     chunk: int = CHUNK,
+    run_pass: RunPass = causal_pass,
 ) -> Adjoint:
     """Run a program's adjoint: every step backwards, last first.
 
@@ -282,6 +301,8 @@ def adjoint(
         Gradients of final states by their fields.
     with_gate : bool
         Whether the gate's gradient is asked.
+    run_pass : callable
+        `passes.causal_pass`, or a backend's own with the same signature.
 
     Returns
     -------
@@ -310,6 +331,7 @@ def adjoint(
             state=initial.get(s.state),
             dstate=shared_out(dstate, trace.values[s.out].shape),
             chunk=chunk,
+            run_pass=run_pass,
         )
         if with_gate:
             term = _gate_gradient(s, gate, trace.values[s.out], v, dout, dv, state, dstate)
@@ -344,9 +366,10 @@ def adjoint_by_passes(
     state: Array | None,
     dstate: Array | None,
     chunk: int,
+    run_pass: RunPass,
 ) -> tuple[Array, Array, Array, Array]:
     """Adjoint of one pass as three passes, its gradients not yet summed over broadcasts."""
-    once = functools.partial(causal_pass, gate=gate, power=power, kind=kind, chunk=chunk)
+    once = functools.partial(run_pass, gate=gate, power=power, kind=kind, chunk=chunk)
     back = functools.partial(once, reverse=True)
     dq, _ = once(do, v, k, state=None if state is None else state.mT)
     dk, _ = back(v, do, q, state=None if dstate is None else dstate.mT)
@@ -394,6 +417,14 @@ class Engine(NamedTuple):
 
 CORE = Engine(run, adjoint)
 ONE_TOKEN = Engine(run_token, adjoint)
+
+
+def by_passes(run_pass: RunPass) -> Engine:
+    """Return the engine of a backend whose only kernel is the pass."""
+    return Engine(
+        functools.partial(run_passes, run_pass=run_pass),
+        functools.partial(adjoint, run_pass=run_pass),
+    )
 
 
 def sum_to(x: Array, shape: Shape) -> Array:

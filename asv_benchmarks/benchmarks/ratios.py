@@ -1,0 +1,76 @@
+"""Times against a peer, the floor and each other, both measured in one process, in turns."""
+
+from hla.bench.peers import floor
+
+from . import OPERATORS, PEERS, TARGETS, case, prepare, prepare_peer, seconds
+
+
+class OverPeer:
+    """A time over the peer's: below 1 hla is faster."""
+
+    params = (tuple(TARGETS), OPERATORS, PEERS)
+    param_names = ("target", "operator", "peer")
+    workload = "forward"
+
+    def setup(self, target, operator, peer):
+        self.other = prepare_peer(peer, self.workload, target, operator)
+        self.run = prepare(self.workload, target, operator)
+
+    def track_time_over_peer(self, target, operator, peer):
+        taken = seconds(this=self.run, peer=self.other)
+        return taken["this"] / taken["peer"]
+
+    track_time_over_peer.unit = "of the peer's time"
+
+
+class BackwardOverPeer(OverPeer):
+    """The same, forward + backward."""
+
+    params = (tuple(TARGETS), OPERATORS, ("torch SDPA", "jnp chunks"))
+    workload = "forward + backward"
+
+
+class StepOverPeer(OverPeer):
+    """The same, one token; softmax has T cached keys and values."""
+
+    params = (tuple(TARGETS), OPERATORS, ("torch SDPA", "NumPy tokens"))
+    workload = "step"
+
+
+class OverFloor:
+    """The least time that the machine's own matrix rate allows, over the time: at most 1."""
+
+    params = (tuple(TARGETS), OPERATORS, ("forward", "forward + backward"))
+    param_names = ("target", "operator", "workload")
+
+    def setup(self, target, operator, workload):
+        self.run = prepare(workload, target, operator)
+        place = TARGETS[target]
+        self.floor = floor(case(operator).dtype, place.library, place.accelerator)
+
+    def track_share_of_floor(self, target, operator, workload):
+        calls = {"this": self.run, "product": self.floor.product}
+        if self.floor.copy is not None:
+            calls["copy"] = self.floor.copy
+        taken = seconds(**calls)
+        rates = taken["product"], taken.get("copy", 0.0)
+        return self.floor.seconds(workload, case(operator), *rates) / taken["this"]
+
+    track_share_of_floor.unit = "of the floor's rate"
+
+
+class BackwardOverForward:
+    """Forward + backward over forward."""
+
+    params = (tuple(TARGETS), OPERATORS)
+    param_names = ("target", "operator")
+
+    def setup(self, target, operator):
+        self.forward = prepare("forward", target, operator)
+        self.both = prepare("forward + backward", target, operator)
+
+    def track_both_over_forward(self, target, operator):
+        taken = seconds(forward=self.forward, both=self.both)
+        return taken["both"] / taken["forward"]
+
+    track_both_over_forward.unit = "forwards"

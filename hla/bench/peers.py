@@ -1,0 +1,289 @@
+"""What timings are held against: the peers that a user has instead, and the machine's own floor.
+
+The floor of a row is the operations of its program over the matrix rate that the machine reaches in
+the same run (`matrix_product`). A pass with key width K and value width U, in chunks of W = 64
+tokens, costs a token and head two small products (q k' and A v: W K and W U multiply-adds) and two
+large ones (q S and k' v: K U each); a program costs the sum of its passes, so hla2 on 8 heads of
+4096 tokens, D = V = 64, costs 8 * 64 * 64 * 2 * 8 * 4096 = 2.15 GFLOP. The adjoint of a pass is
+three passes: forward + backward counts four times the operations, though one sweep can share a few
+products. On an accelerator the floor is the larger of that and the compulsory bytes over the
+measured copy bandwidth. One step has no floor.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..core.namespace import exact_products
+from ..core.programs import CAUSAL
+from .workloads import Array, Arrays, Case, Host, Work, against_truth, inputs, load, to_host
+
+CHUNK = 64
+LIMIT = 0.02  # a peer promises no accuracy: its error is shown, and refused where it is plain wrong
+
+
+class Peer(NamedTuple):
+    """What a user has instead: its library, what it can do and whether on accelerators too."""
+
+    library: str
+    workloads: tuple[str, ...]
+    accelerators: bool
+    prepare: Callable[[str, Case, bool], Work]
+
+    def can(self, workload: str, accelerator: bool) -> bool:
+        """Whether it has this workload there."""
+        return workload in self.workloads and (self.accelerators or not accelerator)
+
+
+def peer(name: str, workload: str, case: Case, accelerator: bool = False) -> Work:
+    """Prepare the call of a peer.
+
+    Parameters
+    ----------
+    name : str
+        One of `PEERS`.
+    workload : {"forward", "forward + backward", "step"}
+        As for `hla.bench.workloads.work`.
+    case : Case
+        Operator and size.
+    accelerator : bool
+        Where it runs.
+
+    Raises
+    ------
+    NotImplementedError
+        The library or the hardware is missing, or the peer has no such workload.
+    """
+    chosen = PEERS[name]
+    if not chosen.can(workload, accelerator):
+        where = "an accelerator" if accelerator else "the host"
+        raise NotImplementedError(f"{name} has no workload {workload!r} on {where}")
+    if case.gate != "none":
+        raise NotImplementedError(f"{name} has no gate")
+    if chosen.library == "numpy" and case.dtype == "bfloat16":
+        raise NotImplementedError(f"{name} has no bfloat16")
+    return chosen.prepare(workload, case, accelerator)
+
+
+def _attention(workload: str, case: Case, accelerator: bool) -> Work:
+    """Torch's causal softmax attention: another function, the one that HLA would replace.
+
+    A step is one query over T cached keys and values.
+    """
+    lib = load("torch", accelerator)
+    import torch
+
+    q, k, v, do = (lib.array(x, case.dtype) for x in inputs(case)[:4])
+    softmax = torch.nn.functional.scaled_dot_product_attention
+    causal = functools.partial(softmax, is_causal=True)
+
+    def error(got: Arrays) -> float:
+        """Error of the output's last 64 tokens."""
+        want = _softmax([x.astype(np.float64) for x in inputs(case)[:3]], case.scale)
+        last = to_host(got[0])[..., -want.shape[-2] :, :]
+        want = want[..., -last.shape[-2] :, :]
+        return float(np.sqrt(np.square(last - want).sum() / np.square(want).sum()))
+
+    if workload == "step":
+        token = q[..., -1:, :]
+        return Work(lambda: lib.wait((softmax(token, k, v),)), error, LIMIT)
+    if workload == "forward":
+        return Work(lambda: lib.wait((causal(q, k, v),)), error, LIMIT)
+    assert lib.vjp is not None
+    back = lib.vjp(causal)
+    return Work(lambda: lib.wait(back(q, k, v, do)), error, LIMIT)
+
+
+def _softmax(qkv: list[Host], scale: float) -> Host:
+    """Causal softmax attention of the last 64 tokens."""
+    q, k, v = qkv
+    q = q[..., -CHUNK:, :]
+    T, L = k.shape[-2], q.shape[-2]
+    scores = scale * (q @ k.mT) + np.where(np.tri(L, T, T - L), 0, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=-1, keepdims=True) @ v)
+
+
+def chunked(xp: Any, operator: str, q: Array, k: Array, v: Array) -> Array:
+    """Compute an operator the straightforward way: all chunks at once, states by a running sum."""
+    T = q.shape[-2]
+    chunks = (*q.shape[:-2], -1, CHUNK)
+    rest = [(0, 0)] * (q.ndim - 2) + [(0, -T % CHUNK), (0, 0)]
+    q, k, v = (xp.pad(x, rest).reshape(*chunks, x.shape[-1]) for x in (q, k, v))
+
+    def first_order(q: Array, k: Array, v: Array) -> Array:
+        own = k.mT @ v
+        before = xp.cumsum(own, axis=-3) - own
+        return xp.tril(q @ k.mT) @ v + q @ before
+
+    if operator == "linear":
+        o = first_order(q, k, v)
+    elif operator == "hla2":
+        o = first_order(q, first_order(q, k, k), v)
+    elif operator == "ahla":
+        o = first_order(q, k, first_order(q, k, v))
+    else:
+        o = first_order(q, first_order(q, k, k), first_order(q, k, v))
+    return o.reshape(*o.shape[:-3], -1, o.shape[-1])[..., :T, :]
+
+
+def _numpy_chunks(workload: str, case: Case, accelerator: bool) -> Work:
+    q, k, v = inputs(case)[:3]
+
+    def run() -> Arrays:
+        return (chunked(np, case.operator, q * np.asarray(case.scale, q.dtype), k, v),)
+
+    return Work(run, against_truth(workload, case), LIMIT)
+
+
+def _jnp_chunks(workload: str, case: Case, accelerator: bool) -> Work:
+    lib = load("jax", accelerator)
+    import jax.numpy as jnp
+
+    q, k, v, do = (lib.array(x, case.dtype) for x in inputs(case)[:4])
+    wide = jnp.float64 if case.dtype == "float64" else jnp.float32
+
+    def function(q: Array, k: Array, v: Array) -> Array:
+        o = chunked(jnp, case.operator, q.astype(wide) * case.scale, k.astype(wide), v.astype(wide))
+        return o.astype(v.dtype)
+
+    error = against_truth(workload, case)
+    if workload == "forward":
+        forward = lib.compile(lambda q, k, v: (function(q, k, v),))
+        return Work(lambda: lib.wait(forward(q, k, v)), error, LIMIT)
+    assert lib.vjp is not None
+    back = lib.compile(lib.vjp(function))
+    return Work(lambda: lib.wait(back(q, k, v, do)), error, LIMIT)
+
+
+def advance(operator: str, states: tuple[Host, Host], q: Host, k: Host, v: Host) -> Host:
+    """Take one token, (*batch, D), through states that are updated in place; return its output."""
+    S, F = states
+
+    def read(q: Host, state: Host) -> Host:
+        return np.asarray((q[..., None, :] @ state)[..., 0, :])
+
+    def learn(state: Host, k: Host, v: Host) -> None:
+        state += k[..., :, None] * v[..., None, :]
+
+    if operator == "linear":
+        learn(F, k, v)
+    elif operator == "hla2":
+        learn(S, k, k)
+        learn(F, read(q, S), v)
+    elif operator == "ahla":
+        learn(S, k, v)
+        learn(F, k, read(q, S))
+    else:
+        D = k.shape[-1]
+        learn(S, k, np.concatenate([k, v], axis=-1))
+        both = read(q, S)
+        learn(F, both[..., :D], both[..., D:])
+    return read(q, F)
+
+
+def _numpy_tokens(workload: str, case: Case, accelerator: bool) -> Work:
+    q, k, v = inputs(case)[:3]
+    q = q * np.asarray(case.scale, q.dtype)
+    D, last = case.width, case.tokens - 1
+
+    def empty() -> tuple[Host, Host]:
+        wide = 2 * D if case.operator == "hla3" else D
+        S, F = (np.zeros((1, case.heads, D, width), q.dtype) for width in (wide, D))
+        return S, F
+
+    def take(t: int, states: tuple[Host, Host]) -> Host:
+        return advance(case.operator, states, q[:, :, t], k[:, :, t], v[:, :, t])
+
+    def scan() -> Arrays:
+        states, o = empty(), np.empty_like(v)
+        for t in range(case.tokens):
+            o[:, :, t] = take(t, states)
+        return (o,)
+
+    error = against_truth(workload, case)
+    if workload == "forward":
+        return Work(scan, error, LIMIT)
+    past = empty()
+    for t in range(last):
+        take(t, past)
+
+    def step() -> Arrays:
+        return (take(last, (past[0].copy(), past[1].copy())),)
+
+    return Work(step, error, LIMIT)
+
+
+PEERS = {
+    "torch SDPA": Peer("torch", ("forward", "forward + backward", "step"), True, _attention),
+    "jnp chunks": Peer("jax", ("forward", "forward + backward"), True, _jnp_chunks),
+    "NumPy chunks": Peer("numpy", ("forward",), False, _numpy_chunks),
+    "NumPy tokens": Peer("numpy", ("forward", "step"), False, _numpy_tokens),
+}
+
+
+def operations(workload: str, case: Case) -> float:
+    """Floating-point operations of a workload, as the top of this file counts them."""
+    width = dict.fromkeys(("q", "k", "v"), case.width)
+    multiply_adds = 0
+    for s in CAUSAL[case.operator].steps:
+        K, U = width[s.k], width[s.v]
+        multiply_adds += CHUNK * (K + U) + 2 * K * U
+        width[s.out] = U
+    passes = 4 if workload == "forward + backward" else 1
+    return 2.0 * passes * multiply_adds * case.heads * case.tokens
+
+
+def compulsory_bytes(workload: str, case: Case) -> float:
+    """Bytes that must move: q, k, v in and o out; backward: q, k, v, do in and dq, dk, dv out."""
+    arrays = 11 if workload == "forward + backward" else 4
+    item = {"float64": 8, "float32": 4, "bfloat16": 2}[case.dtype]
+    return float(arrays * item * case.heads * case.tokens * case.width)
+
+
+class Floor(NamedTuple):
+    """The calls whose rates are the machine's own: what they do in one call, by unit."""
+
+    product: Callable[[], Any]
+    product_operations: float
+    copy: Callable[[], Any] | None
+    copied_bytes: float
+
+    def seconds(self, workload: str, case: Case, product: float, copy: float) -> float | None:
+        """Least time of a workload from the seconds that the two calls took in the same run."""
+        if workload == "step":
+            return None
+        least = operations(workload, case) / (self.product_operations / product)
+        if self.copy is None:
+            return least
+        return max(least, compulsory_bytes(workload, case) / (self.copied_bytes / copy))
+
+
+def floor(dtype: str, library: str = "numpy", accelerator: bool = False) -> Floor:
+    """Prepare the floor of one machine.
+
+    On the host NumPy's matmul of 2048^3 in float32 (float64 for float64) and no copy, whatever the
+    library; on an accelerator its library's matmul of 8192^3 in ``dtype`` and a pass over 1 GiB.
+    """
+    if not accelerator:
+        dtype, library = "float64" if dtype == "float64" else "float32", "numpy"
+    lib, N = load(library, accelerator), 8192 if accelerator else 2048
+    draws = np.random.default_rng(0).standard_normal((2, N, N), dtype=np.float32)
+    a, b = (lib.array(x, dtype) for x in draws)
+
+    def multiply(a: Array, b: Array) -> Arrays:
+        with exact_products(a):  # float32 rows must be held against the rate of float32
+            return (a @ b,)
+
+    product = lib.compile(multiply)
+    copy, copied = None, 0.0
+    if accelerator:
+        x = lib.array(np.ones((1 << 14, 1 << 14), np.float32), "float32")
+        shift = lib.compile(lambda x: (x + 1,))
+        copy, copied = (lambda: lib.wait(shift(x))), 2.0 * math.prod(x.shape) * 4
+    return Floor(lambda: lib.wait(product(a, b)), 2.0 * N**3, copy, copied)

@@ -1,0 +1,347 @@
+"""What `hla bench` and the asv suite time: backends, data, calls, and the truth they must give.
+
+No library is imported before a workload asks for it. `peers` has what they are held against.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import hla
+
+from .. import dispatch
+
+Array = Any
+Host = np.ndarray[Any, Any]
+Arrays = tuple[Array, ...]
+
+OPERATORS = ("hla2", "ahla", "hla3", "linear")
+WORKLOADS = ("forward", "forward + backward", "step")
+DTYPES = ("float32", "float64", "bfloat16")  # float16 overflows without decay, whoever computes it
+GATES = ("none", "decay", "log_gate")
+BLOCK, VALUES = 64, 1024  # an error is that of the worst block of so many tokens and values
+PIECE = 8192  # tokens of truth computed at a time, so that its memory does not grow with T
+
+
+class Case(NamedTuple):
+    """The size of one workload: B = 1, D = V = width; q is scaled by 1 / sqrt(D)."""
+
+    operator: str = "hla2"
+    tokens: int = 4096
+    heads: int = 8
+    width: int = 64
+    dtype: str = "float32"
+    gate: str = "none"
+
+    @property
+    def scale(self) -> float:
+        """What q is multiplied by."""
+        return float(self.width**-0.5)
+
+
+class Target(NamedTuple):
+    """One backend with the arrays of one library, on the host or on an accelerator."""
+
+    backend: str
+    library: str
+    accelerator: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.backend}/{self.library}/{'gpu' if self.accelerator else 'cpu'}"
+
+
+class Work(NamedTuple):
+    """One thing to time: a synchronised call, and the error of what it returns."""
+
+    run: Callable[[], Arrays]
+    error: Callable[[Arrays], float]
+    limit: float
+
+
+class Wrong(ArithmeticError):
+    """A result is further from the float64 truth than its dtype allows."""
+
+
+def targets() -> tuple[Target, ...]:
+    """Return every pair of the dispatch table, whether or not this machine can run it."""
+    homes = [(name, False) for name in ("numpy", "torch", "jax")]
+    homes += [(name, True) for name in ("torch", "jax", "cupy")]
+    served = {row.name: row.serves for row in dispatch.TABLE}
+    found = []
+    for name in dispatch.names():
+        pairs = served[name] if name in served else getattr(dispatch.load(name), "serves", ())
+        for library, accelerator in pairs:
+            some = [h for h in homes if library in (h[0], dispatch.ANY) and h[1] == accelerator]
+            found += [Target(name, *home) for home in some or [(library, accelerator)]]
+    return tuple(found)
+
+
+class Library(NamedTuple):
+    """How to make, await, compile and differentiate with the arrays of one library."""
+
+    array: Callable[[Host, str], Array]
+    wait: Callable[[Arrays], Arrays]
+    compile: Callable[[Callable[..., Any]], Callable[..., Any]]
+    vjp: Callable[[Callable[..., Array]], Callable[..., Arrays]] | None = None
+
+
+@functools.cache
+def load(name: str, accelerator: bool) -> Library:
+    """Return the adapter of one library; NotImplementedError says why there is none here."""
+    if name not in ADAPTERS or importlib.util.find_spec(name) is None:
+        raise NotImplementedError(f"{name} is not installed")
+    return ADAPTERS[name](accelerator)
+
+
+def _numpy(accelerator: bool) -> Library:
+    def array(x: Host, dtype: str) -> Array:
+        if dtype != "bfloat16":
+            return np.ascontiguousarray(x, dtype)
+        if importlib.util.find_spec("ml_dtypes") is None:
+            raise NotImplementedError("bfloat16 for NumPy needs ml_dtypes")
+        return x.astype(importlib.import_module("ml_dtypes").bfloat16)
+
+    return Library(array, lambda out: out, lambda f: f)
+
+
+def _torch(accelerator: bool) -> Library:
+    import torch
+
+    if accelerator and not torch.cuda.is_available():
+        raise NotImplementedError("torch sees no accelerator")
+    device = "cuda" if accelerator else "cpu"
+
+    def wait(out: Arrays) -> Arrays:
+        if accelerator:
+            torch.cuda.synchronize()
+        return out
+
+    def vjp(f: Callable[..., Array]) -> Callable[..., Arrays]:
+        def run(q: Array, k: Array, v: Array, do: Array) -> Arrays:
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            o = f(*leaves)
+            return (o, *torch.autograd.grad(o, leaves, do))
+
+        return run
+
+    def array(x: Host, dtype: str) -> Array:
+        return torch.from_numpy(x).to(device, getattr(torch, dtype))
+
+    return Library(array, wait, lambda f: f, vjp)
+
+
+def _jax(accelerator: bool) -> Library:
+    import jax
+
+    if accelerator and jax.default_backend() == "cpu":
+        raise NotImplementedError("JAX sees no accelerator")
+    place = jax.devices(None if accelerator else "cpu")[0]
+
+    def vjp(f: Callable[..., Array]) -> Callable[..., Arrays]:
+        def run(q: Array, k: Array, v: Array, do: Array) -> Arrays:
+            o, pullback = jax.vjp(f, q, k, v)
+            return (o, *pullback(do))
+
+        return run
+
+    def array(x: Host, dtype: str) -> Array:
+        if dtype == "float64" and not jax.config.jax_enable_x64:
+            raise NotImplementedError("JAX has no float64 here; set JAX_ENABLE_X64=1")
+        return jax.device_put(x.astype(jax.numpy.dtype(dtype)), place)
+
+    return Library(array, jax.block_until_ready, jax.jit, vjp)
+
+
+def _cupy(accelerator: bool) -> Library:
+    cupy = importlib.import_module("cupy")
+
+    def array(x: Host, dtype: str) -> Array:
+        if dtype == "bfloat16":
+            return cupy.asarray(_numpy(False).array(x, dtype))
+        return cupy.asarray(x, dtype)
+
+    def wait(out: Arrays) -> Arrays:
+        cupy.cuda.get_current_stream().synchronize()
+        return out
+
+    return Library(array, wait, lambda f: f)
+
+
+ADAPTERS: dict[str, Callable[[bool], Library]] = {
+    "numpy": _numpy,
+    "torch": _torch,
+    "jax": _jax,
+    "cupy": _cupy,
+}
+
+
+def to_host(x: Array) -> Host:
+    """Bring any library's array to NumPy in float64."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu().double()
+    elif hasattr(x, "get"):
+        x = x.get()
+    return np.asarray(x).astype(np.float64)
+
+
+@functools.lru_cache(maxsize=2)
+def draw(tokens: int, heads: int, width: int, dtype: str) -> tuple[Host, ...]:
+    """Draw q, k, v and do, (1, H, T, D), and the log gate, (1, H, T); all exact in dtype."""
+    rng, wide = np.random.default_rng(0), np.float64 if dtype == "float64" else np.float32
+    shape = (1, heads, tokens, width)
+    xs = [rng.standard_normal(shape, dtype=wide) for _ in range(4)]
+    xs.append(-rng.random(shape[:3], dtype=wide) / 32)
+    if dtype == "bfloat16":
+        for x in xs:
+            bits = x.view(np.uint32)
+            bits &= 0xFFFF0000
+    return tuple(xs)
+
+
+def inputs(case: Case) -> tuple[Host, ...]:
+    """Return q, k, v, do and the log gate of a case."""
+    return draw(case.tokens, case.heads, case.width, case.dtype)
+
+
+def _options(case: Case, gate: Array) -> dict[str, Any]:
+    options: dict[str, Any] = {"operator": case.operator, "scale": case.scale}
+    if case.gate == "decay":
+        options["decay"] = 1 - 2.0**-6  # exact in float32, so that truth has the same decay
+    elif case.gate == "log_gate":
+        options["log_gate"] = gate
+    return options
+
+
+def work(target: Target, workload: str, case: Case) -> Work:
+    """Prepare a call of hla.
+
+    Parameters
+    ----------
+    target : Target
+        Which backend, on which arrays.
+    workload : {"forward", "forward + backward", "step"}
+        `hla.scan`; the same and the gradients of q, k and v (torch.autograd, jax.vjp, `hla.vjp`);
+        or one `hla.step` from the state after T - 1 tokens. JAX is timed under one jax.jit.
+    case : Case
+        Operator and size.
+
+    Raises
+    ------
+    NotImplementedError
+        The library or the hardware is missing, or the backend refuses (`hla.Unsupported`).
+    """
+    lib = load(target.library, target.accelerator)
+    *qkv, do, gate = inputs(case)
+    q, k, v = (lib.array(x, case.dtype) for x in qkv)
+    log_gate = lib.array(gate, case.dtype) if case.gate == "log_gate" else None
+    options = {**_options(case, log_gate), "backend": target.backend}
+    if workload == "step":
+        return _step(lib, case, (q, k, v), options)
+
+    def function(q: Array, k: Array, v: Array) -> Array:
+        return hla.scan(q, k, v, **options)
+
+    def host_vjp(q: Array, k: Array, v: Array, do: Array) -> Arrays:
+        o, pullback = hla.vjp(q, k, v, **options)
+        return (o, *pullback(do)[:3])
+
+    if workload == "forward":
+        timed = lib.compile(lambda q, k, v: (function(q, k, v),))
+        arrays: Arrays = (q, k, v)
+    else:
+        timed = lib.compile(lib.vjp(function) if lib.vjp else host_vjp)
+        arrays = (q, k, v, lib.array(do, case.dtype))
+    error = against_truth(workload, case)
+    return Work(lambda: lib.wait(timed(*arrays)), error, _limit(workload, case))
+
+
+def _step(lib: Library, case: Case, arrays: Arrays, options: dict[str, Any]) -> Work:
+    past, now = dict(options), dict(options)
+    if "log_gate" in options:
+        past["log_gate"] = options["log_gate"][..., :-1]
+        now["log_gate"] = options["log_gate"][..., -1]
+    q, k, v = (x[..., :-1, :] for x in arrays)
+    _, state = hla.scan(q, k, v, return_state=True, **past)
+    token = [x[..., -1, :] for x in arrays]
+    timed = lib.compile(lambda q, k, v, state: hla.step(q, k, v, state, **now))
+    error = against_truth("step", case)
+    return Work(lambda: lib.wait(timed(*token, state)), error, _limit("step", case))
+
+
+def _truth(workload: str, case: Case) -> Iterator[tuple[int, Arrays]]:
+    """Yield (first token, results from there on) in float64, piece by piece."""
+    if workload == "forward + backward":
+        *qkv, do, gate = (x.astype(np.float64) for x in inputs(case))
+        o, pullback = hla.vjp(*qkv, backend="array_api", **_options(case, gate))
+        yield 0, (o, *pullback(do)[:3])
+        return
+    state = None
+    for start in range(0, case.tokens, PIECE):
+        piece = (x[:, :, start : start + PIECE].astype(np.float64) for x in inputs(case))
+        q, k, v, _, gate = piece
+        options = {**_options(case, gate), "backend": "array_api"}
+        o, state = hla.scan(q, k, v, initial_state=state, return_state=True, **options)
+        if workload == "forward":
+            yield start, (o,)
+    if workload == "step":
+        yield 0, (o[..., -1:, :],)
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(workload: str, case: Case) -> tuple[tuple[int, Arrays], ...]:
+    """Keep the truth of the last case, which every backend and peer is held against in turn."""
+    return tuple(_truth(workload, case))
+
+
+def against_truth(workload: str, case: Case) -> Callable[[Arrays], float]:
+    """Return the function that gives the error of a workload's results."""
+
+    def error(got: Arrays) -> float:
+        got = (got[0][..., None, :],) if workload == "step" else got
+        worst = 0.0
+        short = case.tokens <= PIECE or workload == "forward + backward"
+        for start, want in (_kept if short else _truth)(workload, case):
+            for x, y in zip(got, want, strict=True):
+                part = to_host(x[..., start : start + y.shape[-2], :])
+                worst = max(worst, block_error(part, y))
+        return worst
+
+    return error
+
+
+def block_error(got: Host, want: Host) -> float:
+    """Relative RMS error of the worst block of one head; of (..., T, V) arrays."""
+    size = max(BLOCK, math.ceil(VALUES / want.shape[-1]))
+    starts = range(0, max(1, want.shape[-2] - size // 2), size)
+    worst = 0.0
+    for start in starts:
+        part = np.s_[..., start : None if start == starts[-1] else start + size, :]
+        missed = np.square(got[part] - want[part]).sum(axis=(-1, -2))
+        ratio = np.sqrt(missed / np.square(want[part]).sum(axis=(-1, -2)))
+        worst = max(worst, math.inf if np.isnan(ratio).any() else float(ratio.max()))
+    return worst
+
+
+def _limit(workload: str, case: Case) -> float:
+    """Largest error that counts as right; the formulas are those of the numerics page."""
+    back = workload == "forward + backward"
+    if case.dtype == "bfloat16":
+        rounded = {"linear": 2.0, "hla2": 3.0, "ahla": 3.0, "hla3": 3.5}[case.operator]
+        return 2 * 1.66e-3 * (rounded + 0.5 * back)
+    unit = 2.0**-53 if case.dtype == "float64" else 2.0**-24
+    growth = 2 + 0.2 * math.sqrt(case.width) + 0.3 * math.sqrt(case.tokens / BLOCK)
+    return 4 * unit * growth * (1.5 if back else 1)
+
+
+def checked(one: Work) -> float:
+    """Run once, which also warms up, and return the error; raise `Wrong` where it is too large."""
+    error = one.error(one.run())
+    if not error <= one.limit:
+        raise Wrong(f"its error is {error:.1e}, allowed {one.limit:.1e}")
+    return error

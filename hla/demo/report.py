@@ -1,0 +1,207 @@
+"""What the demo shows: progress, the table, the sample, and the files it saves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+import hla
+
+from .corpus import Bytes, Corpus, gzip_bits, order2_bits
+from .model import NO_MIXER, parameter_count
+from .training import BATCH, WINDOW, Job, Sample, Trained, cores
+
+# Okabe and Ito's colours, told apart by any eye
+COLOURS = {
+    NO_MIXER: "#777777",
+    "linear": "#0072B2",
+    "hla2": "#D55E00",
+    "ahla": "#009E73",
+    "hla3": "#CC79A7",
+}
+GZIP, ORDER2 = "gzip -9", "order-2 byte counts"
+
+console = Console(highlight=False)
+
+
+def label(operator: str) -> str:
+    """Return how a row is called."""
+    return "no mixer" if operator == NO_MIXER else operator
+
+
+def introduce(jobs: Sequence[Job]) -> None:
+    """Say what will be trained, and on what."""
+    corpus, config, steps = jobs[0].corpus, jobs[0].config, jobs[0].steps
+    console.print(
+        f"{corpus.name}: {len(corpus.train):,} bytes to train on, the last {len(corpus.held):,} "
+        f"held out.\nEach model: {config.blocks} blocks of {config.heads} heads, width "
+        f"{config.width}: {parameter_count(config):,} parameters; {steps:,} steps of {BATCH} x "
+        f"{WINDOW} bytes; {min(cores(), len(jobs))} at a time.\n"
+    )
+
+
+@contextmanager
+def progress(jobs: Sequence[Job]) -> Iterator[Callable[[str, int, float], None]]:
+    """Show a bar a model; yields what moves it."""
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(40),
+        TextColumn("{task.completed:>5}/{task.total} steps"),
+        TextColumn("{task.fields[bits]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks = {
+            job.config.operator: bars.add_task(
+                label(job.config.operator), total=job.steps, start=False, bits=" " * 14
+            )
+            for job in jobs
+        }
+
+        def advance(operator: str, step: int, bits: float) -> None:
+            task = tasks[operator]
+            if not bars.tasks[task].started:
+                bars.start_task(task)
+            bars.update(task, completed=step, bits=f"{bits:.2f} bits/byte")
+
+        yield advance
+
+
+class Results(NamedTuple):
+    """All that was measured; `baselines` are held-out bits a byte of what needs no training."""
+
+    jobs: Sequence[Job]
+    models: Sequence[Trained]
+    baselines: dict[str, float]
+    sample: Sample
+
+    @property
+    def bits(self) -> dict[str, float]:
+        """Held-out bits a byte of every row."""
+        return self.baselines | {label(m.config.operator): m.bits for m in self.models}
+
+
+def baselines(corpus: Corpus) -> dict[str, float]:
+    """Score a compressor and a table of counts."""
+    return {GZIP: gzip_bits(corpus), ORDER2: order2_bits(corpus)}
+
+
+def print_table(results: Results) -> None:
+    """Print a row a model, below the baselines."""
+    table = Table(title="Held-out text", title_justify="left", title_style="bold")
+    table.add_column("model")
+    for heading in ("bits/byte", "tokens/s", "parameters"):
+        table.add_column(heading, justify="right")
+    best = min(results.bits.values())
+    speeds = {label(m.config.operator): f"{m.tokens_per_second:,.0f}" for m in results.models}
+    for name, bits in results.bits.items():
+        size = f"{parameter_count(results.jobs[0].config):,}" if name in speeds else ""
+        style = "bold" if bits == best else ""
+        table.add_row(name, f"{bits:.3f}", speeds.get(name, ""), size, style=style)
+        if name == ORDER2:
+            table.add_section()
+    console.print(table)
+    console.print(
+        "gzip: what it adds for the held-out text after the training text. Counts: of the training "
+        "text, Witten-Bell back-off. tokens/s: training, one process with one BLAS thread.\n",
+        style="dim",
+    )
+
+
+def print_sample(results: Results, model: Trained, prompt: Bytes) -> None:
+    """Print the prompt and what the model made of it."""
+    sample = results.sample
+    console.print(f"[bold]{label(model.config.operator)} continues[/] [dim]the held-out text[/]\n")
+    console.print(Text(_readable(prompt.tobytes()), style="dim"), end="")
+    console.print(Text(_readable(sample.text)), end="\n\n")
+    console.print(
+        f"Written by hla.step from the state of one hla.scan, {sample.tokens_per_second:,.0f} "
+        f"tokens/s;\nits logits and those of a scan over the whole text differ by at most "
+        f"{sample.difference:.0e}.\n",
+        style="dim",
+    )
+
+
+def _readable(text: bytes) -> str:
+    """Decode, with a dot for what a terminal would obey rather than show."""
+    shown = text.decode(errors="replace")
+    return "".join(c if c.isprintable() or c == "\n" else "\u00b7" for c in shown)
+
+
+def save(results: Results, folder: Path) -> None:
+    """Write curves.png and results.json."""
+    _draw(results).savefig(folder / "curves.png", dpi=150)
+    job = results.jobs[0]
+    corpus = {"name": job.corpus.name, "train": len(job.corpus.train), "held": len(job.corpus.held)}
+    models = {
+        m.config.operator: {
+            "bits_per_byte": m.bits,
+            "tokens_per_second": m.tokens_per_second,
+            "parameters": parameter_count(m.config),
+            "held_out": m.scores,
+            "training": m.losses,
+        }
+        for m in results.models
+    }
+    document = {
+        "versions": {"hla": hla.__version__, "numpy": np.__version__},
+        "corpus": corpus,
+        "sizes": {k: v for k, v in asdict(job.config).items() if k != "operator"},
+        "training": {"steps": job.steps, "seed": job.seed, "batch": BATCH, "window": WINDOW},
+        "baselines": results.baselines,
+        "models": models,
+        "sample": results.sample.text.decode(errors="replace"),
+    }
+    text = json.dumps(document, indent=1)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    console.print(f"Saved {folder / 'curves.png'} and {folder / 'results.json'}.", soft_wrap=True)
+
+
+def _draw(results: Results) -> Figure:
+    """Learning curves on the left, the held-out bits of every row on the right."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for model in results.models:
+        operator = model.config.operator
+        losses = np.array(model.losses)
+        width = max(1, len(losses) // 50)
+        smooth = np.convolve(losses, np.ones(width) / width, "valid")
+        steps = np.arange(len(smooth)) + (width + 1) / 2
+        left.plot(steps, smooth, color=COLOURS[operator], alpha=0.35, linewidth=1)
+        left.plot(
+            *zip(*model.scores, strict=True),
+            "o-",
+            color=COLOURS[operator],
+            markersize=4,
+            label=label(operator),
+        )
+    for (name, bits), dashes in zip(results.baselines.items(), (":", "--"), strict=True):
+        left.axhline(bits, color="black", linestyle=dashes, linewidth=1, label=name)
+    low = min(results.bits.values())
+    left.set(xlabel="training steps", ylabel="bits per byte", ylim=(low - 0.2, None))
+    left.set_title("Learning curves: held-out (dots) and training (thin)", fontsize=10)
+    left.legend(frameon=False, fontsize=9)
+    names = list(results.bits)
+    colours = {label(operator): colour for operator, colour in COLOURS.items()}
+    bars = right.barh(
+        names, list(results.bits.values()), color=[colours.get(n, "black") for n in names]
+    )
+    right.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
+    right.invert_yaxis()
+    right.set_title("Held-out bits per byte (less is better)", fontsize=10)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    right.margins(x=0.15)
+    return figure

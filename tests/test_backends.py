@@ -1,0 +1,219 @@
+"""Which backend runs and why, third-party backends, light imports."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import numpy as np
+import pytest
+from conftest import FLOATS, OPERATORS, draw, load, same
+
+import hla
+
+H, T = 2, 7
+ROOT = pathlib.Path(hla.__file__).parent.parent
+
+
+def arrays():
+    return dict(zip("qkv", draw(H, T), strict=True))
+
+
+def token():
+    return dict(zip(("q_t", "k_t", "v_t"), (x[:, 0] for x in draw(H, T)), strict=True))
+
+
+@pytest.mark.parametrize("name", ["triton", "pallas", "cupy", "numba"])
+def test_reserved_backends_say_why_not(name):
+    if any(row.name == name and row.available for row in hla.available()):
+        pytest.skip(f"{name} runs here")
+    for call in (hla.scan, hla.vjp, hla.summarize):
+        with pytest.raises(hla.Unsupported, match=rf"(?s){name}.{{10,}}"):
+            call(**arrays(), backend=name)
+    with pytest.raises(hla.Unsupported, match=name):
+        hla.step(**token(), backend=name)
+    want = hla.scan(**arrays(), backend="numpy")
+    same(hla.scan(**arrays(), backend=[name, "numpy"]), want)
+    same(hla.scan(**arrays(), backend=(name, "numpy")), want)
+    with pytest.raises(hla.Unsupported, match=name):
+        hla.scan(**arrays(), backend=[name])
+
+
+def test_named_backends_and_forms_run_or_refuse():
+    with pytest.raises(hla.Unsupported, match="numpy"):
+        hla.scan(**arrays(), backend="numpy", form="associative")
+    for form in ("recurrent", "associative"):
+        with pytest.raises(hla.Unsupported, match=f"(?s){form}.*none|none.*{form}"):
+            hla.scan(**arrays(), mask="none", form=form)
+    for options in ({"operator": "hla3"}, {"decay": 0.9}, {"log_gate": np.zeros((H, T))}):
+        with pytest.raises(hla.Unsupported, match=r"(?s)associative"):
+            hla.scan(**arrays(), form="associative", convention="paper", **options)
+    assert issubclass(hla.Unsupported, NotImplementedError)
+    assert issubclass(hla.SlowPathWarning, Warning)
+    assert hla.explain(**arrays()).backend == "numpy"
+    assert hla.explain(**arrays(), backend=["array_api", "numpy"]).backend == "array_api"
+    assert hla.explain(**arrays(), form="associative").backend == "array_api"
+    assert hla.explain(**arrays(), mask="none").backend in ("numpy", "array_api")
+    assert "numpy" in str(hla.explain(**arrays()))
+
+
+def test_no_slow_path_warning_without_an_accelerator():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("numpy", "torch", "array_api_strict"):
+            hla.scan(*load(name).arrays(*draw(H, T)))
+
+
+def test_available_and_explain_account_for_every_backend():
+    table = {row.name: row for row in hla.available()}
+    assert {"numpy", "array_api"} <= set(table)
+    fields = (
+        "name",
+        "available",
+        "reason",
+        "device",
+        "version",
+        "operators",
+        "dtypes",
+        "gradients",
+    )
+    for row in table.values():
+        assert row._fields == fields
+        assert row.available or row.reason
+        if row.available:
+            assert (set(row.operators), set(row.dtypes)) == (set(OPERATORS), set(FLOATS))
+    plan = hla.explain(**arrays(), decay=0.9)
+    assert plan._fields == ("backend", "form", "plan", "reasons")
+    assert (plan.backend, plan.form) == ("numpy", "chunked")
+    others = (set(table) | {"triton", "pallas", "cupy", "numba"}) - {"numpy"}
+    assert others <= set(plan.reasons)
+    assert all(plan.reasons.values())
+    assert all(name in str(plan) for name in others)
+    for options in ({"backend": "numpy", "form": "associative"}, {"backend": "triton"}):
+        with pytest.raises(hla.Unsupported, match=options["backend"]):
+            hla.explain(**arrays(), **options)
+
+
+def run(code, **environment):
+    """A fresh interpreter in the source tree's parent, the tree itself on its path."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        cwd=ROOT.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+
+
+def test_import_is_light_and_loads_no_framework():
+    out = run("""
+        import sys, time, numpy
+        start = time.perf_counter()
+        import hla
+        took = time.perf_counter() - start
+        loaded = {"torch", "jax", "cupy", "numba", "triton", "ml_dtypes"} & set(sys.modules)
+        print(took, *sorted(loaded))
+    """)
+    took, *loaded = out.split()
+    assert not loaded
+    assert float(took) < 0.6  # 0.3 s on a quiet machine
+
+
+def test_using_numpy_loads_no_framework():
+    out = run("""
+        import sys, numpy as np, hla
+        x = np.ones((2, 8, 4))
+        hla.scan(x, x, x); hla.vjp(x, x, x)[1](x); hla.available(); hla.explain(x, x, x)
+        print(*sorted({"torch", "jax", "cupy", "numba"} & set(sys.modules)))
+    """)
+    assert out.split() == []
+
+
+def test_runs_uninstalled_from_the_source_tree(tmp_path):
+    """A copy of the package folder alone, with no metadata of an installation beside it."""
+    (tmp_path / "hla").symlink_to(ROOT / "hla")
+    out = run(
+        """
+        import sys, types, importlib.metadata as metadata
+        def distribution(name, real=metadata.distribution):
+            if name == "hla":
+                raise metadata.PackageNotFoundError(name)
+            return real(name)
+        metadata.distribution = distribution
+        import numpy as np, hla
+        print(hla.__file__, hla.scan(np.ones((3, 2)), np.ones((3, 2)), np.ones((3, 1)))[-1, 0])
+        """,
+        PYTHONPATH=str(tmp_path),
+    )
+    file, value = out.split()
+    assert file.startswith(str(tmp_path))
+    assert float(value) == 2 * 2 * 6
+
+
+def test_broken_frameworks_do_no_harm(tmp_path):
+    for name in ("torch", "jax", "cupy", "numba", "triton"):
+        (tmp_path / f"{name}.py").write_text("raise OSError('libcuda is broken')\n")
+    out = run(
+        """
+        import numpy as np, hla
+        x = np.ones((3, 2))
+        print(len(hla.available()), hla.scan(x, x, x).sum())
+        """,
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
+    )
+    assert int(out.split()[0]) >= 2
+
+
+PLUGIN = """
+from hla.backends.array_api import *
+from hla.backends import array_api
+serves = (("numpy", False),)
+calls = []
+def supports(request):
+    return "it cannot do linear" if request.operator == "linear" else None
+def forward(request, inputs):
+    calls.append(request.operator)
+    return array_api.forward(request, inputs)
+"""
+
+
+def install(folder, name, module, source):
+    """A distribution with one entry point, as an installer would leave it."""
+    (folder / f"{module}.py").write_text(source)
+    info = folder / f"{module}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[hla.backends]\n{name} = {module}\n")
+
+
+def test_third_parties_add_backends(tmp_path):
+    """One entry point is enough to be listed, run, refused with a reason; a broken one harms none."""
+    install(tmp_path, "extra", "extra_backend", PLUGIN)
+    install(tmp_path, "broken", "broken_backend", "raise OSError('its driver is missing')\n")
+    out = run(
+        """
+        import numpy as np, hla, extra_backend
+        x = np.ones((3, 2))
+        rows = {row.name: row for row in hla.available()}
+        assert rows["extra"].available and not rows["broken"].available
+        assert "driver" in rows["broken"].reason
+        assert (hla.scan(x, x, x, backend="extra") == hla.scan(x, x, x, backend="array_api")).all()
+        assert extra_backend.calls == ["hla2"]
+        assert hla.explain(x, x, x, backend=["broken", "extra"]).backend == "extra"
+        for name, why in (("extra", "linear"), ("broken", "driver")):
+            try:
+                hla.scan(x, x, x, backend=name, operator="linear")
+            except hla.Unsupported as error:
+                assert why in str(error), error
+            else:
+                raise SystemExit(f"{name} was not refused")
+        hla.scan(x, x, x)
+        print("ok")
+        """,
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
+    )
+    assert out.split() == ["ok"]

@@ -1,0 +1,254 @@
+"""The demo: its gradients, its states, its baselines, its command."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from math import log2
+
+import numpy as np
+import pytest
+
+from hla.cli import main
+from hla.demo import ROWS
+from hla.demo.corpus import Corpus, gzip_bits, order2_bits
+from hla.demo.model import NO_MIXER, Config, initialise, loss_and_gradients, predict
+from hla.demo.training import WINDOW, Job, Trained, generate, score, train, train_all
+
+MIXERS = [name for name in ROWS if name != NO_MIXER]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(5)
+
+
+def tiny(operator, dtype="float64"):
+    config = Config(operator, blocks=2, heads=2, width=16, hidden=12)
+    return config, initialise(config, 3, dtype)
+
+
+def corpus(text, held):
+    array = np.frombuffer(text, np.uint8)
+    return Corpus("text", array[:-held], array[-held:])
+
+
+def bare(job):
+    return train(job, lambda step, bits: None)
+
+
+# The model
+
+
+@pytest.mark.parametrize("operator", ROWS)
+def test_gradients_of_the_whole_model_equal_finite_differences(operator, rng):
+    config, parameters = tiny(operator)
+    tokens = rng.integers(0, 256, (2, 70))
+    _, gradients = loss_and_gradients(parameters, config, tokens)
+    assert gradients.keys() == parameters.keys()
+    for name, x in parameters.items():
+        direction = rng.standard_normal(x.shape)
+        ends = [
+            loss_and_gradients(parameters | {name: x + h * direction}, config, tokens)[0]
+            for h in (1e-6, -1e-6)
+        ]
+        expected = (ends[0] - ends[1]) / 2e-6
+        np.testing.assert_allclose(np.sum(gradients[name] * direction), expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("operator", ROWS)
+def test_float32_stays_float32(operator, rng):
+    config, parameters = tiny(operator, "float32")
+    tokens = rng.integers(0, 256, (2, 9))
+    _, gradients = loss_and_gradients(parameters, config, tokens)
+    logits, _ = predict(parameters, config, tokens)
+    assert {x.dtype for x in (logits, *gradients.values())} == {np.dtype("float32")}
+
+
+def test_the_models_differ_in_their_operator_only():
+    first, *others = (initialise(Config(operator), 0) for operator in ROWS)
+    for other in others:
+        assert other.keys() == first.keys()
+        assert all(np.array_equal(other[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("operator", ROWS)
+def test_steps_from_the_state_of_a_scan_give_the_logits_of_the_whole_scan(operator, rng):
+    config, parameters = tiny(operator)
+    tokens = rng.integers(0, 256, (2, 100))
+    whole, _ = predict(parameters, config, tokens)
+    logits, states = predict(parameters, config, tokens[:, :70])
+    seen = [logits]
+    for token in tokens.T[70:]:
+        logits, states = predict(parameters, config, token, states)
+        seen.append(logits[:, None])
+    np.testing.assert_allclose(np.concatenate(seen, axis=1), whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("operator", ROWS)
+def test_a_byte_is_seen_after_it_only_and_only_through_the_mixer(operator, rng):
+    config, parameters = tiny(operator)
+    tokens = rng.integers(0, 256, (1, 20))
+    other = tokens.copy()
+    other[0, 10] ^= 1
+    before, after = (predict(parameters, config, x)[0][0] for x in (tokens, other))
+    assert np.array_equal(before[:10], after[:10])
+    assert not np.array_equal(before[10], after[10])
+    assert np.array_equal(before[11:], after[11:]) == (operator == NO_MIXER)
+
+
+# Training and scores
+
+
+def test_same_seed_same_model_and_curve(rng):
+    text = corpus(rng.integers(0, 40, 5000, dtype=np.uint8).tobytes(), 500)
+    a, b, c = (bare(Job(Config("hla2"), text, 3, seed)) for seed in (1, 1, 2))
+    assert (a.losses, a.scores) == (b.losses, b.scores)
+    assert all(np.array_equal(a.parameters[name], b.parameters[name]) for name in a.parameters)
+    assert a.losses != c.losses
+
+
+def test_a_mixer_learns_what_the_last_byte_does_not_tell(rng):
+    words = [b"one ", b"onyx ", b"tone ", b"stony "]
+    text = corpus(b"".join(words[i] for i in rng.integers(0, 4, 3000)), 1000)
+    jobs = [Job(Config(operator, width=32), text, 120, 0) for operator in ("linear", NO_MIXER)]
+    mixer, none = train_all(jobs, lambda operator, step, bits: None)
+    assert mixer.bits < 0.8 * none.bits < 0.1 * none.losses[0]
+
+
+def test_score_does_not_depend_on_how_the_text_is_cut(monkeypatch, rng):
+    config, parameters = tiny("hla3")
+    held = rng.integers(0, 256, 401, dtype=np.uint8)
+    whole = score(parameters, config, held)
+    monkeypatch.setattr("hla.demo.training.PIECE", 64)
+    np.testing.assert_allclose(score(parameters, config, held), whole, rtol=1e-9)
+
+
+@pytest.mark.parametrize("operator", ROWS)
+def test_generation_is_reproducible_and_agrees_with_the_scan(operator, rng):
+    config, parameters = tiny(operator, "float32")
+    model = Trained(config, parameters, [], [], 0.0)
+    prompt = rng.integers(0, 256, 50, dtype=np.uint8)
+    first, again, other = (generate(model, prompt, 30, seed) for seed in (0, 0, 1))
+    assert first.difference < 1e-4
+    assert len(first.text) == 30
+    assert first.text == again.text != other.text
+
+
+def test_a_process_that_fails_is_reported():
+    job = Job(Config("nonsense"), corpus(bytes(5000), 500), 2, 0)
+    with pytest.raises(RuntimeError, match="training nonsense ended with exit code 1"):
+        train_all([job], lambda operator, step, bits: None)
+
+
+# Baselines
+
+
+def test_order_2_counts_equal_their_definition(rng):
+    text = rng.choice(np.frombuffer(b"abcd", np.uint8), 400, p=(0.5, 0.3, 0.15, 0.05))
+    train_, held = bytes(text[:300]), bytes(text[300:-1]) + b"z"
+    bits = 0.0
+    for t, byte in enumerate(held):
+        past, p = (train_ + held[:t])[-2:], 1 / 256
+        for order in range(3):
+            context = past[2 - order :]
+            after = Counter(
+                train_[i + order]
+                for i in range(len(train_) - order)
+                if train_[i : i + order] == context
+            )
+            if after:
+                p = (after[byte] + len(after) * p) / (after.total() + len(after))
+        bits -= log2(p) / len(held)
+    assert order2_bits(corpus(train_ + held, len(held))) == pytest.approx(bits, rel=1e-12)
+
+
+def test_gzip_knows_the_training_text(rng):
+    noise = rng.integers(0, 256, 6000, dtype=np.uint8).tobytes()
+    assert 7.9 < gzip_bits(corpus(noise, 1000)) < 8.2
+    assert gzip_bits(corpus(noise + noise[-1000:], 1000)) < 1
+
+
+# The command
+
+
+def test_quick_run_from_end_to_end(tmp_path, capsys):
+    assert main(["demo", "--quick", "--out", str(tmp_path / "new" / "out")]) == 0
+    out = capsys.readouterr().out
+    for row in ("gzip", "order-2", "no mixer", *MIXERS):
+        assert row in out
+    folder = tmp_path / "new" / "out"
+    assert sorted(x.name for x in folder.iterdir()) == ["curves.png", "results.json"]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((folder / "results.json").read_text())
+    assert tuple(results["models"]) == ROWS
+    assert len({x["parameters"] for x in results["models"].values()}) == 1
+    for row in results["models"].values():
+        assert 0 < row["bits_per_byte"] < 9
+        assert row["bits_per_byte"] == row["held_out"][-1][1]
+
+
+def test_own_binary_text_one_operator_given_steps(tmp_path, capsys, rng):
+    path = tmp_path / "data.bin"
+    path.write_bytes(rng.integers(0, 256, 6000, dtype=np.uint8).tobytes())
+    words = ["demo", "--text", str(path), "--operator", "ahla", "--steps", "3", "--quick"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["models"]) == ["ahla"]
+    assert len(results["models"]["ahla"]["training"]) == 3
+    shown = capsys.readouterr().out
+    assert all(c.isprintable() or c == "\n" for c in shown)
+
+
+BAD = {
+    "missing": "cannot read .*: No such file",
+    "folder": "cannot read .*: Is a directory",
+    "empty": "has 0 bytes; expected at least",
+    "short": "has 11 bytes; expected at least",
+}
+
+
+@pytest.mark.parametrize(("case", "message"), BAD.items(), ids=list(BAD))
+def test_bad_text_is_one_line_and_writes_nothing(case, message, tmp_path, capfd):
+    path = tmp_path / "text"
+    if case == "folder":
+        path.mkdir()
+    elif case != "missing":
+        path.write_bytes(b"" if case == "empty" else b"hello world")
+    out = tmp_path / "out"
+    assert main(["demo", "--text", str(path), "--out", str(out)]) == 2
+    shown, error = capfd.readouterr()
+    assert shown == ""
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+    assert not out.exists()
+
+
+def test_the_shortest_text_is_long_enough(tmp_path):
+    assert WINDOW < 0.9 * 4096
+    (tmp_path / "text").write_bytes(bytes(4096))
+    assert len(Corpus.read(tmp_path / "text").held) == 409
+
+
+def test_out_that_is_a_file_is_refused_before_any_work(tmp_path, capfd):
+    (tmp_path / "out").write_text("mine")
+    assert main(["demo", "--quick", "--out", str(tmp_path / "out")]) == 2
+    shown, error = capfd.readouterr()
+    assert shown == ""
+    assert error == f"hla demo: cannot write to {tmp_path / 'out'}: File exists\n"
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_without_the_extra_it_names_the_remedy(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr("hla.demo.find_spec", lambda name: None)
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 2
+    assert 'pip install "hla[demo]"' in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--seed", "-1"], ["--operator", "softmax"]])
+def test_bad_options_are_refused(words):
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", *words])
+    assert stop.value.code == 2

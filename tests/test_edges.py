@@ -1,0 +1,159 @@
+"""Odd but valid input: memory layouts, empty axes, huge and tiny values, long sequences."""
+
+import functools
+
+import numpy as np
+import pytest
+from conftest import (
+    OPERATORS,
+    Row,
+    close,
+    draw,
+    numpy_dtype,
+    rows,
+    same,
+    to_numpy,
+    within_budget,
+)
+
+import hla
+
+H, T, D, V = 2, 7, 5, 3
+
+
+def layouts(x):
+    """The same values as read-only, strided, reversed, transposed and offset arrays."""
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    wide = np.full((*x.shape[:-2], 2 * x.shape[-2], x.shape[-1] + 2), np.nan)
+    wide[..., ::2, 1:-1] = x
+    return {
+        "read-only": frozen,
+        "buffer": np.frombuffer(x.tobytes()).reshape(x.shape),
+        "strided": wide[..., ::2, 1:-1],
+        "reversed": x[..., ::-1, ::-1].copy()[..., ::-1, ::-1],
+        "transposed": np.asfortranarray(x),
+        "moved": np.moveaxis(np.moveaxis(x, 1, 0).copy(), 0, 1),
+    }
+
+
+@pytest.mark.parametrize("row", rows())
+def test_layouts_of_memory_give_the_same_and_nothing_is_written(row: Row):
+    q, k, v = draw(H, 70)
+    want = hla.scan(q, k, v, **row.options)
+    forms = [layouts(x) for x in (q, k, v)]
+    for name in forms[0]:
+        given = [f[name] for f in forms]
+        o = hla.scan(*given, **row.options)
+        (same if row.backend == "numpy" else functools.partial(close, tol=1e-12))(o, want)
+        for x, y in zip(given, (q, k, v), strict=True):
+            np.testing.assert_array_equal(x, y)
+    close(hla.scan(q, q, q, **row.options), hla.scan(q, q.copy(), q.copy(), **row.options), 1e-12)
+
+
+@pytest.mark.parametrize("row", rows())
+def test_zero_strides_are_read_as_written_out(row: Row):
+    q, k, v = draw(H, 9)
+    for name in "qkv":
+        given = {"q": q, "k": k, "v": v}
+        for view in (
+            np.broadcast_to(given[name][:1], given[name].shape),
+            np.broadcast_to(given[name][:, :1], given[name].shape),
+            np.broadcast_to(given[name][..., :1], given[name].shape),
+        ):
+            o = hla.scan(**given | {name: view}, **row.options)
+            close(o, hla.scan(**given | {name: view.copy()}, **row.options), 1e-12)
+
+
+@pytest.mark.parametrize("row", rows())
+def test_empty_axes(row: Row):
+    """No tokens, no batch, no values: empty. No features: zeros."""
+    o = hla.scan(np.ones((H, 0, D)), np.ones((H, 0, D)), np.ones((H, 0, V)), **row.options)
+    assert o.shape == (H, 0, V)
+    o = hla.scan(np.ones((0, T, D)), np.ones((0, T, D)), np.ones((0, T, V)), **row.options)
+    assert o.shape == (0, T, V)
+    o = hla.scan(np.ones((H, T, D)), np.ones((H, T, D)), np.ones((H, T, 0)), **row.options)
+    assert o.shape == (H, T, 0)
+    q, k, v = np.ones((H, T, 0)), np.ones((H, T, 0)), np.ones((H, T, V))
+    for normalize in (False, True):
+        o = hla.scan(q, k, v, normalize=normalize, **row.options)
+        np.testing.assert_array_equal(o, np.zeros((H, T, V)))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_empty_axes_of_step_and_gradients(operator):
+    o, after = hla.step(np.ones((0, D)), np.ones((0, D)), np.ones((0, V)), operator=operator)
+    assert o.shape == (0, V)
+    assert all(len(x) == 0 for x in after)
+    for shape in ((0, T, D, V), (H, T, 0, V), (H, T, D, 0), (H, 0, D, V)):
+        B, tokens, width, values = shape
+        q, k, v = (np.ones((B, tokens, n)) for n in (width, width, values))
+        o, pullback = hla.vjp(q, k, v, operator=operator)
+        gradients = pullback(np.ones_like(o))
+        for got, x in zip(gradients[:3], (q, k, v), strict=True):
+            assert got.shape == x.shape
+            assert not got.any()
+
+
+@pytest.mark.parametrize("row", rows(masks=("causal", "prefix")))
+def test_huge_and_tiny_values_stay_finite_or_overflow_where_they_must(row: Row):
+    power = {"linear": 3, "hla2": 5, "ahla": 5, "hla3": 7}[row.operator]
+    q, k, v = draw(H, 40)
+    for size in (1e-30, 1e30):
+        got = hla.scan(size * q, size * k, v, **row.options)
+        close(got / size ** (power - 1), hla.scan(q, k, v, **row.options), 1e-10)
+    narrow = [x.astype(np.float16) for x in (60 * q, 60 * k, v)]
+    with np.errstate(over="ignore"):
+        o, last = hla.scan(*narrow, return_state=True, **row.options)
+    wide = hla.scan(*(x.astype(np.float64) for x in narrow), **row.options)
+    beyond = abs(wide) > 66000
+    assert np.isinf(o[beyond]).all()
+    np.testing.assert_array_equal(np.sign(o[beyond]), np.sign(wide[beyond]))
+    assert np.isfinite(o[abs(wide) < 65000]).all()
+    assert all(np.isfinite(x).all() for x in last)
+
+
+@pytest.mark.parametrize("row", rows())
+def test_zero_queries_normalize_to_zero(row: Row):
+    q, k, v = draw(H, T, positive=True)
+    np.testing.assert_array_equal(hla.scan(0 * q, k, v, normalize=True, **row.options), 0 * v)
+    if row.form == "chunked":
+        gradients = hla.vjp(0 * q, k, v, normalize=True, **row.options)[1](v)
+        assert all(np.isfinite(x).all() for x in gradients[:3])
+
+
+@functools.cache
+def long_case(operator, gate, dtype):
+    """Rounded inputs over many tokens, gates that remember about a thousand, float64 on them."""
+    q, k, v = (to_numpy(x.astype(numpy_dtype(dtype))) for x in draw(1, 4096, D=16, V=16))
+    a = np.float32(-2e-3) * np.random.default_rng(0).random((1, 4096), np.float32)
+    if gate == "resets":
+        a[0, ::1500] = -np.inf
+    options = {"none": {}, "decay": {"decay": 0.9993}}.get(gate, {"log_gate": a})
+    # A decay is rounded to float32 once; float64 sees the rounded one.
+    wide = {n: np.asarray(x, np.float32).astype(float) for n, x in options.items()}
+    want = hla.scan(q, k, v, backend="array_api", operator=operator, scale=0.25, **wide)
+    return q, k, v, options, want
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gate", ["none", "decay", "log_gate", "resets"])
+@pytest.mark.parametrize("row", rows(masks=("causal",), forms=("chunked",)))
+def test_long_sequences_stay_within_budget(row: Row, gate, dtype):
+    q, k, v, options, want = long_case(row.operator, gate, dtype)
+    q, k, v = (x.astype(numpy_dtype(dtype)) for x in (q, k, v))
+    o = hla.scan(q, k, v, scale=0.25, **options, **row.options)
+    within_budget(to_numpy(o), want, dtype, D=16, decay=options.get("decay"))
+
+
+@pytest.mark.parametrize("row", rows(("linear",), ("causal",), ("chunked",)))
+def test_sums_of_gates_stay_local(row: Row):
+    """A running float32 sum of gates over the whole sequence would be off by 1e-3 at its end."""
+    T = 2**16
+    q, k, v = (x.astype(np.float32) for x in draw(T, D=8, V=4))
+    a = -np.random.default_rng(0).random(T, np.float32)
+    want = hla.scan(
+        *(x.astype(float) for x in (q, k, v)), operator="linear", log_gate=a.astype(float)
+    )
+    o = hla.scan(q, k, v, log_gate=a, **row.options)
+    within_budget(to_numpy(o), want, "float32", D=8)

@@ -1,0 +1,230 @@
+"""Bad calls raise the right exception, name their argument and touch nothing."""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+from conftest import draw, load, numpy_dtype
+
+import hla
+
+H, T, D, V = 2, 7, 5, 3
+
+
+def arrays(dtype="float64"):
+    return dict(zip("qkv", (x.astype(numpy_dtype(dtype)) for x in draw(H, T)), strict=True))
+
+
+def token():
+    return dict(zip(("q_t", "k_t", "v_t"), (x[:, 0] for x in draw(H, T)), strict=True))
+
+
+@functools.cache
+def state(operator="hla2", mask="causal", ridge=0.0, heads=H, width=D):
+    options = {"operator": operator, "mask": mask, "ridge": ridge}
+    return hla.scan(*draw(heads, 4, D=width), return_state=True, **options)[1]
+
+
+@functools.cache
+def segment(operator="hla2", mask="causal", width=D):
+    return hla.summarize(*draw(H, 4, D=width), operator=operator, mask=mask)
+
+
+def cast(dtype, names="qkv"):
+    whole = arrays()
+    return {n: whole[n].astype(numpy_dtype(dtype)) for n in names}
+
+
+nan, inf = float("nan"), float("inf")
+BOTH = (TypeError, ValueError)
+
+# id: (arguments that replace those of a good hla.scan call, exception, pattern of its message)
+SCAN = {
+    "q list": ({"q": [[1.0, 2.0]]}, TypeError, r"\bq\b"),
+    "q None": ({"q": None}, TypeError, r"\bq\b"),
+    "k number": ({"k": 1.0}, TypeError, r"\bk\b"),
+    "v list": ({"v": [[1.0]]}, TypeError, r"\bv\b"),
+    "q one axis": ({"q": np.zeros(D)}, ValueError, r"\bq\b"),
+    "v one axis": ({"v": np.zeros(V)}, ValueError, r"\bv\b"),
+    "k width": ({"k": np.zeros((H, T, 6))}, ValueError, r"\bk\b.*\(2, 7, 6\).*\(2, 7, 5\)"),
+    "k tokens": ({"k": np.zeros((H, 8, D))}, ValueError, r"\bk\b.*\(2, 8, 5\).*\(2, 7, 5\).*axis"),
+    "v tokens": ({"v": np.zeros((H, 8, V))}, ValueError, r"\bv\b.*\(2, 8, 3\).*axis"),
+    "one k token": ({"k": np.zeros((H, 1, D))}, ValueError, r"\bk\b"),
+    "k heads": ({"k": np.zeros((3, T, D))}, ValueError, r"\bk\b.*\(3, 7, 5\)"),
+    "v heads": ({"v": np.zeros((3, T, V))}, ValueError, r"\bv\b.*\(3, 7, 3\)"),
+    "q int": (cast("int64", "q"), TypeError, r"\bq\b.*int64"),
+    "all int": (cast("int32"), TypeError, r"\bq\b.*int32"),
+    "all complex": (cast("complex128"), TypeError, r"\bq\b.*complex128"),
+    "all bool": (cast("bool"), TypeError, r"\bq\b.*bool"),
+    "all object": (cast("object"), TypeError, r"\bq\b.*object"),
+    "k dtype": (cast("float32", "k"), TypeError, r"\bk\b.*float32"),
+    "v dtype": (cast("float32", "v"), TypeError, r"\bv\b.*float32"),
+    "operator": ({"operator": "hla4"}, ValueError, r"operator.*hla4.*hla3"),
+    "operator type": ({"operator": 2}, BOTH, r"operator"),
+    "mask": ({"mask": "full"}, ValueError, r"mask.*full.*prefix"),
+    "form": ({"form": "fast"}, ValueError, r"form.*fast.*recurrent"),
+    "convention": ({"convention": "letter"}, ValueError, r"convention.*letter.*paper"),
+    "backend": ({"backend": "tpu"}, ValueError, r"backend.*tpu"),
+    "backend in a list": ({"backend": ["numpy", "tpu"]}, ValueError, r"backend.*tpu"),
+    "no backend in a list": ({"backend": []}, ValueError, r"backend"),
+    "backend type": ({"backend": 3}, BOTH, r"backend"),
+    **{
+        f"decay {x}": ({"decay": x}, ValueError, rf"decay.*{x}")
+        for x in (0.0, -0.1, 2.0, nan, inf, -inf)
+    },
+    "decay array of 0": ({"decay": np.array([0.5, 0.0])}, ValueError, r"decay.*\(0, 1\]"),
+    "decay array above 1": ({"decay": np.array([0.5, 1.5])}, ValueError, r"decay.*\(0, 1\]"),
+    "decay array of nan": ({"decay": np.array([0.5, nan])}, ValueError, r"decay.*\(0, 1\]"),
+    "decay per token": ({"decay": np.full(T, 0.5)}, ValueError, r"decay.*\(7,\).*\(2,\)"),
+    "decay of more heads": ({"decay": np.full((3, H), 0.5)}, ValueError, r"decay.*\(3, 2\)"),
+    "decay text": ({"decay": "0.9"}, TypeError, r"decay"),
+    "decay complex": ({"decay": 0.5j}, TypeError, r"decay"),
+    "decay integers": ({"decay": np.ones(H, int)}, BOTH, r"decay.*int"),
+    "decay float16": ({"decay": np.full(H, 0.5, np.float16)}, BOTH, r"decay.*float16.*float32"),
+    "decay bfloat16": (
+        {"decay": np.full(H, 0.5, numpy_dtype("bfloat16"))}, BOTH, r"decay.*bfloat16.*float32"
+    ),
+    "gate positive": ({"log_gate": np.full((H, T), 0.1)}, ValueError, r"log_gate"),
+    "gate nan": ({"log_gate": np.full((H, T), nan)}, ValueError, r"log_gate"),
+    "gate inf": ({"log_gate": np.full((H, T), inf)}, ValueError, r"log_gate"),
+    "gate tokens": ({"log_gate": np.zeros((H, 8))}, ValueError, r"log_gate.*\(2, 8\).*\(2, 7\)"),
+    "gate heads": ({"log_gate": np.zeros((3, T))}, ValueError, r"log_gate.*\(3, 7\)"),
+    "gate per feature": ({"log_gate": np.zeros((H, T, D))}, ValueError, r"log_gate.*\(2, 7, 5\)"),
+    "gate integers": ({"log_gate": np.zeros((H, T), int)}, BOTH, r"log_gate.*int"),
+    "gate text": ({"log_gate": "-1"}, TypeError, r"log_gate"),
+    "decay and gate": (
+        {"decay": 0.5, "log_gate": np.zeros((H, T))}, ValueError, r"decay.*log_gate|log_gate.*decay"
+    ),
+    **{
+        f"{name} {x}": ({name: x}, error, name)
+        for name, values in {"scale": (nan, inf), "eps": (-1.0, nan), "ridge": (-0.5, nan)}.items()
+        for x, error in (*((x, ValueError) for x in values), ("1", TypeError), (1j, TypeError))
+    },
+    "scale array": ({"scale": np.ones(H)}, TypeError, r"scale"),
+    "ridge of ahla": ({"ridge": 0.5, "operator": "ahla"}, ValueError, r"ridge.*ahla.*hla2"),
+    "ridge of hla3": ({"ridge": 0.5, "operator": "hla3"}, ValueError, r"ridge.*hla3.*hla2"),
+    "none with decay": ({"mask": "none", "decay": 0.5}, ValueError, r"decay.*none"),
+    "none with gate": ({"mask": "none", "log_gate": np.zeros(T)}, ValueError, r"log_gate.*none"),
+    "none with state": ({"mask": "none", "initial_state": state()}, ValueError, r"state.*none"),
+    "none and state": ({"mask": "none", "return_state": True}, ValueError, r"return_state.*none"),
+    "axis of features": ({"axis": -1}, ValueError, r"axis.*-1"),
+    "axis past the end": ({"axis": 5}, ValueError, r"axis.*5"),
+    "axis before the start": ({"axis": -4}, ValueError, r"axis.*-4"),
+    "axis float": ({"axis": 0.5}, TypeError, r"axis"),
+    **{f"chunk_size {x}": ({"chunk_size": x}, ValueError, rf"chunk_size.*{x}") for x in (0, -3)},
+    "chunk_size float": ({"chunk_size": 2.5}, TypeError, r"chunk_size"),
+    "state of ahla": ({"initial_state": state("ahla")}, ValueError, r"initial_state"),
+    "state of prefix": ({"initial_state": state(mask="prefix")}, ValueError, r"initial_state"),
+    "state without ridge": ({"initial_state": state(), "ridge": 0.5}, ValueError, r"ridge"),
+    "state width": ({"initial_state": state(width=6)}, ValueError, r"initial_state.*\bS\b.*6"),
+    "state heads": ({"initial_state": state(heads=3)}, ValueError, r"initial_state.*\(3, 5, 5\)"),
+    "state dict": ({"initial_state": state()._asdict()}, TypeError, r"initial_state.*dict"),
+    "state tuple": ({"initial_state": tuple(state())}, BOTH, r"initial_state"),
+    "state of the exact convention": (
+        {"initial_state": state(), "convention": "paper", "decay": 0.9}, ValueError, "initial_state"
+    ),
+    "state integers": (
+        {"initial_state": state()._replace(eta=np.zeros((H, D), int))}, TypeError, r"initial_state"
+    ),
+    "a segment as state": ({"initial_state": segment()}, BOTH, r"initial_state"),
+    "unknown keyword": ({"decays": 0.5}, TypeError, r"decays"),
+}  # fmt: skip
+
+
+def bad(table):
+    return [pytest.param(*row, id=name) for name, row in table.items()]
+
+
+@pytest.mark.parametrize("call", [hla.scan, hla.vjp], ids=["scan", "vjp"])
+@pytest.mark.parametrize(("change", "error", "message"), bad(SCAN))
+def test_bad_calls_name_the_argument_and_modify_nothing(call, change, error, message):
+    given = arrays() | change
+    kept = {n: x.copy() for n, x in given.items() if isinstance(x, np.ndarray)}
+    with pytest.raises(error, match=f"(?s){message}") as caught:
+        call(**given)
+    assert not isinstance(caught.value, hla.Unsupported)
+    for name, x in kept.items():
+        np.testing.assert_array_equal(given[name], x)
+
+
+STEP = {
+    "q width": ({"q_t": np.zeros((H, 6))}, ValueError, r"[qk]_t.*\(2, 6\)|\(2, 6\).*[qk]_t"),
+    "k heads": ({"k_t": np.zeros((3, D))}, ValueError, r"k_t"),
+    "v scalar": ({"v_t": np.zeros(())}, ValueError, r"v_t"),
+    "k dtype": ({"k_t": np.zeros((H, D), np.float32)}, TypeError, r"k_t.*float32"),
+    "state of ahla": ({"state": state("ahla")}, ValueError, r"state"),
+    "state width": ({"state": state(width=6)}, ValueError, r"state.*6"),
+    "state list": ({"state": [1.0]}, BOTH, r"state"),
+    "gate positive": ({"log_gate": 0.5}, ValueError, r"log_gate"),
+    "gate shape": ({"log_gate": np.zeros((H, T))}, ValueError, r"log_gate.*\(2, 7\)"),
+    "decay": ({"decay": 0.0}, ValueError, r"decay"),
+    "mask none": ({"mask": "none"}, ValueError, r"mask.*none"),
+    "ridge": ({"ridge": 1.0, "state": state()}, ValueError, r"ridge"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), bad(STEP))
+def test_bad_steps(change, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        hla.step(**token() | change)
+
+
+ALGEBRA = {
+    "summarize none": (lambda: hla.summarize(**arrays(), mask="none"), ValueError, "mask.*none"),
+    "summarize k": (
+        lambda: hla.summarize(**arrays() | {"k": np.zeros((H, T, 6))}), ValueError, r"\bk\b"
+    ),
+    "two states": (lambda: hla.combine(state(), state()), TypeError, "right"),
+    "state on the right": (lambda: hla.combine(segment(), state()), TypeError, "right"),
+    "arrays": (lambda: hla.combine(np.ones(3), segment()), TypeError, "left"),
+    "operators": (lambda: hla.combine(segment(), segment("ahla")), BOTH, "right"),
+    "masks": (lambda: hla.combine(segment(), segment(mask="prefix")), BOTH, "right"),
+    "state and segment": (lambda: hla.combine(state("ahla"), segment()), BOTH, "right"),
+    "widths": (lambda: hla.combine(segment(), segment(width=6)), ValueError, "right"),
+    "do shape": (
+        lambda: hla.vjp(**arrays())[1](np.zeros((H, T, 4))), ValueError, r"\bdo\b.*\(2, 7, 4\)"
+    ),
+    "do library": (lambda: hla.vjp(**arrays())[1]([1.0]), TypeError, r"\bdo\b"),
+    "do dtype": (lambda: hla.vjp(**arrays())[1](np.ones((H, T, V), int)), TypeError, r"\bdo\b"),
+    "dstate": (
+        lambda: hla.vjp(**arrays(), return_state=True)[1](np.zeros((H, T, V)), state("ahla")),
+        BOTH,
+        "dstate",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), bad(ALGEBRA))
+def test_bad_algebra_and_pullbacks(call, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [*itertools.permutations(["numpy", "torch", "jax", "array_api_strict"], 2)]
+)
+def test_libraries_do_not_mix(one, other):
+    q, _, _ = load(one).arrays(*draw(H, T))
+    _, k, v = load(other).arrays(*draw(H, T))
+    with pytest.raises(TypeError, match=r"\bk\b"):
+        hla.scan(q, k, v)
+    q, k, _ = load(one).arrays(*draw(H, T))
+    with pytest.raises(BOTH, match="initial_state"):
+        hla.scan(q, k, load(one).array(draw(H, T)[2], "float64"),
+                 initial_state=type(state())(*load(other).arrays(*state())))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["torch", "jax", "array_api_strict"])
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_libraries_refuse_what_is_not_floating(name, dtype):
+    q, k, v = load(name).arrays(*(abs(x) for x in draw(H, T)), dtype=dtype)
+    with pytest.raises(TypeError, match=r"\bq\b"):
+        hla.scan(q, k, v)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+def test_float8_is_refused(name):
+    q, k, v = load(name).arrays(*draw(H, T), dtype="float8_e4m3fn")
+    with pytest.raises(TypeError, match=r"\bq\b.*float8_e4m3fn"):
+        hla.scan(q, k, v)

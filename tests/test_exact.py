@@ -1,0 +1,131 @@
+"""Equal bits where sums are exact, run to run and in threads; cost grows linearly."""
+
+import itertools
+import threading
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import DTYPES, FORMS, OPERATORS, Row, draw, load, rows, same_fields
+
+import hla
+
+STREAMING = ("causal", "prefix")
+
+
+SIZES = [(64, 130, 0.03), (128, 130, 0.02), (257, 67, 0.02), (32, 67, 0.06)]  # D, T, density
+
+
+def integers(D, T, density):
+    """Sparse ternary q, k and small integer v: every sum is exact in any order and precision."""
+    rng = np.random.default_rng([D, T])
+    q, k = rng.choice([-1.0, 0.0, 1.0], (2, 2, T, D), p=[density / 2, 1 - density, density / 2])
+    return q, k, rng.integers(-4, 5, (2, T, 9)).astype(float)
+
+
+@pytest.mark.parametrize(("D", "T", "density"), SIZES)
+@pytest.mark.parametrize("name", ["numpy", "torch", "array_api_strict"])
+def test_exact_integers(name, D, T, density):
+    """Every form, chunk width, backend, dtype and library: the same bits."""
+    q, k, v = integers(D, T, density)
+    lib = load(name)
+    forms = FORMS if D == 32 else ("chunked", "dense")
+    for (row,) in (x.values for x in rows(masks=("causal",), forms=forms, library=name)):
+        oracle = hla.scan(q, k, v, operator=row.operator, form="dense", backend="array_api")
+        assert abs(oracle).max() < 2**24
+        assert np.mean(oracle != 0) > 0.2
+        assert (oracle == np.round(oracle)).all()
+        for dtype in DTYPES[name] if row.form == "chunked" else ("float32",):
+            want = lib.numpy(lib.array(oracle, dtype))
+            for W in (16, 64, T) if row.form == "chunked" else (None,):
+                o = hla.scan(*lib.arrays(q, k, v, dtype=dtype), chunk_size=W, **row.options)
+                np.testing.assert_array_equal(lib.numpy(o), want)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_exact_integers_in_jax(operator):
+    arrays = integers(*SIZES[-1])
+    oracle = hla.scan(*arrays, operator=operator, form="dense", backend="array_api")
+    lib = load("jax")
+    for dtype in ("float32", "bfloat16"):
+        o = hla.scan(*lib.arrays(*arrays, dtype=dtype), operator=operator, chunk_size=16)
+        np.testing.assert_array_equal(lib.numpy(o), lib.numpy(lib.array(oracle, dtype)))
+
+
+@pytest.mark.parametrize(("D", "T", "density"), SIZES[::3])
+@pytest.mark.parametrize("row", rows(masks=STREAMING, forms=("chunked", "recurrent")))
+def test_exact_integers_through_states_and_gradients(row: Row, D, T, density):
+    """Cut and continued by scan, step or combine, and backwards: the same bits as the whole."""
+    q, k, v = (x.astype(np.float32) for x in integers(D, T, density))
+    names = {"operator": row.operator, "mask": row.mask}
+    whole, last = hla.scan(q, k, v, return_state=True, form="recurrent", **names)
+    for t in (1, 16, T // 2, T - 1):
+        head, tail = ([x[:, part] for x in (q, k, v)] for part in (slice(t), slice(t, None)))
+        _, state = hla.scan(*head, return_state=True, **row.options)
+        o, end = hla.scan(*tail, initial_state=state, return_state=True, **row.options)
+        np.testing.assert_array_equal(o, whole[:, t:])
+        same_fields(end, last)
+        same_fields(hla.combine(state, hla.summarize(*tail, **names)), last)
+        o, _ = hla.step(*(x[:, 0] for x in tail), state, **names)
+        np.testing.assert_array_equal(o, whole[:, t])
+    rng = np.random.default_rng(D)
+    do = rng.integers(-1, 2, v.shape).astype("f") * (rng.random(v.shape) < 0.3)
+    want = hla.vjp(*(x.astype(float) for x in (q, k, v)), form="dense", **names)[1](
+        do.astype(float)
+    )
+    got = hla.vjp(q, k, v, **row.options)[1](do.astype("f"))
+    for x, y in zip(got[:3], want[:3], strict=True):
+        assert abs(y).max() < 2**24
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+def test_runs_repeat_and_threads_agree_to_the_bit(name):
+    lib = load(name)
+    q, k, v = lib.arrays(*draw(2, 4, 300, D=32, V=16), dtype="float32")
+
+    def call(operator):
+        if name == "jax":  # compiling gradients takes long and proves no more
+            return [lib.numpy(hla.scan(q, k, v, operator=operator, decay=0.97))]
+        o, pullback = hla.vjp(q, k, v, operator=operator, decay=0.97)
+        return [lib.numpy(x) for x in (o, *pullback(v)[:3])]
+
+    operators = OPERATORS if name != "jax" else ("hla2",)
+    want = {operator: call(operator) for operator in operators}
+    barrier = threading.Barrier(8)
+
+    def start(operator):
+        barrier.wait(timeout=60)
+        return operator, call(operator)
+
+    with ThreadPoolExecutor(8) as pool:
+        tasks = list(itertools.islice(itertools.cycle(operators), 8))
+        found = list(pool.map(start, tasks)) + [(x, call(x)) for x in operators]
+    for operator, got in found:
+        for x, y in zip(got, want[operator], strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.slow
+def test_time_and_memory_grow_linearly():
+    """Eight times the tokens: about eight times as long, in a small multiple of the output."""
+
+    def cost(T):
+        q, k, v = (x.astype(np.float32) for x in draw(1, T, D=16, V=16))
+        best = np.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            o = hla.scan(q, k, v, decay=0.99)
+            best = min(best, time.perf_counter() - start)
+        assert np.isfinite(o).all()
+        tracemalloc.start()
+        hla.scan(q, k, v, decay=0.99)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return best, peak / o.nbytes
+
+    (short, _), (long, memory) = cost(2**14), cost(2**17)
+    assert long < 8 * 2.5 * short
+    assert memory < 16

@@ -1,0 +1,216 @@
+"""Every field of hla.vjp against finite differences of hla.scan in float64."""
+
+import numpy as np
+import pytest
+from conftest import (
+    MOVABLE,
+    OPERATORS,
+    Row,
+    close,
+    close_fields,
+    draw,
+    gated,
+    movable,
+    rows,
+    states,
+    symmetric,
+)
+
+import hla
+
+H, T = 2, 9
+STREAMING = ("causal", "prefix")
+
+
+def slope(f, x, direction, h=2e-4):
+    """Directional derivative of a scalar function by five points, and its rounding error."""
+    (right, left), (far_right, far_left) = (
+        (f(x + s * direction), f(x - s * direction)) for s in (h, 2 * h)
+    )
+    return (8 * (right - left) - (far_right - far_left)) / (12 * h), 1e-14 * abs(right) / h
+
+
+def check_gradient(f, x, gradient, name, seed):
+    """The slope of f at x in a random direction; a -inf entry of x stays and must have 0."""
+    assert gradient.shape == x.shape, name
+    assert gradient.dtype == x.dtype
+    fixed = np.isneginf(x)
+    assert not gradient[fixed].any()
+    direction = np.random.default_rng(seed).standard_normal(x.shape)
+    direction = symmetric(name, np.where(fixed, 0.0, direction))
+    want, rounding = slope(f, x, direction)
+    size = np.linalg.norm(gradient) * np.linalg.norm(direction)
+    assert size > 0, f"{name} has no gradient"
+    assert abs(np.sum(gradient * direction) - want) <= 1e-7 * size + rounding, name
+
+
+def check_vjp(inputs, options, start=None, dstate=None, do_seed=1):
+    """Every field of hla.vjp's Gradients against finite differences of hla.scan."""
+    o, _ = hla.vjp(**inputs, **options)
+    do = np.random.default_rng(do_seed).standard_normal(o.shape)
+    fields = {} if start is None else start._asdict()
+
+    def loss(**changed):
+        arrays = {n: changed.get(n, x) for n, x in inputs.items()}
+        if start is not None:
+            arrays["initial_state"] = type(start)(
+                *(changed.get("_" + n, x) for n, x in fields.items())
+            )
+        if dstate is None:
+            return np.sum(do * hla.scan(**arrays, **options))
+        o, state = hla.scan(**arrays, return_state=True, **options)
+        return np.sum(do * o) + sum(np.sum(d * x) for d, x in zip(dstate, state, strict=True))
+
+    if dstate is None:
+        got, pullback = hla.vjp(**inputs, initial_state=start, **options)
+        gradients = pullback(do)
+    else:
+        (got, _), pullback = hla.vjp(**inputs, initial_state=start, return_state=True, **options)
+        gradients = pullback(do, dstate)
+    close(got, hla.scan(**inputs, initial_state=start, **options), 1e-13)
+    names = ("dq", "dk", "dv", "ddecay", "dlog_gate", "dinitial_state")
+    assert gradients._fields == names
+    for seed, name in enumerate(names[:-1]):
+        gradient = getattr(gradients, name)
+        if name[1:] not in inputs:
+            assert gradient is None, name
+            continue
+        x = inputs[name[1:]]
+        check_gradient(lambda x, n=name[1:]: loss(**{n: x}), x, gradient, name, seed)
+    if start is None:
+        assert gradients.dinitial_state is None
+        return
+    assert gradients.dinitial_state._fields == start._fields
+    for seed, (name, x) in enumerate(fields.items()):
+        gradient = getattr(gradients.dinitial_state, name)
+        if name in ("eta", "m", "n", "h", "h1", "h2", "h3") and not gradient.any():
+            assert dstate is None  # a mass that nothing reads: no denominator was asked for
+            assert not options.get("normalize")
+            continue
+        check_gradient(lambda x, n=name: loss(**{"_" + n: x}), x, gradient, name, seed)
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])
+@pytest.mark.parametrize(("row", "gate"), gated(MOVABLE, forms=("chunked",)))
+def test_vjp(row: Row, gate, normalize):
+    q, k, v = draw(H, T, positive=normalize)
+    inputs = {"q": q, "k": k, "v": v} | movable(gate, H, T)
+    options = row.options | {"normalize": normalize, "eps": 0.1, "scale": 0.8, "chunk_size": 4}
+    check_vjp(inputs, options)
+    if row.operator == "hla2":
+        check_vjp(inputs, options | {"ridge": 0.6})
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])
+@pytest.mark.parametrize(("row", "gate"), gated(MOVABLE, masks=STREAMING, forms=("chunked",)))
+def test_vjp_through_states(row: Row, gate, normalize):
+    q, k, v = draw(H, T, positive=normalize)
+    inputs = {"q": q, "k": k, "v": v} | movable(gate, H, T)
+    options = row.options | {"normalize": normalize, "eps": 0.1, "scale": 0.8, "chunk_size": 4}
+    for ridge in (0.0, 0.6) if row.operator == "hla2" else (0.0,):
+        options |= {"ridge": ridge}
+        common = {n: options[n] for n in ("operator", "mask", "ridge", "scale")}
+        start, dstate = states(H, common, inputs)
+        start = type(start)(*(abs(x) if normalize else x for x in start))
+        check_vjp(inputs, options, start, dstate)
+        check_vjp(inputs, options, start)
+
+
+PAPER = {"operators": ("hla2", "hla3"), "masks": ("causal",), "forms": ("chunked",)}
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])
+@pytest.mark.parametrize(("row", "gate"), gated(MOVABLE, **PAPER))
+def test_vjp_of_the_papers_convention(row: Row, gate, normalize):
+    q, k, v = draw(H, T, positive=normalize)
+    inputs = {"q": q, "k": k, "v": v} | movable(gate, H, T)
+    for ridge in (0.0, 0.6) if row.operator == "hla2" else (0.0,):
+        common = {"operator": row.operator, "ridge": ridge, "scale": 0.8, "convention": "paper"}
+        options = row.options | common | {"normalize": normalize, "eps": 3e3, "chunk_size": 4}
+        check_vjp(inputs, options)
+        start, dstate = states(H, common, inputs, gate_like(gate))
+        check_vjp(inputs, options, start, dstate)
+
+
+def gate_like(gate):
+    """A decay for the call that makes the first state: its type is that of a decayed call."""
+    return {} if gate == "none" else {"decay": 0.9}
+
+
+@pytest.mark.parametrize(("row", "gate"), gated(MOVABLE))
+def test_every_form_has_the_gradients_of_the_chunked_one(row: Row, gate):
+    q, k, v = draw(H, T)
+    inputs = {"q": q, "k": k, "v": v} | movable(gate, H, T)
+    common = {"operator": row.operator, "mask": row.mask, "scale": 0.8}
+    if row.mask == "none":
+        o, pullback = hla.vjp(**inputs, **common)
+        do = draw(H, T, seed=4)[2]
+        other, pull = hla.vjp(**inputs, **row.options, scale=0.8)
+        close(other, o)
+        close_fields(pull(do), pullback(do))
+        return
+    start, dstate = states(H, common, inputs)
+    do = draw(H, T, seed=4)[2]
+    common |= {"initial_state": start, "return_state": True}
+    _, pullback = hla.vjp(**inputs, **common)
+    _, pull = hla.vjp(**inputs, **common | row.options, chunk_size=4)
+    close_fields(pull(do, dstate), pullback(do, dstate))
+
+
+@pytest.mark.parametrize("row", rows(masks=STREAMING, forms=("chunked", "recurrent")))
+def test_broadcast_inputs_get_gradients_of_their_own_shape(row: Row):
+    """Shared keys, values without a batch, one gate for all heads, a state without heads."""
+    q = draw(2, 3, T)[0]
+    k = draw(2, 1, T, seed=1)[1]
+    v = draw(T, seed=2)[2]
+    options = row.options | {"chunk_size": 4}
+    plain = {"operator": row.operator, "mask": row.mask}
+    _, start = hla.scan(*draw(6, seed=3), return_state=True, **plain)
+    for gate in ({"decay": np.array([[0.7], [0.9]])}, {"log_gate": -np.linspace(0.1, 0.5, T)}):
+        check_vjp({"q": q, "k": k, "v": v} | gate, options, start)
+    check_vjp({"q": q[:1, :1], "k": k[:1], "v": v, "decay": np.array(0.8)}, options)
+
+
+def test_gradients_go_to_arrays_only():
+    q, k, v = draw(H, T)
+    do = draw(H, T, seed=4)[2]
+    for decay in ({}, {"decay": 0.9}):
+        _, pullback = hla.vjp(q, k, v, **decay)
+        assert pullback(do)[3:] == (None, None, None)
+    _, pullback = hla.vjp(q, k, v, decay=np.array(0.9))
+    assert pullback(do).ddecay.shape == ()
+    first, second = pullback(do), pullback(do)  # a pullback may be called again
+    for x, y in zip(first[:4], second[:4], strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_no_cotangent_counts_as_zeros(operator):
+    q, k, v = draw(H, T)
+    (o, state), pullback = hla.vjp(q, k, v, operator=operator, return_state=True)
+    do = draw(H, T, seed=4)[2]
+    dstate = type(state)(*(np.ones(x.shape) for x in state))
+    zeros = type(state)(*(np.zeros(x.shape) for x in state))
+    close_fields(pullback(do, None), pullback(do, zeros), 1e-13)
+    close_fields(pullback(None, dstate), pullback(np.zeros_like(o), dstate), 1e-13)
+
+
+@pytest.mark.parametrize("row", rows(masks=STREAMING))
+def test_gradients_of_no_tokens_are_zeros_and_the_state_passes_through(row: Row):
+    q, k, v = draw(H, 0)
+    _, start = hla.scan(*draw(H, 6), return_state=True, operator=row.operator, mask=row.mask)
+    arrays = {"initial_state": start, "return_state": True, "decay": np.full(H, 0.5)}
+    (o, state), pullback = hla.vjp(q, k, v, **arrays, **row.options)
+    dstate = type(state)(*(np.full(x.shape, 2.0) for x in state))
+    gradients = pullback(o, dstate)
+    assert (gradients.dq.shape, gradients.dv.shape) == (q.shape, v.shape)
+    assert not gradients.ddecay.any()
+    close_fields(gradients.dinitial_state, dstate, 1e-15)
+
+
+def test_strided_cotangents():
+    q, k, v = draw(H, T)
+    do = np.random.default_rng(4).standard_normal((H, 2 * T, 3))
+    _, pullback = hla.vjp(q, k, v, decay=np.full(H, 0.9))
+    for view in (do[:, ::2], do[:, ::2][:, ::-1], np.broadcast_to(do[0, 0], (H, T, 3))):
+        close_fields(pullback(view), pullback(view.copy()), 1e-13)
