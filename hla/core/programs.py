@@ -27,7 +27,6 @@ from .passes import (
     token_step,
 )
 
-
 RunPass = Callable[..., tuple[Array, Array]]
 
 
