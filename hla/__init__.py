@@ -1,5 +1,6 @@
 """Higher-order Linear Attention (arXiv 2510.27258) on any array library."""
 
+from . import states
 from .api import available, combine, explain, scan, step, summarize, vjp
 from .core.forms import Gradients
 from .errors import SlowPathWarning, Unsupported
@@ -13,6 +14,7 @@ __all__ = [
     "combine",
     "explain",
     "scan",
+    "states",
     "step",
     "summarize",
     "vjp",

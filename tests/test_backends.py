@@ -191,7 +191,7 @@ def install(folder, name, module, source):
 
 
 def test_third_parties_add_backends(tmp_path):
-    """One entry point is enough to be listed, run, refused with a reason; a broken one harms none."""
+    """One entry point is enough to be listed, run and refused; a broken one harms none."""
     install(tmp_path, "extra", "extra_backend", PLUGIN)
     install(tmp_path, "broken", "broken_backend", "raise OSError('its driver is missing')\n")
     out = run(

@@ -42,12 +42,14 @@ def label(operator: str) -> str:
 
 def introduce(jobs: Sequence[Job]) -> None:
     """Say what will be trained, and on what."""
-    corpus, config, steps = jobs[0].corpus, jobs[0].config, jobs[0].steps
+    corpus, config = jobs[0].corpus, jobs[0].config
     console.print(
         f"{corpus.name}: {len(corpus.train):,} bytes to train on, the last {len(corpus.held):,} "
         f"held out.\nEach model: {config.blocks} blocks of {config.heads} heads, width "
-        f"{config.width}: {parameter_count(config):,} parameters; {steps:,} steps of {BATCH} x "
-        f"{WINDOW} bytes; {min(cores(), len(jobs))} at a time.\n"
+        f"{config.width}, {parameter_count(config):,} parameters;\n{jobs[0].steps:,} steps of "
+        f"{BATCH} x {WINDOW} bytes, {min(cores(), len(jobs))} models at a time.\n",
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -114,23 +116,29 @@ def print_table(results: Results) -> None:
             table.add_section()
     console.print(table)
     console.print(
-        "gzip: what it adds for the held-out text after the training text. Counts: of the training "
-        "text, Witten-Bell back-off. tokens/s: training, one process with one BLAS thread.\n",
+        "gzip: what the held-out text adds to the training text. Counts: of the training text,\n"
+        "Witten-Bell back-off. No mixer: o = v, so only the last byte is known. tokens/s: of\n"
+        f"training, in one process with one BLAS thread, {min(cores(), len(results.jobs))} at a "
+        "time.\n",
         style="dim",
+        soft_wrap=True,
     )
 
 
 def print_sample(results: Results, model: Trained, prompt: Bytes) -> None:
     """Print the prompt and what the model made of it."""
     sample = results.sample
-    console.print(f"[bold]{label(model.config.operator)} continues[/] [dim]the held-out text[/]\n")
-    console.print(Text(_readable(prompt.tobytes()), style="dim"), end="")
-    console.print(Text(_readable(sample.text)), end="\n\n")
+    console.rule("prompt, from the held-out text", align="left", style="dim")
+    console.print(Text(_readable(prompt.tobytes()), style="dim"), soft_wrap=True)
+    console.rule(f"{label(model.config.operator)} continues", align="left", style="dim")
+    console.print(Text(_readable(sample.text)), soft_wrap=True)
+    console.rule(style="dim")
     console.print(
-        f"Written by hla.step from the state of one hla.scan, {sample.tokens_per_second:,.0f} "
-        f"tokens/s;\nits logits and those of a scan over the whole text differ by at most "
-        f"{sample.difference:.0e}.\n",
+        "Written by hla.step from the state that one hla.scan of the prompt returned, at\n"
+        f"{sample.tokens_per_second:,.0f} tokens/s. Its logits and those of one scan over the whole "
+        f"differ by at most {sample.difference:.0e}.\n",
         style="dim",
+        soft_wrap=True,
     )
 
 
@@ -166,7 +174,8 @@ def save(results: Results, folder: Path) -> None:
     }
     text = json.dumps(document, indent=1)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-    console.print(f"Saved {folder / 'curves.png'} and {folder / 'results.json'}.", soft_wrap=True)
+    saved = f"Saved {folder / 'curves.png'} and {folder / 'results.json'}."
+    console.print(saved, markup=False, soft_wrap=True)
 
 
 def _draw(results: Results) -> Figure:
@@ -196,7 +205,7 @@ def _draw(results: Results) -> Figure:
     names = list(results.bits)
     colours = {label(operator): colour for operator, colour in COLOURS.items()}
     bars = right.barh(
-        names, list(results.bits.values()), color=[colours.get(n, "black") for n in names]
+        names, list(results.bits.values()), color=[colours.get(n, "#bbbbbb") for n in names]
     )
     right.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
     right.invert_yaxis()

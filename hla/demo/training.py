@@ -26,7 +26,7 @@ from .model import (
 
 BATCH, WINDOW, PIECE = 4, 128, 4096
 RATE, WARM_UP = 7e-3, 30
-SCORES = 10
+SCORES = 8
 
 Report = Callable[[int, float], None]
 
