@@ -136,8 +136,7 @@ def poisoned(empty):
     @functools.wraps(empty)
     def allocate(*args, **kwargs):
         x = empty(*args, **kwargs)
-        kind = getattr(x.dtype, "kind", "f" if getattr(x, "is_floating_point", bool)() else "i")
-        if kind == "f":
+        if x.dtype.kind == "f":
             x[...] = math.nan
         return x
 

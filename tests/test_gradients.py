@@ -214,3 +214,24 @@ def test_strided_cotangents():
     _, pullback = hla.vjp(q, k, v, decay=np.full(H, 0.9))
     for view in (do[:, ::2], do[:, ::2][:, ::-1], np.broadcast_to(do[0, 0], (H, T, 3))):
         close_fields(pullback(view), pullback(view.copy()), 1e-13)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_gradients_are_laid_out_like_their_inputs(operator):
+    """With the token axis before the heads: [B, T, H, D], and gates [B, T, H] or [T, 1]."""
+    q, k, v = draw(2, 3, T)
+    do = draw(2, 3, T, seed=4)[2]
+    a = -np.random.default_rng(5).random((2, 3, T))
+    options = {"operator": operator, "chunk_size": 4, "scale": 0.8}
+    wide, narrow = a, a[0, :1]
+    for gate in (wide, narrow):
+        want = hla.vjp(q, k, v, log_gate=gate, **options)[1](do)
+        moved = [np.swapaxes(x, 1, 2) for x in (q, k, v)]
+        own = np.swapaxes(gate, -1, -2)
+        o, pullback = hla.vjp(*moved, log_gate=own, axis=-3, **options)
+        got = pullback(np.swapaxes(do, 1, 2))
+        assert o.shape == (2, T, 3, 3)
+        for x, y in zip(got[:3], want[:3], strict=True):
+            close(np.swapaxes(x, 1, 2), y)
+        assert got.dlog_gate.shape == own.shape
+        close(np.swapaxes(got.dlog_gate, -1, -2), want.dlog_gate)

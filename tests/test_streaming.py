@@ -226,6 +226,29 @@ def test_scan_of_a_state_saved_and_loaded(row: Row, tmp_path):
     same(hla.scan(q, k, v, initial_state=loaded, **row.options), want)
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_gates_broadcast(operator):
+    """Gates of fewer axes or of size 1 stand for all heads, batches or tokens; in step, a float."""
+    q, k, v = draw(2, 3, T)
+    a = -np.random.default_rng(5).random((2, 3, T))
+    for gate in (a[0, 0], a[0, :1], a[:, :1], a[..., :1], a[0, 0, :1]):
+        full = np.broadcast_to(gate, a.shape).copy()
+        o = hla.scan(q, k, v, operator=operator, log_gate=gate, chunk_size=8)
+        close(o, hla.scan(q, k, v, operator=operator, log_gate=full, chunk_size=8))
+    for decay in (np.full((2, 1), 0.5), np.linspace(0.5, 1, 3), np.array(0.7)):
+        full = np.broadcast_to(decay, (2, 3)).copy()
+        o = hla.scan(q, k, v, operator=operator, decay=decay, chunk_size=8)
+        close(o, hla.scan(q, k, v, operator=operator, decay=full, chunk_size=8))
+    token = [x[..., 0, :] for x in (q, k, v)]
+    _, state = hla.scan(q, k, v, operator=operator, return_state=True)
+    full = np.full((2, 3), -0.3)
+    want, end = hla.step(*token, state, operator=operator, log_gate=full)
+    for gate in ({"log_gate": -0.3}, {"log_gate": full[0]}, {"decay": np.exp(-0.3)}):
+        o, after = hla.step(*token, state, operator=operator, **gate)
+        close(o, want)
+        close_fields(after, end)
+
+
 def test_states_are_new_and_reusable():
     """Two calls from one state agree; a kept state of step does not change later."""
     q, k, v = draw(H, T)

@@ -127,7 +127,7 @@ def _foresee(workload: str, case: Case, before: list[Row]) -> None:
         tokens, seconds = max(known)
         expected = seconds * (case.tokens / tokens) ** (2 if before[0].name == "torch SDPA" else 1)
         if expected > SLOW:
-            raise NotImplementedError(f"it would take about {expected:.0f} s a call")
+            raise NotImplementedError(f"T = {case.tokens} would take about {expected:.0f} s a call")
 
 
 def _time(

@@ -20,19 +20,28 @@ Namespace = Any
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
+# By class: a look-up by array-api-compat costs as much as a small product.
+_libraries: dict[type, str | None] = {}
+_namespaces: dict[type, Namespace] = {}
+
+
 def library(x: Array) -> str | None:
     """Name the array library of ``x`` ("numpy", "torch", "jax", ...); None if it has none."""
-    if isinstance(x, np.ma.MaskedArray) or compat.is_dask_array(x):
-        return None
-    if not compat.is_array_api_obj(x):
-        return None
-    name = compat.array_namespace(x).__name__
-    return str(name.removeprefix("array_api_compat.").split(".")[0])
+    if type(x) not in _libraries:
+        refused = isinstance(x, np.ma.MaskedArray) or compat.is_dask_array(x)
+        found = None
+        if not refused and compat.is_array_api_obj(x):
+            name: str = namespace(x).__name__
+            found = name.removeprefix("array_api_compat.").split(".", 1)[0]
+        _libraries[type(x)] = found
+    return _libraries[type(x)]
 
 
 def namespace(x: Array) -> Namespace:
     """Array API namespace of ``x``."""
-    return compat.array_namespace(x)
+    if type(x) not in _namespaces:
+        _namespaces[type(x)] = compat.array_namespace(x)
+    return _namespaces[type(x)]
 
 
 def device(x: Array) -> Any:
@@ -60,21 +69,21 @@ def on_accelerator(x: Array) -> bool:
             if traced(x)
             else x.devices().pop().platform != "cpu"
         )
-    if compat.is_torch_array(x):
+    if library(x) == "torch":
         return bool(x.device.type not in ("cpu", "meta"))
     return bool(compat.is_cupy_array(x))
 
 
 def is_jax(x: Array) -> bool:
     """Whether ``x`` is a JAX array or tracer."""
-    return bool(compat.is_jax_array(x))
+    return library(x) == "jax"
 
 
 def traced(x: Array) -> bool:
     """Whether ``x`` stands for values that are not there yet (jit, vmap, compile, fake tensors)."""
     if is_jax(x):
         return isinstance(x, sys.modules["jax"].core.Tracer)
-    if compat.is_torch_array(x):
+    if library(x) == "torch":
         torch = sys.modules["torch"]
         functorch = torch._C._functorch
         return bool(
@@ -88,11 +97,11 @@ def traced(x: Array) -> bool:
 
 def host_values(x: Array) -> np.ndarray[Any, Any] | None:
     """Values of a number or host array as NumPy, or None where reading would wait or fail."""
-    if compat.is_numpy_array(x):
+    if library(x) == "numpy":
         return np.asarray(x)
     if traced(x) or on_accelerator(x):
         return None
-    if compat.is_torch_array(x):
+    if library(x) == "torch":
         x = x.detach()
         return np.asarray(x.double() if dtype_name(x) == "bfloat16" else x)
     if is_jax(x):
@@ -105,12 +114,17 @@ def host_values(x: Array) -> np.ndarray[Any, Any] | None:
 
 def dtype_name(x: Array) -> str:
     """Bare dtype name of ``x``: "float32", "bfloat16", "int64", ..."""
-    return str(x.dtype).rsplit(".", 1)[-1]
+    return _dtype_name(type(x.dtype), x.dtype)
+
+
+@functools.cache
+def _dtype_name(kind: type, dtype: Any) -> str:  # the kind first: dtypes of two libraries may warn
+    return str(dtype).rsplit(".", 1)[-1]
 
 
 def tf32_allowed(x: Array) -> bool:
     """Whether the caller's own library switch asks for reduced-precision float32 products."""
-    if compat.is_torch_array(x):
+    if library(x) == "torch":
         return bool(sys.modules["torch"].backends.cuda.matmul.allow_tf32)
     if is_jax(x):
         chosen = sys.modules["jax"].config.jax_default_matmul_precision
@@ -133,7 +147,7 @@ def unstack(x: Array, axis: int) -> tuple[Array, ...]:
     Not by indexing, whose gradient is a whole array of zeros a slice; and torch by its own unbind,
     which unlike array-api-compat's moveaxis works under ``torch.func.vmap``.
     """
-    if compat.is_torch_array(x):
+    if library(x) == "torch":
         return tuple(x.unbind(axis))
     return tuple(namespace(x).unstack(x, axis=axis))
 

@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     operators = [name for name in ROWS if name in (args.operator or ROWS)]
     jobs = [Job(Config(operator), corpus, steps, args.seed) for operator in operators]
     report.introduce(jobs)
+    if args.quick:
+        report.console.print("--quick: too little to learn from, it shows that all of it runs.\n")
     with report.progress(jobs) as advance:
         models = train_all(jobs, advance)
     mixers = [model for model in models if model.config.operator != NO_MIXER]

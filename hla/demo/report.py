@@ -47,7 +47,7 @@ def introduce(jobs: Sequence[Job]) -> None:
         f"{corpus.name}: {len(corpus.train):,} bytes to train on, the last {len(corpus.held):,} "
         f"held out.\nEach model: {config.blocks} blocks of {config.heads} heads, width "
         f"{config.width}, {parameter_count(config):,} parameters;\n{jobs[0].steps:,} steps of "
-        f"{BATCH} x {WINDOW} bytes, {min(cores(), len(jobs))} models at a time.\n",
+        f"{BATCH} x {WINDOW} bytes, {min(cores(), len(jobs))} at a time.\n",
         markup=False,
         soft_wrap=True,
     )
@@ -135,8 +135,8 @@ def print_sample(results: Results, model: Trained, prompt: Bytes) -> None:
     console.rule(style="dim")
     console.print(
         "Written by hla.step from the state that one hla.scan of the prompt returned, at\n"
-        f"{sample.tokens_per_second:,.0f} tokens/s. Its logits and those of one scan over the whole "
-        f"differ by at most {sample.difference:.0e}.\n",
+        f"{sample.tokens_per_second:,.0f} tokens/s. Its logits and one scan's over all of it"
+        f" differ by {sample.difference:.0e} at most.\n",
         style="dim",
         soft_wrap=True,
     )
