@@ -10,12 +10,13 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 
 from .core import namespace as ns
+from .core.adjoint import sum_to
 from .core.forms import FORMS
 from .core.hla2 import HLA2RidgeState, HLA2State
 from .core.namespace import Array
 from .core.packing import PackedState
 from .core.passes import Shape
-from .core.programs import CAUSAL, program, sum_to
+from .core.programs import CAUSAL, program
 from .core.request import Inputs, Request
 
 CHOICES: dict[str, tuple[str, ...]] = {

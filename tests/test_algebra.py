@@ -274,3 +274,11 @@ def test_theorem_7_1_sums_only_triples_whose_largest_index_repeats():
     assert all(abs(theorem[t] - masked[t]).max() > 1e-3 * abs(masked[t]).max() for t in range(1, 9))
     close(hla.scan(q, k, v, operator="hla3", convention="paper"), theorem)
     close(hla.scan(q, k, v, operator="hla3"), masked)
+
+
+def test_packed_states_hold_the_upper_triangle_row_by_row():
+    """The order is a format: states are saved packed."""
+    S = np.arange(16.0).reshape(4, 4)
+    state = hla.states.HLA2State(S + S.T, np.ones((4, 2)), np.ones(4))
+    np.testing.assert_array_equal(state.pack().upper, (S + S.T)[np.triu_indices(4)])
+    np.testing.assert_array_equal(state.pack().unpack().S, S + S.T)

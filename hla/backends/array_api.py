@@ -7,9 +7,9 @@ from typing import Any
 import array_api_compat
 
 from ..core import forms, namespace
+from ..core.adjoint import ONE_TOKEN
 from ..core.forms import Gradients
 from ..core.namespace import Array
-from ..core.programs import ONE_TOKEN
 from ..core.request import Inputs, Request
 from ..dispatch import Info
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from ..core import forms, namespace
+from ..core.adjoint import CORE, ONE_TOKEN, Engine
 from ..core.forms import Gradients
 from ..core.namespace import Array
-from ..core.programs import CORE, ONE_TOKEN, Engine
 from ..core.request import Inputs, Request
 from ..dispatch import Info
 from ..kernels import numpy_program

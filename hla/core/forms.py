@@ -10,10 +10,11 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from . import associative
+from .adjoint import CORE, Engine
 from .associative import algebra_of
 from .namespace import Array, namespace
 from .passes import CHUNK, Gate
-from .programs import CORE, Engine, Trace, final_states, with_ones
+from .programs import Trace, final_states, with_ones
 from .request import Inputs, Request
 from .states import Keyed, gradient_fields, joined, split
 

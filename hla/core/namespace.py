@@ -114,11 +114,12 @@ def host_values(x: Array) -> np.ndarray[Any, Any] | None:
 
 def dtype_name(x: Array) -> str:
     """Bare dtype name of ``x``: "float32", "bfloat16", "int64", ..."""
-    return _dtype_name(type(x.dtype), x.dtype)
+    kind: Any = type(x.dtype)
+    return _dtype_name(kind, x.dtype)
 
 
 @functools.cache
-def _dtype_name(kind: type, dtype: Any) -> str:  # the kind first: dtypes of two libraries may warn
+def _dtype_name(kind: Any, dtype: Any) -> str:  # the kind first: dtypes of two libraries may warn
     return str(dtype).rsplit(".", 1)[-1]
 
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from .adjoint import sum_to
 from .namespace import Array, namespace
 from .passes import Shape
-from .programs import sum_to
 from .request import Request
 
 Fields = tuple[str, ...]

@@ -31,8 +31,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..core.adjoint import Adjoint, gate_total, shared_out, sum_to
 from ..core.passes import CHUNK, Fields, Gate, Pass, Shape, Weights, broadcast, weights
-from ..core.programs import Adjoint, Program, Trace, gate_total, shared_out, sum_to
+from ..core.programs import Program, Trace
 from .numpy_threads import Part, spread
 
 Array = np.ndarray[Any, Any]
