@@ -129,3 +129,15 @@ def test_time_and_memory_grow_linearly():
     (short, _), (long, memory) = cost(2**14), cost(2**17)
     assert long < 8 * 2.5 * short
     assert memory < 16
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_threads_that_share_a_state_do_not_disturb_each_other(operator):
+    """One query and key head for all values: states and intermediates belong to every thread."""
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, 1, 700, 32)).astype(np.float32)
+    v = rng.normal(size=(16, 700, 32)).astype(np.float32)
+    options = {"operator": operator, "decay": 0.99}
+    apart = [hla.vjp(q, k, v[i : i + 1], **options)[1](v[i : i + 1]).dv for i in range(16)]
+    for _ in range(5):
+        np.testing.assert_array_equal(hla.vjp(q, k, v, **options)[1](v).dv, np.concatenate(apart))

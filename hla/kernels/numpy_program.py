@@ -24,6 +24,7 @@ at 64^3, up to which OpenBLAS starts no threads of its own. Work a token and hea
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -67,18 +68,20 @@ def run(
     if len(program.outputs) == 1:
         env[program.outputs[0][1]] = o
 
+    ends: list[list[tuple[Array, Array]]] = []  # written when no thread reads its start any more
+
     def job(part: Part) -> None:
-        arrays = {name: part(x, 2) for name, x in env.items()}
-        out = part(o, 2)
+        arrays = {name: part(values[name], 2) for name in "qkv"}
+        for step in program.steps:  # where heads share an intermediate, each thread makes its own
+            arrays[step.out] = part.output(env[step.out], 2)
+        out, held = part(o, 2), [part.output(x, 3) for x in kept]
         sweep = _Sweep(program, part.gate(gate), T, chunk, math.prod(out.shape[:-2]), dtype)
-        own = [part(S, 2) for S in states]
-        after = sweep.forward(
-            arrays, [S.copy() for S in own], [part(x, 3) for x in kept], part(o, 2)
-        )
-        for S, final in zip(own, after, strict=True):
-            S[...] = final  # a state that heads share is computed by each thread, to the same bits
+        after = sweep.forward(arrays, [part(S, 2).copy() for S in states], held, out)
+        ends.append([(part.output(S, 2), end) for S, end in zip(states, after, strict=True)])
 
     spread(job, full, 4 * len(program.steps) * o.size * chunk)
+    for S, end in itertools.chain.from_iterable(ends):
+        S[...] = end
     return o, Trace(env, tuple(states), tuple(kept))
 
 

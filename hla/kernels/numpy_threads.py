@@ -21,7 +21,7 @@ class Part:
     """A run of heads on one batch axis, counted from the last, which is 1; 0 takes all heads."""
 
     def __init__(self, axis: int, heads: slice) -> None:
-        self.axis, self.heads = axis, heads
+        self.axis, self.heads, self.first = axis, heads, not heads.start
 
     def __call__(self, x: Array, features: int) -> Array:
         """Return these heads of ``x``, which has ``features`` axes beyond the batch."""
@@ -29,6 +29,11 @@ class Part:
         if self.axis == 0 or place < 0 or x.shape[place] == 1:
             return x
         return x[(slice(None),) * place + (self.heads,)]
+
+    def output(self, x: Array, features: int) -> Array:
+        """Return these heads of an array to write: a private one where threads would share it."""
+        part = self(x, features)
+        return part if self.first or part is not x else np.empty_like(x)
 
     def gate(self, gate: Gate) -> Gate:
         """Return the gate of these heads."""
