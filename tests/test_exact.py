@@ -131,13 +131,13 @@ def test_time_and_memory_grow_linearly():
     assert memory < 16
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", ["hla2", "hla3"])
 def test_threads_that_share_a_state_do_not_disturb_each_other(operator):
-    """One query and key head for all values: states and intermediates belong to every thread."""
+    """One query and key head for equal values; shared arrays spoiled a run in ten."""
     rng = np.random.default_rng(0)
-    q, k = rng.normal(size=(2, 1, 700, 32)).astype(np.float32)
-    v = rng.normal(size=(16, 700, 32)).astype(np.float32)
-    options = {"operator": operator, "decay": 0.99}
-    apart = [hla.vjp(q, k, v[i : i + 1], **options)[1](v[i : i + 1]).dv for i in range(16)]
-    for _ in range(5):
-        np.testing.assert_array_equal(hla.vjp(q, k, v, **options)[1](v).dv, np.concatenate(apart))
+    q, k = rng.normal(size=(2, 1, 1500, 48)).astype(np.float32)
+    v = np.repeat(rng.normal(size=(1, 1500, 48)).astype(np.float32), 8, axis=0)
+    want, _ = hla.vjp(q, k, v[:1], operator=operator, decay=0.99)
+    for _ in range(60):
+        o, _ = hla.vjp(q, k, v, operator=operator, decay=0.99)
+        np.testing.assert_array_equal(o, np.broadcast_to(want, o.shape))
