@@ -11,6 +11,7 @@ import pytest
 from conftest import DTYPES, FORMS, OPERATORS, Row, draw, load, rows, same_fields
 
 import hla
+from hla.kernels import numpy_threads
 
 STREAMING = ("causal", "prefix")
 
@@ -132,8 +133,9 @@ def test_time_and_memory_grow_linearly():
 
 
 @pytest.mark.parametrize("operator", ["hla2", "hla3"])
-def test_threads_that_share_a_state_do_not_disturb_each_other(operator):
+def test_threads_that_share_a_state_do_not_disturb_each_other(operator, monkeypatch):
     """One query and key head for equal values; shared arrays spoiled a run in ten."""
+    monkeypatch.setattr(numpy_threads, "_cores", lambda: 3)
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1, 1500, 48)).astype(np.float32)
     v = np.repeat(rng.normal(size=(1, 1500, 48)).astype(np.float32), 8, axis=0)
@@ -141,3 +143,18 @@ def test_threads_that_share_a_state_do_not_disturb_each_other(operator):
     for _ in range(60):
         o, _ = hla.vjp(q, k, v, operator=operator, decay=0.99)
         np.testing.assert_array_equal(o, np.broadcast_to(want, o.shape))
+
+
+@pytest.mark.parametrize("cores", [2, 3, 8])
+def test_any_number_of_threads_gives_the_same_bits(cores, monkeypatch):
+    rng = np.random.default_rng(1)
+    q, k, v, do = rng.normal(size=(4, 2, 5, 200, 16))
+    options = {"operator": "hla3", "log_gate": -rng.uniform(size=(5, 200)), "return_state": True}
+    results = []
+    for n in (1, cores):
+        monkeypatch.setattr(numpy_threads, "_cores", lambda n=n: n)
+        monkeypatch.setattr(numpy_threads, "SPREAD", 0)
+        (o, state), pullback = hla.vjp(q, k[:, :1], v, **options)
+        results.append([o, *state, *pullback(do, state)[:3]])
+    for one, many in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, many)

@@ -44,10 +44,12 @@ class Part:
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use; OMP_NUM_THREADS, which limits BLAS, limits it too."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, max(1, int(limit))) if limit.isdecimal() else cores
 
 
 def spread(job: Callable[[Part], None], batch: Shape, work: int) -> None:
