@@ -13,7 +13,7 @@ from .model import NO_MIXER, Config
 from .training import Job, generate, train_all
 
 ROWS = (NO_MIXER, "linear", "hla2", "ahla", "hla3")
-STEPS, QUICK_STEPS, QUICK_BYTES = 1500, 10, 1 << 15
+STEPS, QUICK_STEPS, QUICK_BYTES = 1200, 10, 1 << 15
 PROMPT, SAMPLE, QUICK_SAMPLE = 120, 400, 80
 
 
