@@ -11,7 +11,10 @@ import pytest
 from conftest import DTYPES, FORMS, OPERATORS, Row, draw, load, rows, same_fields
 
 import hla
-from hla.kernels import numpy_threads
+from hla.core import programs
+from hla.core.passes import Gate, Pass
+from hla.core.programs import Program
+from hla.kernels import numpy_program, numpy_threads
 
 STREAMING = ("causal", "prefix")
 
@@ -158,3 +161,21 @@ def test_any_number_of_threads_gives_the_same_bits(cores, monkeypatch):
         results.append([o, *state, *pullback(do, state)[:3]])
     for one, many in zip(*results, strict=True):
         np.testing.assert_array_equal(one, many)
+
+
+def test_pairs_used_again_keep_their_own_keys():
+    """Steps between two uses of (q, k) that transpose the same k, then another, disturb neither."""
+    q, k, v = np.random.default_rng(2).integers(-2, 3, size=(3, 2, 70, 4)).astype(np.float64)
+    steps = (
+        Pass("a", "q", "k", "v", ("A",)),
+        Pass("b", "k", "k", "k", ("B",)),
+        Pass("c", "q", "b", "v", ("C",)),
+        Pass("d", "q", "k", "v", ("D",)),
+    )
+    program = Program(steps, ((1, "c"), (1, "d")))
+    values = {"q": q, "k": k, "v": v}
+    want, trace = programs.run(program, values, Gate(), {}, chunk=8)
+    o, swept = numpy_program.run(program, values, Gate(), {}, chunk=8)
+    np.testing.assert_array_equal(o, want)
+    for x, y in zip(swept.states, trace.states, strict=True):
+        np.testing.assert_array_equal(x, y)

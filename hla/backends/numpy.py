@@ -1,4 +1,4 @@
-"""NumPy on the host: the programs over `kernels.numpy_pass`."""
+"""NumPy on the host: the programs over `kernels.numpy_program`."""
 
 from __future__ import annotations
 

@@ -245,15 +245,15 @@ class _Sweep:
         """Write o and, where kept, intermediates and states; return the final states."""
         for turn in self.turns(reverse=False):
             local = {name: turn.view(arrays[name]) for name in "qkv"}
-            shared: dict[Any, Array] = {}
+            shared: dict[tuple[str, str, int, str], tuple[Array, Array]] = {}  # k' and pairs
             for i, s in enumerate(self.program.steps):
                 w, key = turn.weights[s.power, s.kind], (s.q, s.k, s.power, s.kind)
                 q, k, v = local[s.q], local[s.k], local[s.v]
                 name = f"{key}" if self.uses[key] > 1 else ""
                 if key not in shared:
-                    shared[s.k] = self.transposed(f"kt{name}", k)
-                    shared[key] = self.pairs(f"pair{name}", q, shared[s.k], w.pair, w.mask)
-                kt, pair, S = shared[s.k], shared[key], states[i]
+                    kt = self.transposed(f"kt{name}", k)
+                    shared[key] = kt, self.pairs(f"pair{name}", q, kt, w.pair, w.mask)
+                (kt, pair), S = shared[key], states[i]
                 if arrays[s.out].shape[-2]:
                     out = turn.view(arrays[s.out])
                 else:
