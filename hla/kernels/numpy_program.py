@@ -1,32 +1,31 @@
 """A whole program and its adjoint in NumPy: one sweep over the sequence, heads over threads.
 
 For each group of chunks every step of the program runs while its operands are in the cache, with
-L the weights of pairs, a and b those of queries and keys (core.passes):
+L the weights of pairs, a and b those of queries and keys (core.passes), as two products:
 
-    o = (L * (q k')) v + (a * q) S            S <- r S + (b * k)' v
+    o = [a * q | L * (q k')] [S; v]           S <- r S + (b * k)' v
 
-and in the adjoint, last group first, with R the gradient of the state after the chunk,
+The adjoint, last group first, with R the gradient of the state after the chunk and dA = do v', is
 
-    dA = L * (do v')       dq = dA k + (a * do) S'
-    dk = dA' q + (b * v) R'                    dv = (L * (q k'))' do + (b * k) R
-    R <- r R + (a * q)' do                     9 products where three passes take 12
+    dq = [a * do | L * dA] [S'; k]            dk = [b * v | (L * dA)'] [R'; q]
+    dv = [b * k | (L * (q k'))'] [do; R]      R <- r R + (a * q)' do
 
+The left factors are held transposed, so that q' is copied once, where its product with k wants it.
 The states S before each chunk are kept by the forward sweep where a gradient may follow (T / W of
 them a step, the size of v at D = W). Steps that share q and k share their pairs.
 
-A group is 2048 tokens of a thread's heads (at 4 heads 8 chunks of W = 64), in six buffers that are
-reused (0.5 MB each at D = V = 64): fresh pages cost more than the sums, and smaller groups mean
-more calls, for which two threads wait on one interpreter. It changes no bits. Operands are
-transposed once by a copy: a 64 x 64 product on a transposed view takes twice as long. Products stay
-at 64^3, up to which OpenBLAS starts no threads of its own. Work a token and head:
-2 (W D + W V + 2 D V) operations a pass.
+A group is 2048 tokens of a thread's heads (at 2 heads 16 chunks of W = 64), in buffers that are
+reused (0.5 to 1 MB each at D = V = 64): fresh pages cost more than the sums, and smaller groups
+mean more calls, for which two threads wait on one interpreter. It changes no bits. Products are cut
+in blocks of rows, to leave out half of what the mask clears and to stay below the size where
+OpenBLAS starts threads of its own, which wait for ours. Work a token and head, of
+2 (W D + W V + 2 D V) operations a pass counted: 7/8 at D = V = W = 64.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -38,7 +37,10 @@ from ..core.programs import Program, Trace
 from .numpy_threads import Part, spread
 
 Array = np.ndarray[Any, Any]
+Buffers = dict[tuple[str, Shape], Array]
 GROUP = 2048  # tokens of all heads that share one call
+BLOCK = 32  # rows of a chunk in one product: what the mask clears beside them is left out
+ONE_THREAD = 2 * 64**3  # multiply-adds of a product for which OpenBLAS starts threads of its own
 
 
 def run(
@@ -70,16 +72,17 @@ def run(
 
     ends: list[list[tuple[Array, Array]]] = []  # written when no thread reads its start any more
 
-    def job(part: Part) -> None:
+    def job(part: Part, buffers: Buffers) -> None:
         arrays = {name: part(values[name], 2) for name in "qkv"}
         for step in program.steps:  # where heads share an intermediate, each thread makes its own
             arrays[step.out] = part.output(env[step.out], 2)
         out, held = part(o, 2), [part.output(x, 3) for x in kept]
-        sweep = _Sweep(program, part.gate(gate), T, chunk, math.prod(out.shape[:-2]), dtype)
+        heads = math.prod(out.shape[:-2])
+        sweep = _Sweep(program, part.gate(gate), T, chunk, heads, dtype, buffers)
         after = sweep.forward(arrays, [part(S, 2).copy() for S in states], held, out)
         ends.append([(part.output(S, 2), end) for S, end in zip(states, after, strict=True)])
 
-    spread(job, full, 4 * len(program.steps) * o.size * chunk)
+    spread(job, full, _work(program, values, chunk, o.size))
     for S, end in itertools.chain.from_iterable(ends):
         S[...] = end
     return o, Trace(env, tuple(states), tuple(kept))
@@ -111,9 +114,10 @@ def adjoint(
     # entry t + 1 sums do.o - v.dv of token t; a strict pass's do.o counts one token later
     change = np.zeros((*full, T + 1), dtype=dtype) if with_gate else None
 
-    def job(part: Part) -> None:
+    def job(part: Part, buffers: Buffers) -> None:
         dout = part(do, 2)
-        sweep = _Sweep(program, part.gate(gate), T, chunk, math.prod(dout.shape[:-2]), dtype)
+        heads = math.prod(dout.shape[:-2])
+        sweep = _Sweep(program, part.gate(gate), T, chunk, heads, dtype, buffers)
         arrays = {name: part(x, 2) for name, x in trace.values.items()}
         out = {name: part(x, 2) for name, x in grads.items()}
         sums = None if change is None else part(change, 1)
@@ -127,7 +131,7 @@ def adjoint(
             sums,
         )
 
-    spread(job, full, 12 * len(program.steps) * do.size * chunk)
+    spread(job, full, _work(program, trace.values, chunk, 3 * do.size))
     dinitial: dict[Fields, Array] = {}
     for s, r in zip(program.steps, R, strict=True):
         if s.state in initial:
@@ -148,7 +152,7 @@ class _Turn(NamedTuple):
     rows: slice
     chunks: slice
     shape: Shape  # (G, W)
-    weights: dict[tuple[int, str], Weights]  # each mask as bits to keep
+    weights: dict[tuple[int, str], tuple[Weights, Weights]]  # forward and reversed, see `_laid`
 
     def view(self, x: Array) -> Array:
         """Return these rows of (..., T, F) as (..., G, W, F)."""
@@ -167,27 +171,59 @@ def _pieces(T: int, chunk: int, group: int) -> list[tuple[int, int, int, int]]:
     return [cut for cut in cuts if cut[1] > cut[0]]
 
 
+def _laid(w: Weights, like: Array) -> Weights:
+    """Lay weights out as `_Sweep.left` needs them: (key, query), the mask as bits to keep."""
+    bits = -np.ascontiguousarray(w.mask.mT).astype(f"u{like.itemsize}")
+    pair = None if w.pair is None else np.ascontiguousarray(w.pair.mT)
+    return w._replace(mask=bits, pair=pair, query=None if w.query is None else w.query.mT)
+
+
+def _rows(work: int, most: int) -> int:
+    """Return the rows, of ``work`` multiply-adds each, for which BLAS needs no threads of its own.
+
+    0 where they would be less than 4.
+    """
+    few = (ONE_THREAD - 1) // max(1, work)
+    return min(most, 1 << few.bit_length() - 1) if few >= 4 else 0
+
+
+def _blocks(rows: int, work: int, most: int = BLOCK) -> Iterator[slice]:
+    """Cut the rows of a product, all of them in one piece where BLAS takes its own threads."""
+    size = _rows(work, most) or max(1, rows)
+    return (slice(a, min(a + size, rows)) for a in range(0, rows, size))
+
+
+def _work(program: Program, values: Mapping[str, Array], chunk: int, size: int) -> int:
+    """Return the multiply-adds to spread over threads: none where BLAS takes its own."""
+    width, W = max(x.shape[-1] for x in values.values()), min(chunk, values["k"].shape[-2])
+    return 4 * len(program.steps) * size * chunk if _rows((width + W) * width, BLOCK) else 0
+
+
 class _Sweep:
-    """The loops over one thread's heads, and the buffers that they reuse."""
+    """The loops over some heads, and the buffers that they reuse."""
 
     def __init__(
-        self, program: Program, gate: Gate, T: int, chunk: int, heads: int, dtype: Any
+        self,
+        program: Program,
+        gate: Gate,
+        T: int,
+        chunk: int,
+        heads: int,
+        dtype: Any,
+        buffers: Buffers,
     ) -> None:
         self.program, self.gate, self.T = program, gate, T
         self.chunk, self.group, self.dtype = chunk, max(1, GROUP // max(1, heads * chunk)), dtype
-        self.held: dict[str, Array] = {}
-        self.uses = Counter((s.q, s.k, s.power, s.kind) for s in program.steps)
+        self.buffers = buffers
 
     def turns(self, *, reverse: bool) -> Iterator[_Turn]:
         """Yield the groups of chunks, last first where ``reverse``."""
         like, kinds = np.empty(0, self.dtype), {(s.power, s.kind) for s in self.program.steps}
-
-        bits = f"u{like.itemsize}"
         each = Gate(None if self.gate.decay is None else self.gate.decay[..., None])
 
-        def weigh(gate: Gate, W: int) -> dict[tuple[int, str], Weights]:
+        def weigh(gate: Gate, W: int) -> dict[tuple[int, str], tuple[Weights, Weights]]:
             found = {key: weights(gate, *key, W, like=like) for key in kinds}
-            return {key: w._replace(mask=-w.mask.astype(bits)) for key, w in found.items()}
+            return {key: (_laid(w, like), _laid(w.reversed(), like)) for key, w in found.items()}
 
         for start, stop, G, W in _pieces(self.T, self.chunk, self.group)[:: -1 if reverse else 1]:
             a = self.gate.log_gate
@@ -201,39 +237,79 @@ class _Sweep:
                 yield _Turn(rows, chunks, (G, W), fixed)
 
     def buffer(self, name: str, *shape: int) -> Array:
-        """Return the reused array of this name, its contents undefined."""
-        if name not in self.held or self.held[name].shape != shape:
-            self.held[name] = np.empty(shape, dtype=self.dtype)
-        return self.held[name]
+        """Return the reused array of this name and shape, its contents undefined."""
+        if (name, shape) not in self.buffers:
+            self.buffers[name, shape] = np.empty(shape, dtype=self.dtype)
+        return self.buffers[name, shape]
 
-    def transposed(self, name: str, x: Array) -> Array:
-        """Return x' as a copy."""
-        out = self.buffer(name, *x.shape[:-2], x.shape[-1], x.shape[-2])
-        np.copyto(out, x.mT)
+    def left(self, name: str, q: Array, k: Array, w: Weights, *, reverse: bool = False) -> Array:
+        """Return [(a * q)'; (L * q k')'], (..., D + W, W)."""
+        D, W = q.shape[-1], q.shape[-2]
+        batch = broadcast(q.shape[:-2], k.shape[:-2], () if w.pair is None else w.pair.shape[:-2])
+        out = self.buffer(f"left {name}", *batch, D + W, W)
+        features, tokens = _halves(D, W, reverse)
+        qt, pair = out[..., features, :], out[..., tokens, :]
+        np.copyto(qt, q.mT)
+        for rows in _blocks(W, D * W):
+            seen = slice(rows.stop) if reverse else slice(rows.start, None)
+            np.matmul(k[..., rows, :], qt[..., seen], out=pair[..., rows, seen])
+        # what no query may see is cleared, not multiplied: inf * 0 is NaN
+        bits = pair.view(w.mask.dtype)
+        np.bitwise_and(bits, w.mask, out=bits)
+        if w.pair is not None:
+            np.multiply(pair, w.pair, out=pair)
+        if w.query is not None:
+            np.multiply(qt, w.query, out=qt)
         return out
 
-    def weighed(self, name: str, x: Array, weight: Array | None) -> Array:
-        """Return x times its weights, x itself where there are none."""
-        if weight is None:
-            return x
-        out = self.buffer(name, *broadcast(x.shape[:-2], weight.shape[:-2]), *x.shape[-2:])
-        return np.multiply(x, weight, out=out)
-
-    def product(self, name: str, a: Array, b: Array) -> Array:
-        """Return a @ b."""
-        batch = broadcast(a.shape[:-2], b.shape[:-2])
-        return np.matmul(a, b, out=self.buffer(name, *batch, a.shape[-2], b.shape[-1]))
-
-    def pairs(self, name: str, q: Array, kt: Array, pair: Array | None, mask: Array) -> Array:
-        """Return the weighed legal pairs; others are cleared, not multiplied: inf * 0 is NaN."""
-        batch = broadcast(q.shape[:-2], kt.shape[:-2], () if pair is None else pair.shape[:-2])
-        out = self.buffer(name, *batch, q.shape[-2], kt.shape[-1])
-        np.matmul(q, kt, out=out)
-        if pair is not None:
-            np.multiply(out, pair, out=out)
-        bits = out.view(mask.dtype)
-        np.bitwise_and(bits, mask, out=bits)
+    def turned(self, left: Array, k: Array, w: Weights) -> Array:
+        """Return what `left` gives of (k, q), reversed, from what it gave of (q, k)."""
+        D, W = k.shape[-1], k.shape[-2]
+        pair = left[..., left.shape[-2] - W :, :]
+        out = self.buffer("turned", *broadcast(k.shape[:-2], pair.shape[:-2]), W + D, W)
+        np.copyto(out[..., :W, :], pair.mT)
+        if w.query is None:
+            np.copyto(out[..., W:, :], k.mT)
+        else:
+            np.multiply(k.mT, w.query, out=out[..., W:, :])
         return out
+
+    def right(self, S: Array, v: Array, *, reverse: bool = False) -> Array:
+        """Return [S; v], (..., D + W, V)."""
+        (D, V), W = S.shape[-2:], v.shape[-2]
+        batch = broadcast(S.shape[:-2], v.shape[:-2])
+        out = self.buffer("right", *batch, D + W, V)
+        features, tokens = _halves(D, W, reverse)
+        np.copyto(out[..., features, :], S)
+        np.copyto(out[..., tokens, :], v)
+        return out
+
+    def advanced(
+        self, state: Array, k: Array, v: Array, w: Weights, *, reverse: bool = False
+    ) -> Array:
+        """Return [S; v], S the state before each chunk; leave the one after all in ``state``."""
+        (D, V), (G, W) = state.shape[-2:], v.shape[-3:-1]
+        out = self.buffer("states", *state.shape[:-2], G + 1, D + W, V)
+        features, tokens = _halves(D, W, reverse)
+        states = out[..., features, :]
+        before, after = slice(-1), slice(1, None)
+        if reverse:
+            before, after = after, before
+        np.copyto(out[..., before, tokens, :], v)
+        if w.key is not None:
+            batch = broadcast(k.shape[:-2], w.key.shape[:-2])
+            k = np.multiply(k, w.key, out=self.buffer("weighed", *batch, W, D))
+        for rows in _blocks(D, W * V, 64):
+            np.matmul(k[..., rows].mT, v, out=states[..., after, rows, :])
+        order = range(G, -1, -1) if reverse else range(G + 1)
+        states[..., order[0], :, :] = state
+        for i, j in itertools.pairwise(order):
+            here, there = states[..., i, :, :], states[..., j, :, :]
+            if w.total is not None:
+                here = here * w.total[..., min(i - reverse, w.total.shape[-3] - 1), :, :]
+            np.add(there, here, out=there)
+        state[...] = states[..., order[-1], :, :]
+        return out[..., before, :, :]
 
     def forward(
         self,
@@ -245,28 +321,21 @@ class _Sweep:
         """Write o and, where kept, intermediates and states; return the final states."""
         for turn in self.turns(reverse=False):
             local = {name: turn.view(arrays[name]) for name in "qkv"}
-            shared: dict[tuple[str, str, int, str], tuple[Array, Array]] = {}  # k' and pairs
+            lefts: dict[str, tuple[tuple[str, int, str], Array]] = {}
             for i, s in enumerate(self.program.steps):
-                w, key = turn.weights[s.power, s.kind], (s.q, s.k, s.power, s.kind)
+                w, key = turn.weights[s.power, s.kind][0], (s.k, s.power, s.kind)
                 q, k, v = local[s.q], local[s.k], local[s.v]
-                name = f"{key}" if self.uses[key] > 1 else ""
-                if key not in shared:
-                    kt = self.transposed(f"kt{name}", k)
-                    shared[key] = kt, self.pairs(f"pair{name}", q, kt, w.pair, w.mask)
-                (kt, pair), S = shared[key], states[i]
+                if s.q not in lefts or lefts[s.q][0] != key:
+                    lefts[s.q] = key, self.left(s.q, q, k, w)
+                left, right = lefts[s.q][1], self.advanced(states[i], k, v, w)
+                if kept[i].shape[-3]:
+                    kept[i][..., turn.chunks, :, :] = right[..., : k.shape[-1], :]
                 if arrays[s.out].shape[-2]:
                     out = turn.view(arrays[s.out])
                 else:
-                    shape = broadcast(q.shape[:-3], S.shape[:-2])
-                    out = self.buffer(f"out{s.out}", *shape, *turn.shape, v.shape[-1])
-                before = kept[i][..., turn.chunks, :, :]
-                if not kept[i].shape[-3]:
-                    before = self.buffer("before", *S.shape[:-2], turn.shape[0], *S.shape[-2:])
-                added = self.product("added", self.weighed("b", kt, _turned(w.key)), v)
-                _advance(added, w.total, S, before, reverse=False)
-                np.matmul(pair, v, out=out)
-                out += self.product("carried", self.weighed("a", q, w.query), before)
-                local[s.out] = out
+                    shape = broadcast(left.shape[:-2], right.shape[:-2])
+                    out = self.buffer(f"out {s.out}", *shape, left.shape[-1], v.shape[-1])
+                local[s.out] = _read(left, right, out)
             if len(self.program.outputs) > 1:
                 view, terms = turn.view(o), self.program.outputs
                 np.multiply(local[terms[0][1]], terms[0][0], out=view)
@@ -309,25 +378,20 @@ class _Sweep:
         into: _Into,
         sums: Array | None,
     ) -> None:
-        """Take one step's adjoint over one group of chunks."""
-        w, dout = turn.weights[s.power, s.kind], into.grads[s.out]
+        """Take one step's adjoint over one group of chunks: a pass and two reversed."""
+        (w, back), dout = turn.weights[s.power, s.kind], into.grads[s.out]
         q, k, v = local[s.q], local[s.k], local[s.v]
-        qt = self.transposed("qt", q)
-        added = self.product("added", self.weighed("aq", qt, _turned(w.query)), dout)
-        after = self.buffer("after", *R.shape[:-2], turn.shape[0], *R.shape[-2:])
-        _advance(added, w.total, R, after, reverse=True)
-        pair = self.pairs("pair", dout, self.transposed("vt", v), w.pair, w.mask)
-        into.add(s.q, pair, k)
-        into.add(s.q, self.weighed("ado", dout, w.query), self.transposed("before", before))
-        into.add(s.k, self.transposed("turned", pair), q)
-        into.add(s.k, self.weighed("bv", v, w.key), self.transposed("later", after))
-        pair = self.pairs("pair", k, qt, _turned(w.pair), w.mask.T)
-        weighed = self.weighed("bk", k, w.key)
+        later = self.advanced(R, q, dout, back, reverse=True)
+        after = later[..., q.shape[-2] :, :]
+        left = self.left("", dout, v, w)
+        into.add(s.q, left, self.right(before.mT, k))
+        left = self.turned(left, v, back)
+        into.add(s.k, left, self.right(after.mT, q, reverse=True), reverse=True)
+        left = self.left("", k, q, back, reverse=True)
         if sums is None:
-            into.add(s.v, pair, dout)
-            into.add(s.v, weighed, after)
+            into.add(s.v, left, later, reverse=True)
             return
-        dv = pair @ dout + weighed @ after
+        dv = into.value(left, later, reverse=True)
         into.accumulate(s.v, dv)
         late = slice(turn.rows.start + 1, turn.rows.stop + 1)
         flat = (*sums.shape[:-1], turn.rows.stop - turn.rows.start)
@@ -348,14 +412,20 @@ class _Into:
             self.targets[name] = self.sweep.buffer(f"d{name}", *shape)
         return self.targets[name]
 
-    def add(self, name: str, a: Array, b: Array) -> None:
-        """Add a @ b."""
+    def value(self, left: Array, right: Array, *, reverse: bool = False) -> Array:
+        """Return what `_read` gives."""
+        shape = broadcast(left.shape[:-2], right.shape[:-2])
+        out = self.sweep.buffer("sum", *shape, left.shape[-1], right.shape[-1])
+        return _read(left, right, out, reverse=reverse)
+
+    def add(self, name: str, left: Array, right: Array, *, reverse: bool = False) -> None:
+        """Add what `_read` gives."""
         if name in self.grads:
-            self.grads[name] += self.sweep.product("sum", a, b)
+            self.grads[name] += self.value(left, right, reverse=reverse)
             return
-        batch = broadcast(a.shape[:-2], b.shape[:-2])
-        out = self._target(name, (*batch, a.shape[-2], b.shape[-1]))
-        self.grads[name] = np.matmul(a, b, out=out)
+        shape = broadcast(left.shape[:-2], right.shape[:-2])
+        out = self._target(name, (*shape, left.shape[-1], right.shape[-1]))
+        self.grads[name] = _read(left, right, out, reverse=reverse)
 
     def accumulate(self, name: str, x: Array) -> None:
         """Add x."""
@@ -366,20 +436,15 @@ class _Into:
             self.grads[name][...] = x
 
 
-def _advance(
-    added: Array, total: Array | None, state: Array, before: Array, *, reverse: bool
-) -> None:
-    """Write the state before each chunk of a group; leave the one after it in ``state``."""
-    chunks = range(added.shape[-3])
-    order = list(reversed(chunks) if reverse else chunks)
-    before[..., order[0], :, :] = state
-    for i, following in zip(order, [*order[1:], None], strict=True):
-        here = before[..., i, :, :]
-        there = state if following is None else before[..., following, :, :]
-        if total is not None:
-            here = np.multiply(here, total[..., min(i, total.shape[-3] - 1), :, :], out=there)
-        np.add(here, added[..., i, :, :], out=there)
+def _read(left: Array, right: Array, out: Array, *, reverse: bool = False) -> Array:
+    """Write left' right, (..., W, V), of the rows that a query may see."""
+    K, W = left.shape[-2:]
+    for rows in _blocks(W, K * right.shape[-1]):
+        seen = slice(rows.start, None) if reverse else slice(K - W + rows.stop)
+        np.matmul(left[..., seen, rows].mT, right[..., seen, :], out=out[..., rows, :])
+    return out
 
 
-def _turned(weight: Array | None) -> Array | None:
-    return None if weight is None else weight.mT
+def _halves(D: int, W: int, reverse: bool) -> tuple[slice, slice]:
+    """Return where features and tokens lie, such that what a query sees is one run of rows."""
+    return (slice(W, None), slice(W)) if reverse else (slice(D), slice(D, None))

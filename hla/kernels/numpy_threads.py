@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -15,6 +16,7 @@ from ..core.passes import Gate, Shape
 Array = np.ndarray[Any, Any]
 
 SPREAD = 1 << 23  # multiply-adds below which a second thread costs more than it brings
+RUNS = 2  # runs of heads a thread: more share the work better and make more calls
 
 
 class Part:
@@ -52,31 +54,45 @@ def _cores() -> int:
     return min(cores, max(1, int(limit))) if limit.isdecimal() else cores
 
 
-def spread(job: Callable[[Part], None], batch: Shape, work: int) -> None:
+def spread(job: Callable[[Part, dict[Any, Any]], None], batch: Shape, work: int) -> None:
     """Run ``job`` on all heads, on runs of them in as many threads as pay.
 
-    The threads are made for the call: a pool would have to survive forks, and they cost 0.1 ms.
+    A thread takes the next run when it is through with one, so that a busy core takes fewer, and
+    hands all its jobs one dict for what they reuse. The threads are made for the call: a pool would
+    have to survive forks, and they cost 0.1 ms. Where they are as many as the cores each has its
+    own: a scheduler may leave threads that live for milliseconds on the core that made them.
     """
     axis = max(range(len(batch)), key=lambda i: batch[i], default=0)
     heads = batch[axis] if batch else 1
     count = min(heads, _cores())
     if count < 2 or work < SPREAD:
-        job(Part(0, slice(None)))
+        job(Part(0, slice(None)), {})
         return
-    edges = [heads * i // count for i in range(count + 1)]
-    parts = [Part(len(batch) - axis, slice(a, b)) for a, b in itertools.pairwise(edges)]
+    runs = min(heads, RUNS * count)
+    edges = [heads * i // runs for i in range(runs + 1)]
+    todo = iter([Part(len(batch) - axis, slice(a, b)) for a, b in itertools.pairwise(edges)])
+    taking = threading.Lock()
     errors: list[BaseException] = []
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
 
-    def guarded(part: Part) -> None:
+    def take(i: int) -> None:
+        held: dict[Any, Any] = {}
         try:
-            job(part)
+            if count == len(cores):
+                with contextlib.suppress(OSError):  # a sandbox may forbid it
+                    os.sched_setaffinity(0, {cores[i]})  # of this thread alone
+            while True:
+                with taking:
+                    part = next(todo, None)
+                if part is None:
+                    return
+                job(part, held)
         except BaseException as error:
             errors.append(error)  # raised below, in the caller's thread
 
-    threads = [threading.Thread(target=guarded, args=(part,)) for part in parts[1:]]
+    threads = [threading.Thread(target=take, args=(i,)) for i in range(count)]
     for thread in threads:
         thread.start()
-    guarded(parts[0])
     for thread in threads:
         thread.join()
     if errors:
