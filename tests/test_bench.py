@@ -5,19 +5,23 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import hla
 from hla import bench, dispatch
-from hla.bench import measure, peers, workloads
+from hla.bench import libraries, measure, peers, workloads
+from hla.bench.libraries import Call, Meter
 from hla.bench.workloads import OPERATORS, WORKLOADS, Case, Target
 from hla.cli import main
 
@@ -50,8 +54,9 @@ def test_quick_run_saves_every_row(quick):
     assert result["quick"] is True
     assert {"date", "commit", "import_seconds", "memory", "skipped"} <= set(result)
     assert {"python", "hla", "numpy"} <= set(result["versions"])
-    assert {"system", "processor", "cores", "load", "threads"} <= set(result["machine"])
-    assert result["first"] == {"batch": 1, **Case("linear", 70, 1, 8)._asdict()}
+    machine = {"system", "processor", "cores", "load", "threads", "accelerators"}
+    assert machine <= set(result["machine"])
+    assert result["first"] == Case("linear", 70, 1, 8)._asdict()
     rows = result["rows"]
     lines = {(r["workload"], r["operator"], r["tokens"]) for r in rows}
     assert lines == {*itertools.product(WORKLOADS, ["linear"], [70]), ("forward", "linear", 20)}
@@ -64,7 +69,7 @@ def test_quick_run_saves_every_row(quick):
         assert "array_api/numpy/cpu" in names
         times = {r["name"]: r["seconds"] for r in here}
         for r in here:
-            assert 0 < r["fastest"] <= r["seconds"]
+            assert 0 < r["fastest"] <= r["seconds"] == r["host_seconds"]
             assert 0 <= r["error"] < 1e-5
             assert r["peer"] == (r["name"] in peers.PEERS)
             for name, ratio in r["times_faster"].items():
@@ -95,6 +100,53 @@ def test_a_wrong_result_is_refused_and_the_exit_code_says_so(tmp_path, monkeypat
     assert result["rows"] == []
     assert any(s["wrong"] and "allowed" in s["reason"] for s in result["skipped"])
     assert "not timed: array_api/numpy/cpu: its error is" in capsys.readouterr().out
+
+
+def test_the_defaults_name_few_rows_and_named_operators_are_in_every_table():
+    plan = list(bench._plan(parsed()))
+    assert [c.operator for w, c in plan if w == "forward" and c.tokens == 4096] == list(OPERATORS)
+    assert [(w, c.operator) for w, c in plan if w != "forward"] == [
+        ("forward + backward", "hla2"),
+        ("step", "hla2"),
+    ]
+    assert [c.tokens for _, c in plan[-2:]] == [1024, 16384]
+    named = list(bench._plan(parsed("--operator", "hla3", "ahla", "hla3", "--tokens", "9")))
+    assert [(w, c.operator) for w, c in named] == list(
+        itertools.product(WORKLOADS, ["hla3", "ahla"])
+    )
+
+
+def test_the_reference_size_can_be_asked_for():
+    words = "--batch 8 --heads 16 --width 128 --tokens 4096 --dtype bfloat16 --gate decay"
+    _, case = next(bench._plan(parsed(*words.split())))
+    assert case == Case("hla2", 4096, 16, 128, "bfloat16", "decay", batch=8)
+    assert case.shape == (8, 16, 4096, 128)
+
+
+def test_device_and_library_choose_the_rows(tmp_path):
+    needs("rich")
+    needs("matplotlib")
+    words = ("--quick", "--tokens", "20", "--commit", "abc", "--out", str(tmp_path))
+    assert bench.run(parsed(*words, "--device", "cpu", "--library", "numpy")) == 0
+    names = {r["name"] for r in json.loads((tmp_path / "bench.json").read_text())["rows"]}
+    assert names == {
+        "numpy/numpy/cpu", "array_api/numpy/cpu", "NumPy chunks", "NumPy tokens"
+    }  # fmt: skip
+
+
+def test_a_run_that_times_nothing_says_so(tmp_path, monkeypatch, capsys):
+    needs("rich")
+    needs("matplotlib")
+
+    def refuse(*args):
+        raise NotImplementedError("nothing here")
+
+    monkeypatch.setattr(measure, "work", refuse)
+    assert bench.run(parsed("--quick", "--device", "gpu", "--out", str(tmp_path))) == 2
+    assert "not timed: array_api/torch/gpu: nothing here" in capsys.readouterr().out
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["rows"] == []
+    assert result["memory"] == {}
 
 
 @pytest.mark.parametrize("missing", ["rich", "matplotlib"])
@@ -154,6 +206,17 @@ def test_the_floor_of_the_issue_size_is_2_15_gflop():
     assert round(peers.operations("forward", Case()) / 1e9, 2) == 2.15
 
 
+def test_the_floor_of_the_reference_size_is_0_18_ms():
+    """Its bytes at 3.0 TB/s take 0.179 ms, its operations at 790 TFLOP/s 0.130 ms."""
+    case = Case("hla2", 4096, 16, 128, "bfloat16", batch=8)
+    machine = peers.Floor(lambda: None, 790e12, lambda: None, 3.0e12)
+    assert machine.seconds("forward", case, 1.0, 1.0) == pytest.approx(0.179e-3, rel=1e-3)
+    assert machine.seconds("forward", case, 1.0, 1e-9) == pytest.approx(0.130e-3, rel=5e-3)
+    bytes_a_token = 2816  # of a whole step: 11 arrays
+    whole = bytes_a_token * 8 * 4096 * 16
+    assert peers.compulsory_bytes("forward + backward", case) == whole
+
+
 def test_the_floor_is_the_larger_of_operations_and_bytes():
     case = Case(dtype="bfloat16")
     host = peers.Floor(lambda: None, 1e9, None, 0.0)
@@ -172,6 +235,7 @@ def test_the_rate_is_that_of_one_product_of_2048():
     (product,) = machine.product()
     assert product.shape == (2048, 2048)
     assert product.dtype == np.float32
+    assert peers.floor("float32") is machine  # its operands are not drawn for every row
 
 
 # What is timed
@@ -188,6 +252,38 @@ def test_work_is_right_on_every_library(library, workload):
         assert 0 <= workloads.checked(one) <= one.limit < 1e-4
 
 
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_every_sequence_of_a_batch_is_timed_and_checked(workload):
+    case = SMALL._replace(batch=3)
+    one = workloads.work(NUMPY, workload, case)
+    assert workloads.checked(one) < 1e-6
+    out = [np.array(x) for x in (one.run()[:1] if workload == "step" else one.run())]
+    assert out[0].shape[:2] == (3, 2)
+    out[0][1, 0] *= 1.001
+    with pytest.raises(workloads.Wrong):
+        workloads.checked(one._replace(run=lambda: tuple(out)))
+    assert peers.operations("forward", case) == 3 * peers.operations("forward", SMALL)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_a_large_case_is_checked_by_its_first_and_last_head(workload, monkeypatch):
+    monkeypatch.setattr(workloads, "LARGE", 1000)
+    case = SMALL._replace(batch=2, gate="log_gate")
+    one = workloads.work(NUMPY, workload, case)
+    assert workloads.checked(one) < 1e-6
+    assert all(x.shape[:2] == (2, 1) for _, want in workloads._kept(workload, case) for x in want)
+    for head, wrong in {(0, 0): True, (0, 1): False, (1, 0): False, (1, 1): True}.items():
+        out = [np.array(x) for x in (one.run()[:1] if workload == "step" else one.run())]
+        out[-1][head] *= 1.001
+        spoiled = one._replace(run=lambda out=out: tuple(out))
+        if wrong:
+            with pytest.raises(workloads.Wrong):
+                workloads.checked(spoiled)
+        else:
+            workloads.checked(spoiled)
+    workloads._kept.cache_clear()
+
+
 @pytest.mark.parametrize("name", peers.PEERS)
 @pytest.mark.parametrize("workload", WORKLOADS)
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -199,6 +295,110 @@ def test_peers_compute_what_they_say(name, workload, operator):
     else:
         with pytest.raises(NotImplementedError, match="has no workload"):
             peers.peer(name, workload, case)
+
+
+FLA = """
+import torch
+
+
+def chunk_simple_gla(q, k, v, g=None, g_gamma=None, scale=None):
+    "Its documented contract: [B, T, H, D], per-head log decay, (output, final state)."
+    assert all(x.is_contiguous() for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    age = torch.arange(q.shape[2])
+    age = (age[:, None] - age).tril()
+    weights = (scale * q @ k.mT).tril()
+    if g_gamma is not None:
+        weights = weights * torch.exp(g_gamma[:, None, None] * age)
+    return (weights @ v).transpose(1, 2).contiguous(), None
+
+
+fused_chunk_simple_gla = chunk_simple_gla
+"""
+
+
+@pytest.fixture
+def fake_fla(tmp_path, monkeypatch):
+    """A stand-in for FLA's kernels in torch, and the host where FLA has its GPU."""
+    needs("torch")
+    (tmp_path / "fla" / "ops").mkdir(parents=True)
+    (tmp_path / "fla" / "__init__.py").write_text("")
+    (tmp_path / "fla" / "ops" / "__init__.py").write_text("")
+    (tmp_path / "fla" / "ops" / "simple_gla.py").write_text(FLA)
+    for name in [name for name in sys.modules if name.split(".")[0] == "fla"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    host = libraries.load("torch", False)
+    monkeypatch.setattr(peers, "load", lambda name, accelerator: host)
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "fla"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("gate", ["none", "decay"])
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.usefixtures("fake_fla")
+def test_fla_chained_is_the_operator(operator, gate):
+    case = SMALL._replace(operator=operator, gate=gate, batch=2)
+    for name in ("FLA", "FLA fused"):
+        for workload in peers.PEERS[name].workloads:
+            one = peers.peer(name, workload, case, True)
+            assert workloads.checked(one) < 2e-6
+            out = one.run()
+            assert out[0].shape == (2, 130, 2, 24)
+            with pytest.raises(workloads.Wrong):
+                workloads.checked(one._replace(run=lambda out=out: [1.05 * x for x in out]))
+    with pytest.raises(NotImplementedError, match="not set up for the gate 'log_gate'"):
+        peers.peer("FLA", "forward", case._replace(gate="log_gate"), True)
+
+
+@pytest.mark.usefixtures("fake_fla")
+def test_a_run_on_a_gpu_has_the_peers_the_floor_and_the_memory(tmp_path, monkeypatch, capsys):
+    """The whole command, with the host in the place of the device."""
+    needs("rich")
+    needs("matplotlib")
+    torch = libraries.load("torch", False)
+    one = torch.array(np.ones((8, 8), np.float32), "float32")
+    call = Call(
+        lambda: (one,), torch._replace(meter=Meter(lambda start, s: [0.1], lambda start: 0))
+    )
+    device = torch._replace(meter=Meter(lambda start, s: [0.2], lambda start: 130 * 2 * 4))
+    for module in (peers, workloads):
+        monkeypatch.setattr(module, "load", lambda name, accelerator: device)
+    monkeypatch.setattr(measure, "floor", lambda *args: peers.Floor(call, 1e6, call, 1e6))
+    words = "--quick --device gpu --library torch --tokens 130 --heads 2 --width 8 --batch 2"
+    assert bench.run(parsed(*words.split(), "--dtype", "bfloat16", "--out", str(tmp_path))) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    rows = {(r["workload"], r["name"]): r for r in result["rows"]}
+    assert {row for row in rows if not row[1].startswith("triton")} == {
+        *itertools.product(WORKLOADS[:2], ["array_api/torch/gpu", "torch SDPA", "FLA"]),
+        ("forward", "FLA fused"),
+        ("step", "array_api/torch/gpu"),
+        ("step", "torch SDPA"),
+    }
+    both = rows["forward + backward", "array_api/torch/gpu"]
+    assert both["seconds"] == 0.2 != both["host_seconds"]
+    assert both["times_faster"] == {"torch SDPA": 1.0, "FLA": 1.0}
+    assert both["rates"] == {"operations": 1e7, "bytes": 1e7}
+    assert both["beyond"] == 130 * 2 * 4 / (2 * 2 * 130 * 8 * 2)
+    out = capsys.readouterr().out
+    assert "FLA fused (gpu)" in out
+    assert "Floor on the gpu" in out
+
+
+def test_fla_is_there_only_with_a_device_and_the_package(monkeypatch):
+    needs("torch")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    libraries.load.cache_clear()
+    with pytest.raises(NotImplementedError, match="torch sees no accelerator"):
+        peers.peer("FLA", "forward", SMALL, True)
+    host, find = libraries.load("torch", False), importlib.util.find_spec
+    monkeypatch.setattr(peers, "load", lambda name, accelerator: host)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "fla" else find(name, *a)
+    )
+    with pytest.raises(NotImplementedError, match="fla-core is not installed"):
+        peers.peer("FLA", "forward", SMALL, True)
 
 
 def test_truth_in_pieces_is_the_truth(monkeypatch):
@@ -229,9 +429,9 @@ def test_inputs_are_exact_in_their_dtype(library):
     needs(library)
     if library == "numpy":
         needs("ml_dtypes")
-    lib = workloads.load(library, False)
-    for x in workloads.draw(64, 1, 8, "bfloat16"):
-        np.testing.assert_array_equal(workloads.to_host(lib.array(x, "bfloat16")), x)
+    lib = libraries.load(library, False)
+    for x in workloads.draw((1, 1, 64, 8), "bfloat16"):
+        np.testing.assert_array_equal(libraries.to_host(lib.array(x, "bfloat16")), x)
         assert x.std() > 0
 
 
@@ -246,13 +446,169 @@ def test_targets_are_those_of_the_dispatch_table(monkeypatch):
     assert str(workloads.targets()[0]) == "new/torch/gpu"
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_triton_refuses_arrays_on_the_host(library):
+    needs(library)
+    if library == "torch" and "TRITON_INTERPRET" in os.environ:
+        pytest.skip("Triton's interpreter takes torch's arrays on the host")
+    with pytest.raises(hla.Unsupported, match="triton"):
+        workloads.checked(workloads.work(Target("triton", library), "forward", SMALL))
+
+
 def test_what_is_missing_is_not_implemented():
     with pytest.raises(NotImplementedError, match="is not installed"):
-        workloads.load("no_such_library", False)
-    with pytest.raises(NotImplementedError, match="no triton backend"):
-        workloads.checked(workloads.work(Target("triton", "numpy"), "forward", SMALL))
-    with pytest.raises(NotImplementedError, match="has no gate"):
+        libraries.load("no_such_library", False)
+    with pytest.raises(NotImplementedError, match="not set up for the gate 'decay'"):
         peers.peer("NumPy tokens", "forward", SMALL._replace(gate="decay"))
+
+
+def test_a_row_without_room_is_left_out_and_other_errors_surface(monkeypatch):
+    def fail(error):
+        def work(*args):
+            raise error
+
+        monkeypatch.setattr(measure, "work", work)
+        return measure.measure_case("forward", SMALL, devices=["cpu"], libraries=["numpy"])
+
+    rows, skipped = fail(RuntimeError("CUDA out of memory. Tried\nand more"))
+    assert rows == []
+    assert {s.reason for s in skipped} == {"RuntimeError: CUDA out of memory. Tried"}
+    assert not any(s.wrong for s in skipped)
+    assert fail(MemoryError())[0] == []
+    with pytest.raises(RuntimeError, match="illegal access"):
+        fail(RuntimeError("illegal access"))
+
+
+def test_a_peer_that_breaks_stops_nobody_else(monkeypatch):
+    def broken(*args):
+        raise ValueError("no such kernel")
+
+    monkeypatch.setitem(
+        peers.PEERS, "NumPy chunks", peers.Peer("numpy", WORKLOADS, (False,), broken)
+    )
+    where = {"devices": ["cpu"], "libraries": ["numpy"]}
+    rows, skipped = measure.measure_case("forward", SMALL, quick=True, **where)
+    assert {"array_api/numpy/cpu", "NumPy tokens"} <= {row.name for row in rows}
+    assert [(s.name, s.reason, s.wrong) for s in skipped] == [
+        ("NumPy chunks", "ValueError: no such kernel", False)
+    ]
+
+
+def fake_device(seconds, beyond=0):
+    """NumPy's library as on an accelerator whose events say so many seconds."""
+    meter = Meter(lambda start, budget: [seconds, seconds, 9 * seconds], lambda start: beyond)
+    return libraries.load("numpy", False)._replace(meter=meter)
+
+
+def test_device_events_come_first_and_ratios_compare_like_with_like():
+    q = np.ones(3)
+
+    def ready(lib):
+        return workloads.Work(Call(lambda: (q,), lib), lambda got: 0.0, 1.0), 0.0
+
+    machine = peers.Floor(
+        Call(lambda: (q,), fake_device(0.5)), 395e12, Call(lambda: (q,), fake_device(2.0)), 6e12
+    )
+    case = Case("hla2", 4096, 16, 128, "bfloat16", batch=8)
+    works = {
+        "triton/torch/gpu": ready(fake_device(0.25e-3, 3 * case.bytes)),
+        "array_api/jax/gpu": ready(libraries.load("numpy", False)),
+        "FLA": ready(fake_device(1e-3)),
+    }
+    ours, jax, fla = rows = measure._time("forward", case, machine, works, quick=True)
+    assert (ours.seconds, ours.fastest, fla.seconds) == (0.25e-3, 0.25e-3, 1e-3)
+    assert ours.times_faster == {"FLA": 4.0}
+    assert 0 < ours.host_seconds < 0.1e-3
+    assert jax.seconds == jax.host_seconds
+    assert jax.times_faster == {"FLA": fla.host_seconds / jax.host_seconds}
+    assert ours.rates == {"operations": 790e12, "bytes": 3e12}
+    assert ours.floor == pytest.approx(0.179e-3, rel=1e-3)
+    assert ours.share_of_floor == pytest.approx(0.716, rel=1e-3)
+    assert (ours.beyond, jax.beyond, fla.beyond) == (3.0, None, 0.0)
+    assert all(row.accelerator for row in rows)
+    needs("rich")
+    from hla.bench import report
+
+    console = report.Console(width=120, record=True, file=io.StringIO())
+    console.print(report._table(rows))
+    console.print(report._caption(rows), soft_wrap=True)
+    text = console.export_text()
+    assert "790 TFLOP/s and bytes / 3.00 TB/s" in text
+    assert "hla2 0.179 ms" in text
+    (line,) = (line.split() for line in text.splitlines() if "triton/torch/gpu" in line)
+    assert line[2] == "0.25"
+    assert line[4:] == ["72%", "4.00x", "3.00", "0e+00"]
+
+
+def test_calls_without_a_meter_are_timed_by_the_clock():
+    calls = {
+        "device": Call(tuple, fake_device(7.0)),
+        "host": Call(tuple, libraries.load("numpy", False)),
+    }
+    samples = measure.measure(calls, 0.0, 1, events=True)
+    assert samples["device"] == [7.0, 7.0, 63.0]
+    assert max(samples["host"]) < 1
+
+
+class Event:
+    """Torch's event, on the host's clock."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later):
+        return 1e3 * (later.at - self.at)
+
+
+def test_the_meter_without_a_gpu(monkeypatch):
+    """What the device would do is played by the host; `test_the_meter_on_a_gpu` has the device."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    empty, waited = torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: empty(8, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+    times = libraries.event_seconds(lambda: time.sleep(2e-3), 0.04)
+    assert 1 <= len(times) <= 20
+    assert 2e-3 <= min(times) < 0.04
+    assert len(waited) == 3  # cold, to see how long a call takes, and the calls that count
+    assert len(libraries.event_seconds(tuple, 0.0)) == 1
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 160)
+    assert libraries.bytes_beyond(lambda: (torch.ones(2), torch.ones(3))) == 60 - 20
+
+
+@pytest.mark.gpu
+def test_the_meter_on_a_gpu():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device for torch")
+    meter = libraries.load("torch", True).meter
+    x = torch.ones(1 << 28, device="cuda")
+    assert meter.bytes_beyond(lambda: ((x + 1) * 2,)) == x.nbytes
+    assert meter.bytes_beyond(lambda: (x + 1,)) == 0
+    times = meter.seconds(lambda: (x + 1,), 0.1)
+    assert len(times) > 3
+    assert 1e11 < 2 * x.nbytes / np.median(times) < 2e13
+    assert np.median(meter.seconds(lambda: torch.cuda._sleep(10**7), 0.1)) > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_a_gpu_has_its_rows_and_peers(workload):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device for torch")
+    case = Case("hla2", 300, 4, 64, "bfloat16", batch=2)
+    found = measure.measure_case(workload, case, quick=True, devices=["gpu"], libraries=["torch"])
+    names = {row.name for row in found[0]}
+    assert {"array_api/torch/gpu", "torch SDPA"} <= names
+    assert ("FLA" in names) == (workload != "step" and importlib.util.find_spec("fla") is not None)
+    assert not any(one.wrong for one in found[1])
+    assert all((row.beyond is None) == (workload == "step") for row in found[0])
 
 
 def test_calls_are_timed_in_turns_and_none_is_counted_cold():
@@ -266,7 +622,7 @@ def test_calls_are_timed_in_turns_and_none_is_counted_cold():
 
 
 def test_what_would_take_too_long_is_left_out():
-    done = measure.Row("forward", "hla2", 4096, "torch SDPA", True, False, 1.0, 1.0, 3, 0.0)
+    done = measure.Row("forward", "hla2", 4096, "torch SDPA", True, False, 1.0, 1.0, 1.0, 3, 0.0)
     with pytest.raises(NotImplementedError, match="about 16 s"):
         measure._foresee("forward", Case(tokens=16384), [done])
     done.name = "NumPy tokens"

@@ -1,6 +1,6 @@
 """Times against a peer, the floor and each other, both measured in one process, in turns."""
 
-from hla.bench.peers import floor
+from hla.bench.peers import BOTH_WAYS, floor
 
 from . import OPERATORS, PEERS, TARGETS, case, prepare, prepare_peer, seconds
 
@@ -26,7 +26,7 @@ class OverPeer:
 class BackwardOverPeer(OverPeer):
     """The same, forward + backward."""
 
-    params = (tuple(TARGETS), OPERATORS, ("torch SDPA", "jnp chunks"))
+    params = (tuple(TARGETS), OPERATORS, ("torch SDPA", "FLA", "jnp chunks"))
     workload = "forward + backward"
 
 
@@ -40,13 +40,13 @@ class StepOverPeer(OverPeer):
 class OverFloor:
     """The least time that the machine's own matrix rate allows, over the time: at most 1."""
 
-    params = (tuple(TARGETS), OPERATORS, ("forward", "forward + backward"))
+    params = (tuple(TARGETS), OPERATORS, BOTH_WAYS)
     param_names = ("target", "operator", "workload")
 
     def setup(self, target, operator, workload):
         self.run = prepare(workload, target, operator)
         place = TARGETS[target]
-        self.floor = floor(case(operator).dtype, place.library, place.accelerator)
+        self.floor = floor(case(target, operator).dtype, place.library, place.accelerator)
 
     def track_share_of_floor(self, target, operator, workload):
         calls = {"this": self.run, "product": self.floor.product}
@@ -54,7 +54,7 @@ class OverFloor:
             calls["copy"] = self.floor.copy
         taken = seconds(**calls)
         rates = taken["product"], taken.get("copy", 0.0)
-        return self.floor.seconds(workload, case(operator), *rates) / taken["this"]
+        return self.floor.seconds(workload, case(target, operator), *rates) / taken["this"]
 
     track_share_of_floor.unit = "of the floor's rate"
 

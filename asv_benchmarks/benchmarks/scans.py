@@ -51,7 +51,7 @@ class Growth:
     param_names = ("target", "tokens")
 
     def setup(self, target, tokens):
-        self.run = prepare("forward", target, "hla2", tokens=tokens, heads=1)
+        self.run = prepare("forward", target, "hla2", tokens=tokens, heads=1, batch=1)
 
     def time_scan(self, target, tokens):
         self.run()

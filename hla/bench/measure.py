@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
-import importlib.util
+import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +17,7 @@ from typing import Any, NamedTuple
 
 import hla
 
+from .libraries import Call
 from .peers import PEERS, Floor, floor, peer
 from .workloads import Case, Target, Work, Wrong, checked, targets, work
 
@@ -27,20 +25,28 @@ ROOT = str(Path(hla.__file__).parents[1])
 BATCH = 5e-3  # seconds: shorter calls are timed several at once
 LONG = 1.0  # seconds: such a call needs no warm-up of its own
 SLOW = 5.0  # seconds that one call may be expected to take; a longer one is left out
+DEVICES = ("cpu", "gpu")
+LIBRARIES = ("numpy", "torch", "jax", "cupy")
 MEMORY = """
-import sys
+import json, sys
 from hla.bench.measure import memory_beyond
 from hla.bench.workloads import Case, Target
-backend, library, operator, *sizes, dtype = sys.argv[1:]
-case = Case(operator, *map(int, sizes), dtype)
-print(memory_beyond(Target(backend, library), case))
+backend, library, case = sys.argv[1:]
+print(memory_beyond(Target(backend, library), Case(*json.loads(case))))
 """
 IMPORT = "import time; t = time.perf_counter(); import hla; print(time.perf_counter() - t)"
 
 
 @dataclasses.dataclass
 class Row:
-    """One line of the result: median seconds; ``times_faster`` is a peer's time over this one."""
+    """One line of the result.
+
+    ``seconds`` is the median of device events where the library has them (torch on a GPU), else of
+    the host's clock, and ``host_seconds`` always that of the host's clock, which waits for the
+    result. ``times_faster`` is a peer's time over this one, by events where both have them, else
+    by the clock. ``rates`` are those of the floor in this run, operations and bytes a second, and
+    ``beyond`` is the device memory at the peak beyond inputs and results, in tensors of q's size.
+    """
 
     workload: str
     operator: str
@@ -49,12 +55,15 @@ class Row:
     peer: bool
     accelerator: bool
     seconds: float
+    host_seconds: float
     fastest: float
     samples: int
     error: float
     floor: float | None = None
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)
     share_of_floor: float | None = None
     times_faster: dict[str, float] = dataclasses.field(default_factory=dict)
+    beyond: float | None = None
 
     @property
     def label(self) -> str:
@@ -74,7 +83,13 @@ class Skipped(NamedTuple):
 
 
 def measure_case(
-    workload: str, case: Case, before: Iterable[Row] = (), *, quick: bool = False
+    workload: str,
+    case: Case,
+    before: Iterable[Row] = (),
+    *,
+    quick: bool = False,
+    devices: Iterable[str] = DEVICES,
+    libraries: Iterable[str] = LIBRARIES,
 ) -> tuple[list[Row], list[Skipped]]:
     """Check, then time everything that can run one case, in one process, one after the other.
 
@@ -88,6 +103,8 @@ def measure_case(
         Rows of other lengths, from which it is foreseen what would take too long.
     quick : bool
         One short round instead of three.
+    devices, libraries : iterable of str
+        Where, and with whose arrays, of backends and peers alike.
 
     Returns
     -------
@@ -95,11 +112,13 @@ def measure_case(
     """
     rows: list[Row] = []
     skipped: list[Skipped] = []
-    for accelerator in (False, True):
+    for device in devices:
+        accelerator = device == "gpu"
         here = {str(t): t for t in targets() if t.accelerator == accelerator}
+        here = {name: t for name, t in here.items() if t.library in libraries}
         prepare = {name: functools.partial(work, t, workload, case) for name, t in here.items()}
         for name, other in PEERS.items():
-            if other.can(workload, accelerator):
+            if other.library in libraries and other.can(workload, accelerator):
                 prepare[name] = functools.partial(peer, name, workload, case, accelerator)
         ready: dict[str, tuple[Work, float]] = {}
         for name, one in prepare.items():
@@ -110,8 +129,10 @@ def measure_case(
                 _foresee(workload, case, same)
                 made = one()
                 ready[name] = made, checked(made)
-            except (NotImplementedError, Wrong) as why:
-                about = (workload, case.operator, case.tokens, name, str(why))
+            except Exception as why:
+                if not (_foreseen(why) or name in PEERS):  # a peer that breaks stops nobody else
+                    raise
+                about = (workload, case.operator, case.tokens, name, _reason(why))
                 skipped.append(Skipped(*about, isinstance(why, Wrong)))
         if ready:
             library = next(here[name].library for name in ready if name in here)
@@ -130,6 +151,20 @@ def _foresee(workload: str, case: Case, before: list[Row]) -> None:
             raise NotImplementedError(f"T = {case.tokens} would take about {expected:.0f} s a call")
 
 
+def _foreseen(error: Exception) -> bool:
+    """Whether a row is rightly left out: refused, wrong, or too large for the memory there is."""
+    if isinstance(error, (NotImplementedError, Wrong, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+
+
+def _reason(error: Exception) -> str:
+    """First line of a message, with the error's type where it is not one of those raised here."""
+    text = str(error).split("\n")[0]
+    named = isinstance(error, (NotImplementedError, Wrong))
+    return text if named else f"{type(error).__name__}: {text}"
+
+
 def _time(
     workload: str,
     case: Case,
@@ -137,15 +172,23 @@ def _time(
     ready: Mapping[str, tuple[Work, float]],
     quick: bool,
 ) -> list[Row]:
-    calls: dict[str, Callable[[], Any]] = {"product": machine.product}
+    calls = {"product": machine.product}
     if machine.copy is not None:
         calls["copy"] = machine.copy
     calls |= {name: one.run for name, (one, _) in ready.items()}
-    taken = measure(calls, 0.05 if quick else 0.9, 1 if quick else 3)
-    medians = {name: statistics.median(times) for name, times in taken.items()}
+    metered = {name: call for name, call in calls.items() if call.lib.meter}
+    effort = (0.05, 1) if quick else (0.4 if metered else 0.6, 3)
+    by_clock = measure(calls, *effort)
+    by_events = measure(metered, *effort, events=True)
+    clock = {name: statistics.median(times) for name, times in by_clock.items()}
+    medians = clock | {name: statistics.median(times) for name, times in by_events.items()}
     least = machine.seconds(workload, case, medians["product"], medians.get("copy", 0.0))
+    rates = {"operations": machine.product_operations / medians["product"]}
+    if "copy" in medians:
+        rates["bytes"] = machine.copied_bytes / medians["copy"]
     rows = []
-    for name, (_, error) in ready.items():
+    for name, (one, error) in ready.items():
+        samples = by_events.get(name, by_clock[name])
         row = Row(
             workload=workload,
             operator=case.operator,
@@ -154,32 +197,41 @@ def _time(
             peer=name in PEERS,
             accelerator=machine.copy is not None,
             seconds=medians[name],
-            fastest=min(taken[name]),
-            samples=len(taken[name]),
+            host_seconds=clock[name],
+            fastest=min(samples),
+            samples=len(samples),
             error=error,
             floor=least,
+            rates=rates,
         )
         if least is not None and name != "torch SDPA":  # it computes something else
             row.share_of_floor = least / row.seconds
-        row.times_faster = {p: medians[p] / row.seconds for p in PEERS if p in ready and p != name}
+        for other in (p for p in PEERS if p in ready and p != name):
+            both = medians if name in by_events and other in by_events else clock
+            row.times_faster[other] = both[other] / both[name]
+        if one.run.lib.meter and workload != "step":
+            row.beyond = one.run.lib.meter.bytes_beyond(one.run.start) / case.bytes
         rows.append(row)
     return rows
 
 
 def measure(
-    calls: Mapping[str, Callable[[], Any]], seconds: float, rounds: int = 3
+    calls: Mapping[str, Call], seconds: float, rounds: int = 3, *, events: bool = False
 ) -> dict[str, list[float]]:
     """Time several calls in turns, so that a drift of the machine meets them all.
 
     Parameters
     ----------
     calls : mapping
-        What to time, by name; each waits for its own result.
+        What to time, by name.
     seconds : float
         For each call, all rounds together; at least one sample a round.
     rounds : int
         Turns. Each begins with a call that is not counted: the threads of the library before
         may still be spinning.
+    events : bool
+        By the device's own events, with its caches cold, not by the host's clock, which waits for
+        each result; only for libraries with a meter.
 
     Returns
     -------
@@ -189,7 +241,10 @@ def measure(
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            samples[name] += _samples(call, seconds / rounds)
+            if events and call.lib.meter:
+                samples[name] += call.lib.meter.seconds(call.start, seconds / rounds)
+            else:
+                samples[name] += _samples(call, seconds / rounds)
     return samples
 
 
@@ -248,9 +303,8 @@ def memory_of(target: Target, case: Case) -> int:
     """`memory_beyond` in a process of its own; NotImplementedError where it cannot be told."""
     if target.accelerator or not os.access("/proc/self/clear_refs", os.W_OK):
         raise NotImplementedError("peak memory is read on Linux, of the host")
-    words = (*target[:2], case.operator, case.tokens, case.heads, case.width, case.dtype)
     try:
-        return int(_child(MEMORY, *map(str, words)))
+        return int(_child(MEMORY, *target[:2], json.dumps(case)))
     except subprocess.CalledProcessError as error:
         why = error.stderr.strip().rsplit("\n", 1)[-1]
         if why.startswith(("NotImplementedError", "hla.errors.Unsupported")):
@@ -258,64 +312,10 @@ def memory_of(target: Target, case: Case) -> int:
         raise RuntimeError(f"memory of {target}: {why}") from error
 
 
-def memories(case: Case, libraries: tuple[str, ...] = ("numpy", "torch", "jax")) -> dict[str, int]:
+def memories(case: Case, libraries: Iterable[str] = LIBRARIES) -> dict[str, int]:
     """`memory_of` by target, for those that can be told."""
     found = {}
     for target in (t for t in targets() if t.library in libraries):
         with contextlib.suppress(NotImplementedError):
             found[str(target)] = memory_of(target, case)
     return found
-
-
-def describe() -> dict[str, Any]:
-    """Date, commit, versions and machine, so that a figure never stands alone."""
-    versions = {"python": platform.python_version(), "hla": hla.__version__}
-    for name in ("numpy", "torch", "jax", "cupy", "array-api-compat"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": cores,
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "threads": _threads(),
-        "devices": sorted({b.device for b in hla.available() if b.available and b.device}),
-    }
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"date": now, "commit": _commit(), "versions": versions, "machine": machine}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _threads() -> list[dict[str, Any]]:
-    """Thread pools of the loaded libraries, where threadpoolctl is installed."""
-    if importlib.util.find_spec("threadpoolctl") is None:
-        return []
-    import threadpoolctl
-
-    keys = ("internal_api", "version", "num_threads")
-    return [{key: pool.get(key) for key in keys} for pool in threadpoolctl.threadpool_info()]
-
-
-def _commit() -> str | None:
-    """Commit of the checkout that holds this file, with "-dirty" where it was changed."""
-    place = str(Path(__file__).parent)
-    try:
-        for command in (
-            ["git", "-C", place, "ls-files", "--error-unmatch", "__init__.py"],
-            ["git", "-C", place, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

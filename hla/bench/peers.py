@@ -13,6 +13,8 @@ measured copy bandwidth. One step has no floor.
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,23 +23,26 @@ import numpy as np
 
 from ..core.namespace import exact_products
 from ..core.programs import CAUSAL
-from .workloads import Array, Arrays, Case, Host, Work, against_truth, inputs, load, to_host
+from .libraries import Array, Arrays, Call, Host, load
+from .workloads import DECAY, Case, Work, against_truth, inputs, sample
 
 CHUNK = 64
 LIMIT = 0.02  # a peer promises no accuracy: its error is shown, and refused where it is plain wrong
+CPU, GPU = False, True  # on an accelerator?
 
 
 class Peer(NamedTuple):
-    """What a user has instead: its library, what it can do and whether on accelerators too."""
+    """What a user has instead: its library, what it can do, where, and under which gates."""
 
     library: str
     workloads: tuple[str, ...]
-    accelerators: bool
+    places: tuple[bool, ...]
     prepare: Callable[[str, Case, bool], Work]
+    gates: tuple[str, ...] = ("none",)
 
     def can(self, workload: str, accelerator: bool) -> bool:
         """Whether it has this workload there."""
-        return workload in self.workloads and (self.accelerators or not accelerator)
+        return workload in self.workloads and accelerator in self.places
 
 
 def peer(name: str, workload: str, case: Case, accelerator: bool = False) -> Work:
@@ -63,8 +68,8 @@ def peer(name: str, workload: str, case: Case, accelerator: bool = False) -> Wor
     if not chosen.can(workload, accelerator):
         where = "an accelerator" if accelerator else "the host"
         raise NotImplementedError(f"{name} has no workload {workload!r} on {where}")
-    if case.gate != "none":
-        raise NotImplementedError(f"{name} has no gate")
+    if case.gate not in chosen.gates:
+        raise NotImplementedError(f"{name} is not set up for the gate {case.gate!r}")
     if chosen.library == "numpy" and case.dtype == "bfloat16":
         raise NotImplementedError(f"{name} has no bfloat16")
     return chosen.prepare(workload, case, accelerator)
@@ -84,19 +89,19 @@ def _attention(workload: str, case: Case, accelerator: bool) -> Work:
 
     def error(got: Arrays) -> float:
         """Error of the output's last 64 tokens."""
-        want = _softmax([x.astype(np.float64) for x in inputs(case)[:3]], case.scale)
-        last = to_host(got[0])[..., -want.shape[-2] :, :]
+        want = _softmax([sample(x, case) for x in inputs(case)[:3]], case.scale)
+        last = sample(got[0][..., -want.shape[-2] :, :], case)
         want = want[..., -last.shape[-2] :, :]
         return float(np.sqrt(np.square(last - want).sum() / np.square(want).sum()))
 
     if workload == "step":
         token = q[..., -1:, :]
-        return Work(lambda: lib.wait((softmax(token, k, v),)), error, LIMIT)
+        return Work(Call(lambda: (softmax(token, k, v),), lib), error, LIMIT)
     if workload == "forward":
-        return Work(lambda: lib.wait((causal(q, k, v),)), error, LIMIT)
+        return Work(Call(lambda: (causal(q, k, v),), lib), error, LIMIT)
     assert lib.vjp is not None
     back = lib.vjp(causal)
-    return Work(lambda: lib.wait(back(q, k, v, do)), error, LIMIT)
+    return Work(Call(lambda: back(q, k, v, do), lib), error, LIMIT)
 
 
 def _softmax(qkv: list[Host], scale: float) -> Host:
@@ -107,6 +112,39 @@ def _softmax(qkv: list[Host], scale: float) -> Host:
     scores = scale * (q @ k.mT) + np.where(np.tri(L, T, T - L), 0, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return np.asarray(weights / weights.sum(axis=-1, keepdims=True) @ v)
+
+
+def _fla(kernel: str, workload: str, case: Case, accelerator: bool) -> Work:
+    """flash-linear-attention: a first-order kernel once a pass, in its own layout (B, T, H, D)."""
+    lib = load("torch", accelerator)
+    if importlib.util.find_spec("fla") is None:
+        raise NotImplementedError("fla-core is not installed")
+    run_pass = getattr(importlib.import_module("fla.ops.simple_gla"), kernel)
+    native = (lib.array(x, case.dtype).swapaxes(1, 2).contiguous() for x in inputs(case)[:4])
+    q, k, v, do = native
+    steps = CAUSAL[case.operator].steps
+    log_decays: list[Array] = [None for _ in steps]
+    if case.gate == "decay":
+        heads = np.full(case.heads, math.log(DECAY), np.float32)
+        log_decays = [lib.array(s.power * heads, "float32") for s in steps]
+
+    def chain(q: Array, k: Array, v: Array) -> Array:
+        at = {"q": q, "k": k, "v": v}
+        for s, log_decay in zip(steps, log_decays, strict=True):
+            passed = run_pass(at[s.q], at[s.k], at[s.v], g_gamma=log_decay, scale=case.scale)
+            at[s.out] = passed[0]
+        return at["o"]
+
+    truth = against_truth(workload, case)
+
+    def error(got: Arrays) -> float:
+        return truth(tuple(x.swapaxes(1, 2) for x in got))
+
+    if workload == "forward":
+        return Work(Call(lambda: (chain(q, k, v),), lib), error, LIMIT)
+    assert lib.vjp is not None
+    back = lib.vjp(chain)
+    return Work(Call(lambda: back(q, k, v, do), lib), error, LIMIT)
 
 
 def chunked(xp: Any, operator: str, q: Array, k: Array, v: Array) -> Array:
@@ -138,7 +176,7 @@ def _numpy_chunks(workload: str, case: Case, accelerator: bool) -> Work:
     def run() -> Arrays:
         return (chunked(np, case.operator, q * np.asarray(case.scale, q.dtype), k, v),)
 
-    return Work(run, against_truth(workload, case), LIMIT)
+    return Work(Call(run, load("numpy", False)), against_truth(workload, case), LIMIT)
 
 
 def _jnp_chunks(workload: str, case: Case, accelerator: bool) -> Work:
@@ -155,10 +193,10 @@ def _jnp_chunks(workload: str, case: Case, accelerator: bool) -> Work:
     error = against_truth(workload, case)
     if workload == "forward":
         forward = lib.compile(lambda q, k, v: (function(q, k, v),))
-        return Work(lambda: lib.wait(forward(q, k, v)), error, LIMIT)
+        return Work(Call(lambda: forward(q, k, v), lib), error, LIMIT)
     assert lib.vjp is not None
     back = lib.compile(lib.vjp(function))
-    return Work(lambda: lib.wait(back(q, k, v, do)), error, LIMIT)
+    return Work(Call(lambda: back(q, k, v, do), lib), error, LIMIT)
 
 
 def advance(operator: str, states: tuple[Host, Host], q: Host, k: Host, v: Host) -> Host:
@@ -188,13 +226,14 @@ def advance(operator: str, states: tuple[Host, Host], q: Host, k: Host, v: Host)
 
 
 def _numpy_tokens(workload: str, case: Case, accelerator: bool) -> Work:
+    lib = load("numpy", False)
     q, k, v = inputs(case)[:3]
     q = q * np.asarray(case.scale, q.dtype)
     D, last = case.width, case.tokens - 1
 
     def empty() -> tuple[Host, Host]:
         wide = 2 * D if case.operator == "hla3" else D
-        S, F = (np.zeros((1, case.heads, D, width), q.dtype) for width in (wide, D))
+        S, F = (np.zeros((*case.shape[:2], D, width), q.dtype) for width in (wide, D))
         return S, F
 
     def take(t: int, states: tuple[Host, Host]) -> Host:
@@ -208,7 +247,7 @@ def _numpy_tokens(workload: str, case: Case, accelerator: bool) -> Work:
 
     error = against_truth(workload, case)
     if workload == "forward":
-        return Work(scan, error, LIMIT)
+        return Work(Call(scan, lib), error, LIMIT)
     past = empty()
     for t in range(last):
         take(t, past)
@@ -216,14 +255,21 @@ def _numpy_tokens(workload: str, case: Case, accelerator: bool) -> Work:
     def step() -> Arrays:
         return (take(last, (past[0].copy(), past[1].copy())),)
 
-    return Work(step, error, LIMIT)
+    return Work(Call(step, lib), error, LIMIT)
 
 
+def _fla_peer(kernel: str, workloads: tuple[str, ...]) -> Peer:
+    return Peer("torch", workloads, (GPU,), functools.partial(_fla, kernel), ("none", "decay"))
+
+
+BOTH_WAYS = ("forward", "forward + backward")
 PEERS = {
-    "torch SDPA": Peer("torch", ("forward", "forward + backward", "step"), True, _attention),
-    "jnp chunks": Peer("jax", ("forward", "forward + backward"), True, _jnp_chunks),
-    "NumPy chunks": Peer("numpy", ("forward",), False, _numpy_chunks),
-    "NumPy tokens": Peer("numpy", ("forward", "step"), False, _numpy_tokens),
+    "torch SDPA": Peer("torch", (*BOTH_WAYS, "step"), (CPU, GPU), _attention),
+    "FLA": _fla_peer("chunk_simple_gla", BOTH_WAYS),
+    "FLA fused": _fla_peer("fused_chunk_simple_gla", ("forward",)),
+    "jnp chunks": Peer("jax", BOTH_WAYS, (CPU, GPU), _jnp_chunks),
+    "NumPy chunks": Peer("numpy", ("forward",), (CPU,), _numpy_chunks),
+    "NumPy tokens": Peer("numpy", ("forward", "step"), (CPU,), _numpy_tokens),
 }
 
 
@@ -236,22 +282,21 @@ def operations(workload: str, case: Case) -> float:
         multiply_adds += CHUNK * (K + U) + 2 * K * U
         width[s.out] = U
     passes = 4 if workload == "forward + backward" else 1
-    return 2.0 * passes * multiply_adds * case.heads * case.tokens
+    return 2.0 * passes * multiply_adds * case.batch * case.heads * case.tokens
 
 
 def compulsory_bytes(workload: str, case: Case) -> float:
     """Bytes that must move: q, k, v in and o out; backward: q, k, v, do in and dq, dk, dv out."""
     arrays = 11 if workload == "forward + backward" else 4
-    item = {"float64": 8, "float32": 4, "bfloat16": 2}[case.dtype]
-    return float(arrays * item * case.heads * case.tokens * case.width)
+    return float(arrays * case.bytes)
 
 
 class Floor(NamedTuple):
     """The calls whose rates are the machine's own: what they do in one call, by unit."""
 
-    product: Callable[[], Any]
+    product: Call
     product_operations: float
-    copy: Callable[[], Any] | None
+    copy: Call | None
     copied_bytes: float
 
     def seconds(self, workload: str, case: Case, product: float, copy: float) -> float | None:
@@ -264,6 +309,7 @@ class Floor(NamedTuple):
         return max(least, compulsory_bytes(workload, case) / (self.copied_bytes / copy))
 
 
+@functools.lru_cache(maxsize=2)  # one of the host, one of the accelerator
 def floor(dtype: str, library: str = "numpy", accelerator: bool = False) -> Floor:
     """Prepare the floor of one machine.
 
@@ -285,5 +331,5 @@ def floor(dtype: str, library: str = "numpy", accelerator: bool = False) -> Floo
     if accelerator:
         x = lib.array(np.ones((1 << 14, 1 << 14), np.float32), "float32")
         shift = lib.compile(lambda x: (x + 1,))
-        copy, copied = (lambda: lib.wait(shift(x))), 2.0 * math.prod(x.shape) * 4
-    return Floor(lambda: lib.wait(product(a, b)), 2.0 * N**3, copy, copied)
+        copy, copied = Call(lambda: shift(x), lib), 2.0 * math.prod(x.shape) * 4
+    return Floor(Call(lambda: product(a, b), lib), 2.0 * N**3, copy, copied)

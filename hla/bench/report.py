@@ -51,7 +51,8 @@ def show(console: Console, result: dict[str, Any], rows: list[Row], skipped: lis
     what = _what(first)
     named = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     load = "" if machine["load"] is None else f", load {machine['load']:.1f}"
-    console.print(f"{machine['processor']}, {machine['cores']} cores{load}")
+    places = [f"{machine['processor']}, {machine['cores']} cores{load}", *machine["accelerators"]]
+    console.print("; ".join(places))
     commit = result["commit"] or "unknown"
     console.print(f"{named}; commit {commit}; {result['date']}", soft_wrap=True)
     for workload, timed in TIMED.items():
@@ -74,35 +75,63 @@ def show(console: Console, result: dict[str, Any], rows: list[Row], skipped: lis
 
 
 def _what(first: dict[str, Any]) -> str:
-    return f"B = 1, H = {first['heads']}, D = V = {first['width']}, {first['dtype']}"
+    gate = "" if first["gate"] == "none" else f", {first['gate']}"
+    sizes = f"B = {first['batch']}, H = {first['heads']}, D = V = {first['width']}"
+    return f"{sizes}, {first['dtype']}{gate}"
 
 
 def _table(rows: list[Row]) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     peers = [p for p in PEERS if any(p in (r.name, *r.times_faster) for r in rows)]
+    columns = {"ms": [f"{1e3 * r.seconds:.4g}" for r in rows]}
+    if any(r.accelerator for r in rows):
+        columns["host\nms"] = [f"{1e3 * r.host_seconds:.4g}" for r in rows]
+    if any(r.floor is not None for r in rows):
+        columns["share of\nthe floor"] = [_known(r.share_of_floor, ".0%") for r in rows]
+    for p in peers:
+        columns[p.replace(" ", "\n")] = [_known(r.times_faster.get(p), ".2f", "x") for r in rows]
+    if any(r.beyond is not None for r in rows):
+        columns["memory\n/ q"] = [_known(r.beyond, ".2f") for r in rows]
+    columns["error"] = [f"{r.error:.0e}" for r in rows]
     table.add_column("operator", no_wrap=True)
     table.add_column("runs on", no_wrap=True)
-    floors = ["share of\nthe floor"] if any(r.floor is not None for r in rows) else []
-    for name in ("ms", *floors, *(p.replace(" ", "\n") for p in peers), "error"):
+    for name in columns:
         table.add_column(name, justify="right", vertical="bottom")
-    for row, after in zip(rows, [*rows[1:], None], strict=True):
-        share = [""] if row.share_of_floor is None else [f"{row.share_of_floor:.0%}"]
-        ratios = (f"{row.times_faster[p]:.2f}x" if p in row.times_faster else "" for p in peers)
-        table.add_row(
-            row.operator, row.label, f"{1e3 * row.seconds:.4g}", *share[: len(floors)], *ratios,
-            f"{row.error:.0e}", style="dim" if row.peer else None,
-            end_section=after is None or after.operator != row.operator,
-        )  # fmt: skip
+    for row, after, *cells in zip(rows, [*rows[1:], None], *columns.values(), strict=True):
+        last = after is None or after.operator != row.operator
+        style = "dim" if row.peer else None
+        table.add_row(row.operator, row.label, *cells, style=style, end_section=last)
     return table
 
 
+def _known(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
 def _caption(rows: list[Row]) -> str:
-    text = "Medians. Under a peer's name: its time over this row's, so above 1 this row is faster."
-    floors = {r.operator: r.floor for r in rows if r.floor is not None and not r.accelerator}
-    if floors:
+    lines = ["Medians. Under a peer's name: its time over this row's: above 1 this row is faster."]
+    for accelerator in sorted({r.accelerator for r in rows}):
+        some = [r for r in rows if r.accelerator == accelerator]
+        floors = {r.operator: r.floor for r in some if r.floor is not None}
+        if not floors:
+            continue
+        what = "operations / NumPy's 2048^3 matmul rate in this run"
+        if accelerator:
+            rates = {unit: rate / 1e12 for unit, rate in some[0].rates.items()}
+            what = (
+                f"the larger of operations / {rates['operations']:.0f} TFLOP/s"
+                f" and bytes / {rates['bytes']:.2f} TB/s, both measured in this run"
+            )
         listed = ", ".join(f"{name} {1e3 * least:.3g} ms" for name, least in floors.items())
-        text += f"\nFloor (operations / NumPy's 2048^3 matmul rate in this run): {listed}."
-    return text
+        lines.append(f"Floor on the {'gpu' if accelerator else 'cpu'} ({what}): {listed}.")
+    if any(r.accelerator for r in rows):
+        lines.append(
+            "On the gpu, ms: between device events where torch has the arrays, with caches cold;"
+            " host ms: the host's clock, waiting for the result."
+        )
+    if any(r.beyond is not None for r in rows):
+        lines.append("Memory / q: at the peak, beyond inputs and results, in tensors of q's size.")
+    return "\n".join(lines)
 
 
 def _growth(rows: list[Row], lengths: list[int]) -> Table:
@@ -139,8 +168,8 @@ def plot(path: Path, result: dict[str, Any], rows: Iterable[Row]) -> None:
     lengths = sorted({r.tokens for r in some})
     axes.set_xticks(lengths, labels=[str(tokens) for tokens in lengths])
     axes.set(xlabel="tokens T", ylabel="forward, ms (median)")
-    where = f"{machine['processor']}, {machine['cores']} cores"
-    axes.set_title(f"{first['operator']}, {_what(first)}\n{where}", fontsize="medium")
+    places = [f"{machine['processor']}, {machine['cores']} cores", *machine["accelerators"]]
+    axes.set_title(f"{first['operator']}, {_what(first)}\n{'; '.join(places)}", fontsize="medium")
     axes.grid(alpha=0.3, which="both")
     if some:
         figure.legend(loc="outside right center", fontsize="small")

@@ -1,0 +1,205 @@
+"""How `hla bench` makes, awaits, differentiates and meters the arrays of each library.
+
+No library is imported before its adapter is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = Any
+Host = np.ndarray[Any, Any]
+Arrays = tuple[Array, ...]
+
+COLD = 1 << 28  # bytes written before a timed call: more than any second-level cache holds
+MOST = 1000  # calls in one queue
+
+
+class Meter(NamedTuple):
+    """What an accelerator itself says of a call: its seconds, and the bytes it takes meanwhile."""
+
+    seconds: Callable[[Callable[[], Arrays], float], list[float]]
+    bytes_beyond: Callable[[Callable[[], Arrays]], int]
+
+
+class Library(NamedTuple):
+    """How to make, await, compile, differentiate with and meter the arrays of one library."""
+
+    array: Callable[[Host, str], Array]
+    wait: Callable[[Arrays], Arrays]
+    compile: Callable[[Callable[..., Any]], Callable[..., Any]]
+    vjp: Callable[[Callable[..., Array]], Callable[..., Arrays]] | None = None
+    meter: Meter | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One thing to time: `start` may return before the work is done, a call of this waits."""
+
+    start: Callable[[], Arrays]
+    lib: Library
+
+    def __call__(self) -> Arrays:
+        """Return the results once they are there."""
+        return self.lib.wait(self.start())
+
+
+@functools.cache
+def load(name: str, accelerator: bool) -> Library:
+    """Return the adapter of one library; NotImplementedError says why there is none here."""
+    if name not in ADAPTERS or importlib.util.find_spec(name) is None:
+        raise NotImplementedError(f"{name} is not installed")
+    return ADAPTERS[name](accelerator)
+
+
+def _numpy(accelerator: bool) -> Library:
+    def array(x: Host, dtype: str) -> Array:
+        if dtype != "bfloat16":
+            return np.ascontiguousarray(x, dtype)
+        if importlib.util.find_spec("ml_dtypes") is None:
+            raise NotImplementedError("bfloat16 for NumPy needs ml_dtypes")
+        return x.astype(importlib.import_module("ml_dtypes").bfloat16)
+
+    return Library(array, lambda out: out, lambda f: f)
+
+
+def _torch(accelerator: bool) -> Library:
+    import torch
+
+    if accelerator and not torch.cuda.is_available():
+        raise NotImplementedError("torch sees no accelerator")
+    device = "cuda" if accelerator else "cpu"
+
+    def wait(out: Arrays) -> Arrays:
+        if accelerator:
+            torch.cuda.synchronize()
+        return out
+
+    def vjp(f: Callable[..., Array]) -> Callable[..., Arrays]:
+        def run(q: Array, k: Array, v: Array, do: Array) -> Arrays:
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            o = f(*leaves)
+            return (o, *torch.autograd.grad(o, leaves, do))
+
+        return run
+
+    def array(x: Host, dtype: str) -> Array:
+        return torch.from_numpy(x).to(device, getattr(torch, dtype))
+
+    meter = Meter(event_seconds, bytes_beyond) if accelerator else None
+    return Library(array, wait, lambda f: f, vjp, meter)
+
+
+def event_seconds(start: Callable[[], Arrays], seconds: float) -> list[float]:
+    """Time calls between two events of torch's current stream, with caches cold before each.
+
+    As `triton.testing.do_bench` does: the calls are queued, so that the device waits for Python
+    only where Python is the slower of the two, and then the events say so.
+
+    Parameters
+    ----------
+    start : callable
+        Starts the work; need not wait for it.
+    seconds : float
+        Of calls that count, about; at least one.
+
+    Returns
+    -------
+    list of float
+        Seconds of every call.
+    """
+    import torch
+
+    cold = torch.empty(COLD, dtype=torch.uint8, device="cuda")
+
+    def timed(calls: int) -> list[float]:
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        for before, after in pairs:
+            cold.zero_()
+            before.record()
+            start()
+            after.record()
+        torch.cuda.synchronize()
+        return [1e-3 * before.elapsed_time(after) for before, after in pairs]
+
+    timed(1)  # the call that nothing is warm for
+    begun = time.perf_counter()
+    timed(2)
+    each = (time.perf_counter() - begun) / 2
+    return timed(max(1, min(MOST, int(seconds / each))))
+
+
+def bytes_beyond(start: Callable[[], Arrays]) -> int:
+    """Bytes that a call takes of torch's device memory at its peak, beyond what it returns."""
+    import torch
+
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = start()
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results))
+
+
+def _jax(accelerator: bool) -> Library:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the others need room too
+    import jax
+
+    if accelerator and jax.default_backend() == "cpu":
+        raise NotImplementedError("JAX sees no accelerator")
+    place = jax.devices(None if accelerator else "cpu")[0]
+
+    def vjp(f: Callable[..., Array]) -> Callable[..., Arrays]:
+        def run(q: Array, k: Array, v: Array, do: Array) -> Arrays:
+            o, pullback = jax.vjp(f, q, k, v)
+            return (o, *pullback(do))
+
+        return run
+
+    def array(x: Host, dtype: str) -> Array:
+        if dtype == "float64" and not jax.config.jax_enable_x64:
+            raise NotImplementedError("JAX has no float64 here; set JAX_ENABLE_X64=1")
+        return jax.device_put(x.astype(jax.numpy.dtype(dtype)), place)
+
+    return Library(array, jax.block_until_ready, jax.jit, vjp)
+
+
+def _cupy(accelerator: bool) -> Library:
+    cupy = importlib.import_module("cupy")
+
+    def array(x: Host, dtype: str) -> Array:
+        if dtype == "bfloat16":
+            return cupy.asarray(_numpy(False).array(x, dtype))
+        return cupy.asarray(x, dtype)
+
+    def wait(out: Arrays) -> Arrays:
+        cupy.cuda.get_current_stream().synchronize()
+        return out
+
+    return Library(array, wait, lambda f: f)
+
+
+ADAPTERS: dict[str, Callable[[bool], Library]] = {
+    "numpy": _numpy,
+    "torch": _torch,
+    "jax": _jax,
+    "cupy": _cupy,
+}
+
+
+def to_host(x: Array) -> Host:
+    """Bring any library's array to NumPy in float64."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu().double()
+    elif hasattr(x, "get"):
+        x = x.get()
+    return np.asarray(x).astype(np.float64)

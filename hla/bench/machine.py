@@ -1,0 +1,89 @@
+"""What a figure was measured on: date, commit, versions, processor and devices."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import hla
+
+PACKAGES = ("numpy", "torch", "triton", "fla-core", "jax", "cupy-cuda13x", "array-api-compat")
+
+
+def describe(commit: str | None = None) -> dict[str, Any]:
+    """Date, commit, versions and machine, so that a figure never stands alone.
+
+    Parameters
+    ----------
+    commit : str, optional
+        What to say where hla is not in a git checkout.
+
+    Returns
+    -------
+    dict
+    """
+    versions = {"python": platform.python_version(), "hla": hla.__version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": cores,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "threads": _threads(),
+        "accelerators": accelerators(),
+    }
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"date": now, "commit": _commit() or commit, "versions": versions, "machine": machine}
+
+
+def accelerators() -> list[str]:
+    """Names of the devices that torch sees, where it is installed."""
+    if importlib.util.find_spec("torch") is None:
+        return []
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _threads() -> list[dict[str, Any]]:
+    """Thread pools of the loaded libraries, where threadpoolctl is installed."""
+    if importlib.util.find_spec("threadpoolctl") is None:
+        return []
+    import threadpoolctl
+
+    keys = ("internal_api", "version", "num_threads")
+    return [{key: pool.get(key) for key in keys} for pool in threadpoolctl.threadpool_info()]
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that holds this file, with "-dirty" where it was changed."""
+    place = str(Path(__file__).parent)
+    try:
+        for command in (
+            ["git", "-C", place, "ls-files", "--error-unmatch", "__init__.py"],
+            ["git", "-C", place, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
