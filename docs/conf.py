@@ -1,5 +1,6 @@
-"""Sphinx settings; the capability tables are made from the dispatch table at each build."""
+"""Sphinx settings; capability and benchmark tables are made anew at each build."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -96,8 +97,44 @@ def requests():
 myst_substitutions = {"backends": backends(), "requests": requests()}
 
 
+def benchmarks(folder):
+    """Every result of `hla bench` in a folder: what was measured where, and a table a workload."""
+    shown = []
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text("utf-8"))
+        first, machine, rows = result["first"], result["machine"], result["rows"]
+        places = [*machine["accelerators"], f"{machine['processor']}, {machine['cores']} cores"]
+        gate = "" if first["gate"] == "none" else f", {first['gate']}"
+        versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+        shown.append(
+            f"**{'; '.join(places)}**: B = {first['batch']}, H = {first['heads']},"
+            f" D = V = {first['width']}, {first['dtype']}{gate}. {result['date'][:10]},"
+            f" commit {result['commit'] or 'unknown'}; {versions}."
+        )
+        shown += [
+            f"{workload}:\n\n{timings([r for r in rows if r['workload'] == workload])}"
+            for workload in dict.fromkeys(r["workload"] for r in rows)
+        ]
+    return "\n\n".join(shown) or "No result is committed yet."
+
+
+def timings(rows):
+    """Rows of one workload of one result."""
+    peers = list(dict.fromkeys(name for r in rows for name in r["times_faster"]))
+    cells = [("operator", "T", "runs on", "ms", "host ms", "floor, ms", "share", *peers, "memory")]
+    for r in rows:
+        seconds = (r["seconds"], r["host_seconds"], r["floor"])
+        times = ("" if one is None else f"{1e3 * one:.3g}" for one in seconds)
+        share = "" if r["share_of_floor"] is None else f"{r['share_of_floor']:.0%}"
+        ratios = (f"{r['times_faster'][p]:.2f}x" if p in r["times_faster"] else "" for p in peers)
+        memory = "" if r["beyond"] is None else f"{r['beyond']:.2f}"
+        cells.append((r["operator"], r["tokens"], r["name"], *times, share, *ratios, memory))
+    return table(*cells)
+
+
 def setup(app):
-    """Keep the star of (*batch, T, D) from opening an emphasis."""
+    """Add the benchmarks; keep the star of (*batch, T, D) from opening an emphasis."""
+    myst_substitutions["benchmarks"] = benchmarks(Path(__file__).parent / "benchmarks")
 
     def escape(app, what, name, obj, options, lines):
         lines[:] = [line.replace("*batch", r"\*batch") for line in lines]

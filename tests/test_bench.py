@@ -10,6 +10,8 @@ import itertools
 import json
 import math
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -384,6 +386,9 @@ def test_a_run_on_a_gpu_has_the_peers_the_floor_and_the_memory(tmp_path, monkeyp
     out = capsys.readouterr().out
     assert "FLA fused (gpu)" in out
     assert "Floor on the gpu" in out
+    shutil.copy(tmp_path / "bench.json", tmp_path / "gpu.json")
+    conf = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "conf.py"))
+    assert "| FLA fused | 200 |" in conf["benchmarks"](tmp_path)
 
 
 def test_fla_is_there_only_with_a_device_and_the_package(monkeypatch):
@@ -628,6 +633,33 @@ def test_what_would_take_too_long_is_left_out():
     done.name = "NumPy tokens"
     measure._foresee("forward", Case(tokens=16384), [done])
     measure._foresee("step", Case(tokens=1 << 20), [done])
+
+
+# The page
+
+
+def test_the_page_shows_every_committed_result(quick, tmp_path):
+    conf = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "conf.py"))
+    assert conf["benchmarks"](tmp_path) == "No result is committed yet."
+    shutil.copy(quick / "bench.json", tmp_path / "this.json")
+    result = json.loads((quick / "bench.json").read_text())
+    shown = conf["benchmarks"](tmp_path)
+    assert f"commit {result['commit'] or 'unknown'}" in shown
+    assert f"{result['machine']['processor']}, {result['machine']['cores']} cores" in shown
+    lines = [line.split(" | ") for line in shown.splitlines() if line.startswith("| linear")]
+    rows = sorted(result["rows"], key=lambda r: WORKLOADS.index(r["workload"]))
+    assert [line[2] for line in lines] == [r["name"] for r in rows]
+    assert [line[3] for line in lines] == [f"{1e3 * r['seconds']:.3g}" for r in rows]
+    assert len({len(line) for line in lines}) > 1  # each workload has its own peers
+
+
+def test_committed_results_say_where_they_come_from():
+    for path in (Path(__file__).parents[1] / "docs" / "benchmarks").glob("*.json"):
+        result = json.loads(path.read_text())
+        assert result["schema"] == bench.SCHEMA
+        assert result["commit"]
+        assert not result["commit"].endswith("-dirty")
+        assert result["rows"]
 
 
 # The asv suite
