@@ -24,6 +24,7 @@ from .workloads import Case, Target, Work, Wrong, checked, targets, work
 ROOT = str(Path(hla.__file__).parents[1])
 BATCH = 5e-3  # seconds: shorter calls are timed several at once
 LONG = 1.0  # seconds: such a call needs no warm-up of its own
+SPIN = 0.2  # seconds after which BLAS's idle threads have let go of their cores
 SLOW = 5.0  # seconds that one call may be expected to take; a longer one is left out
 DEVICES = ("cpu", "gpu")
 LIBRARIES = ("numpy", "torch", "jax", "cupy")
@@ -245,6 +246,8 @@ def measure(
                 samples[name] += call.lib.meter.seconds(call.start, seconds / rounds)
             else:
                 samples[name] += _samples(call, seconds / rounds)
+            if name == "product" and not call.lib.meter:
+                time.sleep(SPIN)
     return samples
 
 
