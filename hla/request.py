@@ -15,9 +15,9 @@ from .core.forms import FORMS
 from .core.hla2 import HLA2RidgeState, HLA2State
 from .core.namespace import Array
 from .core.packing import PackedState
-from .core.passes import Shape
+from .core.passes import Shape, broadcast
 from .core.programs import CAUSAL, program
-from .core.request import Inputs, Request
+from .core.request import Inputs, Request, describe
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "operator": tuple(CAUSAL),
@@ -140,7 +140,8 @@ def prepare(
         if axis is not None:
             raise ValueError("initial_state is packed; expected it whole. Pass state.unpack()")
         initial_state = initial_state.unpack()
-    request = Request(
+    request = describe(
+        Inputs(q, k, v, decay, log_gate, None),
         operator=operator,
         mask=mask,
         convention=convention,
@@ -152,22 +153,8 @@ def prepare(
         gradient=gradient,
         form=form,
         chunk_size=_chunk(chunk_size),
-        q_shape=tuple(q.shape),
-        k_shape=tuple(k.shape),
-        v_shape=tuple(v.shape),
-        gate="decay" if decay is not None else "log_gate" if log_gate is not None else None,
         gate_given=layout.decay_shape is not None or layout.gate_shape is not None,
-        gate_batch=tuple(decay.shape)
-        if decay is not None
-        else tuple(log_gate.shape[:-1])
-        if log_gate is not None
-        else (),
         state_type=default if initial_state is None else _state_type(initial_state, default, ridge),
-        library=ns.library(q) or "",
-        device=ns.device_name(q),
-        dtype=ns.dtype_name(q),
-        accelerator=ns.on_accelerator(q),
-        traced=any(ns.traced(x) for x in (q, k, v)),
         tf32=ns.tf32_allowed(q),
     )
     return request, Inputs(q, k, v, decay, log_gate, _state(request, q, initial_state)), layout
@@ -183,6 +170,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _number(name: str, value: Any) -> float:
+    value = ns.concrete(value)
     if not _is_number(value):
         raise TypeError(f"{name} is {_kind(value)}; expected a Python number")
     if not math.isfinite(value):
@@ -224,7 +212,7 @@ def array(name: str, x: Any, like: Array | None = None, like_name: str = "q") ->
             raise TypeError(
                 f"{name} is an array of {found}; expected {expected} like {like_name}. Convert it"
             )
-        if not (ns.traced(x) or ns.traced(like)) and ns.device_name(x) != ns.device_name(like):
+        if not ns.same_device(x, like):
             raise ValueError(
                 f"{name} is on device {ns.device_name(x)}; expected {ns.device_name(like)} like"
                 f" {like_name}. Move it first"
@@ -236,7 +224,7 @@ def _arrays(given: dict[str, Any], axis: int | None) -> tuple[Array, Array, Arra
     """Check kind, dtype, device and the token axis of q, k and v."""
     first, *_ = given
     for name, x in given.items():
-        given[name] = array(name, x, None if name == first else given[first], first)
+        given[name] = ns.autocast(array(name, x, None if name == first else given[first], first))
     for name, x in given.items():
         if ns.dtype_name(x) not in ns.FLOATS:
             raise TypeError(
@@ -292,13 +280,13 @@ def _shapes(given: dict[str, Array], layout: Layout) -> Shape:
             )
         batches[name] = tuple(n for i, n in enumerate(shape) if i - len(shape) not in places)
         try:
-            batch = np.broadcast_shapes(*batches.values())
+            batch = broadcast(*batches.values())
         except ValueError:
             raise ValueError(
                 f"{name} has shape {shape}; expected batch axes that broadcast with those of"
                 f" {first} of shape {tuple(q.shape)}{hint}"
             ) from None
-    return tuple(batch)
+    return batch
 
 
 def _gate(
@@ -307,13 +295,14 @@ def _gate(
     """Check the decay or the log gate and bring it to the accumulation dtype."""
     if decay is not None and log_gate is not None:
         raise ValueError("decay and log_gate were both given; expected one (log_gate = log(decay))")
+    decay, log_gate = ns.concrete(decay), ns.concrete(log_gate)
     xp, like = ns.namespace(q), {"device": ns.device(q)}
     dtype = xp.float64 if ns.dtype_name(q) == "float64" else xp.float32
     if decay is not None:
         if _is_number(decay):
             if not 0 < decay <= 1:
                 raise ValueError(f"decay is {decay}; expected a number in (0, 1]")
-            constant = None if decay == 1 else xp.asarray(float(decay), dtype=dtype, **like)
+            constant = None if decay == 1 else xp.full((), float(decay), dtype=dtype, **like)
             return constant, None, layout
         decay = array("decay", decay, q)
         if ns.dtype_name(decay) not in ("float32", "float64"):
@@ -333,7 +322,7 @@ def _gate(
     if _is_number(log_gate):
         if not log_gate <= 0:
             raise ValueError(f"log_gate is {log_gate}; expected a number <= 0 (-inf forgets)")
-        gate = xp.asarray(float(log_gate), dtype=dtype, **like)
+        gate = xp.full((), float(log_gate), dtype=dtype, **like)
         return None, layout.gate_in(gate, tokens), layout
     log_gate = array("log_gate", log_gate, q)
     if ns.dtype_name(log_gate) not in ns.FLOATS:
@@ -356,7 +345,7 @@ def _with_tokens(batch: Shape, tokens: int, axis: int) -> Shape:
 
 def _broadcasts(name: str, shape: Shape, to: Shape, what: str) -> None:
     try:
-        if tuple(np.broadcast_shapes(tuple(shape), to)) == tuple(to):
+        if broadcast(tuple(shape), to) == to:
             return
     except ValueError:
         pass

@@ -57,7 +57,7 @@ def adjoint(
     """
     grads: dict[str, Array] = {}
     dinitial: dict[Fields, Array] = {}
-    dgate, pending = None, dict(dfinal)
+    dgate, pending, xp = None, dict(dfinal), namespace(do)
     for coefficient, name in program.outputs:
         grads[name] = do if coefficient == 1 else coefficient * do
     for s, state in zip(reversed(program.steps), reversed(trace.states), strict=True):
@@ -66,7 +66,7 @@ def adjoint(
         if dout is None and dstate is None:
             continue
         if dout is None:
-            dout = namespace(q).zeros_like(trace.values[s.out])
+            dout = xp.zeros_like(trace.values[s.out])
         dq, dk, dv, dstate0 = adjoint_by_passes(
             q,
             k,
@@ -81,7 +81,8 @@ def adjoint(
             run_pass=run_pass,
         )
         if with_gate:
-            term = _gate_gradient(s, gate, trace.values[s.out], v, dout, dv, state, dstate)
+            reads = xp.sum(dout * trace.values[s.out], axis=-1)
+            term = gate_gradient(s, gate, reads, xp.sum(v * dv, axis=-1), state, dstate)
             dgate = term if dgate is None else dgate + term
         for name, x, g in ((s.q, q, dq), (s.k, k, dk), (s.v, v, dv)):
             g = sum_to(g, x.shape)
@@ -124,26 +125,30 @@ def adjoint_by_passes(
     return dq, dk, dv, dstate0
 
 
-def _gate_gradient(
-    step: Pass,
-    gate: Gate,
-    o: Array,
-    v: Array,
-    do: Array,
-    dv: Array,
-    state: Array,
-    dstate: Array | None,
+def gate_gradient(
+    step: Pass, gate: Gate, reads: Array, writes: Array, state: Array, dstate: Array | None
 ) -> Array:
     """Gradient of the log gate by one pass, p (<dS_T, S_T> + sum_{t>=s} (do.o - v.dv)).
 
-    Summed to (*gate's batch, T); for a strict pass the sum of do.o begins one token later.
+    Parameters
+    ----------
+    step, gate
+        The pass and its decay.
+    reads, writes : array, (*batch, T)
+        do.o and v.dv token by token.
+    state, dstate : array, (*batch, D, V)
+        The final state and its gradient; None where that is 0.
+
+    Returns
+    -------
+    array, (*gate's batch, T)
+        For a strict pass the sum of do.o begins one token later.
     """
-    xp, batch = namespace(o), gate.batch
-    out = sum_to(xp.sum(do * o, axis=-1), (*batch, o.shape[-2]))
+    xp, batch = namespace(reads), gate.batch
+    reads = sum_to(reads, (*batch, reads.shape[-1]))
     if step.kind == "strict":
-        out = xp.concat([out[..., 1:], xp.zeros_like(out[..., :1])], axis=-1)
-    change = out - sum_to(xp.sum(v * dv, axis=-1), (*batch, o.shape[-2]))
-    total = gate_total(change)
+        reads = xp.concat([reads[..., 1:], xp.zeros_like(reads[..., :1])], axis=-1)
+    total = gate_total(reads - sum_to(writes, (*batch, writes.shape[-1])))
     if dstate is not None:
         total = total + sum_to(xp.sum(xp.sum(dstate * state, axis=-1), axis=-1), batch)[..., None]
     return step.power * total

@@ -164,11 +164,7 @@ def backward(
     if request.scale != 1.0:
         dq = dq * request.scale
     dv = dv[..., :-1] if request.mass else dv
-    ddecay = dlog_gate = None
-    if grads.gate is not None and gate.log_gate is not None:
-        dlog_gate = xp.where(xp.isinf(gate.log_gate), xp.zeros_like(grads.gate), grads.gate)
-    elif grads.gate is not None:
-        ddecay = xp.sum(grads.gate, axis=-1) / gate.decay
+    ddecay, dlog_gate = gate_gradients(gate, grads.gate)
     return Gradients(
         xp.astype(dq, inputs.q.dtype, copy=False),
         xp.astype(dk, inputs.k.dtype, copy=False),
@@ -177,6 +173,16 @@ def backward(
         dlog_gate,
         gradient_fields(request, inputs.state, grads.states),
     )
+
+
+def gate_gradients(gate: Gate, grad: Array | None) -> tuple[Array | None, Array | None]:
+    """Gradients of decay and log_gate from that of the log gate; 0 where it is -inf."""
+    if grad is None:
+        return None, None
+    xp = namespace(grad)
+    if gate.log_gate is None:
+        return xp.sum(grad, axis=-1) / gate.decay, None
+    return None, xp.where(xp.isinf(gate.log_gate), xp.zeros_like(grad), grad)
 
 
 def _unfinish(request: Request, trace: Trace, values: dict[str, Array], do: Array | None) -> Array:

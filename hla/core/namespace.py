@@ -44,11 +44,17 @@ def namespace(x: Array) -> Namespace:
     return _namespaces[type(x)]
 
 
+def expand(x: Array, shape: tuple[int, ...]) -> Array:
+    """Broadcast ``x`` to ``shape``; x itself where it has it."""
+    return x if tuple(x.shape) == tuple(shape) else namespace(x).broadcast_to(x, shape)
+
+
 def device(x: Array) -> Any:
     """Device of ``x``, or None where a tracer has none (then new arrays follow the trace)."""
-    if is_jax(x):
+    name = library(x)
+    if name == "jax":
         return None  # under jit a tracer has no device, and jit places what it makes
-    return compat.device(x)
+    return x.device if name in ("numpy", "torch") else compat.device(x)
 
 
 def device_name(x: Array) -> str:
@@ -57,7 +63,14 @@ def device_name(x: Array) -> str:
         if traced(x):
             return "traced"
         return ",".join(sorted(str(d) for d in x.devices()))
-    return str(compat.device(x))
+    return str(device(x))
+
+
+def same_device(x: Array, y: Array) -> bool:
+    """Whether two arrays of one library are on one device, as far as can be told."""
+    if not is_jax(x):
+        return bool(device(x) == device(y))
+    return traced(x) or traced(y) or device_name(x) == device_name(y)
 
 
 def on_accelerator(x: Array) -> bool:
@@ -93,6 +106,20 @@ def traced(x: Array) -> bool:
             or type(x) not in (torch.Tensor, torch.nn.Parameter)
         )
     return False
+
+
+def compiling() -> bool:
+    """Whether torch.compile or a strict torch.export reads the code that is running."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_compiling())
+
+
+def concrete(x: Any) -> Any:
+    """Return the number that a symbol of torch's compiler stands for, which it then holds fixed."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.SymFloat):
+        return float(x)
+    return x
 
 
 def host_values(x: Array) -> np.ndarray[Any, Any] | None:
@@ -133,8 +160,22 @@ def tf32_allowed(x: Array) -> bool:
     return False
 
 
+def autocast(x: Array) -> Array:
+    """Cast ``x`` as torch.autocast, where it is on, casts the operands of a product."""
+    if library(x) == "torch":
+        torch, kind = sys.modules["torch"], x.device.type
+        if torch.is_autocast_enabled(kind) and dtype_name(x) in FLOATS[:-1]:
+            return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
 def exact_products(x: Array) -> AbstractContextManager[None]:
     """Context in which float32 products are float32, unless the caller's switch says otherwise."""
+    if library(x) == "torch" and sys.modules["torch"].is_autocast_enabled(x.device.type):
+        off: AbstractContextManager[None] = sys.modules["torch"].autocast(
+            x.device.type, enabled=False
+        )
+        return off
     jax = sys.modules.get("jax")
     if jax is not None and is_jax(x) and jax.config.jax_default_matmul_precision is None:
         highest: AbstractContextManager[None] = jax.default_matmul_precision("highest")

@@ -17,9 +17,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from .namespace import Array, device, fold, namespace
+from .namespace import Array, device, expand, fold, namespace
 
 Shape = tuple[int, ...]
 Fields = tuple[str, ...]
@@ -68,10 +66,24 @@ class Weights(NamedTuple):
         return Weights(self.mask.mT, pair, self.key, self.query, self.total)
 
 
-@functools.lru_cache(maxsize=1024)
 def broadcast(*shapes: Shape) -> Shape:
-    """Return the common shape of ``shapes``."""
-    return tuple(np.broadcast_shapes(*shapes))
+    """Return the common shape of ``shapes``, whose sizes a compiler may have made symbols."""
+    try:
+        return _broadcast(*shapes)
+    except TypeError:  # a symbol has no hash
+        return _broadcast.__wrapped__(*shapes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _broadcast(*shapes: Shape) -> Shape:
+    common = [1] * max(map(len, shapes), default=0)
+    for shape in shapes:
+        for i, n in enumerate(shape, len(common) - len(shape)):
+            if common[i] == 1:
+                common[i] = n
+            elif n not in (1, common[i]):
+                raise ValueError(f"shapes {shapes} do not broadcast")
+    return tuple(common)
 
 
 def weights(gate: Gate, power: int, kind: str, W: int, *, like: Array) -> Weights:
@@ -234,7 +246,7 @@ def started(state: Array | None, shape: Shape, like: Array) -> Array:
     xp = namespace(like)
     if state is None:
         state = xp.zeros((), dtype=like.dtype, device=device(like))
-    return xp.broadcast_to(state, shape)
+    return expand(state, shape)
 
 
 def causal_pass(

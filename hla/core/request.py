@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+from . import namespace as ns
 from .namespace import Array
 from .passes import Shape
 from .programs import Program, program, segment_program, state_shapes
@@ -34,8 +35,6 @@ class Request:
     ridge: float
     return_state: bool
     gradient: bool  # whether `backward` may follow
-    form: str | None
-    chunk_size: int | None
     q_shape: Shape
     k_shape: Shape
     v_shape: Shape
@@ -48,6 +47,8 @@ class Request:
     dtype: str
     accelerator: bool
     traced: bool
+    form: str | None = None
+    chunk_size: int | None = None
     tf32: bool = False
 
     @property
@@ -75,3 +76,37 @@ class Request:
         """Full shape of each field of the state or segment."""
         chosen = segment_program(self.operator, self.mask) if segment else self.program
         return state_shapes(chosen, self.q_shape, self.k_shape, self.v_shape, self.gate_batch)
+
+
+def describe(inputs: Inputs, *, state_type: type[Any] | None, **options: Any) -> Request:
+    """Describe a call: its options as given, the rest read off its arrays.
+
+    Parameters
+    ----------
+    inputs : Inputs
+        Checked arrays.
+    state_type : type or None
+        Of the incoming state, or else of the outgoing one.
+    **options
+        The fields of Request that no array shows.
+    """
+    q, k, v, decay, log_gate, _ = inputs
+    gate, batch = None, ()
+    if decay is not None:
+        gate, batch = "decay", tuple(decay.shape)
+    elif log_gate is not None:
+        gate, batch = "log_gate", tuple(log_gate.shape[:-1])
+    return Request(
+        q_shape=tuple(q.shape),
+        k_shape=tuple(k.shape),
+        v_shape=tuple(v.shape),
+        gate=gate,
+        gate_batch=batch,
+        state_type=state_type,
+        library=ns.library(q) or "",
+        device=ns.device_name(q),
+        dtype=ns.dtype_name(q),
+        accelerator=ns.on_accelerator(q),
+        traced=any(ns.traced(x) for x in (q, k, v)),
+        **options,
+    )

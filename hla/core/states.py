@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .adjoint import sum_to
-from .namespace import Array, namespace
+from .namespace import Array, expand, namespace
 from .passes import Shape
 from .request import Request
 
@@ -34,12 +34,12 @@ def joined(request: Request, state: Any, *, gradient: bool = False) -> Keyed:
         if any(x is None for x in parts):
             continue
         xp, full = namespace(parts[0]), shapes[key[0]]
-        columns = [xp.broadcast_to(parts[0], full)]
+        columns = [expand(parts[0], full)]
         if len(parts) == 2 and request.mass:
             copies = math.prod(full[:-1]) // max(1, math.prod(shapes[key[1]]))
             mass = parts[1] / copies if gradient and copies > 1 else parts[1]
-            columns.append(xp.broadcast_to(mass, full[:-1])[..., None])
-        out[key] = xp.concat(columns, axis=-1)
+            columns.append(expand(mass, full[:-1])[..., None])
+        out[key] = columns[0] if len(columns) == 1 else xp.concat(columns, axis=-1)
     return out
 
 
