@@ -1,0 +1,235 @@
+"""Launches of the Triton pass: tiles, settings, strides, and kernels kept ready."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+
+from ..core.passes import Gate, Shape
+from .triton_pass import pass_kernel
+
+WIDEST = 128  # a float32 state of 128 x 128 takes half of the registers of 8 warps
+
+
+class Config(NamedTuple):
+    """Tokens in a chunk, warps, and chunks loaded ahead plus one."""
+
+    W: int
+    warps: int
+    stages: int
+
+
+def config(D: int, V: int, V2: int, size: int, gated: int, hopper: bool = True) -> Config:
+    """Launch settings by tiles, bytes of an element, gate and architecture; timed on an H100.
+
+    They fix the order of every sum, so they hang on nothing that varies from call to call. Other
+    architectures have less shared memory or no wgmma: what compiles for 8.0 and 8.9 and spills
+    least there, not timed.
+    """
+    large = D * V >= 128 * 64
+    if not hopper:
+        return Config(32, 8 if large else 4, 2)
+    if size == 4:
+        return Config(64, 8 if large else 4, 2)
+    if large:
+        return Config(32, 8, 4) if gated or V2 else Config(64, 8, 3)
+    return Config(32, 4, 4) if gated == 2 or V2 else Config(64, 4, 3)
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the table's first rows are for this device; so is the interpreter."""
+    return device.type != "cuda" or bool(torch.cuda.get_device_capability(device)[0] == 9)
+
+
+class Columns(NamedTuple):
+    """One part of a pass's values: its tokens, where their results go, its columns of the state."""
+
+    v: torch.Tensor  # (*batch, T, V)
+    o: torch.Tensor | None = None  # (*batch, T, V)
+    start: torch.Tensor | None = None  # float32, (*batch, D, V), may lack axes that only q has
+    end: torch.Tensor | None = None  # the same, to be written
+
+
+def widest(dtype: torch.dtype) -> int:
+    """Return how many keys a tile holds: float32 operands are split in registers."""
+    return WIDEST if dtype == torch.bfloat16 else WIDEST // 2
+
+
+@functools.cache
+def tile(n: int) -> int:
+    """Width of the tile that serves n keys or values."""
+    return min(WIDEST, max(16, 1 << max(n - 1, 0).bit_length()))
+
+
+def value_tiles(n: int) -> int:
+    """Count the tiles that serve n values: programs a head, rows of ``dots``."""
+    return -(-n // tile(n))
+
+
+def in_one(k: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether one launch serves two parts of the values: their states fit the registers."""
+    V, V2 = first.shape[-1], second.shape[-1]
+    return bool(0 < V <= WIDEST and 0 < V2 <= (WIDEST if k.dtype == torch.bfloat16 else 16))
+
+
+NONE = (None,) * 4
+LAUNCHES = 4096
+# Compiled kernels, ready to launch, by all that they are specialized on. Triton's own look-up costs
+# as long as a pass over a short sequence takes.
+_launches: dict[Any, tuple[Any, tuple[int, int, int], tuple[Any, ...]]] = {}
+
+
+def causal_pass(
+    q: torch.Tensor | None,
+    k: torch.Tensor,
+    columns: Sequence[Columns],
+    gate: Gate,
+    *,
+    batch: Shape,
+    power: int = 1,
+    strict: bool = False,
+    reverse: bool = False,
+    update: bool = True,
+    read: float = 1.0,
+    write: float = 1.0,
+    add: bool = False,
+    both: bool = False,
+    x: torch.Tensor | None = None,
+    dots: torch.Tensor | None = None,
+    tf32: bool = False,
+) -> None:
+    """Launch one pass, which writes what its columns name.
+
+    Parameters
+    ----------
+    q : tensor, (*batch, T, D), or None
+        None asks for the state alone; D <= `widest`. Batch axes broadcast; any strides.
+    k : tensor, (*batch, T, D)
+        Keys; bfloat16, or float16 and float32, for which products are taken in float32.
+    columns : sequence of Columns
+        One part of the values, or two that are `in_one`.
+    gate : Gate
+        The decay, raised to ``power``.
+    batch : tuple of int
+        The common batch shape.
+    power, strict, reverse
+        As in `hla.core.passes.causal_pass`.
+    update : bool
+        False reads one state, where it starts, for all tokens.
+    read, write : float
+        Factors of what is read, and of k v before.
+    add : bool
+        Add to what ``o`` holds.
+    both : bool
+        Add the pass with k and v exchanged, which reads the same state; with one part, D = V.
+    x, dots : tensor, (*batch, T, V), and float32, (*batch, `value_tiles`, T), contiguous, optional
+        With one part: write sum_v o x of this pass by itself, token by token, a row a tile.
+    tf32 : bool
+        Multiply float32 in TF32, which is exact for what came as float16.
+    """
+    gated, weights = 0, None
+    if power and gate.log_gate is not None:
+        gated, weights = 2, gate.log_gate
+    elif power and gate.decay is not None:
+        gated, weights = 1, gate.decay
+    first, second = columns[0], columns[1] if len(columns) > 1 else None
+    operands = (q, k, *first, *(second or NONE), x, weights, dots)
+    pointers: list[Any] = [None if y is None else y.data_ptr() for y in operands]
+    seen = [
+        None if y is None else (y.shape, y.stride(), y.dtype, p % 16)
+        for y, p in zip(operands, pointers, strict=True)
+    ]
+    flags = (gated, power, strict, reverse, update, write != 1.0, add, both, tf32, first.v is k)
+    key = (batch, k.device, flags, *seen)
+    if key in _launches:
+        kernel, grid, rest = _launches[key]
+        with torch.cuda.device_of(k):
+            kernel[grid](*pointers, read, write, *rest)
+        return
+    ranks = (*(2,) * 11, max(0, gated - 1))
+    sizes, strides = _plan(batch, ranks, operands[:-1])
+    if len(sizes) > 3:
+        for i in range(batch[0]):
+            q_i, k_i, *parts, x_i, gate_i = (
+                _entry(y, i, r, len(batch)) for y, r in zip(operands, ranks, strict=False)
+            )
+            pairs = [Columns(*parts[:4]), Columns(*parts[4:])][: len(columns)]
+            causal_pass(
+                q_i, k_i, pairs, Gate(gate_i, None) if gated == 1 else Gate(None, gate_i),
+                batch=batch[1:], power=power, strict=strict, reverse=reverse, update=update,
+                read=read, write=write, add=add, both=both, x=x_i,
+                dots=None if dots is None else dots[i], tf32=tf32,
+            )  # fmt: skip
+        return
+    T, D, V = k.shape[-2], k.shape[-1], first.v.shape[-1]
+    V2 = 0 if second is None else second.v.shape[-1]
+    BD, BV, BV2 = tile(D), tile(V), tile(V2)
+    narrow = k.dtype == torch.bfloat16
+    chosen = config(BD, BV, V2, 2 if narrow else 4, gated, is_hopper(k.device))
+    grid = (math.prod(sizes) * value_tiles(V), 1, 1)
+    if not grid[0]:
+        return
+    constants = {
+        "READ": q is not None, "UPDATE": update, "STRICT": strict, "REVERSE": reverse,
+        "GATE": gated, "POWER": power, "WRITE": write != 1.0, "ADD": add,
+        "START": first.start is not None, "END": first.end is not None,
+        "TWO": second is not None, "BOTH": both, "DOT": dots is not None, "V_IS_K": first.v is k,
+        "BD": BD, "BV": BV, "BV2": BV2, "W": chosen.W,
+        "WHOLE_D": D == BD, "WHOLE_V": V % BV == 0, "WHOLE_V2": V2 == BV2,
+        "OPERAND": tl.bfloat16 if narrow else tl.float32,
+        "PRECISION": "tf32" if tf32 else "tf32x3",
+    }  # fmt: skip
+    rest = (T, D, V, V2, *(1, 1, *sizes)[-2:], *strides)
+    with torch.cuda.device_of(k):
+        kernel = pass_kernel[grid](
+            *operands, read, write, *rest, **constants,
+            num_warps=chosen.warps, num_stages=chosen.stages,
+        )  # fmt: skip
+    if kernel is not None:  # not under the interpreter
+        if len(_launches) >= LAUNCHES:
+            _launches.clear()
+        _launches[key] = kernel, grid, (*rest, *constants.values())
+
+
+def _plan(
+    batch: Shape, ranks: Shape, operands: Sequence[torch.Tensor | None]
+) -> tuple[Shape, Shape]:
+    """Batch sizes, with neighbouring axes made one where all operands allow, and all strides.
+
+    An operand's last ``rank`` axes are its own; it has three batch strides before theirs. Along a
+    batch axis that it lacks or is broadcast over its stride is 0.
+    """
+    leads, own = [], []
+    for rank, x in zip(ranks, operands, strict=True):
+        shape, stride = ((1,) * rank, (0,) * rank) if x is None else (x.shape, x.stride())
+        lead = len(shape) - rank
+        given = (0 if n == 1 else s for n, s in zip(shape[:lead], stride[:lead], strict=True))
+        leads.append((*(0,) * (len(batch) - lead), *given))
+        own.append(stride[lead:])
+    own[-1] = own[-1] or (0,)  # a decay has no tokens
+    sizes: list[int] = []
+    steps: list[Shape] = []
+    for n, step in zip(batch, zip(*leads, strict=True), strict=True):
+        if n == 1:
+            continue
+        if steps and all(a == b * n for a, b in zip(steps[-1], step, strict=True)):
+            sizes[-1], steps[-1] = sizes[-1] * n, step
+        else:
+            sizes.append(n)
+            steps.append(step)
+    steps = [(0,) * len(leads)] * (3 - len(steps)) + steps
+    each = zip(zip(*steps, strict=True), own, strict=True)
+    return tuple(sizes), tuple(s for lead, rest in each for s in (*lead, *rest))
+
+
+def _entry(x: torch.Tensor | None, i: int, rank: int, axes: int) -> torch.Tensor | None:
+    """Entry ``i`` of the first of ``axes`` batch axes; all of x where it lacks that axis."""
+    if x is None or x.ndim < axes + rank:
+        return x
+    return x.select(0, 0 if x.shape[0] == 1 else i)

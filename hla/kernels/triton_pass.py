@@ -1,0 +1,270 @@
+"""The causal pass on an NVIDIA GPU, in Triton (design: one program a head and a tile of values).
+
+    o_t = read * (a_t q_t S + sum_j write * L[j, t] (q_t . k_j) v_j)     S <- r S + write * (b k)' v
+
+The state is held transposed, S' (V, D) in float32 registers, so that every product on it has the
+state's V rows whatever the chunk: with M >= 64 rows Hopper's wgmma serves, and the cast state feeds
+it from registers. A chunk of W tokens, all operands q, k, v as they are stored:
+
+    A' = upper(K Q')  [W, W]    O' = S' Q' + V' A'  [V, W]    S' = S' + V' K  [V, D]
+
+Weights. With c_t the sum of the log gate over the chunk up to t and e_t the same without t itself
+(what a strict pass reads), L = exp(c_t - c_j), a = exp(c_t), b = exp(c_last - c_j); the reverse
+pass exchanges a and b and transposes L. The sums run inside a chunk and in float64: their
+differences then keep float32's digits whatever the gate, and a reset is a gate of -1e6 (its
+exponential is 0, and differences of such sums still resolve 1e-8): -inf is never subtracted.
+
+Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024 (768 where v is k: the same
+lines of L2). Operations at W = 64: 2 (2 W + 2 D) V = 98 k. At 3.0 TB/s and 790 TFLOP/s the bytes
+bind: 0.179 ms for B = 8, T = 4096, H = 16; one H100 took 0.190 (94%), and 0.104 at D = 64 (86%). No
+atomics; bits depend on nothing but the head's data.
+
+Two parts of the values that share q and k go in one launch, with a state each: [k | v] of hla3 in
+1280 bytes instead of 1792, or values and their masses. Two passes that are summed and have each
+other's k and v, as the gradient of k in S = sum k k' has, are one with one state. Keys wider than a
+tile are not for it: they are parts, whose results it adds.
+"""
+
+import triton
+import triton.language as tl
+
+RESET = tl.constexpr(-1e6)  # what -inf becomes
+
+
+@triton.jit
+def _operand(x, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """Cast to what products take; to the nearest TF32, which the matrix unit would truncate to."""
+    x = x.to(OPERAND)
+    if PRECISION == "tf32":
+        nearest = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+    return x
+
+
+@triton.jit
+def _chunk_weights(
+    p_gate, m_t, m_pair, POWER: tl.constexpr, STRICT: tl.constexpr, REVERSE: tl.constexpr
+):
+    """Weights of one chunk by its log gate: pairs [W, W], before and after [W], total."""
+    a = tl.load(p_gate, mask=m_t, other=0.0).to(tl.float64) * POWER
+    a = tl.where(a < RESET, RESET, a)  # not maximum, which would drop a NaN
+    c = tl.cumsum(a, 0)
+    up, last = c - a if STRICT else c, tl.sum(a, 0)
+    span = up[:, None] - c[None, :] if REVERSE else up[None, :] - c[:, None]
+    pair = tl.exp(tl.where(m_pair, span, 0.0).to(tl.float32))
+    before, after = tl.exp(up).to(tl.float32), tl.exp(last - c).to(tl.float32)
+    return pair, before, after, tl.exp(last).to(tl.float32)
+
+
+@triton.jit
+def _pairs(
+    b_k, b_q, m_pair, weight, write,
+    GATE: tl.constexpr, WRITE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return A' = upper(K Q'), weighed, [W, W]."""
+    A = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION, out_dtype=tl.float32)
+    if GATE != 0:
+        A *= weight
+    if WRITE:
+        A *= write
+    return _operand(tl.where(m_pair, A, 0.0), OPERAND, PRECISION)  # a product would let inf through
+
+
+@triton.jit
+def _read(
+    S, b_q, b_v, A, weight,
+    GATE: tl.constexpr, UPDATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return O' = S' Q' + V' A', [BV, W]."""
+    S = _operand(S, OPERAND, PRECISION)
+    b_o = tl.dot(S, tl.trans(b_q), input_precision=PRECISION, out_dtype=tl.float32)
+    if GATE != 0:
+        b_o *= weight[None, :]
+    if UPDATE:
+        b_o = tl.dot(tl.trans(b_v), A, b_o, input_precision=PRECISION, out_dtype=tl.float32)
+    return b_o
+
+
+@triton.jit
+def _write(
+    S, b_k, b_v, weight, total, write,
+    GATE: tl.constexpr, WRITE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return S' + V' K, [BV, BD]."""
+    vT = tl.trans(b_v)
+    if GATE != 0:
+        S *= total
+        vT = _operand(vT * (weight * write if WRITE else weight)[None, :], OPERAND, PRECISION)
+    elif WRITE:
+        vT = _operand(vT * write, OPERAND, PRECISION)
+    return tl.dot(vT, b_k, S, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit(do_not_specialize=["T", "D", "V", "V2", "N1", "N2"])
+def pass_kernel(
+    p_q, p_k, p_v, p_o, p_start, p_end, p_v2, p_o2, p_start2, p_end2, p_x, p_gate, p_dots,
+    read, write, T, D, V, V2, N1, N2,
+    sq0, sq1, sq2, sqt, sqd,
+    sk0, sk1, sk2, skt, skd,
+    sv0, sv1, sv2, svt, svd,
+    so0, so1, so2, sot, sod,
+    ss0, ss1, ss2, ssd, ssv,
+    se0, se1, se2, sed, sev,
+    sv20, sv21, sv22, sv2t, sv2d,
+    so20, so21, so22, so2t, so2d,
+    ss20, ss21, ss22, ss2d, ss2v,
+    se20, se21, se22, se2d, se2v,
+    sx0, sx1, sx2, sxt, sxd,
+    sg0, sg1, sg2, sgt,
+    READ: tl.constexpr,  # outputs are asked, not the state alone
+    UPDATE: tl.constexpr,  # tokens enter the state; else every token reads the same one
+    STRICT: tl.constexpr,
+    REVERSE: tl.constexpr,
+    GATE: tl.constexpr,  # 0 none, 1 decay, 2 log_gate
+    POWER: tl.constexpr,
+    WRITE: tl.constexpr,  # write != 1
+    ADD: tl.constexpr,  # o holds an earlier part of the sum
+    START: tl.constexpr,
+    END: tl.constexpr,
+    TWO: tl.constexpr,  # values v2 go with v
+    BOTH: tl.constexpr,  # add the pass with k and v exchanged; D = V
+    DOT: tl.constexpr,  # write sum_v o x token by token, a row a tile of values
+    V_IS_K: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    BV2: tl.constexpr,
+    W: tl.constexpr,
+    WHOLE_D: tl.constexpr,  # D == BD
+    WHOLE_V: tl.constexpr,  # BV divides V
+    WHOLE_V2: tl.constexpr,
+    OPERAND: tl.constexpr,  # dtype of the operands of products
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One head and one tile of values; the grid counts tiles fastest, so that they share loads."""
+    tiles = tl.cdiv(V, BV)
+    i_v, i_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    i_2 = (i_head % N2).to(tl.int64)
+    i_1 = (i_head // N2 % N1).to(tl.int64)
+    i_0 = (i_head // N2 // N1).to(tl.int64)
+    t, d = tl.arange(0, W), tl.arange(0, BD)
+    v, v2 = i_v * BV + tl.arange(0, BV), tl.arange(0, BV2)
+    m_d, m_v2 = d < (BD if WHOLE_D else D), v2 < (BV2 if WHOLE_V2 else V2)
+    m_v = tl.arange(0, BV) < (BV if WHOLE_V else V - i_v * BV)
+    t64, d64, v64, v264 = t.to(tl.int64), d.to(tl.int64), v.to(tl.int64), v2.to(tl.int64)
+    p_k += i_0 * sk0 + i_1 * sk1 + i_2 * sk2 + t64[:, None] * skt + d64[None, :] * skd  # [W, BD]
+    p_v += i_0 * sv0 + i_1 * sv1 + i_2 * sv2 + t64[:, None] * svt + v64[None, :] * svd  # [W, BV]
+    if TWO:
+        p_v2 += i_0 * sv20 + i_1 * sv21 + i_2 * sv22 + t64[:, None] * sv2t + v264[None, :] * sv2d
+    if READ:
+        p_q += i_0 * sq0 + i_1 * sq1 + i_2 * sq2 + t64[:, None] * sqt + d64[None, :] * sqd
+        p_o += i_0 * so0 + i_1 * so1 + i_2 * so2 + t64[:, None] * sot + v64[None, :] * sod
+        if TWO:
+            p_o2 += (
+                i_0 * so20 + i_1 * so21 + i_2 * so22 + t64[:, None] * so2t + v264[None, :] * so2d
+            )
+    if DOT:
+        p_x += i_0 * sx0 + i_1 * sx1 + i_2 * sx2 + t64[:, None] * sxt + v64[None, :] * sxd
+        p_dots += (i_head.to(tl.int64) * tiles + i_v) * T + t64
+    if GATE != 0:
+        p_gate += i_0 * sg0 + i_1 * sg1 + i_2 * sg2
+
+    S = tl.zeros([BV, BD], tl.float32)
+    m_S = m_v[:, None] & m_d[None, :]
+    if START:
+        p_start += i_0 * ss0 + i_1 * ss1 + i_2 * ss2
+        S = tl.load(p_start + v64[:, None] * ssv + d64[None, :] * ssd, mask=m_S, other=0.0)
+    if TWO:
+        S2 = tl.zeros([BV2, BD], tl.float32)
+        m_S2 = m_v2[:, None] & m_d[None, :]
+        if START:
+            p_start2 += i_0 * ss20 + i_1 * ss21 + i_2 * ss22
+            S2 = tl.load(
+                p_start2 + v264[:, None] * ss2v + d64[None, :] * ss2d, mask=m_S2, other=0.0
+            )
+    if REVERSE:  # [W key, W query]
+        m_pair = t[:, None] > t[None, :] if STRICT else t[:, None] >= t[None, :]
+    else:
+        m_pair = t[:, None] < t[None, :] if STRICT else t[:, None] <= t[None, :]
+
+    chunks = tl.cdiv(T, W)
+    if GATE == 1:
+        log_g = tl.log(tl.load(p_gate).to(tl.float64)) * POWER
+        up = (t if STRICT else t + 1) * log_g
+        span = up[:, None] - ((t + 1) * log_g)[None, :]  # [W, W], of (later, earlier)
+        span = span if REVERSE else tl.trans(span)
+        pair = tl.exp(tl.where(m_pair, span, 0.0)).to(tl.float32)
+        before, after = tl.exp(up).to(tl.float32), tl.exp((W - 1 - t) * log_g).to(tl.float32)
+        total = tl.exp(W * log_g).to(tl.float32)
+        rest = T - (chunks - 1) * W  # tokens of the last chunk
+        after_rest = tl.exp(tl.where(t < rest, rest - 1 - t, 0) * log_g).to(tl.float32)
+        total_rest = tl.exp(rest * log_g).to(tl.float32)
+
+    for i in range(chunks):
+        row = ((chunks - 1 - i) if REVERSE else i) * W
+        m_t = t < T - row
+        row64 = row.to(tl.int64)
+        m_tk, m_tv, m_tv2 = m_t[:, None] & m_d, m_t[:, None] & m_v, m_t[:, None] & m_v2
+        w_pair, w_in, w_out, w_total = 1.0, 1.0, 1.0, 1.0
+        if GATE == 1:
+            w_pair, w_in, w_out = pair, before, tl.where(row + W > T, after_rest, after)
+            w_total = tl.where(row + W > T, total_rest, total)
+        if GATE == 2:
+            w_pair, w_in, w_out, w_total = _chunk_weights(
+                p_gate + (row64 + t64) * sgt, m_t, m_pair, POWER, STRICT, REVERSE
+            )
+        if REVERSE:
+            w_in, w_out = w_out, w_in
+        if UPDATE:
+            b_k = tl.load(p_k + row64 * skt, mask=m_tk, other=0.0)  # [W, BD]
+            b_k = _operand(b_k, OPERAND, PRECISION)
+            if V_IS_K:
+                b_v = b_k
+            else:
+                b_v = tl.load(p_v + row64 * svt, mask=m_tv, other=0.0)  # [W, BV]
+                b_v = _operand(b_v, OPERAND, PRECISION)
+            if TWO:
+                b_v2 = tl.load(p_v2 + row64 * sv2t, mask=m_tv2, other=0.0)  # [W, BV2]
+                b_v2 = _operand(b_v2, OPERAND, PRECISION)
+        if READ:
+            b_q = tl.load(p_q + row64 * sqt, mask=m_tk, other=0.0)  # [W, BD]
+            b_q = _operand(b_q, OPERAND, PRECISION)
+            A, a_v, a_v2 = b_q, b_q, b_q
+            if UPDATE:
+                A = _pairs(b_k, b_q, m_pair, w_pair, write, GATE, WRITE, OPERAND, PRECISION)
+                a_v = b_v
+            b_o = _read(S, b_q, a_v, A, w_in, GATE, UPDATE, OPERAND, PRECISION)
+            if BOTH:
+                A = _pairs(b_v, b_q, m_pair, w_pair, write, GATE, WRITE, OPERAND, PRECISION)
+                b_o = tl.dot(tl.trans(b_k), A, b_o, input_precision=PRECISION, out_dtype=tl.float32)
+            b_o = tl.trans(b_o * read)  # [W, BV]
+            if DOT:
+                b_x = tl.load(p_x + row64 * sxt, mask=m_tv, other=0.0).to(tl.float32)
+                tl.store(p_dots + row64, tl.sum(b_o * b_x, 1), mask=m_t)
+            if ADD:
+                b_o += tl.load(p_o + row64 * sot, mask=m_tv, other=0.0).to(tl.float32)
+            tl.store(p_o + row64 * sot, b_o.to(p_o.dtype.element_ty), mask=m_tv)
+            if TWO:
+                if UPDATE:
+                    a_v2 = b_v2
+                b_o2 = _read(S2, b_q, a_v2, A, w_in, GATE, UPDATE, OPERAND, PRECISION)
+                b_o2 = tl.trans(b_o2 * read)  # [W, BV2]
+                if ADD:
+                    b_o2 += tl.load(p_o2 + row64 * so2t, mask=m_tv2, other=0.0).to(tl.float32)
+                tl.store(p_o2 + row64 * so2t, b_o2.to(p_o2.dtype.element_ty), mask=m_tv2)
+        if UPDATE:
+            S = _write(S, b_k, b_v, w_out, w_total, write, GATE, WRITE, OPERAND, PRECISION)
+            if BOTH:
+                S = _write(S, b_v, b_k, w_out, 1.0, write, GATE, WRITE, OPERAND, PRECISION)
+            if TWO:
+                S2 = _write(S2, b_k, b_v2, w_out, w_total, write, GATE, WRITE, OPERAND, PRECISION)
+
+    if END:  # of the heads that share a state, those along an axis of stride 0, the first writes it
+        later = tl.where(se0 == 0, i_0, 0) + tl.where(se1 == 0, i_1, 0) + tl.where(se2 == 0, i_2, 0)
+        if later == 0:
+            p_end += i_0 * se0 + i_1 * se1 + i_2 * se2
+            tl.store(p_end + v64[:, None] * sev + d64[None, :] * sed, S, mask=m_S)
+        if TWO:
+            later2 = tl.where(se20 == 0, i_0, 0) + tl.where(se21 == 0, i_1, 0)
+            if later2 + tl.where(se22 == 0, i_2, 0) == 0:
+                p_end2 += i_0 * se20 + i_1 * se21 + i_2 * se22
+                tl.store(p_end2 + v264[:, None] * se2v + d64[None, :] * se2d, S2, mask=m_S2)

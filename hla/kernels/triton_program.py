@@ -1,0 +1,410 @@
+"""A program and its adjoint by launches of the Triton pass.
+
+A value is its columns: a matrix (*batch, T, F) and, where masses are asked, a second part of one
+column (*batch, T, 1). A pass over parts of keys is the sum over them, and over parts of values they
+side by side; wide keys are parts of `WIDEST` columns. Intermediates and gradients are stored in
+bfloat16 for bfloat16 input and in float32 else (float16 would overflow); states in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..core.adjoint import Adjoint, gate_gradient, shared_out, sum_to
+from ..core.passes import Fields, Gate, Pass, Shape, broadcast
+from ..core.programs import Program
+from .triton_launch import Columns, causal_pass, in_one, value_tiles, widest
+
+Value = tuple[torch.Tensor, ...]
+
+
+class Call(NamedTuple):
+    """What all passes of a call share: gate, q's factor, TF32, dtype of intermediates, launch."""
+
+    gate: Gate
+    scale: float
+    tf32: bool
+    dtype: torch.dtype
+    launch: Callable[..., None] = causal_pass
+
+    def factor(self, name: str) -> float:
+        """Factor of a named value: q's scale, taken in the accumulator."""
+        return self.scale if name == "q" else 1.0
+
+
+def skip(*_: Any, **__: Any) -> None:
+    """Stand in for a launch where there is nothing to compute on: fake tensors."""
+
+
+def parts(value: Value, most: int) -> list[tuple[slice, torch.Tensor]]:
+    """Cut keys into parts of at most ``most`` columns, each with its rows of the state."""
+    found, row = [], 0
+    for x in value:
+        D = x.shape[-1]
+        for start in range(0, D, most) if most < D else (0,):
+            part = x if most >= D else x[..., start : start + most]
+            found.append((slice(row, row := row + part.shape[-1]), part))
+    return found
+
+
+def width(value: Value) -> int:
+    """Columns of a value, all parts together."""
+    return sum(x.shape[-1] for x in value)
+
+
+@functools.lru_cache(maxsize=1024)
+def _strides(shape: Shape, like: Shape, order: Shape) -> Shape:
+    """Strides of a new array with its axes in memory in the order of another's strides."""
+    missing = len(shape) - len(like)
+    keys = [0] * missing + [-1 if n == 1 else -s for n, s in zip(like[:-1], order, strict=False)]
+    axes = sorted(range(len(shape) - 1), key=lambda i: keys[i])
+    strides, step = [1] * len(shape), shape[-1]
+    for axis in reversed(axes):
+        strides[axis] = step
+        step *= max(1, shape[axis])
+    return tuple(strides)
+
+
+def laid_out_like(x: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+    """Return an empty array with rows in the order that x keeps them in."""
+    try:
+        strides = _strides(shape, x.shape, x.stride())
+    except TypeError:  # a compiler's symbols have no hash
+        strides = _strides.__wrapped__(shape, x.shape, x.stride())
+    return torch.empty_strided(shape, strides, dtype=dtype, device=x.device)
+
+
+def columns_of(
+    call: Call,
+    q: Value | None,
+    k: Value,
+    v: Value,
+    *,
+    kind: str,
+    start: torch.Tensor | None = None,
+    keep_state: bool = True,
+    dtypes: Sequence[torch.dtype] = (),
+    into: Value | None = None,
+) -> tuple[list[Columns], torch.Tensor | None]:
+    """Allocate what one pass writes.
+
+    Parameters
+    ----------
+    call : Call
+        Gives the gate.
+    q, k, v : tuple of tensor
+        Their parts; q None for the state alone.
+    kind : str
+        As in `hla.core.passes.causal_pass`.
+    start : tensor, (*batch, D, V), optional
+        State that the pass starts from, with columns for all parts of v.
+    keep_state : bool
+        Whether the final state is asked.
+    dtypes : sequence of torch.dtype
+        Of the results, part by part.
+    into : tuple of tensor, optional
+        Results to add to instead.
+
+    Returns
+    -------
+    columns : list of Columns, end : tensor or None
+    """
+    T, gates = k[0].shape[-2], () if kind == "full" else call.gate.batch
+    held = broadcast(k[0].shape[:-2], v[0].shape[:-2], gates)
+    end = None
+    if keep_state or kind == "full":
+        end = torch.empty((*held, width(k), width(v)), dtype=torch.float32, device=k[0].device)
+    if end is not None and T == 0:
+        end.copy_(torch.zeros_like(end) if start is None else start)
+    found, stop = [], 0
+    for i, c in enumerate(v):
+        rows = slice(stop, stop := stop + c.shape[-1])
+        o = into[i] if into else None
+        if q is not None and o is None:
+            batch = broadcast(held, q[0].shape[:-2])
+            o = laid_out_like(q[0], (*batch, T, c.shape[-1]), dtypes[i])
+        first = None if start is None else start[..., rows]
+        found.append(Columns(c, o, first, None if end is None else end[..., rows]))
+    return found, end
+
+
+def run_pass(
+    call: Call,
+    q: Value | None,
+    k: Value,
+    columns: Sequence[Columns],
+    *,
+    power: int,
+    kind: str,
+    reverse: bool = False,
+    read: float = 1.0,
+    write: float = 1.0,
+    add: bool = False,
+    both: bool = False,
+    x: Value | None = None,
+) -> torch.Tensor | None:
+    """Run one pass over all its parts.
+
+    Parameters
+    ----------
+    call : Call
+        Gate and precision.
+    q, k : tuple of tensor
+        Parts of queries and keys; q None for the state alone.
+    columns : sequence of Columns
+        Parts of the values, with the rows of the state for all parts of k.
+    power, kind, reverse
+        As in `hla.core.passes.causal_pass`.
+    read, write : float
+        Factors of what is read, and of k v.
+    add : bool
+        Add to what the columns' ``o`` hold.
+    both : bool
+        Add the pass with k and v exchanged; for one part of each that fits a tile.
+    x : tuple of tensor, optional
+        Ask for sum_v o x token by token, o being this pass by itself.
+
+    Returns
+    -------
+    tensor or None
+        The sums with x, float32, (*batch, T).
+    """
+    full = kind == "full"
+    gate, v = Gate() if full else call.gate, columns[0].v
+    batch = held = broadcast(k[0].shape[:-2], *(c.v.shape[:-2] for c in columns), gate.batch)
+    if q is not None:
+        batch = broadcast(held, q[0].shape[:-2])
+    if k[0].shape[-2] == 0:
+        return None if x is None else torch.zeros((*batch, 0), device=v.device)
+    options = {
+        "gate": gate, "power": power, "strict": kind == "strict", "reverse": reverse,
+        "write": write, "tf32": call.tf32,
+    }  # fmt: skip
+    most, dots, first = widest(call.dtype), None, not add
+    keys = parts(k, most)
+    queries = [None] * len(keys) if q is None else [part for _, part in parts(q, most)]
+    sums = columns
+    if len(keys) > 1:  # the sum of several launches is kept in float32
+        sums = [_wide(c, add) for c in columns]
+    for (rows, b), query in zip(keys, queries, strict=True):
+        for i, here in _together(b, sums, alone=x is not None):
+            if len(keys) > 1:
+                here = [
+                    c._replace(start=_rows(c.start, rows), end=_rows(c.end, rows)) for c in here
+                ]
+            if full or query is None:
+                before = [c._replace(o=None, start=None if full else c.start) for c in here]
+                call.launch(None, b, before, batch=held, **options)
+            if query is None:
+                continue
+            if full:
+                here = [c._replace(start=c.end, end=None) for c in here]
+            dot, xi = None, None
+            if x is not None:
+                xi, shape = x[i], (*batch, value_tiles(int(here[0].v.shape[-1])), b.shape[-2])
+                dot = torch.empty(shape, dtype=torch.float32, device=v.device)
+            call.launch(
+                query, b, here, batch=batch, update=not full, read=read, x=xi, dots=dot,
+                add=not first, both=both, **options,
+            )  # fmt: skip
+            if dot is not None:
+                dots = dot.sum(-2) if dots is None else dots + dot.sum(-2)
+        first = False
+    if sums is not columns:
+        for c, total in zip(columns, sums, strict=True):
+            if c.o is not None and c.o is not total.o:
+                c.o.copy_(total.o)
+    return dots
+
+
+def _wide(c: Columns, add: bool) -> Columns:
+    """Return columns with a float32 place for the results, which holds what they are added to."""
+    if c.o is None or c.o.dtype == torch.float32:
+        return c
+    return c._replace(o=c.o.float() if add else laid_out_like(c.o, c.o.shape, torch.float32))
+
+
+def _rows(state: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return None if state is None else state[..., rows, :]
+
+
+def _together(
+    k: torch.Tensor, columns: Sequence[Columns], *, alone: bool
+) -> list[tuple[int, Sequence[Columns]]]:
+    """Cut columns into what one launch serves, with the place of the first."""
+    found, i = [], 0
+    while i < len(columns):
+        two = not alone and i + 1 < len(columns) and in_one(k, columns[i].v, columns[i + 1].v)
+        found.append((i, columns[i : i + 1 + two]))
+        i += 1 + two
+    return found
+
+
+def run(
+    call: Call,
+    program: Program,
+    values: Mapping[str, Value],
+    initial: Mapping[Fields, torch.Tensor],
+    *,
+    keep_states: bool,
+    last: torch.dtype,
+) -> tuple[dict[str, Value], tuple[torch.Tensor | None, ...]]:
+    """Run a program; return every value by name, and each step's final state where asked.
+
+    Parameters
+    ----------
+    call : Call
+        Gate, factors, dtypes.
+    program : Program
+        What to run.
+    values : mapping
+        "q", "k" and "v".
+    initial : mapping
+        Incoming states by the fields they hold.
+    keep_states : bool
+        Whether final states are asked.
+    last : torch.dtype
+        Of a value that is an output.
+    """
+    env, states = dict(values), []
+    outputs = {name for _, name in program.outputs}
+    for steps in sharing(program.steps):
+        s, columns = steps[0], []
+        q, k = env.get(s.q), env[s.k]
+        for one in steps:
+            found, end = columns_of(
+                call, q, k, env[one.v], kind=s.kind, start=initial.get(one.state),
+                keep_state=keep_states,
+                dtypes=(last if one.out in outputs else call.dtype, torch.float32),
+            )  # fmt: skip
+            columns += found
+            states.append(end)
+            env[one.out] = tuple(c.o for c in found if c.o is not None)
+        write = call.factor(s.k) * call.factor(s.v)
+        run_pass(
+            call, q, k, columns, power=s.power, kind=s.kind, read=call.factor(s.q), write=write
+        )
+    return env, tuple(states)
+
+
+def sharing(steps: Sequence[Pass]) -> Iterator[list[Pass]]:
+    """Cut a program where a step does not share its pairs with the one before, or reads it."""
+    group: list[Pass] = []
+    for s in steps:
+        first = group[0] if group else s
+        same = (s.q, s.k, s.power, s.kind) == (first.q, first.k, first.power, first.kind)
+        factor = (s.v == "q") == (first.v == "q")
+        if group and not (same and factor and s.v not in [x.out for x in group]):
+            yield group
+            group = []
+        group.append(s)
+    yield group
+
+
+def adjoint(
+    call: Call,
+    program: Program,
+    values: Mapping[str, Value],
+    states: tuple[torch.Tensor | None, ...],
+    initial: Mapping[Fields, torch.Tensor],
+    dout: Value,
+    dfinal: Mapping[Fields, torch.Tensor],
+    *,
+    with_gate: bool,
+) -> Adjoint:
+    """Run a program's adjoint, each pass as three; the counterpart of `hla.core.adjoint.adjoint`.
+
+    The gate's gradient needs sums of do.o - v.dv token by token; the passes take them in float32 as
+    q.dq - v.dv, before rounding (do.o and q.dq are the same sum).
+
+    Parameters
+    ----------
+    call, program, initial
+        As given to `run`.
+    values, states
+        As it returned them.
+    dout : tuple of tensor
+        Gradient of the program's output.
+    dfinal : mapping
+        Gradients of final states by their fields.
+    with_gate : bool
+        Whether the gate's gradient is asked.
+    """
+    grads: dict[str, Value] = {}
+    ours: set[str] = set()  # gradients that later ones may be added to in place
+    dinitial: dict[Fields, torch.Tensor] = {}
+    dgate, pending = None, dict(dfinal)
+
+    def give(
+        name: str, q: Value, k: Value, v: Value, *, reuse: bool = False, **options: Any
+    ) -> Any:
+        """Add what one pass returns to the gradient of a value; return its state and dots.
+
+        With ``reuse`` v's memory may take the result: a chunk is read before it is written.
+        """
+        kind, start, keep_state = (options.pop(x) for x in ("kind", "start", "keep_state"))
+        shapes = [x.shape for x in values[name][: len(v)]]
+        before, gates = grads.get(name), () if kind == "full" else call.gate.batch
+        whole = shapes[0][:-2] == broadcast(*(x[0].shape[:-2] for x in (q, k, v)), gates)
+        into = before if whole and name in ours else None
+        add = into is not None
+        if reuse and whole and before is None and width(k) <= widest(call.dtype):
+            into = v
+        dtypes = (call.dtype if whole else torch.float32, torch.float32)
+        columns, end = columns_of(
+            call, q, k, v, kind=kind, start=start, keep_state=keep_state, dtypes=dtypes, into=into
+        )
+        dots = run_pass(call, q, k, columns, kind=kind, add=add, **options)
+        out = tuple(c.o for c in columns if c.o is not None)
+        if not whole:
+            kinds = (call.dtype, torch.float32)
+            out = tuple(sum_to(x, n).to(t) for x, n, t in zip(out, shapes, kinds, strict=False))
+        if before is not None and not add:
+            out = tuple(x + y for x, y in zip(before, out, strict=True))
+        grads[name] = out
+        ours.add(name)
+        return end, dots
+
+    for c, name in program.outputs:
+        grads[name] = dout if c == 1 else tuple(c * g for g in dout)
+    for s, state in zip(reversed(program.steps), reversed(states), strict=True):
+        do, dstate = grads.pop(s.out, None), pending.pop(s.state, None)
+        if do is None and dstate is None:
+            continue
+        if do is None:
+            do = tuple(x.new_zeros(()).expand(x.shape) for x in values[s.out])
+        q, k, v = values[s.q], values[s.k], values[s.v][: len(do)]
+        start = initial[s.state][..., : width(v)].mT if s.state in initial else None
+        end = shared_out(dstate, values[s.out][0].shape)
+        one_q, one_kv = call.factor(s.q), call.factor(s.k) * call.factor(s.v)
+        once = functools.partial(give, power=s.power, kind=s.kind)
+        back = functools.partial(once, reverse=True, read=one_kv, write=one_q)
+        x_q, x_v = (q, v) if with_gate else (None, None)
+        _, reads = once(
+            s.q, do, v, k, start=start, read=one_q, write=one_kv, keep_state=False, x=x_q
+        )
+        mirrored = s.k == s.v and s.kind != "full" and s.state not in initial
+        if mirrored and len(do) == 1 and width(q) <= widest(call.dtype):
+            both = None if end is None else end + end.mT  # k and v: one gradient, one state
+            _, writes = back(s.k, v, do, q, start=both, keep_state=False, both=True, x=x_v)
+            writes = writes if writes is None else writes / 2
+        else:
+            back(s.k, v, do, q, start=None if end is None else end.mT, keep_state=False)
+            skips = s.v == "v" and s.state not in initial and not with_gate
+            dv = do[:1] if skips else do  # the ones need no gradient
+            dstate0, writes = back(
+                s.v, k, q, dv, start=None if end is None else end[..., : width(dv)],
+                keep_state=s.state in initial, x=x_v, reuse=s.out in ours,
+            )  # fmt: skip
+            if s.state in initial:
+                g = sum_to(dstate0, initial[s.state].shape)
+                dinitial[s.state] = g if s.state not in dinitial else dinitial[s.state] + g
+        if with_gate:
+            term = gate_gradient(s, call.gate, reads.double(), writes.double(), state, dstate)
+            dgate = term if dgate is None else dgate + term
+    first = {name: grads[name][0] for name in "qkv"}
+    return Adjoint(first, dinitial, None if dgate is None else dgate.float())

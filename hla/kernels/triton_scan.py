@@ -1,0 +1,116 @@
+"""A request and its gradient by programs of Triton passes, on torch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..core.forms import Gradients, gate_gradients
+from ..core.passes import Gate
+from ..core.programs import Program, Trace, final_states
+from ..core.request import Inputs, Request
+from ..core.states import gradient_fields, joined, split
+from . import triton_program
+from .triton_launch import causal_pass
+from .triton_program import Call, Value, skip
+
+
+def _call(request: Request, inputs: Inputs) -> tuple[Call, dict[str, Value]]:
+    """Return what all passes share, and the values that a program starts with."""
+    q, k, v = inputs[:3]
+    tf32 = request.tf32 or q.dtype == torch.float16
+    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    values: dict[str, Value] = {"q": (q,), "k": (k,), "v": (v,)}
+    if request.mass:
+        ones = torch.ones((), dtype=torch.float32, device=v.device)
+        values["v"] = (v, ones.expand(*v.shape[:-1], 1))
+    launch = skip if request.traced else causal_pass  # fake tensors have shapes alone
+    return Call(Gate(inputs.decay, inputs.log_gate), request.scale, tf32, dtype, launch), values
+
+
+def _kept(request: Request) -> list[str]:
+    """Names of the values that `backward` reads: what later steps read, and num and den."""
+    program = request.program
+    read = {name for s in program.steps for name in (s.q, s.k, s.v)}
+    if request.normalize:
+        read |= {name for _, name in program.outputs}
+    return [s.out for s in program.steps if s.out in read]
+
+
+def forward(request: Request, inputs: Inputs) -> tuple[Any, Any, tuple[Any, ...]]:
+    """Return (o, state, the tensors that `backward` needs)."""
+    call, values = _call(request, inputs)
+    program, dtype = request.program, inputs.v.dtype
+    plain = len(program.outputs) == 1 and not request.normalize
+    values, states = triton_program.run(
+        call, program, values, joined(request, inputs.state),
+        keep_states=request.return_state, last=dtype if plain else torch.float32,
+    )  # fmt: skip
+    out = _sum(program, values)
+    o = out[0]
+    if request.normalize:
+        o = torch.div(o, out[1] + request.eps, out=torch.empty_like(o, dtype=dtype))
+    state, saved = None, ()
+    if request.return_state:
+        assert request.state_type is not None
+        finals = final_states(program, Trace(values, states))
+        state = request.state_type(**split(finals, request.state_shapes()))
+    if request.gradient:
+        kept = [x for name in _kept(request) for x in values[name]]
+        saved = (*kept, *(states if request.return_state and request.gate_given else ()))
+    return o.to(dtype), state, saved
+
+
+def _sum(program: Program, values: Mapping[str, Value]) -> Value:
+    """Return the signed sum of a program's outputs, part by part."""
+    (c, name), *rest = program.outputs
+    total = values[name] if c == 1 else tuple(c * x for x in values[name])
+    for c, name in rest:
+        total = tuple(x + c * y for x, y in zip(total, values[name], strict=True))
+    return total
+
+
+def backward(request: Request, inputs: Inputs, saved: Any, do: Any, dstate: Any) -> Gradients:
+    """Return the gradients of `forward`."""
+    call, values = _call(request, inputs)
+    program, left = request.program, list(saved)
+    columns = {name: len(x) for name, x in values.items()}
+    for s in program.steps:
+        columns[s.out] = columns[s.v]
+    for name in _kept(request):
+        values[name] = tuple(left.pop(0) for _ in range(columns[name]))
+    states = tuple(left) or (None,) * len(program.steps)
+    if do is None:
+        batch = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs[:3]))
+        do = inputs.v.new_zeros(()).expand(*batch, inputs.v.shape[-1])
+    if call.dtype == torch.bfloat16:
+        do = do.to(torch.bfloat16)
+    masses = dstate is not None or inputs.state is not None  # what else reads their gradients
+    dout = _unfinish(request, values, do, masses=masses)
+    for _, name in program.outputs:
+        values.setdefault(name, dout)  # only its shape is read
+    initial = joined(request, inputs.state)
+    grads = triton_program.adjoint(
+        call, program, values, states, initial, dout, joined(request, dstate, gradient=True),
+        with_gate=request.gate_given,
+    )  # fmt: skip
+    dq, dk, dv = (grads.values[name].to(x.dtype) for name, x in zip("qkv", inputs, strict=False))
+    ddecay, dlog_gate = gate_gradients(call.gate, grads.gate)
+    dinitial = gradient_fields(request, inputs.state, grads.states)
+    return Gradients(dq, dk, dv, ddecay, dlog_gate, dinitial)
+
+
+def _unfinish(
+    request: Request, values: Mapping[str, Value], do: torch.Tensor, *, masses: bool
+) -> Value:
+    """Gradient of the program's output from that of o; with a column of masses where it matters."""
+    if request.normalize:
+        num, den = _sum(request.program, values)
+        dnum = do / (den + request.eps)
+        dden = -(dnum * num).sum(-1, keepdim=True) / (den + request.eps)
+        return (dnum.to(do.dtype) if do.dtype == torch.bfloat16 else dnum), dden
+    if request.mass and masses:
+        return do, do.new_zeros(()).expand(*do.shape[:-1], 1)
+    return (do,)
