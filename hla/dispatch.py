@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from . import autodiff
 from .core import forms
 from .core.request import Request
 from .errors import SlowPathWarning, Unsupported
 
 GROUP = "hla.backends"  # entry points: name = a module with what `Row` says a backend has
-RESERVED = ("triton", "pallas", "cupy", "numba")  # known names, also before they are there
+RESERVED = ("pallas", "cupy", "numba")  # known names, also before they are there
 ANY = "any"
 
 
@@ -23,7 +24,8 @@ class Row(NamedTuple):
 
     The module has ``supports(request) -> str | None`` (the reason for refusing), ``forward``,
     ``backward`` and ``step`` as `hla.backends.array_api` has them, ``summarize`` where it can,
-    and ``info() -> Info``.
+    ``plan(request) -> str`` where it is not `hla.core.forms.plan`'s, and ``info() -> Info``.
+    ``OPAQUE = True`` says that a library's autograd cannot see through it.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Explanation(NamedTuple):
 
 TABLE: tuple[Row, ...] = (
     Row("numpy", "hla.backends.numpy", (("numpy", False),)),
+    Row("triton", "hla.backends.triton", (("torch", True),)),
     Row("array_api", "hla.backends.array_api", ((ANY, False), (ANY, True))),
 )
 _lock = threading.Lock()
@@ -119,12 +122,16 @@ def _plugin(name: str) -> Any:
         return f"its plugin failed to import: {type(error).__name__}: {error}"
 
 
-def choose(request: Request, backend: str | Sequence[str] | None) -> Any:
-    """Pick a backend (see `pick`) and load it; warn where it is the slow path."""
+def choose(request: Request, backend: str | Sequence[str] | None, *, autograd: bool = False) -> Any:
+    """Pick a backend (see `pick`) and load it; warn where it is the slow path.
+
+    With ``autograd`` it is returned as the array library's own autograd can differentiate it.
+    """
     name, reasons = pick(request, backend)
     if backend is None and name == "array_api" and request.accelerator:
         _warn_slow(request, reasons)
-    return load(name)
+    module = load(name)
+    return autodiff.seen_by(request.library, name, module) if autograd else module
 
 
 def pick(request: Request, backend: str | Sequence[str] | None) -> tuple[str, dict[str, str]]:
@@ -168,7 +175,7 @@ def pick(request: Request, backend: str | Sequence[str] | None) -> tuple[str, di
 
 def refusal(name: str, request: Request) -> str | None:
     """Why a backend cannot do a request, or None."""
-    if name in RESERVED and name not in names():
+    if name in RESERVED:
         return f"this version of hla has no {name} backend; use backend=None or 'array_api'"
     why = forms.refusal(request)
     if why is None and name in _third_party() and isinstance(_plugin(name), str):
@@ -200,7 +207,7 @@ def explain(request: Request, backend: str | Sequence[str] | None) -> Explanatio
         if name != chosen and name not in reasons:
             other = f"{chosen} comes first" if backend is None else "not asked for"
             reasons[name] = refusal(name, request) or other
-    how = forms.plan(request)
+    how = getattr(load(chosen), "plan", forms.plan)(request)
     if request.tf32:
         how += "; float32 products in reduced precision, as the array library is set to"
     return Explanation(chosen, request.form or "chunked", how, reasons)
