@@ -104,10 +104,12 @@ def scan(
     >>> hla.scan(q, k, v)[:, 0]
     array([1., 3., 6.])
     """
-    request, inputs, layout = prepare(
+    run = _node("scan") if ns.compiling() else _scan
+    return run(
         q,
         k,
         v,
+        backend,
         operator=operator,
         mask=mask,
         decay=decay,
@@ -123,9 +125,19 @@ def scan(
         chunk_size=chunk_size,
         convention=convention,
     )
-    o, state, _ = dispatch.choose(request, backend).forward(request, inputs)
+
+
+def _node(name: str) -> Any:
+    from . import graph  # torch's compiler really imports it, and so finds the nodes made
+
+    return getattr(graph, name)
+
+
+def _scan(q: Array, k: Array, v: Array, backend: Backends, **options: Any) -> Any:
+    request, inputs, layout = prepare(q, k, v, **options)
+    o, state, _ = dispatch.choose(request, backend, autograd=True).forward(request, inputs)
     o = layout.tokens_out(o)
-    return (o, state) if return_state else o
+    return (o, state) if request.return_state else o
 
 
 def step(
@@ -174,10 +186,14 @@ def step(
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
-    request, inputs, layout = prepare(
+    run = _node("step") if ns.compiling() else _step
+    return run(
         q_t,
         k_t,
         v_t,
+        state,
+        backend,
+        donate,
         operator=operator,
         mask=mask,
         decay=decay,
@@ -186,12 +202,18 @@ def step(
         normalize=normalize,
         eps=eps,
         ridge=ridge,
-        axis=None,
-        initial_state=state,
-        return_state=True,
         convention=convention,
     )
-    o, new = dispatch.choose(request, backend).step(request, inputs, bool(donate))
+
+
+def _step(
+    q: Array, k: Array, v: Array, state: Any, backend: Backends, donate: bool, **options: Any
+) -> tuple[Array, Any]:
+    request, inputs, layout = prepare(
+        q, k, v, axis=None, initial_state=state, return_state=True, **options
+    )
+    chosen = dispatch.choose(request, backend, autograd=True)
+    o, new = chosen.step(request, inputs, bool(donate))
     return layout.tokens_out(o), new.pack() if isinstance(state, PackedState) else new
 
 
