@@ -37,12 +37,15 @@ def test_exact_integers(name, D, T, density):
     q, k, v = integers(D, T, density)
     lib = load(name)
     forms = FORMS if D == 32 else ("chunked", "dense")
-    for (row,) in (x.values for x in rows(masks=("causal",), forms=forms, library=name)):
+    lines = {entry.name: entry for entry in hla.available()}
+    found = rows(masks=("causal",), forms=forms, library=name, dtype="float32")
+    for (row,) in (x.values for x in found if not x.marks):
         oracle = hla.scan(q, k, v, operator=row.operator, form="dense", backend="array_api")
         assert abs(oracle).max() < 2**24
         assert np.mean(oracle != 0) > 0.2
         assert (oracle == np.round(oracle)).all()
-        for dtype in DTYPES[name] if row.form == "chunked" else ("float32",):
+        dtypes = [x for x in DTYPES[name] if x in lines[row.backend].dtypes]
+        for dtype in dtypes if row.form == "chunked" else ("float32",):
             want = lib.numpy(lib.array(oracle, dtype))
             for W in (16, 64, T) if row.form == "chunked" else (None,):
                 o = hla.scan(*lib.arrays(q, k, v, dtype=dtype), chunk_size=W, **row.options)

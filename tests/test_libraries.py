@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import (
     DTYPES,
+    GATE,
     GATES,
     LIBRARIES,
     OPERATORS,
@@ -70,12 +71,16 @@ def test_empty_allocations_are_poisoned():
 def cases():
     """Each library's rows with each of its dtypes; JAX compiles: chunked form only."""
     found = []
-    for name in LIBRARIES:
+    for name, dtype in ((library, dtype) for library in LIBRARIES for dtype in DTYPES[library]):
         forms = ("chunked",) if name in ("jax", "cupy") else ("chunked", "recurrent")
-        for row in rows(masks=("causal",), forms=forms, library=name):
+        for row in rows(masks=("causal",), forms=forms, library=name, dtype=dtype):
             every = name != "jax" or row.values[0].operator == "hla2"
-            for dtype in DTYPES[name] if every else ("float32",):
-                found.append(pytest.param(name, *row.values, dtype, id=f"{name}-{row.id}-{dtype}"))
+            if every or dtype == "float32":
+                found.append(
+                    pytest.param(
+                        name, *row.values, dtype, id=f"{name}-{row.id}-{dtype}", marks=row.marks
+                    )
+                )
     return found
 
 
@@ -112,13 +117,15 @@ def test_output_is_of_the_inputs_library_and_within_budget(name, row: Row, dtype
     assert o.dtype == v.dtype
     assert getattr(o, "device", None) == getattr(v, "device", None)
     width = 64 if row.form == "chunked" else 1
-    within_budget(lib.numpy(o), want, dtype, D=24, W=width)
+    rounds = row.operator if row.backend == "triton" else None  # the others round the output alone
+    within_budget(lib.numpy(o), want, dtype, D=24, W=width, operator=rounds)
     numpy_state = hla.scan(*inputs, return_state=True, form="recurrent", **options)[1]
     for x, y in zip(state, numpy_state, strict=True):
         assert isinstance(x, lib.kind)
         assert x.dtype == lib.array(np.zeros(1), wide).dtype
-        if y.ndim == 4:
-            within_budget(lib.numpy(x), y, wide, D=24, W=1)
+        if y.ndim == 4:  # narrow kernels round what they weigh before it enters a state
+            kind = dtype if rounds else wide
+            within_budget(lib.numpy(x), y, kind, D=24, W=1, operator=rounds)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -133,7 +140,7 @@ def test_gradients_within_budget(name, operator, dtype):
     for x, y in zip(got[:3], want[:3], strict=True):
         assert x.dtype == lib.array(do, dtype).dtype
         within_budget(lib.numpy(x), y, dtype, D=24, gradient=True)
-    close(lib.numpy(got.ddecay), want.ddecay, 1e-5 if dtype == "float32" else 3e-3)
+    close(lib.numpy(got.ddecay), want.ddecay, GATE[dtype])
 
 
 @pytest.mark.parametrize(("row", "gate"), gated(GATES, library="torch"))

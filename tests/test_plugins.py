@@ -41,7 +41,9 @@ def in_a_process(tmp_path, plugin, code):
 def test_a_plugin_runs_by_name_and_gives_its_reasons(tmp_path):
     code = "\n".join(
         [
-            "assert [b.name for b in hla.available()] == ['numpy', 'mine', 'array_api']",
+            "names = [b.name for b in hla.available()]",
+            "assert names[-2:] == ['mine', 'array_api']",  # after all that is built in
+            "assert names.count('mine') == 1",
             "assert hla.explain(x, x, x, backend='mine').backend == 'mine'",
             "np.testing.assert_array_equal(hla.scan(x, x, x, backend='mine'), hla.scan(x, x, x))",
             "assert hla.explain(x, x, x).backend == 'numpy'",  # what is built in comes first
