@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where: cpu, gpu (default: both)")  # fmt: skip
     add("--library", nargs="+", choices=LIBRARIES, default=LIBRARIES, metavar="NAME",
         help=f"whose arrays and peers: {', '.join(LIBRARIES)} (default: all)")  # fmt: skip
-    add("--commit", help="what to record as hla's commit where it is not in a git checkout")
+    add("--commit", help="what to record as hla's commit (default: that of its git checkout)")
     add("--quick", action="store_true", help="a few seconds and small sizes, to see that it works")
     add("--out", type=Path, default=Path("hla-bench"), metavar="DIR",
         help="where bench.json and bench.png go (default: hla-bench)")  # fmt: skip

@@ -44,7 +44,7 @@ def describe(commit: str | None = None) -> dict[str, Any]:
         "accelerators": accelerators(),
     }
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"date": now, "commit": _commit() or commit, "versions": versions, "machine": machine}
+    return {"date": now, "commit": commit or _commit(), "versions": versions, "machine": machine}
 
 
 def accelerators() -> list[str]:
