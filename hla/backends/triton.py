@@ -72,7 +72,8 @@ def supports(request: Request) -> str | None:
     if request.dtype not in DTYPES:
         return f"it multiplies {', '.join(DTYPES)}, not {request.dtype}; use backend='array_api'"
     if not _interpreted():
-        return _unable(request.device if request.library == "torch" else "cuda")
+        cuda = request.accelerator and request.library != "torch"  # JAX and CuPy name theirs apart
+        return _unable("cuda" if cuda else request.device)
     if request.dtype == "bfloat16":
         return "Triton's interpreter computes bfloat16 products wrongly; use float32 there"
     return None
