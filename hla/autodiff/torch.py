@@ -126,9 +126,8 @@ class Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Pull back, by the operator where a second derivative may follow."""
-        *found, state = _pull(ctx, grads, _scan_backward if not torch.is_grad_enabled() else None)[
-            :6
-        ]
+        directly = None if torch.is_grad_enabled() else _scan_backward
+        *found, state = _pull(ctx, grads, directly)[:6]
         return (None, *found, *state)
 
 
@@ -247,8 +246,8 @@ def _pull_twice(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 def _vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[list[Tensor], list[int]]:
     """Take a mapped axis as one more batch axis, in front of all."""
-    q_ranks = [x.ndim - (d is not None) for x, d in zip(args[:3], in_dims[:3], strict=True)]
-    rows, back = max(q_ranks), len(args) - 9 == len(Options._fields)
+    rows = max(x.ndim - (d is not None) for x, d in zip(args[:3], in_dims[:3], strict=True))
+    back = len(args) - 9 == len(Options._fields)
     options = Options(*(args[9:] if back else args[6:-1]))
     fields = [rank(name) for name in options.kind._fields] if options.kind else []
 
@@ -271,11 +270,10 @@ def _vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[list[Tensor], 
     out = (SCAN_BACKWARD if back else SCAN).op(*given, state, *rest, *args[6 + len(rest) :])
     if back:  # without the batch axes that an input lacks
         inputs = zip((*args[:5], *args[5]), (*in_dims[:5], *in_dims[5]), strict=True)
-        kept = (options.gate_given,) * 2
         shapes = [
             x.shape if d is None else (*x.shape[:d], *x.shape[d + 1 :])
             for i, (x, d) in enumerate(inputs)
-            if x is not None and (i not in (3, 4) or kept[0])
+            if x is not None and (i not in (3, 4) or options.gate_given)
         ]
         out = [x.reshape(x.shape[0], *n) for x, n in zip(out, shapes, strict=True)]
     return out, [0] * len(out)

@@ -2,7 +2,7 @@
 
 A value is its columns: a matrix (*batch, T, F) and, where masses are asked, a second part of one
 column (*batch, T, 1). A pass over parts of keys is the sum over them, and over parts of values they
-side by side; wide keys are parts of `WIDEST` columns. Intermediates and gradients are stored in
+side by side; wide keys are parts of `widest` columns. Intermediates and gradients are stored in
 bfloat16 for bfloat16 input and in float32 else (float16 would overflow); states in float32.
 """
 
@@ -80,14 +80,14 @@ def laid_out_like(x: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Te
 
 def columns_of(
     call: Call,
-    q: Value | None,
+    q: Value,
     k: Value,
     v: Value,
     *,
     kind: str,
     start: torch.Tensor | None = None,
     keep_state: bool = True,
-    dtypes: Sequence[torch.dtype] = (),
+    dtypes: Sequence[torch.dtype],
     into: Value | None = None,
 ) -> tuple[list[Columns], torch.Tensor | None]:
     """Allocate what one pass writes.
@@ -97,7 +97,7 @@ def columns_of(
     call : Call
         Gives the gate.
     q, k, v : tuple of tensor
-        Their parts; q None for the state alone.
+        Their parts.
     kind : str
         As in `hla.core.passes.causal_pass`.
     start : tensor, (*batch, D, V), optional
@@ -120,13 +120,11 @@ def columns_of(
         end = torch.empty((*held, width(k), width(v)), dtype=torch.float32, device=k[0].device)
     if end is not None and T == 0:
         end.copy_(torch.zeros_like(end) if start is None else start)
-    found, stop = [], 0
+    batch, found, stop = broadcast(held, q[0].shape[:-2]), [], 0
     for i, c in enumerate(v):
         rows = slice(stop, stop := stop + c.shape[-1])
-        o = into[i] if into else None
-        if q is not None and o is None:
-            batch = broadcast(held, q[0].shape[:-2])
-            o = laid_out_like(q[0], (*batch, T, c.shape[-1]), dtypes[i])
+        shape = (*batch, T, c.shape[-1])
+        o = into[i] if into else laid_out_like(q[0], shape, dtypes[i])
         first = None if start is None else start[..., rows]
         found.append(Columns(c, o, first, None if end is None else end[..., rows]))
     return found, end
@@ -134,7 +132,7 @@ def columns_of(
 
 def run_pass(
     call: Call,
-    q: Value | None,
+    q: Value,
     k: Value,
     columns: Sequence[Columns],
     *,
@@ -154,7 +152,7 @@ def run_pass(
     call : Call
         Gate and precision.
     q, k : tuple of tensor
-        Parts of queries and keys; q None for the state alone.
+        Parts of queries and keys.
     columns : sequence of Columns
         Parts of the values, with the rows of the state for all parts of k.
     power, kind, reverse
@@ -175,9 +173,8 @@ def run_pass(
     """
     full = kind == "full"
     gate, v = Gate() if full else call.gate, columns[0].v
-    batch = held = broadcast(k[0].shape[:-2], *(c.v.shape[:-2] for c in columns), gate.batch)
-    if q is not None:
-        batch = broadcast(held, q[0].shape[:-2])
+    held = broadcast(k[0].shape[:-2], *(c.v.shape[:-2] for c in columns), gate.batch)
+    batch = broadcast(held, q[0].shape[:-2])
     if k[0].shape[-2] == 0:
         return None if x is None else torch.zeros((*batch, 0), device=v.device)
     options = {
@@ -186,22 +183,18 @@ def run_pass(
     }  # fmt: skip
     most, dots, first = widest(call.dtype), None, not add
     keys = parts(k, most)
-    queries = [None] * len(keys) if q is None else [part for _, part in parts(q, most)]
     sums = columns
     if len(keys) > 1:  # the sum of several launches is kept in float32
         sums = [_wide(c, add) for c in columns]
-    for (rows, b), query in zip(keys, queries, strict=True):
+    for (rows, b), (_, query) in zip(keys, parts(q, most), strict=True):
         for i, here in _together(b, sums, alone=x is not None):
             if len(keys) > 1:
                 here = [
                     c._replace(start=_rows(c.start, rows), end=_rows(c.end, rows)) for c in here
                 ]
-            if full or query is None:
-                before = [c._replace(o=None, start=None if full else c.start) for c in here]
-                call.launch(None, b, before, batch=held, **options)
-            if query is None:
-                continue
-            if full:
+            if full:  # sum all tokens first
+                alone = [c._replace(o=None, start=None) for c in here]
+                call.launch(None, b, alone, batch=held, **options)
                 here = [c._replace(start=c.end, end=None) for c in here]
             dot, xi = None, None
             if x is not None:
@@ -274,7 +267,7 @@ def run(
     outputs = {name for _, name in program.outputs}
     for steps in sharing(program.steps):
         s, columns = steps[0], []
-        q, k = env.get(s.q), env[s.k]
+        q, k = env[s.q], env[s.k]
         for one in steps:
             found, end = columns_of(
                 call, q, k, env[one.v], kind=s.kind, start=initial.get(one.state),
