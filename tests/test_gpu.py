@@ -258,10 +258,8 @@ def test_triton_runs_on_the_callers_stream():
             for x, y in zip(late, (q, k, v, do), strict=True):
                 x.copy_(y)
             got = everything(dict(zip("qkv", late, strict=False)), late[3])
-            total = got[0].float().sum()  # read on the same stream
             del late
-        assert torch.isfinite(total)
-        bits(got, want)
+            bits(got, want)  # on the same stream
 
 
 @needs_triton

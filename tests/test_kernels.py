@@ -7,6 +7,7 @@ interpreter; which arguments are there follows from the kernel's own list of the
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ import hla
 
 pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
+SPILLS = {"two values, decay": 24, "both, decay": 128}  # bytes a thread, at width 128; others none
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block can have
 
 # D, V, values that go with v, dtype, gate, options of the kernel
@@ -25,6 +27,10 @@ KINDS = {
     "decay": (0, 1, {}),
     "log gate": (0, 2, {"POWER": 2}),
     "two values": ("V", 0, {}),
+    "two values, decay": ("V", 1, {"V_IS_K": True}),
+    "v is k, decay": (0, 1, {"V_IS_K": True}),
+    "v is k, log gate": (0, 2, {"V_IS_K": True}),
+    "both, decay": (0, 1, {"REVERSE": True, "BOTH": True}),
     "mass": (1, 0, {"START": True, "END": True}),
     "both": (0, 0, {"REVERSE": True, "BOTH": True}),
     "adjoint": (0, 2, {"REVERSE": True, "DOT": True, "START": True, "END": True, "POWER": 3}),
@@ -39,9 +45,40 @@ CASES = [
 ]
 
 
+def overwritten(code):
+    """Products of a TTGIR loop that may still read what a load of a later chunk overwrites.
+
+    A product in flight reads one of the n copies of an operand; loads run stages - 1 chunks ahead,
+    so what begins after it, before it is awaited, lands on that copy where n is stages - 1.
+    """
+    copies, views, ahead, running, found = {}, {}, {}, {}, []
+    body = None
+    for line in code.splitlines():
+        line = line.strip()
+        if made := re.match(r"%(\S+) = ttg.local_alloc : \(\) -> !ttg.memdesc<(\d+)x", line):
+            copies[made[1]] = int(made[2])
+        elif view := re.match(r"%(\S+) = ttg.memdesc_(?:index|trans) %([\w-]+)", line):
+            views[view[1]] = views.get(view[2], view[2])
+        elif "scf.for" in line and copies:
+            body, running = {}, {}
+        elif line.startswith("scf.yield"):
+            body = None
+        elif load := re.match(r"%\S+ = ttg.async_copy_global_to_local \S+ %([\w-]+)", line):
+            into = views[load[1]]
+            if body is None:
+                ahead[into] = ahead.get(into, 0) + 1
+            elif copies[into] <= ahead[into]:
+                found += [name for name, reads in running.items() if into in reads]
+        elif body is not None:
+            if dot := re.match(r"%(\S+) = ttng.warp_group_dot %([\w-]+), %([\w-]+),", line):
+                running[dot[1]] = {views.get(dot[2]), views.get(dot[3])}
+            elif wait := re.search(r"warp_group_dot_wait .*pendings = (\d+)", line):
+                running = dict(list(running.items())[len(running) - int(wait[1]) :])
+    return found, len(ahead)
+
+
 def compiled(kind, width, dtype, arch):
     """Compile one case; return what the assembler and the code say of it."""
-    import re
     import tempfile
 
     import triton.language as tl
@@ -55,15 +92,16 @@ def compiled(kind, width, dtype, arch):
     more, gated, options = KINDS[kind]
     V2 = width if more == "V" else more
     BV2, two = triton_launch.tile(V2), V2 > 0
-    size = 2 if dtype == "bf16" else 4
-    chosen = triton_launch.config(width, width, V2, size, gated, arch == 90)
+    operand = "bf16" if dtype == "bf16" else "tf32x3"
+    mirrored = options.get("V_IS_K", False) or options.get("BOTH", False)
+    chosen = triton_launch.config(width, width, V2, operand, gated, mirrored, arch // 10)
     given = {
         "READ": True, "UPDATE": True, "STRICT": False, "REVERSE": False, "GATE": gated, "POWER": 1,
         "WRITE": False, "ADD": False, "START": False, "END": False, "TWO": two, "BOTH": False,
         "DOT": False,
         "V_IS_K": False, "BD": width, "BV": width, "BV2": BV2, "W": chosen.W, "WHOLE_D": True,
         "WHOLE_V": True, "WHOLE_V2": V2 == BV2, "PRECISION": "tf32x3",
-        "OPERAND": tl.bfloat16 if size == 2 else tl.float32,
+        "OPERAND": tl.bfloat16 if dtype == "bf16" else tl.float32,
     } | options  # fmt: skip
     present = {  # of the operands that may be missing
         "p_v2": two, "p_o2": two, "p_start2": two and given["START"],
@@ -109,7 +147,10 @@ def compiled(kind, width, dtype, arch):
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", done.stdout + done.stderr)
     registers, stack, _, local = map(int, usage.groups())
     code = made.asm["ttir"]
+    races, pipelined = overwritten(made.asm["ttgir"])
     return {
+        "races": races,
+        "pipelined": pipelined,
         "registers": registers,
         "spills": stack + local,
         "shared": made.metadata.shared,
@@ -140,7 +181,7 @@ def reports(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_compiled_for_the_hardware(reports, case):
-    _, _, dtype, arch = case
+    kind, width, dtype, arch = case
     found = reports[case]
     assert found["registers"] <= 255
     assert found["shared"] <= SHARED[arch]
@@ -148,5 +189,37 @@ def test_compiled_for_the_hardware(reports, case):
     assert not found["narrow"]  # nor does a product that is widened later
     if dtype == "bf16":
         assert found["wgmma" if arch == 90 else "mma"] > 0
+    assert not found["races"]
     if (dtype, arch) == ("bf16", 90):
-        assert found["spills"] == 0
+        assert found["pipelined"] >= 2  # the search for races saw the loads
+        assert found["spills"] <= (SPILLS.get(kind, 0) if width == 128 else 0)
+
+
+RACE = """
+%k = ttg.local_alloc : () -> !ttg.memdesc<3x32x128xbf16, #shared>
+%k0 = ttg.memdesc_index %k[%c0] : x
+%l0 = ttg.async_copy_global_to_local %p0, %k0 mask %m : x
+%k1 = ttg.memdesc_index %k[%c1] : x
+%l1 = ttg.async_copy_global_to_local %p1, %k1 mask %m : x
+%k2 = ttg.memdesc_index %k[%c2] : x
+%l2 = ttg.async_copy_global_to_local %p2, %k2 mask %m : x
+%r:2 = scf.for %i = %a to %b step %c iter_args(%S = %z) {
+  %k3 = ttg.memdesc_index %k[%i3] : x
+  %d = ttng.warp_group_dot %w, %k3, %S {isAsync = true} : x
+  %k4 = ttg.memdesc_index %k[%i4] : x
+  %l4 = ttg.async_copy_global_to_local %p4, %k4 mask %m : x
+  scf.yield %d : x
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("", "", ["d"]),
+        ("<3x", "<4x", []),  # a copy more
+        ("  %k4", "  %e = ttng.warp_group_dot_wait %d {pendings = 0 : i32} : x\n  %k4", []),
+        ("%w, %k3", "%w, %other", []),
+    ],
+)
+def test_the_search_for_races_finds_one(old, new, found):
+    assert overwritten(RACE.replace(old, new, 1) if old else RACE) == (found, 1)

@@ -24,27 +24,37 @@ class Config(NamedTuple):
     stages: int
 
 
-def config(D: int, V: int, V2: int, size: int, gated: int, hopper: bool = True) -> Config:
-    """Launch settings by tiles, bytes of an element, gate and architecture; timed on an H100.
+def config(
+    D: int, V: int, V2: int, operand: str, gated: int, mirrored: bool, major: int = 9
+) -> Config:
+    """Launch settings by tiles, what is multiplied, gate and architecture.
 
-    They fix the order of every sum, so they hang on nothing that varies from call to call. Other
-    architectures have less shared memory or no wgmma: what compiles for 8.0 and 8.9 and spills
-    least there, not timed.
+    They fix the order of every sum, so they hang on nothing that varies from call to call. Timed on
+    an H100; for other architectures what compiles and spills least, not timed.
+
+    On Hopper Triton lets a chunk's last product run on into the next chunk. Of an operand that is
+    also read from registers, for a product of 32 tokens or to be weighed, it then holds one copy
+    too few (triton-lang/triton 6691, 7110): the next load lands on what the product still reads. So
+    the last product must be one that the next chunk awaits at once: S2 is updated before S, and
+    where k and v are read in each other's place (``mirrored``) under a gate a chunk has 32 tokens.
+    tests/test_kernels.py looks for such loads. On Blackwell a scaled accumulator that another
+    product reads is not safe with loads ahead either (10993).
     """
     large = D * V >= 128 * 64
-    if not hopper:
-        return Config(32, 8 if large else 4, 2)
-    if size == 4:
-        return Config(64, 8 if large else 4, 2)
+    if major != 9:
+        return Config(32, 8 if large else 4, 1 if major == 10 else 2)
+    if operand != "bf16":
+        split = operand == "tf32x3" and D * V <= 32 * 64  # fits the registers, and errs less
+        return Config(32 if split else 64, 8 if large else 4, 2)
     if large:
         return Config(32, 8, 4) if gated or V2 else Config(64, 8, 3)
-    return Config(32, 4, 4) if gated == 2 or V2 else Config(64, 4, 3)
+    return Config(32, 4, 4) if gated == 2 or V2 or (gated and mirrored) else Config(64, 4, 3)
 
 
 @functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether the table's first rows are for this device; so is the interpreter."""
-    return device.type != "cuda" or bool(torch.cuda.get_device_capability(device)[0] == 9)
+def capability(device: torch.device) -> int:
+    """Major compute capability of a device; the interpreter has Hopper's."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 class Columns(NamedTuple):
@@ -171,7 +181,10 @@ def causal_pass(
     V2 = 0 if second is None else second.v.shape[-1]
     BD, BV, BV2 = tile(D), tile(V), tile(V2)
     narrow = k.dtype == torch.bfloat16
-    chosen = config(BD, BV, V2, 2 if narrow else 4, gated, is_hopper(k.device))
+    mirrored = both or first.v is k
+    precision = "tf32" if tf32 else "tf32x3"
+    operand = "bf16" if narrow else precision
+    chosen = config(BD, BV, V2, operand, gated, mirrored, capability(k.device))
     grid = (math.prod(sizes) * value_tiles(V), 1, 1)
     if not grid[0]:
         return
@@ -183,7 +196,7 @@ def causal_pass(
         "BD": BD, "BV": BV, "BV2": BV2, "W": chosen.W,
         "WHOLE_D": D == BD, "WHOLE_V": V % BV == 0, "WHOLE_V2": V2 == BV2,
         "OPERAND": tl.bfloat16 if narrow else tl.float32,
-        "PRECISION": "tf32" if tf32 else "tf32x3",
+        "PRECISION": precision,
     }  # fmt: skip
     rest = (T, D, V, V2, *(1, 1, *sizes)[-2:], *strides)
     with torch.cuda.device_of(k):

@@ -252,11 +252,11 @@ def pass_kernel(
                     b_o2 += tl.load(p_o2 + row64 * so2t, mask=m_tv2, other=0.0).to(tl.float32)
                 tl.store(p_o2 + row64 * so2t, b_o2.to(p_o2.dtype.element_ty), mask=m_tv2)
         if UPDATE:
+            if TWO:  # before S, whose product is awaited: see `triton_launch.config`
+                S2 = _write(S2, b_k, b_v2, w_out, w_total, write, GATE, WRITE, OPERAND, PRECISION)
             S = _write(S, b_k, b_v, w_out, w_total, write, GATE, WRITE, OPERAND, PRECISION)
             if BOTH:
                 S = _write(S, b_v, b_k, w_out, 1.0, write, GATE, WRITE, OPERAND, PRECISION)
-            if TWO:
-                S2 = _write(S2, b_k, b_v2, w_out, w_total, write, GATE, WRITE, OPERAND, PRECISION)
 
     if END:  # of the heads that share a state, those along an axis of stride 0, the first writes it
         later = tl.where(se0 == 0, i_0, 0) + tl.where(se1 == 0, i_1, 0) + tl.where(se2 == 0, i_2, 0)

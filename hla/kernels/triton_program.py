@@ -400,4 +400,4 @@ def adjoint(
             term = gate_gradient(s, call.gate, reads.double(), writes.double(), state, dstate)
             dgate = term if dgate is None else dgate + term
     first = {name: grads[name][0] for name in "qkv"}
-    return Adjoint(first, dinitial, None if dgate is None else dgate.float())
+    return Adjoint(first, dinitial, dgate)

@@ -97,7 +97,9 @@ def backward(request: Request, inputs: Inputs, saved: Any, do: Any, dstate: Any)
         with_gate=request.gate_given,
     )  # fmt: skip
     dq, dk, dv = (grads.values[name].to(x.dtype) for name, x in zip("qkv", inputs, strict=False))
-    ddecay, dlog_gate = gate_gradients(call.gate, grads.gate)
+    ddecay, dlog_gate = (
+        None if x is None else x.float() for x in gate_gradients(call.gate, grads.gate)
+    )
     dinitial = gradient_fields(request, inputs.state, grads.states)
     return Gradients(dq, dk, dv, ddecay, dlog_gate, dinitial)
 
