@@ -106,19 +106,20 @@ def prepare(
     -------
     request : Request, inputs : Inputs, layout : Layout
     """
-    for name, choice in (("operator", operator), ("mask", mask), ("convention", convention)):
-        _choice(name, choice)
-    if form is not None:
-        _choice("form", form)
-    scale, eps, ridge = _number("scale", scale), _number("eps", eps), _number("ridge", ridge)
-    for name, value in (("eps", eps), ("ridge", ridge)):
-        if value < 0:
-            raise ValueError(f"{name} is {value}; expected a number >= 0")
-    if ridge and operator != "hla2":
-        raise ValueError(f"ridge is {ridge} with operator={operator!r}; only 'hla2' has a ridge")
-    for name, flag in (("normalize", normalize), ("return_state", return_state)):
-        if not isinstance(flag, (bool, np.bool_)):
-            raise TypeError(f"{name} is {_kind(flag)}; expected True or False")
+    scale, eps, ridge = (ns.concrete(x) for x in (scale, eps, ridge))
+    q, k, v = (ns.autocast(x) for x in (q, k, v))
+    options = (operator, mask, convention, form, scale, eps, ridge, normalize, return_state)
+    key = _key((q, k, v), (*options, axis, chunk_size, gradient))
+    known = _known.get(key) if key else None
+    if known is None:
+        _options(*options)
+        labels = ("q", "k", "v") if axis is not None else ("q_t", "k_t", "v_t")
+        given = dict(zip(labels, (q, k, v), strict=True))
+        q, k, v, axis = _arrays(given, axis)
+        layout, chunk_size = Layout(axis, None, None), _chunk(chunk_size)
+        default = None if mask == "none" else program(operator, mask, convention, ridge, None).state
+        known = _remember(_known, key, (layout, _shapes(given, layout), chunk_size, default))
+    layout, batch, chunk_size, default = known
     if mask == "none":
         ordered = {"decay": decay, "log_gate": log_gate, "initial_state": initial_state}
         for name, x in ordered.items():
@@ -126,38 +127,103 @@ def prepare(
                 raise ValueError(
                     f"{name} was given with mask='none', which has no order; pass None"
                 )
-        if return_state:
-            raise ValueError("return_state=True with mask='none', which has no state; pass False")
-    labels = ("q", "k", "v") if axis is not None else ("q_t", "k_t", "v_t")
-    given = dict(zip(labels, (q, k, v), strict=True))
-    q, k, v, axis = _arrays(given, axis)
-    layout = Layout(axis, None, None)
-    batch = _shapes(given, layout)
     q, k, v = (layout.tokens_in(x) for x in (q, k, v))
     decay, log_gate, layout = _gate(q, batch, decay, log_gate, layout)
-    default = None if mask == "none" else program(operator, mask, convention, ridge, None).state
     if isinstance(initial_state, PackedState):
         if axis is not None:
             raise ValueError("initial_state is packed; expected it whole. Pass state.unpack()")
         initial_state = initial_state.unpack()
-    request = describe(
-        Inputs(q, k, v, decay, log_gate, None),
-        operator=operator,
-        mask=mask,
-        convention=convention,
-        normalize=bool(normalize),
-        eps=eps,
-        scale=scale,
-        ridge=ridge,
-        return_state=bool(return_state),
-        gradient=gradient,
-        form=form,
-        chunk_size=_chunk(chunk_size),
-        gate_given=layout.decay_shape is not None or layout.gate_shape is not None,
-        state_type=default if initial_state is None else _state_type(initial_state, default, ridge),
-        tf32=ns.tf32_allowed(q),
+    inputs = Inputs(q, k, v, decay, log_gate, None)
+    kind = default if initial_state is None else _state_type(initial_state, default, float(ridge))
+    given_gate = layout.decay_shape is not None or layout.gate_shape is not None
+    whole = None
+    if key:
+        gates = (*(None if x is None else x.shape for x in (decay, log_gate)), given_gate)
+        traced = any(ns.traced(x) for x in (q, k, v))
+        whole = (key, gates, kind, traced, ns.tf32_allowed(q))
+    request = _requests.get(whole) if whole else None
+    if request is None:
+        request = describe(
+            inputs,
+            operator=operator,
+            mask=mask,
+            convention=convention,
+            normalize=bool(normalize),
+            eps=float(eps),
+            scale=float(scale),
+            ridge=float(ridge),
+            return_state=bool(return_state),
+            gradient=gradient,
+            form=form,
+            chunk_size=chunk_size,
+            gate_given=given_gate,
+            state_type=kind,
+            tf32=ns.tf32_allowed(q),
+        )
+        _remember(_requests, whole, request)
+    return request, inputs._replace(state=_state(request, q, initial_state)), layout
+
+
+MOST = 4096
+# What the checks of a call found, and its request, by all that they look at except values.
+_known: dict[Any, tuple[Layout, Shape, int | None, type[Any] | None]] = {}
+_requests: dict[Any, Request] = {}
+
+
+def _key(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+    """Return what the checks see of a call; None for arrays whose device is no plain attribute.
+
+    Types too: as a key True is 1, and here it is no number.
+    """
+    if any(ns.library(x) != "torch" and type(x) is not np.ndarray for x in arrays):
+        return None
+    key = (
+        *((type(x), x.shape, x.dtype, x.device) for x in arrays),
+        options,
+        tuple(map(type, options)),
     )
-    return request, Inputs(q, k, v, decay, log_gate, _state(request, q, initial_state)), layout
+    try:
+        hash(key)
+    except TypeError:  # a symbol of torch's compiler, or an argument that is refused below
+        return None
+    return key
+
+
+def _remember(table: dict[Any, Any], key: Any, value: Any) -> Any:
+    if key:
+        if len(table) >= MOST:
+            table.clear()
+        table[key] = value
+    return value
+
+
+def _options(
+    operator: Any,
+    mask: Any,
+    convention: Any,
+    form: Any,
+    scale: Any,
+    eps: Any,
+    ridge: Any,
+    normalize: Any,
+    return_state: Any,
+) -> None:
+    """Check the arguments that are no arrays."""
+    for name, choice in (("operator", operator), ("mask", mask), ("convention", convention)):
+        _choice(name, choice)
+    if form is not None:
+        _choice("form", form)
+    for name, value in (("scale", scale), ("eps", eps), ("ridge", ridge)):
+        _number(name, value)
+        if value < 0 and name != "scale":
+            raise ValueError(f"{name} is {value}; expected a number >= 0")
+    if ridge and operator != "hla2":
+        raise ValueError(f"ridge is {ridge} with operator={operator!r}; only 'hla2' has a ridge")
+    for name, flag in (("normalize", normalize), ("return_state", return_state)):
+        if not isinstance(flag, (bool, np.bool_)):
+            raise TypeError(f"{name} is {_kind(flag)}; expected True or False")
+    if return_state and mask == "none":
+        raise ValueError("return_state=True with mask='none', which has no state; pass False")
 
 
 def _choice(name: str, value: Any) -> None:
@@ -169,13 +235,11 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
 
 
-def _number(name: str, value: Any) -> float:
-    value = ns.concrete(value)
+def _number(name: str, value: Any) -> None:
     if not _is_number(value):
         raise TypeError(f"{name} is {_kind(value)}; expected a Python number")
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; expected a finite number")
-    return float(value)
 
 
 def _chunk(value: Any) -> int | None:
@@ -224,7 +288,7 @@ def _arrays(given: dict[str, Any], axis: int | None) -> tuple[Array, Array, Arra
     """Check kind, dtype, device and the token axis of q, k and v."""
     first, *_ = given
     for name, x in given.items():
-        given[name] = ns.autocast(array(name, x, None if name == first else given[first], first))
+        given[name] = array(name, x, None if name == first else given[first], first)
     for name, x in given.items():
         if ns.dtype_name(x) not in ns.FLOATS:
             raise TypeError(

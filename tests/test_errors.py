@@ -101,6 +101,11 @@ SCAN = {
         for name, values in {"scale": (nan, inf), "eps": (-1.0, nan), "ridge": (-0.5, nan)}.items()
         for x, error in (*((x, ValueError) for x in values), ("1", TypeError), (1j, TypeError))
     },
+    "scale True": ({"scale": True}, TypeError, r"scale.*True"),
+    "normalize 0": ({"normalize": 0}, TypeError, r"normalize.*0"),
+    "return_state 0": ({"return_state": 0}, TypeError, r"return_state.*0"),
+    "ridge False": ({"ridge": False}, TypeError, r"ridge.*False"),
+    "chunk_size True": ({"chunk_size": True}, ValueError, r"chunk_size.*True"),
     "scale array": ({"scale": np.ones(H)}, TypeError, r"scale"),
     "ridge of ahla": ({"ridge": 0.5, "operator": "ahla"}, ValueError, r"ridge.*ahla.*hla2"),
     "ridge of hla3": ({"ridge": 0.5, "operator": "hla3"}, ValueError, r"ridge.*hla3.*hla2"),
@@ -141,6 +146,8 @@ def bad(table):
 def test_bad_calls_name_the_argument_and_modify_nothing(call, change, error, message):
     given = arrays() | change
     kept = {n: x.copy() for n, x in given.items() if isinstance(x, np.ndarray)}
+    for mask in ("causal", "none"):  # the good call alike, whose checks are remembered
+        call(**arrays() | {"mask": mask})
     with pytest.raises(error, match=f"(?s){message}") as caught:
         call(**given)
     assert not isinstance(caught.value, hla.Unsupported)

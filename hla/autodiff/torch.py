@@ -8,6 +8,7 @@ generic code: right, to any order, and slower.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -108,7 +109,7 @@ def forward(backend: str, request: Request, inputs: Inputs) -> tuple[Tensor, Any
     if as_node:
         o, *rest = SCAN(*inputs[:5], state, *options, keep or request.traced)
     else:  # the same without the dispatcher, which takes longer than a short pass
-        o, *rest = Eager.apply(options, *inputs[:5], *state)
+        o, *rest = Eager.apply(_keeping(request), options, *inputs[:5], *state)
     return o, kind(*rest[: len(kind._fields)]) if request.return_state else None, None
 
 
@@ -116,19 +117,25 @@ class Eager(torch.autograd.Function):
     """`SCAN` for ordinary tensors."""
 
     @staticmethod
-    def forward(ctx: Any, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, request: Request, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
         """Run the backend."""
-        args = (*tensors[:5], tensors[5:], *options, True)
-        output = tuple(_scan(*args))
-        _setup(ctx, args, output)
+        ctx.request = request
+        output = tuple(_forward(request, options, tensors[:5], tensors[5:]))
+        _setup(ctx, (*tensors[:5], tensors[5:], *options, True), output)
         return output[: 1 + len(ctx.ends)]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Pull back, by the operator where a second derivative may follow."""
-        directly = None if torch.is_grad_enabled() else _scan_backward
+        directly = None if torch.is_grad_enabled() else functools.partial(_backward, ctx.request)
         *found, state = _pull(ctx, grads, directly)[:6]
-        return (None, *found, *state)
+        return (None, None, *found, *state)
+
+
+@functools.lru_cache(maxsize=1024)
+def _keeping(request: Request) -> Request:
+    """Return the request of a call whose gradient may follow."""
+    return dataclasses.replace(request, gradient=True)
 
 
 SHARED = [name for name in Options._fields if name not in ("backend", "state_type")]
@@ -140,10 +147,14 @@ def step(backend: str, request: Request, inputs: Inputs, donate: bool) -> tuple[
     return o, state
 
 
+def _inputs(options: Options, arrays: Sequence[Any], state: Sequence[Any]) -> Inputs:
+    q, k, v, decay, log_gate = arrays
+    return Inputs(q, k, v, decay, log_gate, options.kind(*state) if state else None)
+
+
 def _described(given: Sequence[Any], options: Options, keep: bool) -> tuple[Request, Inputs]:
     *arrays, state = given
-    q, k, v, decay, log_gate = arrays
-    inputs = Inputs(q, k, v, decay, log_gate, options.kind(*state) if state else None)
+    inputs = _inputs(options, arrays, state)
     shared = {name: getattr(options, name) for name in SHARED}
     return describe(inputs, state_type=options.kind, gradient=keep, **shared), inputs
 
@@ -151,20 +162,32 @@ def _described(given: Sequence[Any], options: Options, keep: bool) -> tuple[Requ
 def _scan(*args: Any) -> list[Tensor]:
     """Return o, the state where asked, and with ``keep`` what `scan_backward` needs."""
     options = Options(*args[6:-1])
-    request, inputs = _described(args[:6], options, args[-1])
-    o, state, saved = dispatch.load(options.backend).forward(request, inputs)
-    return [o, *(state if request.return_state else ()), *saved]
+    request, _ = _described(args[:6], options, args[-1])
+    return _forward(request, options, args[:5], args[5])
+
+
+def _forward(
+    request: Request, options: Options, arrays: Sequence[Any], state: Sequence[Any]
+) -> list[Tensor]:
+    inputs = _inputs(options, arrays, state)
+    o, end, saved = dispatch.load(options.backend).forward(request, inputs)
+    return [o, *(end if request.return_state else ()), *saved]
 
 
 def _scan_backward(*args: Any) -> list[Tensor]:
     """Return gradients of q, k, v, of the gate where given as an array, and of the state."""
-    given, (saved, do, dstate), options = args[:6], args[6:9], Options(*args[9:])
-    request, inputs = _described(given, options, True)
+    request, _ = _described(args[:6], Options(*args[9:]), True)
+    return _backward(request, *args)
+
+
+def _backward(request: Request, *args: Any) -> list[Tensor]:
+    arrays, (state, saved, do, dstate), options = args[:5], args[5:9], Options(*args[9:])
+    inputs = _inputs(options, arrays, state)
     dstate = options.kind(*dstate) if dstate else None
     grads = dispatch.load(options.backend).backward(request, inputs, tuple(saved), do, dstate)
     gate = [x for x in (grads.ddecay, grads.dlog_gate) if x is not None]
-    state = [x.clone() for x in grads.dinitial_state or ()]  # parts of one array as yet
-    return [*grads[:3], *gate, *state]
+    starts = [x.clone() for x in grads.dinitial_state or ()]  # parts of one array as yet
+    return [*grads[:3], *gate, *starts]
 
 
 def _setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
