@@ -141,6 +141,17 @@ def test_triton_within_the_budget(operator, mask, gate, dtype):
 
 
 @needs_triton
+@pytest.mark.parametrize("gate", ["none", "per_head", "resets"])
+@pytest.mark.parametrize("mask", ["causal", "prefix"])
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(("D", "state"), [(64, False), (128, False), (128, True)])
+def test_triton_within_the_budget_where_the_device_is_full(D, state, operator, mask, gate):
+    """More heads than multiprocessors: loads and products of many chunks overlap."""
+    options = {"operator": operator, "mask": mask, "scale": D**-0.75, "return_state": state}
+    check(inputs_of(700, gate, "bfloat16", D=D, V=D, heads=150), options, "bfloat16")
+
+
+@needs_triton
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -25,7 +25,7 @@ class Config(NamedTuple):
 
 
 def config(
-    D: int, V: int, V2: int, operand: str, gated: int, mirrored: bool, major: int = 9
+    D: int, V: int, V2: int, operand: str, gated: int, shared: bool, major: int = 9
 ) -> Config:
     """Launch settings by tiles, what is multiplied, gate and architecture.
 
@@ -36,7 +36,7 @@ def config(
     also read from registers, for a product of 32 tokens or to be weighed, it then holds one copy
     too few (triton-lang/triton 6691, 7110): the next load lands on what the product still reads. So
     the last product must be one that the next chunk awaits at once: S2 is updated before S, and
-    where k and v are read in each other's place (``mirrored``) under a gate a chunk has 32 tokens.
+    where k is an operand of both sides and also weighed (``shared``) a chunk has 32 tokens.
     tests/test_kernels.py looks for such loads. On Blackwell a scaled accumulator that another
     product reads is not safe with loads ahead either (10993).
     """
@@ -47,8 +47,8 @@ def config(
         split = operand == "tf32x3" and D * V <= 32 * 64  # fits the registers, and errs less
         return Config(32 if split else 64, 8 if large else 4, 2)
     if large:
-        return Config(32, 8, 4) if gated or V2 else Config(64, 8, 3)
-    return Config(32, 4, 4) if gated == 2 or V2 or (gated and mirrored) else Config(64, 4, 3)
+        return Config(32, 8, 4) if gated or V2 or shared else Config(64, 8, 3)
+    return Config(32, 4, 4) if gated == 2 or V2 or shared else Config(64, 4, 3)
 
 
 @functools.cache
@@ -155,7 +155,10 @@ def causal_pass(
         None if y is None else (y.shape, y.stride(), y.dtype, p % 16)
         for y, p in zip(operands, pointers, strict=True)
     ]
-    flags = (gated, power, strict, reverse, update, write != 1.0, add, both, tf32, first.v is k)
+    if first.start is None and first.end is None:  # the pass is linear in k v
+        read, write = read * write, 1.0
+    v_is_k = first.v is k and gated < 2  # weighed by tokens: slower than loading the same lines
+    flags = (gated, power, strict, reverse, update, write != 1.0, add, both, tf32, v_is_k)
     key = (batch, k.device, flags, *seen)
     if key in _launches:
         kernel, grid, rest = _launches[key]
@@ -192,7 +195,7 @@ def causal_pass(
         "READ": q is not None, "UPDATE": update, "STRICT": strict, "REVERSE": reverse,
         "GATE": gated, "POWER": power, "WRITE": write != 1.0, "ADD": add,
         "START": first.start is not None, "END": first.end is not None,
-        "TWO": second is not None, "BOTH": both, "DOT": dots is not None, "V_IS_K": first.v is k,
+        "TWO": second is not None, "BOTH": both, "DOT": dots is not None, "V_IS_K": v_is_k,
         "BD": BD, "BV": BV, "BV2": BV2, "W": chosen.W,
         "WHOLE_D": D == BD, "WHOLE_V": V % BV == 0, "WHOLE_V2": V2 == BV2,
         "OPERAND": tl.bfloat16 if narrow else tl.float32,

@@ -381,6 +381,7 @@ def adjoint(
             s.q, do, v, k, start=start, read=one_q, write=one_kv, keep_state=False, x=x_q
         )
         mirrored = s.k == s.v and s.kind != "full" and s.state not in initial
+        mirrored &= call.gate.log_gate is None  # there two launches are faster
         if mirrored and len(do) == 1 and width(q) <= widest(call.dtype):
             both = None if end is None else end + end.mT  # k and v: one gradient, one state
             _, writes = back(s.k, v, do, q, start=both, keep_state=False, both=True, x=x_v)
