@@ -165,12 +165,19 @@ def test_triton_within_the_budget_over_many_tokens(operator, D, dtype):
 @needs_triton
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize(
-    ("T", "D", "V"), [(67, 257, 15), (130, 100, 129), (63, 1, 257), (1, 24, 65)]
+    ("T", "D", "V", "gate"),
+    [
+        (67, 257, 15, "resets"),
+        (130, 100, 129, "resets"),
+        (63, 1, 257, "resets"),
+        (1, 24, 65, "none"),
+    ],
 )
 @pytest.mark.parametrize("operator", ["hla2", "ahla"])
-def test_triton_widths(operator, T, D, V, dtype):
+def test_triton_widths(operator, T, D, V, gate, dtype):
+    """Enough heads for a block's thousand numbers; positive where q.k is a head's only one."""
     options = {"operator": operator, "scale": D**-0.5, "return_state": True}
-    check(inputs_of(T, "resets", dtype, D=D, V=V), options, dtype)
+    check(inputs_of(T, gate, dtype, D=D, V=V, heads=48, positive=T == 1), options, dtype)
 
 
 @needs_triton
