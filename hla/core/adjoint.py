@@ -67,19 +67,12 @@ def adjoint(
             continue
         if dout is None:
             dout = xp.zeros_like(trace.values[s.out])
-        dq, dk, dv, dstate0 = adjoint_by_passes(
-            q,
-            k,
-            v,
-            gate,
-            dout,
-            power=s.power,
-            kind=s.kind,
-            state=initial.get(s.state),
-            dstate=shared_out(dstate, trace.values[s.out].shape),
-            chunk=chunk,
-            run_pass=run_pass,
-        )
+        start, end = initial.get(s.state), shared_out(dstate, trace.values[s.out].shape)
+        once = functools.partial(run_pass, gate=gate, power=s.power, kind=s.kind, chunk=chunk)
+        back = functools.partial(once, reverse=True)
+        dq, _ = once(dout, v, k, state=None if start is None else start.mT)
+        dk, _ = back(v, dout, q, state=None if end is None else end.mT)
+        dv, dstate0 = back(k, q, dout, state=end)
         if with_gate:
             reads = xp.sum(dout * trace.values[s.out], axis=-1)
             term = gate_gradient(s, gate, reads, xp.sum(v * dv, axis=-1), state, dstate)
@@ -87,10 +80,9 @@ def adjoint(
         for name, x, g in ((s.q, q, dq), (s.k, k, dk), (s.v, v, dv)):
             g = sum_to(g, x.shape)
             grads[name] = grads[name] + g if name in grads else g
-        if s.state in initial:
-            before = dinitial.get(s.state)
-            g = sum_to(dstate0, initial[s.state].shape)
-            dinitial[s.state] = g if before is None else before + g
+        if start is not None:
+            g = sum_to(dstate0, start.shape)
+            dinitial[s.state] = dinitial[s.state] + g if s.state in dinitial else g
     return Adjoint(grads, dinitial, dgate)
 
 
@@ -100,29 +92,6 @@ def shared_out(dstate: Array | None, out: Shape) -> Array | None:
         return None
     copies = math.prod(out[:-2]) // max(1, math.prod(dstate.shape[:-2]))
     return dstate / copies if copies > 1 else dstate
-
-
-def adjoint_by_passes(
-    q: Array,
-    k: Array,
-    v: Array,
-    gate: Gate,
-    do: Array,
-    *,
-    power: int,
-    kind: str,
-    state: Array | None,
-    dstate: Array | None,
-    chunk: int,
-    run_pass: RunPass,
-) -> tuple[Array, Array, Array, Array]:
-    """Adjoint of one pass as three passes, its gradients not yet summed over broadcasts."""
-    once = functools.partial(run_pass, gate=gate, power=power, kind=kind, chunk=chunk)
-    back = functools.partial(once, reverse=True)
-    dq, _ = once(do, v, k, state=None if state is None else state.mT)
-    dk, _ = back(v, do, q, state=None if dstate is None else dstate.mT)
-    dv, dstate0 = back(k, q, do, state=dstate)
-    return dq, dk, dv, dstate0
 
 
 def gate_gradient(

@@ -112,11 +112,12 @@ def weights(gate: Gate, power: int, kind: str, W: int, *, like: Array) -> Weight
     after = xp.where(t[:, None] > t[None, :], a[..., :, None], zero)
     between = xp.cumulative_sum(after, axis=-2)  # [..., W, W]: sum of a over key+1..query
     upto = xp.cumulative_sum(a, axis=-1)[..., None]  # [..., W, 1]
-    key, total = xp.exp(between[..., -1, :])[..., None], xp.exp(upto[..., -1:, :])
+    key, total = xp.exp(xp.sum(after, axis=-2)), xp.exp(xp.sum(a, axis=-1))
     if strict:
         between = xp.concat([xp.zeros_like(between[..., :1, :]), between[..., :-1, :]], axis=-2)
         upto = xp.concat([xp.zeros_like(upto[..., :1, :]), upto[..., :-1, :]], axis=-2)
-    return Weights(mask, xp.exp(xp.where(mask, between, zero)), xp.exp(upto), key, total)
+    pair = xp.exp(xp.where(mask, between, zero))
+    return Weights(mask, pair, xp.exp(upto), key[..., None], total[..., None, None])
 
 
 def sweep(
@@ -157,11 +158,12 @@ def sweep(
     xp, T = namespace(like), like.shape[-2]
     kinds = {(s.power, s.kind) for s in steps}
     parts: list[tuple[Array, ...]] = []
-    cuts = [(0, T - T % chunk, chunk), (T - T % chunk, T, T % chunk)]
-    for start, stop, W in reversed(cuts) if reverse else cuts:
-        if start == stop:
+    cuts = [(T // chunk, chunk), (1, T % chunk)]  # of no tokens there is one chunk of none
+    for turns, W in reversed(cuts) if reverse else cuts:
+        if turns * W == 0 < T or turns == 0:
             continue
-        turns = (stop - start) // W
+        start = T - W if W < chunk else 0
+        stop = start + turns * W
         xs = tuple(_chunks(x, 1, start, stop, turns) for x in values.values())
         fixed = None
         if gate.log_gate is None:
@@ -182,8 +184,6 @@ def sweep(
         axes = (-3,) * len(values) + (-2,) * (gate.log_gate is not None)
         carry, outs = fold(body, carry, xs, axes=axes, out_axis=-3, reverse=reverse)
         parts.append(tuple(xp.reshape(o, (*o.shape[:-3], stop - start, o.shape[-1])) for o in outs))
-    if not parts:
-        return _empty(steps, values, carry, outputs), carry
     if reverse:
         parts.reverse()
     whole = (
@@ -224,21 +224,6 @@ def _chunk(
         kv = (k if w.key is None else k * w.key).mT @ v
         after.append(kv + (S if w.total is None else S * w.total))
     return tuple(after)
-
-
-def _empty(
-    steps: Sequence[Pass],
-    values: Mapping[str, Array],
-    states: Sequence[Array],
-    outputs: Sequence[str],
-) -> dict[str, Array]:
-    """Return the outputs of no tokens."""
-    local = dict(values)
-    for s, S in zip(steps, states, strict=True):
-        if s.q:
-            shape = (*broadcast(local[s.q].shape[:-2], S.shape[:-2]), 0, S.shape[-1])
-            local[s.out] = namespace(S).zeros(shape, dtype=S.dtype, device=device(S))
-    return {name: local[name] for name in outputs}
 
 
 def started(state: Array | None, shape: Shape, like: Array) -> Array:

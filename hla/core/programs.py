@@ -237,20 +237,37 @@ def run_token(
     return _sum(program, env), Trace(env, tuple(states))
 
 
+def step_states(program: Program, shapes: Mapping[str, Shape], gate: Shape) -> list[Shape]:
+    """Full shape of the state of each step: the broadcast of just the inputs it is made of.
+
+    Parameters
+    ----------
+    program : Program
+        Any.
+    shapes : mapping
+        Of "q", "k" and "v", (*batch, T, features).
+    gate : tuple of int
+        Batch shape of the gate.
+    """
+    shapes, found = dict(shapes), []
+    for s in program.steps:
+        k, v = shapes[s.k], shapes[s.v]
+        held = broadcast(k[:-2], v[:-2], gate)
+        found.append((*held, k[-1], v[-1]))
+        if s.q:
+            shapes[s.out] = (*broadcast(held, shapes[s.q][:-2]), *k[-2:-1], v[-1])
+    return found
+
+
 def _begin(
     program: Program, values: Mapping[str, Array], gate: Gate, initial: Mapping[Fields, Array]
 ) -> list[Array]:
     """Return the state that each step starts from."""
-    like, out = values["k"], []
-    shapes = {name: tuple(x.shape) for name, x in values.items()}
-    for s in program.steps:
-        lead = broadcast(shapes[s.k][:-2], shapes[s.v][:-2], gate.batch)
-        shape = (*lead, shapes[s.k][-1], shapes[s.v][-1])
-        out.append(started(initial.get(s.state), shape, like))
-        if s.q:
-            lead = broadcast(lead, shapes[s.q][:-2])
-            shapes[s.out] = (*lead, shapes[s.q][-2], shape[-1])
-    return out
+    shapes = step_states(program, {n: tuple(x.shape) for n, x in values.items()}, gate.batch)
+    return [
+        started(initial.get(s.state), shape, values["k"])
+        for s, shape in zip(program.steps, shapes, strict=True)
+    ]
 
 
 def _sum(program: Program, env: Mapping[str, Array]) -> Array | None:
@@ -275,29 +292,11 @@ def with_ones(v: Array) -> Array:
 
 
 def state_shapes(program: Program, q: Shape, k: Shape, v: Shape, gate: Shape) -> dict[str, Shape]:
-    """Full shape of each state field: the broadcast of just the inputs it is made of.
-
-    Parameters
-    ----------
-    program : Program
-        Any program with a state.
-    q, k, v : tuple of int
-        Their shapes, (*batch, T, features).
-    gate : tuple of int
-        Batch shape of the gate.
-    """
-    batch = {"q": q[:-2], "k": k[:-2], "v": v[:-2]}
-    mass: dict[str, Shape] = {"v": ()}
-    width = {"q": q[-1], "k": k[-1], "v": v[-1]}
+    """Full shape of each state field; arguments are those of `step_states`."""
+    given = {"q": q, "k": k, "v": v}
+    matrices = step_states(program, given, gate)
+    masses = step_states(program, given | {"v": (*v[-2:-1], 1)}, gate)  # the column of ones
     shapes: dict[str, Shape] = {}
-    for s in program.steps:
-        held = broadcast(batch[s.k], batch[s.v], gate)
-        shapes[s.state[0]] = (*held, width[s.k], width[s.v])
-        if s.v in mass and len(s.state) > 1:
-            weighed = broadcast(batch[s.k], mass[s.v], gate)
-            shapes[s.state[1]] = (*weighed, width[s.k])
-            if s.q:
-                mass[s.out] = broadcast(weighed, batch[s.q])
-        if s.q:
-            batch[s.out], width[s.out] = broadcast(held, batch[s.q]), width[s.v]
+    for s, matrix, mass in zip(program.steps, matrices, masses, strict=True):
+        shapes |= zip(s.state, (matrix, mass[:-1]), strict=False)
     return shapes
