@@ -158,11 +158,10 @@ def sweep(
     xp, T = namespace(like), like.shape[-2]
     kinds = {(s.power, s.kind) for s in steps}
     parts: list[tuple[Array, ...]] = []
-    cuts = [(T // chunk, chunk), (1, T % chunk)]  # of no tokens there is one chunk of none
-    for turns, W in reversed(cuts) if reverse else cuts:
-        if turns * W == 0 < T or turns == 0:
+    cuts = [(0, T // chunk, chunk), (T - T % chunk, 1, T % chunk)]  # start, chunks, tokens of each
+    for start, turns, W in reversed(cuts) if reverse else cuts:
+        if turns == 0 or (W == 0 and T > 0):  # of no tokens there is one chunk of none
             continue
-        start = T - W if W < chunk else 0
         stop = start + turns * W
         xs = tuple(_chunks(x, 1, start, stop, turns) for x in values.values())
         fixed = None

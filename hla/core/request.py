@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 from . import namespace as ns
@@ -74,8 +75,14 @@ class Request:
 
     def state_shapes(self, *, segment: bool = False) -> dict[str, Shape]:
         """Full shape of each field of the state or segment."""
-        chosen = segment_program(self.operator, self.mask) if segment else self.program
-        return state_shapes(chosen, self.q_shape, self.k_shape, self.v_shape, self.gate_batch)
+        return self._shapes(segment_program(self.operator, self.mask)) if segment else self._own
+
+    @functools.cached_property
+    def _own(self) -> dict[str, Shape]:
+        return self._shapes(self.program)
+
+    def _shapes(self, of: Program) -> dict[str, Shape]:
+        return state_shapes(of, self.q_shape, self.k_shape, self.v_shape, self.gate_batch)
 
 
 def describe(inputs: Inputs, *, state_type: type[Any] | None, **options: Any) -> Request:

@@ -85,12 +85,12 @@ def columns_of(
     v: Value,
     *,
     kind: str,
-    start: torch.Tensor | None = None,
+    start: Value | None = None,
     keep_state: bool = True,
     dtypes: Sequence[torch.dtype],
     into: Value | None = None,
-) -> tuple[list[Columns], torch.Tensor | None]:
-    """Allocate what one pass writes.
+) -> list[Columns]:
+    """Allocate what one pass writes, part by part.
 
     Parameters
     ----------
@@ -100,34 +100,27 @@ def columns_of(
         Their parts.
     kind : str
         As in `hla.core.passes.causal_pass`.
-    start : tensor, (*batch, D, V), optional
-        State that the pass starts from, with columns for all parts of v.
+    start : tuple of tensor, (*batch, D, V), optional
+        State that the pass starts from, one for each part of v.
     keep_state : bool
         Whether the final state is asked.
     dtypes : sequence of torch.dtype
         Of the results, part by part.
     into : tuple of tensor, optional
         Results to add to instead.
-
-    Returns
-    -------
-    columns : list of Columns, end : tensor or None
     """
     T, gates = k[0].shape[-2], () if kind == "full" else call.gate.batch
     held = broadcast(k[0].shape[:-2], v[0].shape[:-2], gates)
-    end = None
-    if keep_state or kind == "full":
-        end = torch.empty((*held, width(k), width(v)), dtype=torch.float32, device=k[0].device)
-    if end is not None and T == 0:
-        end.copy_(torch.zeros_like(end) if start is None else start)
-    batch, found, stop = broadcast(held, q[0].shape[:-2]), [], 0
+    batch, found = broadcast(held, q[0].shape[:-2]), []
     for i, c in enumerate(v):
-        rows = slice(stop, stop := stop + c.shape[-1])
-        shape = (*batch, T, c.shape[-1])
-        o = into[i] if into else laid_out_like(q[0], shape, dtypes[i])
-        first = None if start is None else start[..., rows]
-        found.append(Columns(c, o, first, None if end is None else end[..., rows]))
-    return found, end
+        F, first, end = c.shape[-1], None if start is None else start[i], None
+        if keep_state or kind == "full":
+            end = torch.empty((*held, width(k), F), dtype=torch.float32, device=c.device)
+            if T == 0:
+                end.copy_(torch.zeros_like(end) if first is None else first)
+        o = into[i] if into else laid_out_like(q[0], (*batch, T, F), dtypes[i])
+        found.append(Columns(c, o, first, end))
+    return found
 
 
 def run_pass(
@@ -214,6 +207,11 @@ def run_pass(
     return dots
 
 
+def together(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Matrices side by side as one; None of none."""
+    return torch.cat(list(parts), -1) if len(parts) > 1 else next(iter(parts), None)
+
+
 def _wide(c: Columns, add: bool) -> Columns:
     """Return columns with a float32 place for the results, which holds what they are added to."""
     if c.o is None or c.o.dtype == torch.float32:
@@ -241,11 +239,11 @@ def run(
     call: Call,
     program: Program,
     values: Mapping[str, Value],
-    initial: Mapping[Fields, torch.Tensor],
+    initial: Mapping[Fields, Value],
     *,
     keep_states: bool,
     last: torch.dtype,
-) -> tuple[dict[str, Value], tuple[torch.Tensor | None, ...]]:
+) -> tuple[dict[str, Value], list[Value]]:
     """Run a program; return every value by name, and each step's final state where asked.
 
     Parameters
@@ -257,31 +255,32 @@ def run(
     values : mapping
         "q", "k" and "v".
     initial : mapping
-        Incoming states by the fields they hold.
+        Incoming states by the fields they hold, a matrix for each.
     keep_states : bool
         Whether final states are asked.
     last : torch.dtype
         Of a value that is an output.
     """
-    env, states = dict(values), []
+    env: dict[str, Value] = dict(values)
+    states: list[Value] = []
     outputs = {name for _, name in program.outputs}
     for steps in sharing(program.steps):
         s, columns = steps[0], []
         q, k = env[s.q], env[s.k]
         for one in steps:
-            found, end = columns_of(
+            found = columns_of(
                 call, q, k, env[one.v], kind=s.kind, start=initial.get(one.state),
                 keep_state=keep_states,
                 dtypes=(last if one.out in outputs else call.dtype, torch.float32),
             )  # fmt: skip
             columns += found
-            states.append(end)
+            states.append(tuple(c.end for c in found if c.end is not None))
             env[one.out] = tuple(c.o for c in found if c.o is not None)
         write = call.factor(s.k) * call.factor(s.v)
         run_pass(
             call, q, k, columns, power=s.power, kind=s.kind, read=call.factor(s.q), write=write
         )
-    return env, tuple(states)
+    return env, states
 
 
 def sharing(steps: Sequence[Pass]) -> Iterator[list[Pass]]:
@@ -302,7 +301,7 @@ def adjoint(
     call: Call,
     program: Program,
     values: Mapping[str, Value],
-    states: tuple[torch.Tensor | None, ...],
+    states: Sequence[Value],
     initial: Mapping[Fields, torch.Tensor],
     dout: Value,
     dfinal: Mapping[Fields, torch.Tensor],
@@ -316,10 +315,12 @@ def adjoint(
 
     Parameters
     ----------
-    call, program, initial
+    call, program
         As given to `run`.
     values, states
-        As it returned them.
+        As it returned them; states may be empty where no gate's gradient is asked.
+    initial : mapping
+        Incoming states by the fields they hold, side by side.
     dout : tuple of tensor
         Gradient of the program's output.
     dfinal : mapping
@@ -348,7 +349,9 @@ def adjoint(
         if reuse and whole and before is None and width(k) <= widest(call.dtype):
             into = v
         dtypes = (call.dtype if whole else torch.float32, torch.float32)
-        columns, end = columns_of(
+        if start is not None:
+            start = start.split([x.shape[-1] for x in v], -1)
+        columns = columns_of(
             call, q, k, v, kind=kind, start=start, keep_state=keep_state, dtypes=dtypes, into=into
         )
         dots = run_pass(call, q, k, columns, kind=kind, add=add, **options)
@@ -360,7 +363,7 @@ def adjoint(
             out = tuple(x + y for x, y in zip(before, out, strict=True))
         grads[name] = out
         ours.add(name)
-        return end, dots
+        return together([c.end for c in columns if c.end is not None]), dots
 
     for c, name in program.outputs:
         grads[name] = dout if c == 1 else tuple(c * g for g in dout)
@@ -398,7 +401,8 @@ def adjoint(
                 g = sum_to(dstate0, initial[s.state].shape)
                 dinitial[s.state] = g if s.state not in dinitial else dinitial[s.state] + g
         if with_gate:
-            term = gate_gradient(s, call.gate, reads.double(), writes.double(), state, dstate)
+            sums = reads.double(), writes.double()
+            term = gate_gradient(s, call.gate, *sums, together(state), dstate)
             dgate = term if dgate is None else dgate + term
     first = {name: grads[name][0] for name in "qkv"}
     return Adjoint(first, dinitial, dgate)

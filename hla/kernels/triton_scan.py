@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from ..core.forms import Gradients, gate_gradients
-from ..core.passes import Gate
-from ..core.programs import Program, Trace, final_states
+from ..core.namespace import expand
+from ..core.passes import Fields, Gate
+from ..core.programs import Program
 from ..core.request import Inputs, Request
-from ..core.states import gradient_fields, joined, split
+from ..core.states import gradient_fields, joined, own
 from . import triton_program
 from .triton_launch import causal_pass
 from .triton_program import Call, Value, skip
@@ -45,7 +46,7 @@ def forward(request: Request, inputs: Inputs) -> tuple[Any, Any, tuple[Any, ...]
     program, dtype = request.program, inputs.v.dtype
     plain = len(program.outputs) == 1 and not request.normalize
     values, states = triton_program.run(
-        call, program, values, joined(request, inputs.state),
+        call, program, values, _starts(request, inputs.state),
         keep_states=request.return_state, last=dtype if plain else torch.float32,
     )  # fmt: skip
     out = _sum(program, values)
@@ -55,12 +56,37 @@ def forward(request: Request, inputs: Inputs) -> tuple[Any, Any, tuple[Any, ...]
     state, saved = None, ()
     if request.return_state:
         assert request.state_type is not None
-        finals = final_states(program, Trace(values, states))
-        state = request.state_type(**split(finals, request.state_shapes()))
+        state = request.state_type(**_fields(request, states))
     if request.gradient:
         kept = [x for name in _kept(request) for x in values[name]]
-        saved = (*kept, *(states if request.return_state and request.gate_given else ()))
+        if request.return_state and request.gate_given:
+            # the caller has the states themselves, and outputs of an operator share no memory
+            kept += [x.clone() for parts in states for x in parts]
+        saved = tuple(kept)
     return o.to(dtype), state, saved
+
+
+def _starts(request: Request, state: Any) -> dict[Fields, Value]:
+    """Matrix and, where masses are asked, mass of each incoming state, as columns of it."""
+    if state is None:
+        return {}
+    shapes, found = request.state_shapes(), {}
+    for s in request.program.steps:
+        names = s.state if request.mass else s.state[:1]
+        matrix, *mass = (getattr(state, name) for name in names)
+        full = shapes[names[0]]
+        found[s.state] = (expand(matrix, full), *(expand(x, full[:-1])[..., None] for x in mass))
+    return found
+
+
+def _fields(request: Request, states: list[Value]) -> dict[str, torch.Tensor]:
+    """Each field of the final state, in its own shape."""
+    shapes, fields = request.state_shapes(), {}
+    for s, parts in zip(request.program.steps, states, strict=True):
+        matrix, *mass = parts
+        for name, x in zip(s.state, (matrix, *(y[..., 0] for y in mass)), strict=False):
+            fields[name] = x if x.shape == shapes[name] else own(x, shapes[name])
+    return fields
 
 
 def _sum(program: Program, values: Mapping[str, Value]) -> Value:
@@ -81,7 +107,7 @@ def backward(request: Request, inputs: Inputs, saved: Any, do: Any, dstate: Any)
         columns[s.out] = columns[s.v]
     for name in _kept(request):
         values[name] = tuple(left.pop(0) for _ in range(columns[name]))
-    states = tuple(left) or (None,) * len(program.steps)
+    states = [tuple(left.pop(0) for _ in range(columns[s.v]) if left) for s in program.steps]
     if do is None:
         batch = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs[:3]))
         do = inputs.v.new_zeros(()).expand(*batch, inputs.v.shape[-1])
