@@ -139,8 +139,7 @@ def prepare(
     whole = None
     if key:
         gates = (*(None if x is None else x.shape for x in (decay, log_gate)), given_gate)
-        traced = any(ns.traced(x) for x in (q, k, v))
-        whole = (key, gates, kind, traced, ns.tf32_allowed(q))
+        whole = None if ns.transformed(q) else (key, gates, kind, ns.tf32_allowed(q))
     request = _requests.get(whole) if whole else None
     if request is None:
         request = describe(

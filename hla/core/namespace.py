@@ -98,13 +98,17 @@ def traced(x: Array) -> bool:
         return isinstance(x, sys.modules["jax"].core.Tracer)
     if library(x) == "torch":
         torch = sys.modules["torch"]
-        functorch = torch._C._functorch
-        return bool(
-            torch.compiler.is_compiling()
-            or x.device.type == "meta"
-            or functorch.is_functorch_wrapped_tensor(x)
-            or type(x) not in (torch.Tensor, torch.nn.Parameter)
-        )
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+        plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta"
+        return bool(torch.compiler.is_compiling() or wrapped or not plain)
+    return False
+
+
+def transformed(x: Array) -> bool:
+    """Whether plain types and shapes of ``x``'s library may stand for something else now."""
+    if library(x) == "torch":
+        torch = sys.modules["torch"]
+        return bool(torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
     return False
 
 

@@ -165,9 +165,9 @@ def run_pass(
         The sums with x, float32, (*batch, T).
     """
     full = kind == "full"
-    gate, v = Gate() if full else call.gate, columns[0].v
-    held = broadcast(k[0].shape[:-2], *(c.v.shape[:-2] for c in columns), gate.batch)
-    batch = broadcast(held, q[0].shape[:-2])
+    gate, v, o = Gate() if full else call.gate, columns[0].v, columns[0].o
+    assert o is not None
+    batch = o.shape[:-2]
     if k[0].shape[-2] == 0:
         return None if x is None else torch.zeros((*batch, 0), device=v.device)
     options = {
@@ -187,6 +187,7 @@ def run_pass(
                 ]
             if full:  # sum all tokens first
                 alone = [c._replace(o=None, start=None) for c in here]
+                held = broadcast(b.shape[:-2], *(c.v.shape[:-2] for c in here))
                 call.launch(None, b, alone, batch=held, **options)
                 here = [c._replace(start=c.end, end=None) for c in here]
             dot, xi = None, None
