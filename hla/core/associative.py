@@ -8,7 +8,7 @@ from typing import Any
 from . import ahla, hla2, hla3, linear, programs, scans
 from .algebra import Algebra
 from .namespace import Array, device, fold, namespace
-from .passes import Gate, Shape, broadcast
+from .passes import Gate, Shape, broadcast, started
 from .programs import PAPER, final_states, with_ones
 from .request import Request
 from .states import own, rank, split
@@ -162,17 +162,11 @@ def _summaries(
 
 def _started(request: Request, q: Array, state: Any, batch: Shape) -> Any:
     """Incoming state, or zeros, broadcast to the whole batch."""
-    xp, kind = namespace(q), request.state_type
+    fields, kind = {}, request.state_type
     assert kind is not None
-    fields = {}
     for field, shape in request.state_shapes().items():
         full = (*batch, *shape[len(shape) - rank(field) :])
-        x = (
-            xp.zeros((), dtype=q.dtype, device=device(q))
-            if state is None
-            else getattr(state, field)
-        )
-        fields[field] = xp.broadcast_to(x, full)
+        fields[field] = started(None if state is None else getattr(state, field), full, q)
     return kind(**fields)
 
 

@@ -14,7 +14,7 @@ from .adjoint import CORE, Engine
 from .associative import algebra_of
 from .namespace import Array, namespace
 from .passes import CHUNK, Gate
-from .programs import Trace, final_states, with_ones
+from .programs import Trace, final_states, summed, with_ones
 from .request import Inputs, Request
 from .states import Keyed, gradient_fields, joined, split
 
@@ -145,34 +145,21 @@ def backward(
     if trace is None:  # the associative form has the chunked form's gradient
         request = dataclasses.replace(request, form="chunked")
         _, trace = _run(request, inputs, engine)
-    xp, program = namespace(inputs.q), request.program
+    xp = namespace(inputs.q)
     values, gate, initial = accumulated(request, inputs)
     dtype = values["q"].dtype
     dout = _unfinish(request, trace, values, do)
     dfinal = joined(request, _cast_state(xp, dstate, dtype), gradient=True)
-    grads = engine.adjoint(
-        program,
-        trace,
-        gate,
-        initial,
-        dout,
-        dfinal,
-        with_gate=request.gate_given,
-        chunk=_width(request),
-    )
+    options = {"with_gate": request.gate_given, "chunk": _width(request)}
+    grads = engine.adjoint(request.program, trace, gate, initial, dout, dfinal, **options)
     dq, dk, dv = (grads.values[x] for x in "qkv")
     if request.scale != 1.0:
         dq = dq * request.scale
     dv = dv[..., :-1] if request.mass else dv
-    ddecay, dlog_gate = gate_gradients(gate, grads.gate)
-    return Gradients(
-        xp.astype(dq, inputs.q.dtype, copy=False),
-        xp.astype(dk, inputs.k.dtype, copy=False),
-        xp.astype(dv, inputs.v.dtype, copy=False),
-        ddecay,
-        dlog_gate,
-        gradient_fields(request, inputs.state, grads.states),
-    )
+    given = zip((dq, dk, dv), inputs, strict=False)
+    dq, dk, dv = (xp.astype(grad, x.dtype, copy=False) for grad, x in given)
+    dinitial = gradient_fields(request, inputs.state, grads.states)
+    return Gradients(dq, dk, dv, *gate_gradients(gate, grads.gate), dinitial)
 
 
 def gate_gradients(gate: Gate, grad: Array | None) -> tuple[Array | None, Array | None]:
@@ -187,10 +174,7 @@ def gate_gradients(gate: Gate, grad: Array | None) -> tuple[Array | None, Array 
 
 def _unfinish(request: Request, trace: Trace, values: dict[str, Array], do: Array | None) -> Array:
     """Gradient of the program's output from that of o."""
-    out, xp = None, namespace(values["q"])
-    for coefficient, name in request.program.outputs:
-        term = coefficient * trace.values[name]
-        out = term if out is None else out + term
+    xp, out = namespace(values["q"]), summed(request.program, trace.values)
     assert out is not None
     if do is None:
         return xp.zeros_like(out)

@@ -201,7 +201,7 @@ def run(
     begin = _begin(program, values, gate, initial)
     outs, ends = sweep(program.steps, values, gate, begin, chunk=chunk, outputs=needed)
     env.update(outs)
-    return _sum(program, env), Trace(env, ends)
+    return summed(program, env), Trace(env, ends)
 
 
 def run_passes(
@@ -220,7 +220,7 @@ def run_passes(
         options = {"power": s.power, "kind": s.kind, "state": initial.get(s.state), "chunk": chunk}
         env[s.out], state = run_pass(env[s.q], env[s.k], env[s.v], gate, **options)
         states.append(state)
-    return _sum(program, env), Trace(env, tuple(states))
+    return summed(program, env), Trace(env, tuple(states))
 
 
 def run_token(
@@ -234,7 +234,7 @@ def run_token(
     env, states = dict(values), []
     for s, state in zip(program.steps, _begin(program, values, gate, initial), strict=True):
         states.append(token_step(s, env, gate, state))
-    return _sum(program, env), Trace(env, tuple(states))
+    return summed(program, env), Trace(env, tuple(states))
 
 
 def step_states(program: Program, shapes: Mapping[str, Shape], gate: Shape) -> list[Shape]:
@@ -270,7 +270,7 @@ def _begin(
     ]
 
 
-def _sum(program: Program, env: Mapping[str, Array]) -> Array | None:
+def summed(program: Program, env: Mapping[str, Array]) -> Array | None:
     """Return the signed sum of a program's outputs."""
     o = None
     for coefficient, name in program.outputs:

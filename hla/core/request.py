@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from . import namespace as ns
 from .namespace import Array
-from .passes import Shape
+from .passes import Gate, Shape
 from .programs import Program, program, segment_program, state_shapes
 
 
@@ -98,17 +98,13 @@ def describe(inputs: Inputs, *, state_type: type[Any] | None, **options: Any) ->
         The fields of Request that no array shows.
     """
     q, k, v, decay, log_gate, _ = inputs
-    gate, batch = None, ()
-    if decay is not None:
-        gate, batch = "decay", tuple(decay.shape)
-    elif log_gate is not None:
-        gate, batch = "log_gate", tuple(log_gate.shape[:-1])
+    kinds = {"decay": decay, "log_gate": log_gate}
     return Request(
         q_shape=tuple(q.shape),
         k_shape=tuple(k.shape),
         v_shape=tuple(v.shape),
-        gate=gate,
-        gate_batch=batch,
+        gate=next((name for name, x in kinds.items() if x is not None), None),
+        gate_batch=Gate(decay, log_gate).batch,
         state_type=state_type,
         library=ns.library(q) or "",
         device=ns.device_name(q),

@@ -29,7 +29,7 @@ def joined(request: Request, state: Any, *, gradient: bool = False) -> Keyed:
     if state is None:
         return {}
     shapes, out = request.state_shapes(), {}
-    for key in _keys(request):
+    for key in dict.fromkeys(step.state for step in request.program.steps):
         parts = [getattr(state, field) for field in key]
         if any(x is None for x in parts):
             continue
@@ -43,12 +43,14 @@ def joined(request: Request, state: Any, *, gradient: bool = False) -> Keyed:
     return out
 
 
-def split(finals: Mapping[Fields, Array], shapes: Mapping[str, Shape] | None) -> dict[str, Array]:
+def split(
+    finals: Mapping[Fields, Array], shapes: Mapping[str, Shape] | None, *, mass: bool = True
+) -> dict[str, Array]:
     """Undo `joined`: each field, with ``shapes`` as a new array of its own full shape."""
     fields = {}
     for key, x in finals.items():
-        parts = [x] if len(key) == 1 else [x[..., :-1], x[..., -1]]
-        for field, part in zip(key, parts, strict=True):
+        parts = [x[..., :-1], x[..., -1]] if mass and len(key) == 2 else [x]
+        for field, part in zip(key, parts, strict=False):
             fields[field] = part if shapes is None else own(part, shapes[field])
     return fields
 
@@ -65,18 +67,9 @@ def gradient_fields(request: Request, state: Any, grads: Keyed) -> Any:
     """Gradient of the incoming state, each field in the shape it came in."""
     if state is None:
         return None
-    fields = {}
-    for key in _keys(request):
-        x = grads.get(key)
-        for i, field in enumerate(key):
-            given = getattr(state, field)
-            if x is None or (i == 1 and not request.mass):
-                fields[field] = namespace(given).zeros_like(given)
-            else:
-                part = x if len(key) == 1 or not request.mass else (x[..., :-1], x[..., -1])[i]
-                fields[field] = sum_to(part, given.shape)
-    return type(state)(**fields)
-
-
-def _keys(request: Request) -> list[Fields]:
-    return list(dict.fromkeys(step.state for step in request.program.steps))
+    parts = split(grads, None, mass=request.mass)
+    fields = (
+        sum_to(parts[field], x.shape) if field in parts else namespace(x).zeros_like(x)
+        for field, x in state._asdict().items()
+    )
+    return type(state)(*fields)
