@@ -118,9 +118,9 @@ def compiled(kind, width, dtype, arch):
     V2 = width if more == "V" else more
     BV2, two = triton_launch.tile(V2), V2 > 0
     operand = "bf16" if dtype == "bf16" else "tf32x3"
-    shared = options.get("V_IS_K", False) or options.get("BOTH", False)
-    shared &= gated > 0 or options.get("WRITE", False)
-    chosen = triton_launch.config(width, width, V2, operand, gated, shared, arch // 10)
+    mirrored = options.get("V_IS_K", False) or options.get("BOTH", False)
+    weights = gated, options.get("WRITE", False), mirrored
+    chosen = triton_launch.config(width, width, V2, operand, *weights, arch // 10)
     given = {
         "READ": True, "UPDATE": True, "STRICT": False, "REVERSE": False, "GATE": gated, "POWER": 1,
         "WRITE": False, "ADD": False, "START": False, "END": False, "TWO": two, "BOTH": False,

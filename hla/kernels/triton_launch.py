@@ -25,9 +25,9 @@ class Config(NamedTuple):
 
 
 def config(
-    D: int, V: int, V2: int, operand: str, gated: int, shared: bool, major: int = 9
+    D: int, V: int, V2: int, operand: str, gated: int, written: bool, mirrored: bool, major: int = 9
 ) -> Config:
-    """Launch settings by tiles, what is multiplied, gate and architecture.
+    """Launch settings by tiles, what is multiplied, the weights of k v, and architecture.
 
     They fix the order of every sum, so they hang on nothing that varies from call to call. Timed on
     an H100; for other architectures what compiles and spills least, not timed.
@@ -36,11 +36,11 @@ def config(
     also read from registers, for a product of 32 tokens or to be weighed, it then holds one copy
     too few (triton-lang/triton 6691, 7110): the next load lands on what the product still reads. So
     the last product must be one that the next chunk awaits at once: S2 is updated before S, and
-    where k is an operand of both sides and also weighed (``shared``) a chunk has 32 tokens.
+    where k and v are read in each other's place (``mirrored``) and weighed a chunk has 32 tokens.
     tests/test_kernels.py looks for such loads. On Blackwell a scaled accumulator that another
     product reads is not safe with loads ahead either (10993).
     """
-    large = D * V >= 128 * 64
+    large, shared = D * V >= 128 * 64, mirrored and (gated > 0 or written)
     if major != 9:
         return Config(32, 8 if large else 4, 1 if major == 10 else 2)
     if operand != "bf16":
@@ -184,10 +184,10 @@ def causal_pass(
     V2 = 0 if second is None else second.v.shape[-1]
     BD, BV, BV2 = tile(D), tile(V), tile(V2)
     narrow = k.dtype == torch.bfloat16
-    mirrored = both or first.v is k
     precision = "tf32" if tf32 else "tf32x3"
     operand = "bf16" if narrow else precision
-    chosen = config(BD, BV, V2, operand, gated, mirrored, capability(k.device))
+    weighed = gated, write != 1.0, both or v_is_k
+    chosen = config(BD, BV, V2, operand, *weighed, capability(k.device))
     grid = (math.prod(sizes) * value_tiles(V), 1, 1)
     if not grid[0]:
         return
