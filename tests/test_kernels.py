@@ -73,33 +73,33 @@ KINDS_OF_RACES = {
 def overwritten(code):
     """Products of a TTGIR loop that may still read what a load of a later chunk overwrites.
 
-    A product in flight reads one of the n copies of an operand; loads run stages - 1 chunks ahead,
-    so what begins after it, before it is awaited, lands on that copy where n is stages - 1.
+    A product of chunk i reads copy i % n of an operand, and the loads of chunk j, which come after
+    `ahead` others, fill copy (j + ahead) % n: the same one where n <= ahead + j - i.
     """
-    copies, views, ahead, running, found = {}, {}, {}, {}, []
-    body = None
-    for line in code.splitlines():
-        line = line.strip()
-        if made := re.match(r"%(\S+) = ttg.local_alloc : \(\) -> !ttg.memdesc<(\d+)x", line):
+    copies, views, ahead, found = {}, {}, {}, set()
+    before, _, rest = code.partition("scf.for")
+    body = rest.partition("scf.yield")[0]
+    lines = [(None, line) for line in before.splitlines()]
+    lines += [(chunk, line) for chunk in range(2) for line in body.splitlines()]
+    running = {}  # what each product that is not yet awaited reads, by its name and chunk
+    for chunk, line in lines:
+        if made := re.search(r"%(\S+) = ttg.local_alloc : \(\) -> !ttg.memdesc<(\d+)x", line):
             copies[made[1]] = int(made[2])
-        elif view := re.match(r"%(\S+) = ttg.memdesc_(?:index|trans) %([\w-]+)", line):
+        elif view := re.search(r"%(\S+) = ttg.memdesc_(?:index|trans) %([\w-]+)", line):
             views[view[1]] = views.get(view[2], view[2])
-        elif "scf.for" in line and copies:
-            body, running = {}, {}
-        elif line.startswith("scf.yield"):
-            body = None
-        elif load := re.match(r"%\S+ = ttg.async_copy_global_to_local \S+ %([\w-]+)", line):
+        elif load := re.search(r"ttg.async_copy_global_to_local \S+ %([\w-]+)", line):
             into = views[load[1]]
-            if body is None:
+            if chunk is None:
                 ahead[into] = ahead.get(into, 0) + 1
-            elif copies[into] <= ahead[into]:
-                found += [name for name, reads in running.items() if into in reads]
-        elif body is not None:
-            if dot := re.match(r"%(\S+) = ttng.warp_group_dot %([\w-]+), %([\w-]+),", line):
-                running[dot[1]] = {views.get(dot[2]), views.get(dot[3])}
-            elif wait := re.search(r"warp_group_dot_wait .*pendings = (\d+)", line):
-                running = dict(list(running.items())[len(running) - int(wait[1]) :])
-    return found, len(ahead)
+                continue
+            for (name, begun), reads in running.items():
+                if into in reads and copies[into] <= ahead[into] + chunk - begun:
+                    found.add(name)
+        elif dot := re.search(r"%(\S+) = ttng.warp_group_dot %([\w-]+), %([\w-]+),", line):
+            running[dot[1], chunk] = {views.get(dot[2]), views.get(dot[3])}
+        elif wait := re.search(r"warp_group_dot_wait .*pendings = (\d+)", line):
+            running = dict(list(running.items())[len(running) - int(wait[1]) :])
+    return sorted(found), len(ahead)
 
 
 def compiled(kind, width, dtype, arch):
@@ -249,13 +249,18 @@ RACE = """
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "found"),
+    ("copies", "wait", "reads", "found"),
     [
-        ("", "", ["d"]),
-        ("<3x", "<4x", []),  # a copy more
-        ("  %k4", "  %e = ttng.warp_group_dot_wait %d {pendings = 0 : i32} : x\n  %k4", []),
-        ("%w, %k3", "%w, %other", []),
+        (3, None, "%k3", ["d"]),
+        (3, 1, "%k3", ["d"]),  # awaited when the next one has begun
+        (3, 0, "%k3", []),
+        (3, None, "%other", []),
+        (4, None, "%k3", ["d"]),
+        (4, 1, "%k3", []),
     ],
 )
-def test_the_search_for_races_finds_one(old, new, found):
-    assert overwritten(RACE.replace(old, new, 1) if old else RACE) == (found, 1)
+def test_the_search_for_races_finds_one(copies, wait, reads, found):
+    code = RACE.replace("<3x", f"<{copies}x").replace("%w, %k3", f"%w, {reads}")
+    if wait is not None:
+        code = code.replace("  %k4", f"  ttng.warp_group_dot_wait %d {{pendings = {wait}}}\n  %k4")
+    assert overwritten(code) == (found, 1)
