@@ -110,7 +110,7 @@ def prepare(
     q, k, v = (ns.autocast(x) for x in (q, k, v))
     options = (operator, mask, convention, form, scale, eps, ridge, normalize, return_state)
     key = _key((q, k, v), (*options, axis, chunk_size, gradient))
-    known = _known.get(key) if key else None
+    known = _known.get(key)
     if known is None:
         _options(*options)
         labels = ("q", "k", "v") if axis is not None else ("q_t", "k_t", "v_t")
@@ -136,11 +136,10 @@ def prepare(
     inputs = Inputs(q, k, v, decay, log_gate, None)
     kind = default if initial_state is None else _state_type(initial_state, default, float(ridge))
     given_gate = layout.decay_shape is not None or layout.gate_shape is not None
-    whole = None
-    if key:
-        gates = (*(None if x is None else x.shape for x in (decay, log_gate)), given_gate)
-        whole = None if ns.transformed(q) else (key, gates, kind, ns.tf32_allowed(q))
-    request = _requests.get(whole) if whole else None
+    gates = (*(None if x is None else x.shape for x in (decay, log_gate)), given_gate)
+    tf32 = ns.tf32_allowed(q)
+    whole = None if key is None or ns.transformed(q) else (key, gates, kind, tf32)
+    request = _requests.get(whole)
     if request is None:
         request = describe(
             inputs,
@@ -157,7 +156,7 @@ def prepare(
             chunk_size=chunk_size,
             gate_given=given_gate,
             state_type=kind,
-            tf32=ns.tf32_allowed(q),
+            tf32=tf32,
         )
         _remember(_requests, whole, request)
     return request, inputs._replace(state=_state(request, q, initial_state)), layout
@@ -189,7 +188,7 @@ def _key(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
 
 
 def _remember(table: dict[Any, Any], key: Any, value: Any) -> Any:
-    if key:
+    if key is not None:
         if len(table) >= MOST:
             table.clear()
         table[key] = value

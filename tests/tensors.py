@@ -1,6 +1,7 @@
 """Calls of a kernel backend on tensors of its device, against the core in float64."""
 
 import functools
+import math
 import os
 
 import numpy as np
@@ -168,6 +169,19 @@ def everything(arrays, do, **options):
     """Output, last state and gradients of a call by Triton."""
     (o, state), pullback = hla.vjp(**arrays, backend="triton", return_state=True, **options)
     return o, state, *pullback(do, state)[:5]
+
+
+def poison_empty(monkeypatch):
+    """Have what torch allocates hold NaN, so that what was never written shows in a result."""
+    for name in ("empty", "empty_strided"):
+        allocate = getattr(torch, name)
+
+        @functools.wraps(allocate)
+        def poisoned(*args, allocate=allocate, **kwargs):
+            x = allocate(*args, **kwargs)
+            return x.fill_(math.nan) if x.is_floating_point() else x
+
+        monkeypatch.setattr(torch, name, poisoned)
 
 
 INTEGERS = [(64, 130, 0.03), (32, 67, 0.06)]  # D, T, density

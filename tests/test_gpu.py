@@ -21,6 +21,7 @@ from tensors import (
     everything,
     inputs_of,
     integers,
+    poison_empty,
     run,
     tensor,
 )
@@ -215,14 +216,7 @@ def test_triton_reads_and_writes_nothing_outside(operator, dtype, monkeypatch):
     arrays = as_tensors(inputs_of(131, "resets", dtype, D=60, V=33), dtype)
     do = tensor(np.random.default_rng(0).standard_normal((H, 131, 33)), dtype)
     want = everything(arrays, do, operator=operator)
-    for name in ("empty", "empty_strided"):
-        allocate = getattr(torch, name)
-
-        def poisoned(*args, allocate=allocate, **kwargs):
-            x = allocate(*args, **kwargs)
-            return x.fill_(math.nan) if x.is_floating_point() else x
-
-        monkeypatch.setattr(torch, name, poisoned)
+    poison_empty(monkeypatch)
     bits(everything({n: surrounded(x) for n, x in arrays.items()}, surrounded(do),
                     operator=operator), want)  # fmt: skip
 

@@ -57,17 +57,12 @@ SHAPES = {
 }
 WEIGHTS = {"none": (0, {}), "write": (0, {"WRITE": True, "START": True}), "decay": (1, {}),
            "log gate": (2, {})}  # fmt: skip
-RACES = [
-    (f"{shape}; {weights}", width, "bf16", 90)
-    for shape in SHAPES
-    for weights in WEIGHTS
-    for width in (64, 128)
-]
 KINDS_OF_RACES = {
     f"{shape}; {weights}": (more, gated, one | other)
     for shape, (more, one) in SHAPES.items()
     for weights, (gated, other) in WEIGHTS.items()
 }
+RACES = [(kind, width, "bf16", 90) for kind in KINDS_OF_RACES for width in (64, 128)]
 
 
 def overwritten(code):

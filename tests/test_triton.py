@@ -4,7 +4,6 @@ Truth is the core in float64 on the same rounded inputs. Without a GPU the kerne
 interpreter on the host, with one on it.
 """
 
-import functools
 import math
 
 import numpy as np
@@ -25,6 +24,7 @@ from tensors import (
     inputs_of,
     integers,
     measured,
+    poison_empty,
     rounded,
     run,
     tensor,
@@ -41,16 +41,7 @@ STREAMING = ("causal", "prefix")
 
 @pytest.fixture(autouse=True)
 def poison_torch(monkeypatch):
-    """What torch allocates holds NaN, so that nothing that was never written reaches a result."""
-    for name in ("empty", "empty_strided"):
-        allocate = getattr(torch, name)
-
-        @functools.wraps(allocate)
-        def poisoned(*args, allocate=allocate, **kwargs):
-            x = allocate(*args, **kwargs)
-            return x.fill_(math.nan) if x.is_floating_point() else x
-
-        monkeypatch.setattr(torch, name, poisoned)
+    poison_empty(monkeypatch)
 
 
 CALLS = gated(GATES, **TRITON)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,10 +25,6 @@ from ..core.states import rank
 from ..errors import Unsupported
 
 GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? log_gate, Tensor[] state"
-OPTIONS = (
-    "str backend, str operator, str mask, str convention, bool normalize, float eps, float scale, "
-    "float ridge, bool return_state, str state_type, bool gate_given, bool tf32"
-)
 
 
 class Options(NamedTuple):
@@ -51,6 +47,10 @@ class Options(NamedTuple):
     def kind(self) -> Any:
         """Type of the state."""
         return getattr(states, self.state_type) if self.state_type else None
+
+
+SHARED = [name for name in Options._fields if name not in ("backend", "state_type")]
+OPTIONS = ", ".join(f"{kind.__name__} {name}" for name, kind in get_type_hints(Options).items())
 
 
 class Rule(NamedTuple):
@@ -120,15 +120,16 @@ class Eager(torch.autograd.Function):
     def forward(ctx: Any, request: Request, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
         """Run the backend."""
         ctx.request = request
-        output = tuple(_forward(request, options, tensors[:5], tensors[5:]))
-        _setup(ctx, (*tensors[:5], tensors[5:], *options, True), output)
+        args = (*tensors[:5], tensors[5:], *options, True)
+        output = tuple(_scan(*args, request=request))
+        _setup(ctx, args, output)
         return output[: 1 + len(ctx.ends)]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Pull back, by the operator where a second derivative may follow."""
-        directly = None if torch.is_grad_enabled() else functools.partial(_backward, ctx.request)
-        *found, state = _pull(ctx, grads, directly)[:6]
+        directly = functools.partial(_scan_backward, request=ctx.request)
+        *found, state = _pull(ctx, grads, None if torch.is_grad_enabled() else directly)[:6]
         return (None, None, *found, *state)
 
 
@@ -136,9 +137,6 @@ class Eager(torch.autograd.Function):
 def _keeping(request: Request) -> Request:
     """Return the request of a call whose gradient may follow."""
     return dataclasses.replace(request, gradient=True)
-
-
-SHARED = [name for name in Options._fields if name not in ("backend", "state_type")]
 
 
 def step(backend: str, request: Request, inputs: Inputs, donate: bool) -> tuple[Tensor, Any]:
@@ -152,37 +150,26 @@ def _inputs(options: Options, arrays: Sequence[Any], state: Sequence[Any]) -> In
     return Inputs(q, k, v, decay, log_gate, options.kind(*state) if state else None)
 
 
-def _described(given: Sequence[Any], options: Options, keep: bool) -> tuple[Request, Inputs]:
-    *arrays, state = given
-    inputs = _inputs(options, arrays, state)
+def _described(inputs: Inputs, options: Options, keep: bool) -> Request:
     shared = {name: getattr(options, name) for name in SHARED}
-    return describe(inputs, state_type=options.kind, gradient=keep, **shared), inputs
+    return describe(inputs, state_type=options.kind, gradient=keep, **shared)
 
 
-def _scan(*args: Any) -> list[Tensor]:
+def _scan(*args: Any, request: Request | None = None) -> list[Tensor]:
     """Return o, the state where asked, and with ``keep`` what `scan_backward` needs."""
+    *arrays, state = args[:6]
     options = Options(*args[6:-1])
-    request, _ = _described(args[:6], options, args[-1])
-    return _forward(request, options, args[:5], args[5])
-
-
-def _forward(
-    request: Request, options: Options, arrays: Sequence[Any], state: Sequence[Any]
-) -> list[Tensor]:
     inputs = _inputs(options, arrays, state)
+    request = request or _described(inputs, options, args[-1])
     o, end, saved = dispatch.load(options.backend).forward(request, inputs)
     return [o, *(end if request.return_state else ()), *saved]
 
 
-def _scan_backward(*args: Any) -> list[Tensor]:
+def _scan_backward(*args: Any, request: Request | None = None) -> list[Tensor]:
     """Return gradients of q, k, v, of the gate where given as an array, and of the state."""
-    request, _ = _described(args[:6], Options(*args[9:]), True)
-    return _backward(request, *args)
-
-
-def _backward(request: Request, *args: Any) -> list[Tensor]:
     arrays, (state, saved, do, dstate), options = args[:5], args[5:9], Options(*args[9:])
     inputs = _inputs(options, arrays, state)
+    request = request or _described(inputs, options, True)
     dstate = options.kind(*dstate) if dstate else None
     grads = dispatch.load(options.backend).backward(request, inputs, tuple(saved), do, dstate)
     gate = [x for x in (grads.ddecay, grads.dlog_gate) if x is not None]
@@ -244,7 +231,8 @@ def _pull_twice(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         q, k, v, decay, log_gate, state = _by_argument(inputs, given, options)
         if not options.gate_given:
             decay, log_gate = given[3:]
-        request, whole = _described((q, k, v, decay, log_gate, state), options, False)
+        whole = _inputs(options, (q, k, v, decay, log_gate), state)
+        request = _described(whole, options, False)
         o, end, _ = dispatch.load("array_api").forward(request, whole)
         return (o, *(end if options.return_state else ()))
 

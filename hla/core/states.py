@@ -20,8 +20,10 @@ def rank(field: str) -> int:
     return 1 if field[0].islower() else 2
 
 
-def joined(request: Request, state: Any, *, gradient: bool = False) -> Keyed:
-    """Matrix and mass of each pass side by side, of the full shape, by the fields' names.
+def columns(
+    request: Request, state: Any, *, gradient: bool = False
+) -> dict[Fields, tuple[Array, ...]]:
+    """Matrix and, where asked, mass (as a column) of each pass, of the full shape, by their names.
 
     A mass is the same for all values it is broadcast over, so its ``gradient`` is shared out
     evenly among them. Fields that are None are left out.
@@ -33,14 +35,22 @@ def joined(request: Request, state: Any, *, gradient: bool = False) -> Keyed:
         parts = [getattr(state, field) for field in key]
         if any(x is None for x in parts):
             continue
-        xp, full = namespace(parts[0]), shapes[key[0]]
-        columns = [expand(parts[0], full)]
+        full = shapes[key[0]]
+        found = [expand(parts[0], full)]
         if len(parts) == 2 and request.mass:
             copies = math.prod(full[:-1]) // max(1, math.prod(shapes[key[1]]))
             mass = parts[1] / copies if gradient and copies > 1 else parts[1]
-            columns.append(expand(mass, full[:-1])[..., None])
-        out[key] = columns[0] if len(columns) == 1 else xp.concat(columns, axis=-1)
+            found.append(expand(mass, full[:-1])[..., None])
+        out[key] = tuple(found)
     return out
+
+
+def joined(request: Request, state: Any, *, gradient: bool = False) -> Keyed:
+    """Give the `columns` of each pass side by side."""
+    return {
+        key: x[0] if len(x) == 1 else namespace(x[0]).concat(x, axis=-1)
+        for key, x in columns(request, state, gradient=gradient).items()
+    }
 
 
 def split(

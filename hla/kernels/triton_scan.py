@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from ..core.forms import Gradients, gate_gradients
-from ..core.namespace import expand
-from ..core.passes import Fields, Gate
-from ..core.programs import Program
+from ..core.passes import Gate
+from ..core.programs import Program, summed
 from ..core.request import Inputs, Request
-from ..core.states import gradient_fields, joined, own
+from ..core.states import columns, gradient_fields, joined, own
 from . import triton_program
 from .triton_launch import causal_pass
 from .triton_program import Call, Value, skip
@@ -46,7 +45,7 @@ def forward(request: Request, inputs: Inputs) -> tuple[Any, Any, tuple[Any, ...]
     program, dtype = request.program, inputs.v.dtype
     plain = len(program.outputs) == 1 and not request.normalize
     values, states = triton_program.run(
-        call, program, values, _starts(request, inputs.state),
+        call, program, values, columns(request, inputs.state),
         keep_states=request.return_state, last=dtype if plain else torch.float32,
     )  # fmt: skip
     out = _sum(program, values)
@@ -66,19 +65,6 @@ def forward(request: Request, inputs: Inputs) -> tuple[Any, Any, tuple[Any, ...]
     return o.to(dtype), state, saved
 
 
-def _starts(request: Request, state: Any) -> dict[Fields, Value]:
-    """Matrix and, where masses are asked, mass of each incoming state, as columns of it."""
-    if state is None:
-        return {}
-    shapes, found = request.state_shapes(), {}
-    for s in request.program.steps:
-        names = s.state if request.mass else s.state[:1]
-        matrix, *mass = (getattr(state, name) for name in names)
-        full = shapes[names[0]]
-        found[s.state] = (expand(matrix, full), *(expand(x, full[:-1])[..., None] for x in mass))
-    return found
-
-
 def _fields(request: Request, states: list[Value]) -> dict[str, torch.Tensor]:
     """Each field of the final state, in its own shape."""
     shapes, fields = request.state_shapes(), {}
@@ -91,23 +77,21 @@ def _fields(request: Request, states: list[Value]) -> dict[str, torch.Tensor]:
 
 def _sum(program: Program, values: Mapping[str, Value]) -> Value:
     """Return the signed sum of a program's outputs, part by part."""
-    (c, name), *rest = program.outputs
-    total = values[name] if c == 1 else tuple(c * x for x in values[name])
-    for c, name in rest:
-        total = tuple(x + c * y for x, y in zip(total, values[name], strict=True))
-    return total
+    names = [name for _, name in program.outputs]
+    each = zip(*(values[name] for name in names), strict=True)
+    return tuple(summed(program, dict(zip(names, parts, strict=True))) for parts in each)
 
 
 def backward(request: Request, inputs: Inputs, saved: Any, do: Any, dstate: Any) -> Gradients:
     """Return the gradients of `forward`."""
     call, values = _call(request, inputs)
     program, left = request.program, list(saved)
-    columns = {name: len(x) for name, x in values.items()}
+    count = {name: len(x) for name, x in values.items()}
     for s in program.steps:
-        columns[s.out] = columns[s.v]
+        count[s.out] = count[s.v]
     for name in _kept(request):
-        values[name] = tuple(left.pop(0) for _ in range(columns[name]))
-    states = [tuple(left.pop(0) for _ in range(columns[s.v]) if left) for s in program.steps]
+        values[name] = tuple(left.pop(0) for _ in range(count[name]))
+    states = [tuple(left.pop(0) for _ in range(count[s.v]) if left) for s in program.steps]
     if do is None:
         batch = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs[:3]))
         do = inputs.v.new_zeros(()).expand(*batch, inputs.v.shape[-1])
