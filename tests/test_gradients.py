@@ -171,6 +171,30 @@ def test_broadcast_inputs_get_gradients_of_their_own_shape(row: Row):
     check_vjp({"q": q[:1, :1], "k": k[:1], "v": v, "decay": np.array(0.8)}, options)
 
 
+@pytest.mark.parametrize("row", rows(masks=STREAMING, forms=("chunked",)))
+def test_states_of_what_heads_share_are_shared(row: Row):
+    """Values with heads, queries and keys without: as with copies, and one of what is equal."""
+    inputs = {"q": draw(T)[0], "k": draw(T, seed=1)[1], "v": draw(3, T, seed=2)[2]}
+    copies = {n: np.broadcast_to(x, (3, *x.shape[-2:])).copy() for n, x in inputs.items()}
+    do, rng = draw(3, T, seed=4)[2], np.random.default_rng(5)
+    options = row.options | {"decay": 0.8, "return_state": True}
+    (o, state), pullback = hla.vjp(**inputs, **options)
+    (want, full), pull = hla.vjp(**copies, **options)
+    close(o, want)
+    dstate, dfull = {}, {}
+    for name, x in state._asdict().items():
+        y = getattr(full, name)
+        matrix = not name[0].islower()
+        carries_v = matrix and x.shape[-1] == inputs["v"].shape[-1]
+        assert x.shape == (y.shape if carries_v else y.shape[1:])
+        close(np.broadcast_to(x, y.shape), y)
+        dstate[name] = rng.standard_normal(x.shape)
+        dfull[name] = np.broadcast_to(dstate[name] / (1 if carries_v else 3), y.shape).copy()
+    found = pullback(do, type(state)(**dstate))
+    for x, y in zip(found[:3], pull(do, type(full)(**dfull))[:3], strict=True):
+        close(x, y if x.ndim == 3 else y.sum(0))
+
+
 def test_gradients_go_to_arrays_only():
     q, k, v = draw(H, T)
     do = draw(H, T, seed=4)[2]
