@@ -112,7 +112,7 @@ def compiled(kind, width, dtype, arch):
     more, gated, options = (KINDS | KINDS_OF_RACES)[kind]
     V2 = width if more == "V" else more
     BV2, two = triton_launch.tile(V2), V2 > 0
-    operand = "bf16" if dtype == "bf16" else "tf32x3"
+    operand = "bf16" if dtype == "bf16" else "float32"
     mirrored = options.get("V_IS_K", False) or options.get("BOTH", False)
     weights = gated, options.get("WRITE", False), mirrored
     chosen = triton_launch.config(width, width, V2, operand, *weights, arch // 10)
@@ -121,7 +121,7 @@ def compiled(kind, width, dtype, arch):
         "WRITE": False, "ADD": False, "START": False, "END": False, "TWO": two, "BOTH": False,
         "DOT": False,
         "V_IS_K": False, "BD": width, "BV": width, "BV2": BV2, "W": chosen.W, "WHOLE_D": True,
-        "WHOLE_V": True, "WHOLE_V2": V2 == BV2, "PRECISION": "tf32x3",
+        "WHOLE_V": True, "WHOLE_V2": V2 == BV2, "PRECISION": "bf16x6",
         "OPERAND": tl.bfloat16 if dtype == "bf16" else tl.float32,
     } | options  # fmt: skip
     present = {  # of the operands that may be missing

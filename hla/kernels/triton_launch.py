@@ -43,9 +43,11 @@ def config(
     large, shared = D * V >= 128 * 64, mirrored and (gated > 0 or written)
     if major != 9:
         return Config(32, 8 if large else 4, 1 if major == 10 else 2)
-    if operand != "bf16":
-        split = operand == "tf32x3" and D * V <= 32 * 64  # fits the registers, and errs less
-        return Config(32 if split else 64, 8 if large else 4, 2)
+    if operand == "float32":  # in three parts a product fills the registers
+        small = Config(32, 4, 2) if D * V <= 32 * 64 else Config(64, 4, 1)
+        return Config(64, 8, 2) if large else small
+    if operand == "tf32":
+        return Config(64, 8 if large else 4, 2)
     if large:
         return Config(32, 8, 4) if gated or V2 or shared else Config(64, 8, 3)
     return Config(32, 4, 4) if gated == 2 or V2 or shared else Config(64, 4, 3)
@@ -184,8 +186,10 @@ def causal_pass(
     V2 = 0 if second is None else second.v.shape[-1]
     BD, BV, BV2 = tile(D), tile(V), tile(V2)
     narrow = k.dtype == torch.bfloat16
-    precision = "tf32" if tf32 else "tf32x3"
-    operand = "bf16" if narrow else precision
+    operand = "bf16" if narrow else "tf32" if tf32 else "float32"
+    # The matrix unit drops the last bits of a sum after every 32 bytes of operands: products of
+    # three bfloat16 parts take half as many such steps as those of two TF32 parts, and err half.
+    exact = "bf16x6" if k.device.type == "cuda" else "ieee"  # which the interpreter has not
     weighed = gated, write != 1.0, both or v_is_k
     chosen = config(BD, BV, V2, operand, *weighed, capability(k.device))
     grid = (math.prod(sizes) * value_tiles(V), 1, 1)
@@ -199,7 +203,7 @@ def causal_pass(
         "BD": BD, "BV": BV, "BV2": BV2, "W": chosen.W,
         "WHOLE_D": D == BD, "WHOLE_V": V % BV == 0, "WHOLE_V2": V2 == BV2,
         "OPERAND": tl.bfloat16 if narrow else tl.float32,
-        "PRECISION": precision,
+        "PRECISION": "tf32" if tf32 else exact,
     }  # fmt: skip
     rest = (T, D, V, V2, *(1, 1, *sizes)[-2:], *strides)
     with torch.cuda.device_of(k):
