@@ -9,6 +9,7 @@ import pytest
 from conftest import GATE, ROUNDING, budget, close, draw, errors, to_numpy
 
 import hla
+from hla.core.programs import program
 
 torch = pytest.importorskip("torch")
 ENTRY = next(entry for entry in hla.available() if entry.name == "triton")
@@ -102,6 +103,13 @@ def terms(inputs, options, given):
     return float((abs(each_token).sum(-1) / decay).max())
 
 
+def powers(options):
+    """At which power the gate enters each pass of an operator."""
+    names = (options.get(n, x) for n, x in (("mask", "causal"), ("convention", "exact")))
+    steps = program(options["operator"], *names, options.get("ridge", 0.0), None).steps
+    return [step.power for step in steps]
+
+
 def check(inputs, options, dtype="float32"):
     """Output, state and every gradient of a call within the budget of its dtype.
 
@@ -129,8 +137,10 @@ def check(inputs, options, dtype="float32"):
         assert x.dtype == (mine[like].dtype if like else torch.float32)
         x = to_numpy(x.detach().cpu().double())
         if name in ("ddecay", "dlog_gate") and dtype in ROUNDING:
-            # such a gradient sums do.o - v.dv, of which most cancels: their rounding is what stays
+            # such a gradient sums power * (do.o - v.dv) over the passes; most of it cancels, and
+            # the rounding of each stays
             size_of = np.sqrt(((given[0] * want["o"]).sum(-1) ** 2).sum(-1, keepdims=True))
+            size_of *= math.hypot(*powers(options))
             x, y = (z.reshape(len(z), -1) for z in (x, y))
             missed = (x - y) / size_of / (1 if name == "dlog_gate" else inputs["q"].shape[-2])
             most = budget(dtype, gradient=True, **size)[1]
