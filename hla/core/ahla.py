@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .algebra import Algebra, Cross, Join, dot, inner, outer
+from .algebra import Algebra, Cross, Join, inner, outer
 from .namespace import Array
 
 
@@ -67,21 +67,8 @@ def lift_prefix(q: Array, k: Array, v: Array, rho: Array) -> AHLAPrefixSegment:
     return AHLAPrefixSegment(outer(k, q), outer(k, v), k, rho)
 
 
-def read(state: AHLAState, q: Array) -> tuple[Array, Array]:
-    """Return q'E and q'n (the paper's Theorem 6.1)."""
-    return dot(state.E.mT, q), inner(q, state.n)
-
-
-def read_prefix(state: AHLAPrefixState, q: Array) -> tuple[Array, Array]:
-    """Return q'R P and q'R m."""
-    z = dot(state.R.mT, q)
-    return dot(state.P.mT, z), inner(z, state.m)
-
-
-MASKED = Join(
-    {"R": 0, "P": 1, "m": 1, "E": 1, "n": 1},
-    (Cross("E", 1, ("B.R", "A.P")), Cross("n", 1, ("B.R", "A.m"))),
-)
-CAUSAL = Algebra(AHLASegment, AHLAState, lift, read, MASKED, MASKED)
-JOIN = Join({"R": 1, "P": 1, "m": 1})
-PREFIX = Algebra(AHLAPrefixSegment, AHLAPrefixState, lift_prefix, read_prefix, JOIN, JOIN)
+MASKED = Join({"R": 0, "P": 1, "E": 1}, (Cross("E", 1, ("B.R", "A.P")),))
+CAUSAL = Algebra(AHLASegment, AHLAState, lift, ((1, ("E",)),), MASKED, MASKED)
+JOIN = Join({"R": 1, "P": 1})
+READS = ((1, ("R", "P")),)
+PREFIX = Algebra(AHLAPrefixSegment, AHLAPrefixState, lift_prefix, READS, JOIN, JOIN)

@@ -1,17 +1,21 @@
 """Join adjacent stretches of a sequence: the paper's associative operator, for any operator's data.
 
-An operator gives its join as data: the power of r = rho(right) that scales each earlier field, and
-the products that cross the border. ``join`` evaluates it and ``join_adjoint`` is its transpose.
+An operator gives its join as data: the power of r = rho(right) that scales each earlier matrix, and
+the products that cross the border; and what is read as products after q'. Masses (m, eta, ...) are
+not named: each is one more column of its matrix, and what holds of the matrix holds of it.
+``join`` evaluates the data and ``join_adjoint`` is its transpose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .namespace import Array, namespace
 
 Fields = Mapping[str, Array]
+Parts = dict[str, list[Array]]  # each matrix and, where there is one, its mass as a column
+MASS = {"P": "m", "C": "m", "E": "n", "F": "eta", "G": "h", "X": "x"}
 
 
 class Cross(NamedTuple):
@@ -43,7 +47,7 @@ class Algebra(NamedTuple):
     segment: type[Any]
     state: type[Any]
     lift: Callable[..., Any]  # (q, k, v, rho) of one token -> segment
-    read: Callable[..., tuple[Array, Array]]  # (state, q) -> numerator, denominator
+    reads: tuple[tuple[int, tuple[str, ...]], ...]  # signed products of a state's matrices after q'
     segments: Join
     states: Join  # a state continued by the fields `view` gives of a segment
     view: Callable[[Any], dict[str, Array]] = fields_of
@@ -63,6 +67,18 @@ class Algebra(NamedTuple):
     def extend(self, state: Any, right: Any) -> Any:
         """Continue a state by a segment; the state keeps its type."""
         return type(state)(**join(self.states, fields_of(state), self.view(right), right.rho))
+
+    def read(self, state: Any, q: Array, ridge: float = 0.0) -> tuple[Array, Array]:
+        """Return numerator and denominator; a ridge adds ridge (q'C, q'm)."""
+        parts = _parts(fields_of(state))
+        num: Array = 0.0
+        den: Array = 0.0
+        for sign, names in (*self.reads, *(((ridge, ("C",)),) if ridge else ())):
+            row, last = q[..., None, :], parts[names[-1]]
+            for name in names[:-1]:
+                row = row @ parts[name][0]
+            num, den = num + sign * (row @ last[0]), den + sign * (row @ last[1])
+        return num[..., 0, :], den[..., 0, 0]
 
     def combine_adjoint(self, left: Any, right: Any, grad: Any) -> tuple[Any, Any]:
         """Return the gradients of (left, right) from that of ``combine(left, right)``."""
@@ -90,44 +106,51 @@ def inner(a: Array, b: Array) -> Array:
     return namespace(a).sum(a * b, axis=-1)
 
 
-def _scaled(r: Array, power: int, x: Array, vector: bool) -> Array:
+def _parts(fields: Fields) -> Parts:
+    found = {}
+    for name, x in fields.items():
+        if name in MASS:
+            found[name] = [x, fields[MASS[name]][..., None]]
+        elif name[0].isupper():
+            found[name] = [x]
+    return found
+
+
+def _fields(parts: Parts) -> dict[str, Array]:
+    masses = {MASS[name]: x[1][..., 0] for name, x in parts.items() if name in MASS}
+    return {name: x[0] for name, x in parts.items()} | masses
+
+
+def _scaled(r: Array, power: int, x: Array) -> Array:
     """``r**power * x`` with r's batch shape."""
-    if power == 0:
-        return x
-    return (r**power)[(..., None) if vector else (..., None, None)] * x
+    return (r**power)[..., None, None] * x if power else x
 
 
-def _product(factors: list[Array], vector: bool) -> Array:
-    """Matrix product, from the right; the last factor is a vector where ``vector``."""
+def _product(factors: Sequence[Array]) -> Array:
+    """Matrix product, from the right: the last factor may be a column."""
     *matrices, out = factors
-    out = out[..., None] if vector else out
     for matrix in reversed(matrices):
         out = matrix @ out
-    return out[..., 0] if vector else out
+    return out
 
 
-def _is_vector(field: str) -> bool:
-    """Masses are the lower-case fields (m, h, n, x, eta); matrices the upper-case ones."""
-    return field[0].islower()
-
-
-def _factor(name: str, left: Fields, right: Fields) -> Array:
-    side, field = name.split(".")
-    return (left if side == "A" else right)[field]
+def _factors(names: tuple[str, ...], left: Parts, right: Parts, part: int) -> list[Array]:
+    """Matrices by their names, of the last one the given part."""
+    found = [(left if name[0] == "A" else right)[name[2:]] for name in names]
+    return [*(x[0] for x in found[:-1]), found[-1][part]]
 
 
 def join(rule: Join, left: Fields, right: Fields, r: Array) -> dict[str, Array]:
     """Join two stretches field by field; only the fields that ``left`` has."""
-    out = {}
+    a, b, out = _parts(left), _parts(right), {}
     for field, power in rule.powers.items():
-        if field in left:
-            out[field] = _scaled(r, power, left[field], _is_vector(field)) + right[field]
+        if field in a:
+            pairs = zip(a[field], b[field], strict=True)
+            out[field] = [_scaled(r, power, x) + y for x, y in pairs]
     for field, power, names in rule.cross:
-        if field in out:
-            vector = _is_vector(field)
-            product = _product([_factor(name, left, right) for name in names], vector)
-            out[field] = out[field] + _scaled(r, power, product, vector)
-    return out
+        for i, x in enumerate(out.get(field, ())):
+            out[field][i] = x + _scaled(r, power, _product(_factors(names, a, b, i)))
+    return _fields(out)
 
 
 def join_adjoint(
@@ -137,42 +160,26 @@ def join_adjoint(
 
     The fields and r share one batch shape: no sum over a broadcast is taken.
     """
-    xp = namespace(r)
-    dleft: dict[str, Array] = {}
-    dright: dict[str, Array] = {}
-    dr = xp.zeros_like(r)
+    a, b, given = _parts(left), _parts(right), _parts(grad)
+    da: Parts = {}
+    db = {field: list(d) for field, d in given.items()}
+    dr = namespace(r).zeros_like(r)
 
-    def through_r(d: Array, power: int, factor: Array, vector: bool) -> Array:
-        if power == 0:
-            return xp.zeros_like(r)
-        product = inner(d, factor)
-        return power * r ** (power - 1) * (product if vector else xp.sum(product, axis=-1))
+    def through_r(power: int, d: Array, x: Array) -> Array:
+        return power * r ** max(power - 1, 0) * namespace(r).sum(d * x, axis=(-2, -1))
 
     for field, power in rule.powers.items():
-        d, vector = grad[field], _is_vector(field)
-        dleft[field], dright[field] = _scaled(r, power, d, vector), d
-        dr = dr + through_r(d, power, left[field], vector)
+        da[field] = [_scaled(r, power, d) for d in given[field]]
+        for d, x in zip(given[field], a[field], strict=True):
+            dr = dr + through_r(power, d, x)
     for field, power, names in rule.cross:
-        d, vector = grad[field], _is_vector(field)
-        factors = [_factor(name, left, right) for name in names]
-        dr = dr + through_r(d, power, _product(factors, vector), vector)
-        back = _scaled(r, power, d, vector)
-        for i, name in enumerate(names):  # back = (product of the factors before)' d
-            rest = factors[i + 1 :]
-            if not rest:
-                g = back
-            elif vector:
-                g = outer(back, _product(rest, vector))
-            else:
-                g = back @ _product(rest, vector).mT
-            side, key = name.split(".")
-            target = dleft if side == "A" else dright
-            target[key] = target[key] + g
-            back = (
-                dot(factors[i].mT, back)
-                if vector and rest
-                else factors[i].mT @ back
-                if rest
-                else back
-            )
-    return dleft, dright, dr
+        for i, d in enumerate(given[field]):
+            factors = _factors(names, a, b, i)
+            dr = dr + through_r(power, d, _product(factors))
+            back = _scaled(r, power, d)  # (the factors before)' d
+            for j, name in enumerate(names):
+                rest = factors[j + 1 :]
+                part, target = (0 if rest else i), (da if name[0] == "A" else db)[name[2:]]
+                target[part] = target[part] + (back @ _product(rest).mT if rest else back)
+                back = factors[j].mT @ back
+    return _fields(da), _fields(db), dr

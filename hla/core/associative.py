@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from . import ahla, hla2, hla3, linear, programs, scans
@@ -106,14 +105,13 @@ def scan(
     before = scans.blelloch(algebra.combine, summary, algebra.identity(scans.element(summary, 0)))
     carries = algebra.extend(start, before)
     final = algebra.extend(scans.element(carries, -1), scans.element(summary, -1))
-    read = functools.partial(algebra.read, ridge=request.ridge) if request.ridge else algebra.read
 
     def body(carry: None, xs: tuple[Array, ...]) -> tuple[None, tuple[Array]]:
         q, k, v, rho = (xp.moveaxis(x, -2, 0) for x in xs[:4])  # [w, *batch, features]
         token = algebra.lift(q, k, v, rho[..., 0])
         prefix = scans.blelloch(algebra.combine, token, algebra.identity(scans.element(token, 0)))
         states = algebra.extend(algebra.extend(type(carries)(*xs[4:]), prefix), token)
-        num, den = read(states, q)
+        num, den = algebra.read(states, q, request.ridge)
         return carry, (xp.moveaxis(xp.concat([num, den[..., None]], axis=-1), 0, -2),)
 
     xs = (*tokens, rhos, *carries)

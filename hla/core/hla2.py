@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .algebra import Algebra, Cross, Join, dot, inner, outer
+from .algebra import Algebra, Cross, Join, dot, outer
 from .namespace import Array, namespace
 from .packing import PackedState, pack
 
@@ -104,27 +104,6 @@ def lift_prefix(q: Array, k: Array, v: Array, rho: Array) -> HLA2PrefixSegment:
     return HLA2PrefixSegment(outer(k, k), outer(q, v), q, rho)
 
 
-def read(state: HLA2State | HLA2RidgeState, q: Array, ridge: float = 0.0) -> tuple[Array, Array]:
-    """Return q'F and q'eta, with a ridge plus ridge (q'C, q'm)."""
-    num, den = dot(state.F.mT, q), inner(q, state.eta)
-    if ridge and isinstance(state, HLA2RidgeState):
-        num, den = num + ridge * dot(state.C.mT, q), den + ridge * inner(q, state.m)
-    return num, den
-
-
-def read_prefix(state: HLA2PrefixState, q: Array, ridge: float = 0.0) -> tuple[Array, Array]:
-    """Return q'(S + ridge I) C and q'(S + ridge I) m (the paper's Eq. 3.1)."""
-    y = dot(state.S, q) + ridge * q
-    return dot(state.C.mT, y), inner(y, state.m)
-
-
-def read_paper(state: HLA2PaperState, q: Array, ridge: float = 0.0) -> tuple[Array, Array]:
-    """Return q'((S + ridge I) C - G) and its denominator (the paper's Algorithm 1)."""
-    y = dot(state.S, q) + ridge * q
-    num = dot(state.C.mT, y) - dot(state.G.mT, q)
-    return num, inner(y, state.m) - inner(q, state.h)
-
-
 def view(segment: HLA2Segment) -> dict[str, Array]:
     """Return the segment with F = S C - G and eta = S m - h, by which a state is continued."""
     S, C, m, G, h, _ = segment
@@ -137,23 +116,11 @@ def moments(final: dict[str, Array]) -> dict[str, Array]:
     return {"S": S, "C": C, "m": m, "G": S @ C - F, "h": dot(S, m) - eta}
 
 
-MASKED = Join(
-    {"S": 1, "C": 1, "m": 1, "G": 2, "h": 2},
-    (Cross("G", 1, ("B.S", "A.C")), Cross("h", 1, ("B.S", "A.m"))),
-)
-CAUSAL = Algebra(
-    HLA2Segment,
-    HLA2State,
-    lift,
-    read,
-    MASKED,
-    Join(
-        {"S": 1, "F": 2, "eta": 2, "C": 1, "m": 1},
-        (Cross("F", 1, ("A.S", "B.C")), Cross("eta", 1, ("A.S", "B.m"))),
-    ),
-    view,
-    moments,
-)
-PAPER = Algebra(HLA2Segment, HLA2PaperState, lift, read_paper, MASKED, MASKED)  # undecayed only
-JOIN = Join({"S": 1, "C": 1, "m": 1})
-PREFIX = Algebra(HLA2PrefixSegment, HLA2PrefixState, lift_prefix, read_prefix, JOIN, JOIN)
+MASKED = Join({"S": 1, "C": 1, "G": 2}, (Cross("G", 1, ("B.S", "A.C")),))
+STATE = Join({"S": 1, "C": 1, "F": 2}, (Cross("F", 1, ("A.S", "B.C")),))
+CAUSAL = Algebra(HLA2Segment, HLA2State, lift, ((1, ("F",)),), MASKED, STATE, view, moments)
+PLAIN = (1, ("S", "C"))
+READS = (PLAIN, (-1, ("G",)))
+PAPER = Algebra(HLA2Segment, HLA2PaperState, lift, READS, MASKED, MASKED)  # undecayed only
+JOIN = Join({"S": 1, "C": 1})
+PREFIX = Algebra(HLA2PrefixSegment, HLA2PrefixState, lift_prefix, (PLAIN,), JOIN, JOIN)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .algebra import Algebra, Cross, Join, dot, inner, outer
+from .algebra import Algebra, Cross, Join, inner, outer
 from .namespace import Array
 from .packing import PackedState, pack
 
@@ -115,31 +115,17 @@ def lift_prefix(q: Array, k: Array, v: Array, rho: Array) -> HLA3PrefixSegment:
     return HLA3PrefixSegment(outer(k, k), outer(q, q), outer(k, v), k, rho)
 
 
-def read(state: HLA3State, q: Array) -> tuple[Array, Array]:
-    """Return q'F and q'eta."""
-    return dot(state.F.mT, q), inner(q, state.eta)
-
-
-def read_prefix(state: HLA3PrefixState, q: Array) -> tuple[Array, Array]:
-    """Return q'S Q P and q'S Q m."""
-    z = dot(state.Q, dot(state.S, q))
-    return dot(state.P.mT, z), inner(z, state.m)
-
-
 MASKED = Join(
-    {"S": 1, "P": 1, "m": 1, "Q": 1, "X": 2, "x": 2, "Y": 2, "F": 3, "eta": 3},
+    {"S": 1, "P": 1, "Q": 1, "X": 2, "Y": 2, "F": 3},
     (
         Cross("X", 1, ("B.Q", "A.P")),
-        Cross("x", 1, ("B.Q", "A.m")),
         Cross("Y", 1, ("A.S", "B.Q")),
         Cross("F", 2, ("A.S", "B.Q", "A.P")),
         Cross("F", 1, ("A.S", "B.X")),
         Cross("F", 1, ("B.Y", "A.P")),
-        Cross("eta", 2, ("A.S", "B.Q", "A.m")),
-        Cross("eta", 1, ("A.S", "B.x")),
-        Cross("eta", 1, ("B.Y", "A.m")),
     ),
 )
-CAUSAL = Algebra(HLA3Segment, HLA3State, lift, read, MASKED, MASKED)
-JOIN = Join({"S": 1, "Q": 1, "P": 1, "m": 1})
-PREFIX = Algebra(HLA3PrefixSegment, HLA3PrefixState, lift_prefix, read_prefix, JOIN, JOIN)
+CAUSAL = Algebra(HLA3Segment, HLA3State, lift, ((1, ("F",)),), MASKED, MASKED)
+JOIN = Join({"S": 1, "Q": 1, "P": 1})
+READS = ((1, ("S", "Q", "P")),)
+PREFIX = Algebra(HLA3PrefixSegment, HLA3PrefixState, lift_prefix, READS, JOIN, JOIN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .algebra import Algebra, Join, dot, inner, outer
+from .algebra import Algebra, Join, outer
 from .namespace import Array
 
 
@@ -32,10 +32,6 @@ def lift(q: Array, k: Array, v: Array, rho: Array) -> LinearSegment:
     return LinearSegment(outer(k, v), k, rho)
 
 
-def read(state: LinearState, q: Array) -> tuple[Array, Array]:
-    """Return q'P and q'm."""
-    return dot(state.P.mT, q), inner(q, state.m)
-
-
-JOIN = Join({"P": 1, "m": 1})
-CAUSAL = PREFIX = Algebra(LinearSegment, LinearState, lift, read, JOIN, JOIN)
+JOIN = Join({"P": 1})
+READS = ((1, ("P",)),)
+CAUSAL = PREFIX = Algebra(LinearSegment, LinearState, lift, READS, JOIN, JOIN)
