@@ -222,7 +222,7 @@ def test_pairs_used_again_keep_their_own_keys():
         Pass("c", "q", "b", "v", ("C",)),
         Pass("d", "q", "k", "v", ("D",)),
     )
-    program = Program(steps, ((1, "c"), (1, "d")))
+    program = Program(steps, outputs=((1, "c"), (1, "d")))
     values = {"q": q, "k": k, "v": v}
     want, trace = programs.run(program, values, Gate(), {}, chunk=8)
     o, swept = numpy_program.run(program, values, Gate(), {}, chunk=8)

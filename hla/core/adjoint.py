@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from .namespace import Array, namespace
-from .passes import CHUNK, Fields, Gate, Pass, Shape, causal_pass
-from .programs import Program, RunPass, Trace, run, run_passes, run_token
+from .passes import CHUNK, Fields, Gate, Pass, Shape, causal_pass, token_pass
+from .programs import Program, RunPass, Trace, run, run_passes
 
 
 class Adjoint(NamedTuple):
@@ -137,7 +137,7 @@ class Engine(NamedTuple):
 
 
 CORE = Engine(run, adjoint)
-ONE_TOKEN = Engine(run_token, adjoint)
+ONE_TOKEN = Engine(functools.partial(run_passes, run_pass=token_pass), adjoint)
 
 
 def by_passes(run_pass: RunPass) -> Engine:

@@ -233,6 +233,11 @@ def started(state: Array | None, shape: Shape, like: Array) -> Array:
     return expand(state, shape)
 
 
+def _begin(state: Array | None, k: Array, v: Array, gate: Gate) -> Array:
+    lead = broadcast(k.shape[:-2], v.shape[:-2], gate.batch)
+    return started(state, (*lead, k.shape[-1], v.shape[-1]), k)
+
+
 def causal_pass(
     q: Array,
     k: Array,
@@ -274,22 +279,28 @@ def causal_pass(
     if kind == "full":
         total = k.mT @ v
         return q @ total, total
-    step = Pass("o", "q", "k", "v", ("S",), power, kind)
-    lead = broadcast(k.shape[:-2], v.shape[:-2], gate.batch)
-    begin = [started(state, (*lead, k.shape[-1], v.shape[-1]), k)]
+    step, begin = Pass("o", "q", "k", "v", ("S",), power, kind), [_begin(state, k, v, gate)]
     values = {"q": q, "k": k, "v": v}
     outs, (end,) = sweep([step], values, gate, begin, chunk=chunk, outputs="o", reverse=reverse)
     return outs["o"], end
 
 
-def token_step(step: Pass, local: dict[str, Array], gate: Gate, state: Array) -> Array:
-    """Run one step over a single token: update the state, then read it (strict: read it first)."""
-    xp, k, after = namespace(state), local[step.k], state
-    if step.power and gate.decay is not None:
-        after = state * (gate.decay**step.power)[..., None, None]
-    elif step.power and gate.log_gate is not None:
-        after = state * xp.exp(step.power * gate.log_gate)[..., None]
-    after = after + k.mT @ local[step.v]
-    if step.q:
-        local[step.out] = local[step.q] @ (state if step.kind == "strict" else after)
-    return after
+def token_pass(
+    q: Array,
+    k: Array,
+    v: Array,
+    gate: Gate,
+    *,
+    power: int = 1,
+    kind: str = "causal",
+    state: Array | None = None,
+    **_: Any,
+) -> tuple[Array, Array]:
+    """`causal_pass` of one token: update the state, then read it (strict: read it first)."""
+    before = after = _begin(state, k, v, gate)
+    if power and gate.decay is not None:
+        after = before * (gate.decay**power)[..., None, None]
+    elif power and gate.log_gate is not None:
+        after = before * namespace(k).exp(power * gate.log_gate)[..., None]
+    after = after + k.mT @ v
+    return q @ (before if kind == "strict" else after), after

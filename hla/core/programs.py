@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from . import ahla, hla2, hla3, linear
+from .algebra import MASS
 from .namespace import Array, device, namespace
 from .passes import (
     CHUNK,
@@ -23,62 +24,35 @@ from .passes import (
     causal_pass,
     started,
     sweep,
-    token_step,
 )
 
 RunPass = Callable[..., tuple[Array, Array]]
 
 
 class Program(NamedTuple):
-    """Steps in order, the signed sum that is the output, and the state's type."""
+    """Steps in order, the state's type, and the signed sum that is the output."""
 
     steps: tuple[Pass, ...]
-    outputs: tuple[tuple[float, str], ...] = ()
     state: type[Any] | None = None
+    outputs: tuple[tuple[float, str], ...] = ((1, "o"),)
 
 
-S, Q, R = ("S",), ("Q",), ("R",)
-C, P, E, F, G, X = ("C", "m"), ("P", "m"), ("E", "n"), ("F", "eta"), ("G", "h"), ("X", "x")
+S, Q, R, Y = ("S",), ("Q",), ("R",), ("Y",)
+C, P, E, F, G, X = ((name, MASS[name]) for name in "CPEFGX")
+KEYS, VALUES = Pass("y", "q", "k", "k", S), Pass("u", "q", "k", "v", P)
 
 CAUSAL: dict[str, Program] = {
-    "linear": Program((Pass("o", "q", "k", "v", P),), ((1, "o"),), linear.LinearState),
-    "hla2": Program(
-        (Pass("y", "q", "k", "k", S), Pass("o", "q", "y", "v", F, 2)), ((1, "o"),), hla2.HLA2State
-    ),
-    "ahla": Program(
-        (Pass("u", "q", "k", "v", P), Pass("o", "q", "k", "u", E)), ((1, "o"),), ahla.AHLAState
-    ),
-    "hla3": Program(
-        (
-            Pass("y", "q", "k", "k", S),
-            Pass("u", "q", "k", "v", P),
-            Pass("o", "q", "y", "u", F, 3),
-        ),
-        ((1, "o"),),
-        hla3.HLA3State,
-    ),
+    "linear": Program((Pass("o", "q", "k", "v", P),), linear.LinearState),
+    "hla2": Program((KEYS, Pass("o", "q", "y", "v", F, 2)), hla2.HLA2State),
+    "ahla": Program((VALUES, Pass("o", "q", "k", "u", E)), ahla.AHLAState),
+    "hla3": Program((KEYS, VALUES, Pass("o", "q", "y", "u", F, 3)), hla3.HLA3State),
 }
+READ = Pass("o", "z", "k", "v", P)
 PREFIX: dict[str, Program] = {
     "linear": CAUSAL["linear"],
-    "hla2": Program(
-        (Pass("y", "q", "k", "k", S), Pass("o", "y", "q", "v", C)),
-        ((1, "o"),),
-        hla2.HLA2PrefixState,
-    ),
-    "ahla": Program(
-        (Pass("z", "q", "k", "q", R), Pass("o", "z", "k", "v", P)),
-        ((1, "o"),),
-        ahla.AHLAPrefixState,
-    ),
-    "hla3": Program(
-        (
-            Pass("y", "q", "k", "k", S),
-            Pass("z", "y", "q", "q", Q),
-            Pass("o", "z", "k", "v", P),
-        ),
-        ((1, "o"),),
-        hla3.HLA3PrefixState,
-    ),
+    "hla2": Program((KEYS, Pass("o", "y", "q", "v", C)), hla2.HLA2PrefixState),
+    "ahla": Program((Pass("z", "q", "k", "q", R), READ), ahla.AHLAPrefixState),
+    "hla3": Program((KEYS, Pass("z", "y", "q", "q", Q), READ), hla3.HLA3PrefixState),
 }
 # The paper's serial recurrences letter by letter, where they differ from the sums (derivations 3).
 PAPER: dict[str, Program] = {
@@ -88,8 +62,8 @@ PAPER: dict[str, Program] = {
             Pass("c", "k", "q", "v", C, 1, "strict"),
             Pass("g", "q", "k", "c", G),
         ),
-        ((1, "o"), (-1, "g")),
         hla2.HLA2PaperState,
+        ((1, "o"), (-1, "g")),
     ),
     "hla3": Program(
         (
@@ -103,8 +77,8 @@ PAPER: dict[str, Program] = {
             Pass("b3", "b1", "k", "k", S, 1, "strict"),
             Pass("g3", "q", "b3", "v", ("G3", "h3")),
         ),
-        ((1, "o"), (-1, "g1"), (-1, "g2"), (-1, "g3")),
         hla3.HLA3PaperState,
+        ((1, "o"), (-1, "g1"), (-1, "g2"), (-1, "g3")),
     ),
 }
 # What `summarize` needs beyond a causal state; its fields are then renamed by the operator.
@@ -112,11 +86,7 @@ SEGMENT: dict[str, tuple[Pass, ...]] = {
     "linear": (),
     "hla2": (Pass("", "", "q", "v", C),),
     "ahla": (Pass("", "", "k", "q", R, 0),),
-    "hla3": (
-        Pass("", "", "q", "q", Q),
-        Pass("", "", "q", "u", X, 2),
-        Pass("", "", "y", "q", ("Y",), 2),
-    ),
+    "hla3": (Pass("", "", "q", "q", Q), Pass("", "", "q", "u", X, 2), Pass("", "", "y", "q", Y, 2)),
 }
 RIDGE = Pass("ridge", "q", "q", "v", C)
 
@@ -142,18 +112,18 @@ def program(operator: str, mask: str, convention: str, ridge: float, state: Any)
     if ridge or state is hla2.HLA2RidgeState:
         keeps = hla2.HLA2RidgeState if chosen.state is hla2.HLA2State else chosen.state
         outputs = (*chosen.outputs, (ridge, "ridge")) if ridge else chosen.outputs
-        chosen = Program((*chosen.steps, RIDGE), outputs, keeps)
+        chosen = Program((*chosen.steps, RIDGE), keeps, outputs)
     if mask == "none":
         steps = tuple(step._replace(kind="full") for step in chosen.steps)
-        chosen = Program(steps, chosen.outputs, None)
+        chosen = Program(steps, None, chosen.outputs)
     return chosen
 
 
 def segment_program(operator: str, mask: str) -> Program:
     """Return the program whose final states make up a segment (derivations 2)."""
     if mask == "prefix":
-        return PREFIX[operator]
-    return Program((*CAUSAL[operator].steps, *SEGMENT[operator]))
+        return PREFIX[operator]._replace(outputs=())
+    return Program((*CAUSAL[operator].steps, *SEGMENT[operator]), outputs=())
 
 
 class Trace(NamedTuple):
@@ -198,7 +168,9 @@ def run(
         return run_passes(program, values, gate, initial, chunk=chunk)
     env = dict(values)
     needed = [s.out for s in program.steps if s.out] if keep else [x for _, x in program.outputs]
-    begin = _begin(program, values, gate, initial)
+    shapes = step_states(program, {n: tuple(x.shape) for n, x in values.items()}, gate.batch)
+    pairs = zip(program.steps, shapes, strict=True)
+    begin = [started(initial.get(s.state), shape, values["k"]) for s, shape in pairs]
     outs, ends = sweep(program.steps, values, gate, begin, chunk=chunk, outputs=needed)
     env.update(outs)
     return summed(program, env), Trace(env, ends)
@@ -223,20 +195,6 @@ def run_passes(
     return summed(program, env), Trace(env, tuple(states))
 
 
-def run_token(
-    program: Program,
-    values: Mapping[str, Array],
-    gate: Gate,
-    initial: Mapping[Fields, Array],
-    **_: Any,
-) -> tuple[Array | None, Trace]:
-    """Run a program over a single token, state by state; as `run`."""
-    env, states = dict(values), []
-    for s, state in zip(program.steps, _begin(program, values, gate, initial), strict=True):
-        states.append(token_step(s, env, gate, state))
-    return summed(program, env), Trace(env, tuple(states))
-
-
 def step_states(program: Program, shapes: Mapping[str, Shape], gate: Shape) -> list[Shape]:
     """Full shape of the state of each step: the broadcast of just the inputs it is made of.
 
@@ -257,17 +215,6 @@ def step_states(program: Program, shapes: Mapping[str, Shape], gate: Shape) -> l
         if s.q:
             shapes[s.out] = (*broadcast(held, shapes[s.q][:-2]), *k[-2:-1], v[-1])
     return found
-
-
-def _begin(
-    program: Program, values: Mapping[str, Array], gate: Gate, initial: Mapping[Fields, Array]
-) -> list[Array]:
-    """Return the state that each step starts from."""
-    shapes = step_states(program, {n: tuple(x.shape) for n, x in values.items()}, gate.batch)
-    return [
-        started(initial.get(s.state), shape, values["k"])
-        for s, shape in zip(program.steps, shapes, strict=True)
-    ]
 
 
 def summed(program: Program, env: Mapping[str, Array]) -> Array | None:
