@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from . import arrays as ns
 from . import dispatch
-from .core import namespace as ns
 from .core.associative import ALGEBRA
 from .core.forms import Gradients
 from .core.namespace import Array

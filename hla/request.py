@@ -9,15 +9,15 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from .core import namespace as ns
+from . import arrays as ns
 from .core.adjoint import sum_to
 from .core.forms import FORMS
 from .core.hla2 import HLA2RidgeState, HLA2State
-from .core.namespace import Array
+from .core.namespace import Array, device, library, namespace
 from .core.packing import PackedState
-from .core.passes import Shape, broadcast
+from .core.passes import Gate, Shape, broadcast
 from .core.programs import CAUSAL, program
-from .core.request import Inputs, Request, describe
+from .core.request import Inputs, Request
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "operator": tuple(CAUSAL),
@@ -38,17 +38,17 @@ class Layout(NamedTuple):
         """Move the token axis to -2 (`step`: add one)."""
         if self.axis is None:
             return x[..., None, :]
-        return x if self.axis == -2 else ns.namespace(x).moveaxis(x, self.axis, -2)
+        return x if self.axis == -2 else namespace(x).moveaxis(x, self.axis, -2)
 
     def tokens_out(self, x: Array) -> Array:
         """Undo `tokens_in`."""
         if self.axis is None:
             return x[..., 0, :]
-        return x if self.axis == -2 else ns.namespace(x).moveaxis(x, -2, self.axis)
+        return x if self.axis == -2 else namespace(x).moveaxis(x, -2, self.axis)
 
     def gate_in(self, gate: Array, tokens: int) -> Array:
         """Move the gate's token axis to -1 and give it its full length."""
-        xp = ns.namespace(gate)
+        xp = namespace(gate)
         if self.axis is None:
             return gate[..., None]
         missing = max(0, -self.axis - 1 - gate.ndim)
@@ -61,11 +61,11 @@ class Layout(NamedTuple):
         """Gradient of the caller's log_gate from that of the canonical one."""
         assert self.gate_shape is not None
         if self.axis is None:
-            return ns.namespace(grad).reshape(grad[..., 0], self.gate_shape)
+            return namespace(grad).reshape(grad[..., 0], self.gate_shape)
         if self.axis != -2:
-            grad = ns.namespace(grad).moveaxis(grad, -1, self.axis + 1)
+            grad = namespace(grad).moveaxis(grad, -1, self.axis + 1)
         lead = (1,) * (grad.ndim - len(self.gate_shape))
-        return ns.namespace(grad).reshape(sum_to(grad, (*lead, *self.gate_shape)), self.gate_shape)
+        return namespace(grad).reshape(sum_to(grad, (*lead, *self.gate_shape)), self.gate_shape)
 
 
 def prepare(
@@ -162,6 +162,36 @@ def prepare(
     return request, inputs._replace(state=_state(request, q, initial_state)), layout
 
 
+def describe(inputs: Inputs, *, state_type: type[Any] | None, **options: Any) -> Request:
+    """Describe a call: its options as given, the rest read off its arrays.
+
+    Parameters
+    ----------
+    inputs : Inputs
+        Checked arrays.
+    state_type : type or None
+        Of the incoming state, or else of the outgoing one.
+    **options
+        The fields of Request that no array shows.
+    """
+    q, k, v, decay, log_gate, _ = inputs
+    kinds = {"decay": decay, "log_gate": log_gate}
+    return Request(
+        q_shape=tuple(q.shape),
+        k_shape=tuple(k.shape),
+        v_shape=tuple(v.shape),
+        gate=next((name for name, x in kinds.items() if x is not None), None),
+        gate_batch=Gate(decay, log_gate).batch,
+        state_type=state_type,
+        library=library(q) or "",
+        device=ns.device_name(q),
+        dtype=ns.dtype_name(q),
+        accelerator=ns.on_accelerator(q),
+        traced=any(ns.traced(x) for x in (q, k, v)),
+        **options,
+    )
+
+
 MOST = 4096
 # What the checks of a call found, and its request, by all that they look at except values.
 _known: dict[Any, tuple[Layout, Shape, int | None, type[Any] | None]] = {}
@@ -173,7 +203,7 @@ def _key(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
 
     Types too: as a key True is 1, and here it is no number.
     """
-    if any(ns.library(x) != "torch" and type(x) is not np.ndarray for x in arrays):
+    if any(library(x) != "torch" and type(x) is not np.ndarray for x in arrays):
         return None
     key = (
         *((type(x), x.shape, x.dtype, x.device) for x in arrays),
@@ -262,14 +292,14 @@ def _kind(value: Any) -> str:
 
 def array(name: str, x: Any, like: Array | None = None, like_name: str = "q") -> Array:
     """Check that ``x`` is an array of one library and device with ``like``."""
-    found = ns.library(x)
+    found = library(x)
     if found is None:
         raise TypeError(
             f"{name} is {_kind(x)}; expected an array of NumPy, torch, JAX, CuPy or another library"
             " of the Array API standard. Dask and masked arrays: compute or fill them first"
         )
     if like is not None:
-        expected = ns.library(like)
+        expected = library(like)
         if found != expected:
             raise TypeError(
                 f"{name} is an array of {found}; expected {expected} like {like_name}. Convert it"
@@ -358,7 +388,7 @@ def _gate(
     if decay is not None and log_gate is not None:
         raise ValueError("decay and log_gate were both given; expected one (log_gate = log(decay))")
     decay, log_gate = ns.concrete(decay), ns.concrete(log_gate)
-    xp, like = ns.namespace(q), {"device": ns.device(q)}
+    xp, like = namespace(q), {"device": device(q)}
     dtype = xp.float64 if ns.dtype_name(q) == "float64" else xp.float32
     if decay is not None:
         if _is_number(decay):
@@ -439,7 +469,7 @@ def _state(request: Request, q: Array, state: Any) -> Any:
     """Check each field of the incoming state and bring it to the accumulation dtype."""
     if state is None:
         return None
-    xp, fields = ns.namespace(q), {}
+    xp, fields = namespace(q), {}
     dtype = getattr(xp, request.accumulate)
     for field, shape in request.state_shapes().items():
         name, x = f"initial_state.{field}", getattr(state, field)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import hla
-from hla import dispatch
-from hla.core import namespace
+from hla import arrays, dispatch
 
 PLUGIN = """
     from hla.backends import array_api
@@ -78,7 +77,7 @@ def test_the_slow_path_is_said_once_per_reason(monkeypatch):
     """As on an accelerator that no kernel serves."""
     x = np.ones((3, 2))
     monkeypatch.setattr(dispatch, "_warned", set())
-    monkeypatch.setattr(namespace, "on_accelerator", lambda x: True)
+    monkeypatch.setattr(arrays, "on_accelerator", lambda x: True)
     with pytest.warns(hla.SlowPathWarning, match="no kernel backend for numpy"):
         hla.scan(x, x, x)
     hla.scan(x, x, x)  # a second warning would be an error here

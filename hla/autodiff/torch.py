@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .. import dispatch, states
-from ..core.request import Inputs, Request, describe
+from ..core.request import Inputs, Request
 from ..core.states import rank
 from ..errors import Unsupported
+from ..request import describe
 
 GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? log_gate, Tensor[] state"
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import array_api_compat
 
-from ..core import forms, namespace
+from .. import arrays
+from ..core import forms
 from ..core.adjoint import ONE_TOKEN
 from ..core.forms import Gradients
 from ..core.namespace import Array
@@ -21,7 +22,7 @@ def supports(request: Request) -> str | None:
 
 def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, Any]:
     """Return (o, state, what `backward` needs)."""
-    o, state, trace = namespace.call(forms.forward, request, inputs.q, inputs)
+    o, state, trace = arrays.call(forms.forward, request, inputs.q, inputs)
     return o, state, trace
 
 
@@ -29,13 +30,13 @@ def backward(
     request: Request, inputs: Inputs, saved: Any, do: Array | None, dstate: Any
 ) -> Gradients:
     """Return the gradients of `forward`."""
-    grads: Gradients = namespace.call(forms.backward, request, inputs.q, inputs, saved, do, dstate)
+    grads: Gradients = arrays.call(forms.backward, request, inputs.q, inputs, saved, do, dstate)
     return grads
 
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
     """Return (o, state) of one token; never donates."""
-    o, state, _ = namespace.call(_one_token, request, inputs.q, inputs)
+    o, state, _ = arrays.call(_one_token, request, inputs.q, inputs)
     return o, state
 
 
@@ -46,7 +47,7 @@ def _one_token(request: Request, inputs: Inputs) -> tuple[Array, Any, Any]:
 
 def summarize(request: Request, inputs: Inputs) -> Any:
     """Return the segment of a whole sequence."""
-    return namespace.call(forms.summarize, request, inputs.q, inputs)
+    return arrays.call(forms.summarize, request, inputs.q, inputs)
 
 
 def info() -> Info:
@@ -57,6 +58,6 @@ def info() -> Info:
         device="that of the arrays",
         version=f"array-api-compat {array_api_compat.__version__}",
         operators=("linear", "hla2", "ahla", "hla3"),
-        dtypes=namespace.FLOATS,
+        dtypes=arrays.FLOATS,
         gradients=True,
     )

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..core import forms, namespace
+from ..arrays import FLOATS
+from ..core import forms
 from ..core.adjoint import CORE, ONE_TOKEN, Engine
 from ..core.forms import Gradients
 from ..core.namespace import Array
@@ -75,6 +76,6 @@ def info() -> Info:
         device="cpu",
         version=f"numpy {np.__version__}",
         operators=("linear", "hla2", "ahla", "hla3"),
-        dtypes=namespace.FLOATS,
+        dtypes=FLOATS,
         gradients=True,
     )

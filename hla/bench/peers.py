@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.namespace import exact_products
+from ..arrays import exact_products
 from ..core.programs import CAUSAL
 from .libraries import Array, Arrays, Call, Host, load
 from .workloads import DECAY, Case, Work, against_truth, inputs, sample

@@ -1,14 +1,12 @@
-"""What the Array API standard lacks: naming a library, reading a value, rounding policy, a loop.
+"""What the Array API standard lacks: naming a library, a device under a trace, a loop.
 
-The only file that knows array libraries by name, through array-api-compat.
+The only file of the core that knows array libraries by name, through array-api-compat.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import array_api_compat as compat
@@ -16,9 +14,6 @@ import numpy as np
 
 Array = Any
 Namespace = Any
-
-FLOATS = ("float16", "bfloat16", "float32", "float64")
-
 
 # By class: a look-up by array-api-compat costs as much as a small product.
 _libraries: dict[type, str | None] = {}
@@ -57,134 +52,9 @@ def device(x: Array) -> Any:
     return x.device if name in ("numpy", "torch") else compat.device(x)
 
 
-def device_name(x: Array) -> str:
-    """Device of ``x`` as text, "traced" for a tracer."""
-    if is_jax(x):
-        if traced(x):
-            return "traced"
-        return ",".join(sorted(str(d) for d in x.devices()))
-    return str(device(x))
-
-
-def same_device(x: Array, y: Array) -> bool:
-    """Whether two arrays of one library are on one device, as far as can be told."""
-    if not is_jax(x):
-        return bool(device(x) == device(y))
-    return traced(x) or traced(y) or device_name(x) == device_name(y)
-
-
-def on_accelerator(x: Array) -> bool:
-    """Whether ``x`` lives outside the host's memory (for a JAX tracer: the default platform)."""
-    if is_jax(x):
-        jax = sys.modules["jax"]
-        return (
-            bool(jax.default_backend() != "cpu")
-            if traced(x)
-            else x.devices().pop().platform != "cpu"
-        )
-    if library(x) == "torch":
-        return bool(x.device.type not in ("cpu", "meta"))
-    return bool(compat.is_cupy_array(x))
-
-
 def is_jax(x: Array) -> bool:
     """Whether ``x`` is a JAX array or tracer."""
     return library(x) == "jax"
-
-
-def traced(x: Array) -> bool:
-    """Whether ``x`` stands for values that are not there yet (jit, vmap, compile, fake tensors)."""
-    if is_jax(x):
-        return isinstance(x, sys.modules["jax"].core.Tracer)
-    if library(x) == "torch":
-        torch = sys.modules["torch"]
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
-        plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta"
-        return bool(torch.compiler.is_compiling() or wrapped or not plain)
-    return False
-
-
-def transformed(x: Array) -> bool:
-    """Whether plain types and shapes of ``x``'s library may stand for something else now."""
-    if library(x) == "torch":
-        torch = sys.modules["torch"]
-        return bool(torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-    return False
-
-
-def compiling() -> bool:
-    """Whether torch.compile or a strict torch.export reads the code that is running."""
-    torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.compiler.is_compiling())
-
-
-def concrete(x: Any) -> Any:
-    """Return the number that a symbol of torch's compiler stands for, which it then holds fixed."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, torch.SymFloat):
-        return float(x)
-    return x
-
-
-def host_values(x: Array) -> np.ndarray[Any, Any] | None:
-    """Values of a number or host array as NumPy, or None where reading would wait or fail."""
-    if library(x) == "numpy":
-        return np.asarray(x)
-    if traced(x) or on_accelerator(x):
-        return None
-    if library(x) == "torch":
-        x = x.detach()
-        return np.asarray(x.double() if dtype_name(x) == "bfloat16" else x)
-    if is_jax(x):
-        return np.asarray(x)
-    try:
-        return np.from_dlpack(x)
-    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
-        return None  # a library that does not share host memory: only shapes are checked
-
-
-def dtype_name(x: Array) -> str:
-    """Bare dtype name of ``x``: "float32", "bfloat16", "int64", ..."""
-    kind: Any = type(x.dtype)
-    return _dtype_name(kind, x.dtype)
-
-
-@functools.cache
-def _dtype_name(kind: Any, dtype: Any) -> str:  # the kind first: dtypes of two libraries may warn
-    return str(dtype).rsplit(".", 1)[-1]
-
-
-def tf32_allowed(x: Array) -> bool:
-    """Whether the caller's own library switch asks for reduced-precision float32 products."""
-    if library(x) == "torch":
-        return bool(sys.modules["torch"].backends.cuda.matmul.allow_tf32)
-    if is_jax(x):
-        chosen = sys.modules["jax"].config.jax_default_matmul_precision
-        return chosen not in (None, "highest", "float32")
-    return False
-
-
-def autocast(x: Array) -> Array:
-    """Cast ``x`` as torch.autocast, where it is on, casts the operands of a product."""
-    if library(x) == "torch":
-        torch, kind = sys.modules["torch"], x.device.type
-        if torch.is_autocast_enabled(kind) and dtype_name(x) in FLOATS[:-1]:
-            return x.to(torch.get_autocast_dtype(kind))
-    return x
-
-
-def exact_products(x: Array) -> AbstractContextManager[None]:
-    """Context in which float32 products are float32, unless the caller's switch says otherwise."""
-    if library(x) == "torch" and sys.modules["torch"].is_autocast_enabled(x.device.type):
-        off: AbstractContextManager[None] = sys.modules["torch"].autocast(
-            x.device.type, enabled=False
-        )
-        return off
-    jax = sys.modules.get("jax")
-    if jax is not None and is_jax(x) and jax.config.jax_default_matmul_precision is None:
-        highest: AbstractContextManager[None] = jax.default_matmul_precision("highest")
-        return highest
-    return nullcontext()
 
 
 def unstack(x: Array, axis: int) -> tuple[Array, ...]:
@@ -196,18 +66,6 @@ def unstack(x: Array, axis: int) -> tuple[Array, ...]:
     if library(x) == "torch":
         return tuple(x.unbind(axis))
     return tuple(namespace(x).unstack(x, axis=axis))
-
-
-@functools.cache
-def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
-    jitted: Callable[..., Any] = sys.modules["jax"].jit(function, static_argnums=0)
-    return jitted
-
-
-def call(function: Callable[..., Any], request: Any, x: Array, *args: Any) -> Any:
-    """Run ``function(request, *args)``; under JAX as one compiled call, ``request`` static."""
-    with exact_products(x):
-        return (_jitted(function) if is_jax(x) else function)(request, *args)
 
 
 def fold(

@@ -6,9 +6,8 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-from . import namespace as ns
 from .namespace import Array
-from .passes import Gate, Shape
+from .passes import Shape
 from .programs import Program, program, segment_program, state_shapes
 
 
@@ -83,33 +82,3 @@ class Request:
 
     def _shapes(self, of: Program) -> dict[str, Shape]:
         return state_shapes(of, self.q_shape, self.k_shape, self.v_shape, self.gate_batch)
-
-
-def describe(inputs: Inputs, *, state_type: type[Any] | None, **options: Any) -> Request:
-    """Describe a call: its options as given, the rest read off its arrays.
-
-    Parameters
-    ----------
-    inputs : Inputs
-        Checked arrays.
-    state_type : type or None
-        Of the incoming state, or else of the outgoing one.
-    **options
-        The fields of Request that no array shows.
-    """
-    q, k, v, decay, log_gate, _ = inputs
-    kinds = {"decay": decay, "log_gate": log_gate}
-    return Request(
-        q_shape=tuple(q.shape),
-        k_shape=tuple(k.shape),
-        v_shape=tuple(v.shape),
-        gate=next((name for name, x in kinds.items() if x is not None), None),
-        gate_batch=Gate(decay, log_gate).batch,
-        state_type=state_type,
-        library=ns.library(q) or "",
-        device=ns.device_name(q),
-        dtype=ns.dtype_name(q),
-        accelerator=ns.on_accelerator(q),
-        traced=any(ns.traced(x) for x in (q, k, v)),
-        **options,
-    )
