@@ -13,6 +13,7 @@ from tensors import DEVICE, ENTRY
 import hla
 
 torch = pytest.importorskip("torch")
+triton_program = pytest.importorskip("hla.kernels.triton_program")
 TorchDispatchMode = pytest.importorskip("torch.utils._python_dispatch").TorchDispatchMode
 tree_map_only = pytest.importorskip("torch.utils._pytree").tree_map_only
 pytestmark = pytest.mark.skipif(not ENTRY.available, reason=ENTRY.reason)
@@ -108,6 +109,31 @@ def test_gradients_go_only_where_asked():
         assert all(x.grad is None for n, x in given.items() if n != name)
         with torch.no_grad():
             assert not any(x.requires_grad for x in f(*given.values()))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("gate", ["per_head", "resets"])
+def test_a_gate_that_asks_for_no_gradient_costs_none(gate, compiled, monkeypatch):
+    """No pass of the adjoint takes the sums that only the gate's gradient reads."""
+    torch._dynamo.reset()
+    tensors, f = call("hla2", "causal", gate)
+    asked = []
+    real = triton_program.run_pass
+
+    def spy(*args, x=None, **options):
+        asked.append(x is not None)
+        return real(*args, x=x, **options)
+
+    monkeypatch.setattr(triton_program, "run_pass", spy)
+    run = torch.compile(f, backend="aot_eager", fullgraph=True) if compiled else f
+    found = {}
+    for wanted in (True, False):
+        given = {n: x.clone().requires_grad_(n in "qkv" or wanted) for n, x in tensors.items()}
+        asked.clear()
+        loss(run(*given.values())).backward()
+        assert any(asked) is wanted
+        found[wanted] = [given[n].grad for n in "qkv"]
+    agree(found[False], found[True], 0.0)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])

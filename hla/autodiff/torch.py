@@ -104,13 +104,15 @@ def forward(backend: str, request: Request, inputs: Inputs) -> tuple[Tensor, Any
     as_node = request.traced or _get_current_dispatch_mode() is not None
     if not (keep or as_node):
         return dispatch.load(backend).forward(request, inputs)  # type: ignore[no-any-return]
+    if not as_node:  # a gate without a gradient saves a sum in every pass of the adjoint
+        request = _keeping(request, any(x is not None and x.requires_grad for x in inputs[3:5]))
     kind: Any = request.state_type
     shared = {name: getattr(request, name) for name in SHARED}
     options = Options(backend, state_type="" if kind is None else kind.__name__, **shared)
     if as_node:
         o, *rest = SCAN(*inputs[:5], state, *options, keep or request.traced)
     else:  # the same without the dispatcher, which takes longer than a short pass
-        o, *rest = Eager.apply(_keeping(request), options, *inputs[:5], *state)
+        o, *rest = Eager.apply(request, options, *inputs[:5], *state)
     return o, kind(*rest[: len(kind._fields)]) if request.return_state else None, None
 
 
@@ -130,14 +132,15 @@ class Eager(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Pull back, by the operator where a second derivative may follow."""
         directly = functools.partial(_scan_backward, request=ctx.request)
-        *found, state = _pull(ctx, grads, None if torch.is_grad_enabled() else directly)[:6]
+        backward = None if torch.is_grad_enabled() else directly
+        *found, state = _pull(ctx, grads, backward=backward)[:6]
         return (None, None, *found, *state)
 
 
 @functools.lru_cache(maxsize=1024)
-def _keeping(request: Request) -> Request:
-    """Return the request of a call whose gradient may follow."""
-    return dataclasses.replace(request, gradient=True)
+def _keeping(request: Request, gate: bool) -> Request:
+    """Return the request of a call whose gradient may follow, that of the gate where asked."""
+    return dataclasses.replace(request, gradient=True, gate_given=gate)
 
 
 def step(backend: str, request: Request, inputs: Inputs, donate: bool) -> tuple[Tensor, Any]:
@@ -188,9 +191,18 @@ def _setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     ctx.save_for_backward(*given, *state, *output[1 + len(ends) :])
 
 
+def _pull_needed(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    return _pull(ctx, grads, gate=any(ctx.needs_input_grad[3:5]))
+
+
 def _pull(
-    ctx: Any, grads: Sequence[Tensor | None], backward: Callable[..., Any] | None = None
+    ctx: Any,
+    grads: Sequence[Tensor | None],
+    *,
+    gate: bool = True,
+    backward: Callable[..., Any] | None = None,
 ) -> tuple[Any, ...]:
+    options = ctx.options if gate else ctx.options._replace(gate_given=False)
     tensors = ctx.saved_tensors  # read once: activation checkpointing gives them once
     given, state, saved = tensors[:5], tensors[5 : 5 + ctx.fields], tensors[5 + ctx.fields :]
     do, *dstate = grads[: 1 + len(ctx.ends)]
@@ -200,9 +212,9 @@ def _pull(
         if x is None:
             shape, dtype = ctx.ends[i]
             dstate[i] = given[0].new_zeros(shape, dtype=dtype)
-    args = (*given, list(state), list(saved), do, dstate, *ctx.options)
+    args = (*given, list(state), list(saved), do, dstate, *options)
     found = (backward or SCAN_BACKWARD)(*args)
-    return (*_by_argument(found, given, ctx.options), *(None,) * (len(ctx.options) + 1))
+    return (*_by_argument(found, given, options), *(None,) * (len(options) + 1))
 
 
 def _by_argument(found: Sequence[Any], given: Sequence[Any], options: Options) -> list[Any]:
@@ -291,15 +303,24 @@ def _vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[list[Tensor], 
     return out, [0] * len(out)
 
 
-def _operator(name: str, function: Any, schema: str, setup: Any, pull: Any) -> Rule:
+def _operator(
+    name: str, function: Any, schema: str, setup: Any, pull: Any, needed: Any = None
+) -> Rule:
     op = torch.library.custom_op(f"hla::{name}", function, mutates_args=(), schema=schema)
     op.register_fake(function)  # a backend launches nothing on fake tensors
-    op.register_autograd(pull, setup_context=setup)
+    op.register_autograd(needed or pull, setup_context=setup)
     op.register_vmap(_vmap)
     return Rule(op, setup, pull)
 
 
-SCAN = _operator("scan", _scan, f"({GIVEN}, {OPTIONS}, bool keep) -> Tensor[]", _setup, _pull)
+SCAN = _operator(
+    "scan",
+    _scan,
+    f"({GIVEN}, {OPTIONS}, bool keep) -> Tensor[]",
+    _setup,
+    _pull,
+    _pull_needed,  # torch.func's tensors do not say
+)
 SCAN_BACKWARD = _operator(
     "scan_backward",
     _scan_backward,

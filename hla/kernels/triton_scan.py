@@ -120,9 +120,10 @@ def _unfinish(
     """Gradient of the program's output from that of o; with a column of masses where it matters."""
     if request.normalize:
         num, den = _sum(request.program, values)
-        dnum = do / (den + request.eps)
+        dtype = do.dtype if do.dtype == torch.bfloat16 else torch.float32
+        dnum = torch.div(do, den + request.eps, out=torch.empty_like(do, dtype=dtype))
         dden = -(dnum * num).sum(-1, keepdim=True) / (den + request.eps)
-        return (dnum.to(do.dtype) if do.dtype == torch.bfloat16 else dnum), dden
+        return dnum, dden
     if request.mass and masses:
         return do, do.new_zeros(()).expand(*do.shape[:-1], 1)
     return (do,)
