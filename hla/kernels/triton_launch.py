@@ -41,16 +41,16 @@ def config(
     product reads is not safe with loads ahead either (10993).
     """
     large, shared = D * V >= 128 * 64, mirrored and (gated > 0 or written)
+    warps = 8 if large and max(V, V2) > 64 else 4  # of 16 rows of the state each
     if major != 9:
-        return Config(32, 8 if large else 4, 1 if major == 10 else 2)
+        return Config(32, warps, 1 if major == 10 else 2)
     if operand == "float32":  # in three parts a product fills the registers
-        small = Config(32, 4, 2) if D * V <= 32 * 64 else Config(64, 4, 1)
-        return Config(64, 8, 2) if large else small
+        return Config(32, 4, 2) if D * V <= 32 * 64 else Config(64, warps, 1)
     if operand == "tf32":
-        return Config(64, 8 if large else 4, 2)
-    if large:
-        return Config(32, 8, 4) if gated or V2 or shared else Config(64, 8, 3)
-    return Config(32, 4, 4) if gated == 2 or V2 or shared else Config(64, 4, 3)
+        return Config(64, warps, 2)
+    if gated == 2 or V2 or shared or (gated and large):
+        return Config(32, warps, 4)
+    return Config(64, warps, 3)
 
 
 @functools.cache
