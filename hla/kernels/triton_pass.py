@@ -100,7 +100,10 @@ def _write(
     return tl.dot(vT, b_k, S, input_precision=PRECISION, out_dtype=tl.float32)
 
 
-@triton.jit(do_not_specialize=["T", "D", "V", "V2", "N1", "N2"])
+@triton.jit(  # the gate of some heads is no other kernel than that of all
+    do_not_specialize=["T", "D", "V", "V2", "N1", "N2", "sg0", "sg1", "sg2"],
+    do_not_specialize_on_alignment=["p_gate"],
+)
 def pass_kernel(
     p_q, p_k, p_v, p_o, p_start, p_end, p_v2, p_o2, p_start2, p_end2, p_x, p_gate, p_dots,
     read, write, T, D, V, V2, N1, N2,
