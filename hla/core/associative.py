@@ -8,7 +8,7 @@ from . import ahla, hla2, hla3, linear, programs, scans
 from .algebra import Algebra
 from .namespace import Array, device, fold, namespace
 from .passes import Gate, Shape, broadcast, started
-from .programs import PAPER, final_states, with_ones
+from .programs import PAPER, final_states
 from .request import Request
 from .states import own, rank, split
 
@@ -99,24 +99,36 @@ def scan(
         empty = xp.zeros((*batch, 0, V + 1), dtype=q.dtype, device=device(q))
         return empty, _owned(start, request)
     w = min(width, T)
-    tokens = [_chunked(x, batch, w, 0.0) for x in (q, k, v)]
-    rhos = _chunked(_token_rho(q, gate), batch, w, 1.0)
-    summary = _summaries(request, tokens, rhos, gate, batch, w)
-    before = scans.blelloch(algebra.combine, summary, algebra.identity(scans.element(summary, 0)))
-    carries = algebra.extend(start, before)
-    final = algebra.extend(scans.element(carries, -1), scans.element(summary, -1))
+    given = [(q, 0.0), (k, 0.0), (v, 0.0), (_token_rho(q, gate), 1.0)]
+    xs = tuple(_chunked(x, batch, w, fill) for x, fill in given)
 
-    def body(carry: None, xs: tuple[Array, ...]) -> tuple[None, tuple[Array]]:
-        q, k, v, rho = (xp.moveaxis(x, -2, 0) for x in xs[:4])  # [w, *batch, features]
+    def exclusive(segments: Any) -> Any:
+        one = algebra.identity(scans.element(segments, 0))
+        return scans.blelloch(algebra.combine, segments, one)
+
+    def inside(xs: tuple[Array, ...]) -> tuple[Array, Any, Any]:
+        """Return queries, and the segments before and at each token of a chunk; tokens first."""
+        q, k, v, rho = (xp.moveaxis(x, -2, 0) for x in xs)
         token = algebra.lift(q, k, v, rho[..., 0])
-        prefix = scans.blelloch(algebra.combine, token, algebra.identity(scans.element(token, 0)))
-        states = algebra.extend(algebra.extend(type(carries)(*xs[4:]), prefix), token)
-        num, den = algebra.read(states, q, request.ridge)
-        return carry, (xp.moveaxis(xp.concat([num, den[..., None]], axis=-1), 0, -2),)
+        return q, exclusive(token), token
 
-    xs = (*tokens, rhos, *carries)
-    _, (out,) = fold(body, None, xs, axes=tuple(-x.ndim for x in xs), out_axis=-3)
-    rows = tokens[0].shape[0] * w
+    def summary_of(_: None, xs: tuple[Array, ...]) -> tuple[None, tuple[Array, ...]]:
+        last = (scans.element(x, -1) for x in inside(xs)[1:])
+        return None, tuple(algebra.combine(*last))
+
+    def output_of(_: None, xs: tuple[Array, ...]) -> tuple[None, tuple[Array]]:
+        q, prefix, token = inside(xs[:4])
+        states = algebra.extend(algebra.extend(type(start)(*xs[4:]), prefix), token)
+        num, den = algebra.read(states, q, request.ridge)
+        return None, (xp.moveaxis(xp.concat([num, den[..., None]], axis=-1), 0, -2),)
+
+    _, summaries = fold(summary_of, None, xs, axes=tuple(-x.ndim for x in xs), out_axis=0)
+    summary = algebra.segment(*summaries)
+    carries = algebra.extend(start, exclusive(summary))
+    final = algebra.extend(scans.element(carries, -1), scans.element(summary, -1))
+    xs = (*xs, *carries)
+    _, (out,) = fold(output_of, None, xs, axes=tuple(-x.ndim for x in xs), out_axis=-3)
+    rows = xs[0].shape[0] * w
     return xp.reshape(out, (*batch, rows, V + 1))[..., rows - T :, :], _owned(final, request)
 
 
@@ -136,26 +148,6 @@ def _token_rho(q: Array, gate: Gate) -> Array:
         return namespace(q).exp(gate.log_gate)[..., None]
     ones = namespace(q).ones((q.shape[-2], 1), dtype=q.dtype, device=device(q))
     return ones if gate.decay is None else gate.decay[..., None, None] * ones
-
-
-def _summaries(
-    request: Request, tokens: list[Array], rhos: Array, gate: Gate, batch: Shape, w: int
-) -> Any:
-    """Return the segment of every chunk, [chunks, *batch, ...]."""
-    xp = namespace(rhos)
-    inner = gate
-    if gate.log_gate is not None:
-        inner = Gate(log_gate=_chunked(gate.log_gate[..., None], batch, w, 0.0)[..., 0])
-    values = dict(zip("qkv", tokens, strict=True))
-    values["v"] = with_ones(values["v"])
-    summary = segment(request, values, inner, chunk=w)._asdict()
-    chunks = rhos.shape[0]
-    for field in summary.keys() - {"rho"}:
-        x = summary[field]
-        shape = (chunks, *batch, *x.shape[x.ndim - rank(field) :])
-        summary[field] = xp.broadcast_to(x, shape)
-    summary["rho"] = xp.prod(rhos[..., 0], axis=-1)
-    return ALGEBRA[request.operator, request.mask].segment(**summary)
 
 
 def _started(request: Request, q: Array, state: Any, batch: Shape) -> Any:

@@ -90,7 +90,7 @@ def fold(
     axes : tuple of int
         The sliced axis of each x.
     out_axis : int
-        Negative axis of the results that counts the turns.
+        Axis of the results that counts the turns, negative or 0.
     reverse : bool
         Last slice first; the ys stay at their slice's place.
 
