@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from . import autodiff
 from .core import forms
+from .core.associative import algebra_of
 from .core.request import Request
 from .errors import SlowPathWarning, Unsupported
 
@@ -24,7 +25,7 @@ class Row(NamedTuple):
 
     The module has ``supports(request) -> str | None`` (the reason for refusing), ``forward``,
     ``backward`` and ``step`` as `hla.backends.array_api` has them, ``summarize`` where it can,
-    ``plan(request) -> str`` where it is not `hla.core.forms.plan`'s, and ``info() -> Info``.
+    ``plan(request) -> str`` where it is not that of `plan`, and ``info() -> Info``.
     ``OPAQUE = True`` says that a library's autograd cannot see through it.
     """
 
@@ -177,12 +178,24 @@ def refusal(name: str, request: Request) -> str | None:
     """Why a backend cannot do a request, or None."""
     if name in RESERVED:
         return f"this version of hla has no {name} backend; use backend=None or 'array_api'"
-    why = forms.refusal(request)
+    why = _no_form(request)
     if why is None and name in _third_party() and isinstance(_plugin(name), str):
         why = _plugin(name)
     if why is None:
         why = load(name).supports(request)
     return why
+
+
+def _no_form(request: Request) -> str | None:
+    """Return why no backend can run the form asked for, or None."""
+    if request.mask == "none" and request.form in ("recurrent", "associative"):
+        return f"mask='none' sees every token at once and has no {request.form} form; use 'chunked'"
+    if request.form == "associative" and algebra_of(request) is None:
+        return (
+            "convention='paper' is not an associative scan: its decayed hla2 operator is not "
+            "associative and its hla3 recurrence is not the masked sum; use form='chunked'"
+        )
+    return None
 
 
 def _warn_slow(request: Request, reasons: dict[str, str]) -> None:
@@ -200,6 +213,15 @@ def _warn_slow(request: Request, reasons: dict[str, str]) -> None:
     )
 
 
+def plan(request: Request) -> str:
+    """Say in words how the request is computed."""
+    if request.form == "associative":
+        return f"exclusive Blelloch scans within and across chunks of {forms.width(request)} tokens"
+    if request.mask == "none":
+        return f"{len(request.program.steps)} full passes"
+    return f"{len(request.program.steps)} passes in chunks of {forms.width(request)} tokens"
+
+
 def explain(request: Request, backend: str | Sequence[str] | None) -> Explanation:
     """Describe what would run, and for each other backend the reason why it would not."""
     chosen, reasons = pick(request, backend)
@@ -207,7 +229,7 @@ def explain(request: Request, backend: str | Sequence[str] | None) -> Explanatio
         if name != chosen and name not in reasons:
             other = f"{chosen} comes first" if backend is None else "not asked for"
             reasons[name] = refusal(name, request) or other
-    how = getattr(load(chosen), "plan", forms.plan)(request)
+    how = getattr(load(chosen), "plan", plan)(request)
     if request.tf32:
         how += "; float32 products in reduced precision, as the array library is set to"
     return Explanation(chosen, request.form or "chunked", how, reasons)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from . import associative
 from .adjoint import CORE, Engine
-from .associative import algebra_of
 from .namespace import Array, namespace
 from .passes import CHUNK, Gate
 from .programs import Trace, final_states, summed, with_ones
@@ -32,28 +31,8 @@ class Gradients(NamedTuple):
     dinitial_state: Any
 
 
-def refusal(request: Request) -> str | None:
-    """Return why no backend can run the form asked for, or None."""
-    if request.mask == "none" and request.form in ("recurrent", "associative"):
-        return f"mask='none' sees every token at once and has no {request.form} form; use 'chunked'"
-    if request.form == "associative" and algebra_of(request) is None:
-        return (
-            "convention='paper' is not an associative scan: its decayed hla2 operator is not "
-            "associative and its hla3 recurrence is not the masked sum; use form='chunked'"
-        )
-    return None
-
-
-def plan(request: Request) -> str:
-    """Say in words how the request is computed."""
-    if request.form == "associative":
-        return f"exclusive Blelloch scans within and across chunks of {_width(request)} tokens"
-    if request.mask == "none":
-        return f"{len(request.program.steps)} full passes"
-    return f"{len(request.program.steps)} passes in chunks of {_width(request)} tokens"
-
-
-def _width(request: Request) -> int:
+def width(request: Request) -> int:
+    """Return the tokens in a chunk."""
     widths = {"recurrent": 1, "dense": request.tokens}
     return max(1, widths.get(request.form or "chunked", request.chunk_size or CHUNK))
 
@@ -93,7 +72,7 @@ def forward(
     if request.form == "associative":
         plain = dataclasses.replace(request, normalize=False, return_state=False)
         values, gate, _ = accumulated(plain, inputs)
-        out, state = associative.scan(request, values, gate, inputs.state, _width(request))
+        out, state = associative.scan(request, values, gate, inputs.state, width(request))
         out, trace = out if request.mass else out[..., :-1], None
         state = state if request.return_state else None
     else:
@@ -109,7 +88,7 @@ def forward(
 def _run(request: Request, inputs: Inputs, engine: Engine) -> tuple[Array, Trace]:
     values, gate, initial = accumulated(request, inputs)
     return engine.run(
-        request.program, values, gate, initial, chunk=_width(request), keep=request.gradient
+        request.program, values, gate, initial, chunk=width(request), keep=request.gradient
     )
 
 
@@ -150,7 +129,7 @@ def backward(
     dtype = values["q"].dtype
     dout = _unfinish(request, trace, values, do)
     dfinal = joined(request, _cast_state(xp, dstate, dtype), gradient=True)
-    options = {"with_gate": request.gate_given, "chunk": _width(request)}
+    options = {"with_gate": request.gate_given, "chunk": width(request)}
     grads = engine.adjoint(request.program, trace, gate, initial, dout, dfinal, **options)
     dq, dk, dv = (grads.values[x] for x in "qkv")
     if request.scale != 1.0:
@@ -198,4 +177,4 @@ def summarize(request: Request, inputs: Inputs) -> Any:
     """Summary of a whole sequence as one segment, in the accumulation dtype."""
     values, gate, _ = accumulated(request, inputs)
     shapes = request.state_shapes(segment=True)
-    return associative.segment(request, values, gate, chunk=_width(request), shapes=shapes)
+    return associative.segment(request, values, gate, chunk=width(request), shapes=shapes)

@@ -96,18 +96,8 @@ def lift(q: Array, k: Array, v: Array, rho: Array) -> HLA3Segment:
     """Segment of one token; with s = q.k: X = s q v', Y = s k q', F = s^2 k v'."""
     s = inner(q, k)[..., None]
     x, eta = s * q, s * s * k
-    return HLA3Segment(
-        S=outer(k, k),
-        P=outer(k, v),
-        m=k,
-        Q=outer(q, q),
-        X=outer(x, v),
-        x=x,
-        Y=outer(s * k, q),
-        F=outer(eta, v),
-        eta=eta,
-        rho=rho,
-    )
+    S, Q, P, Y = outer(k, k), outer(q, q), outer(k, v), outer(s * k, q)
+    return HLA3Segment(S, P, k, Q, outer(x, v), x, Y, outer(eta, v), eta, rho)
 
 
 def lift_prefix(q: Array, k: Array, v: Array, rho: Array) -> HLA3PrefixSegment:
