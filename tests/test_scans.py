@@ -12,9 +12,10 @@ torch = pytest.importorskip("torch")
 T, D, V = 7, 3, 2
 
 
-def draw(seed=0):
+def draw(seed=0, positive=False):
     rng = np.random.default_rng(seed)
     q, k = rng.normal(size=(2, T, D))
+    q, k = (abs(q), abs(k)) if positive else (q, k)
     return q, k, rng.normal(size=(T, V)), rng.normal(size=(T, V)), rng.uniform(0.5, 0.9)
 
 
@@ -30,12 +31,13 @@ def test_blelloch_is_the_serial_scan(key, length):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])
 @pytest.mark.parametrize("mask", ["causal", "prefix"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_reverse_scan_has_the_programs_gradients(operator, mask):
+def test_reverse_scan_has_the_programs_gradients(operator, mask, normalize):
     """Reads and lifts are differentiated by torch; between them only `combine_adjoint` acts."""
     algebra = ALGEBRA[operator, mask]
-    *host, do, g = draw()
+    *host, do, g = draw(positive=normalize)
     q, k, v = (torch.tensor(x, requires_grad=True) for x in host)
     decay = torch.tensor(g, dtype=torch.float64, requires_grad=True)
     xs = algebra.lift(q, k, v, decay * torch.ones(T, dtype=torch.float64))
@@ -43,8 +45,9 @@ def test_reverse_scan_has_the_programs_gradients(operator, mask):
     one = algebra.identity(scans.element(fixed, 0))
     before = scans.blelloch(algebra.combine, fixed, one)
     after = type(xs)(*(x.requires_grad_() for x in algebra.combine(before, fixed)))
-    num, _ = algebra.read(after.to_state(), q)
-    read = torch.autograd.grad((num * torch.tensor(do)).sum(), [*after, q], materialize_grads=True)
+    o, den = algebra.read(after.to_state(), q)
+    o = o / (den[:, None] + 0.1) if normalize else o
+    read = torch.autograd.grad((o * torch.tensor(do)).sum(), [*after, q], materialize_grads=True)
     grads = type(xs)(*read[:-1])
     dxs, _ = scans.reverse(algebra.combine_adjoint, before, fixed, grads)
     through = [(x, dx) for x, dx in zip(xs, dxs, strict=True) if x.requires_grad]  # not G = h = 0
@@ -55,6 +58,7 @@ def test_reverse_scan_has_the_programs_gradients(operator, mask):
         materialize_grads=True,
     )
     options = {"operator": operator, "mask": mask, "decay": np.array(g)}
+    options |= {"normalize": normalize, "eps": 0.1}
     want = hla.vjp(*host, **options)[1](do)
     for got, expected in zip((dq + read[-1], dk, dv, ddecay), want, strict=False):
         np.testing.assert_allclose(got.numpy(), expected, rtol=1e-9, atol=1e-9)
