@@ -218,7 +218,8 @@ def _chunk(
                 pair = q @ k.mT  # [..., W, W]
                 pair = pair if w.pair is None else pair * w.pair
                 # not a product with the mask: an overflowing future would reach the past as 0 * inf
-                pairs[key] = xp.where(w.mask, pair, xp.zeros((), dtype=k.dtype, device=device(k)))
+                strict = s.kind == "strict"
+                pairs[key] = xp.triu(pair, k=+strict) if reverse else xp.tril(pair, k=-strict)
             local[s.out] = pairs[key] @ v + (q if w.query is None else q * w.query) @ S
         kv = (k if w.key is None else k * w.key).mT @ v
         after.append(kv + (S if w.total is None else S * w.total))
