@@ -25,14 +25,14 @@ KINDS = {
     "plain": (0, 0, {}),
     "reverse, add": (0, 0, {"REVERSE": True, "ADD": True}),
     "decay": (0, 1, {}),
-    "log gate": (0, 2, {"POWER": 2}),
+    "log gate": (0, 2, {}),
     "two values": ("V", 0, {}),
     "two values, decay": ("V", 1, {"V_IS_K": True}),
     "v is k, decay": (0, 1, {"V_IS_K": True}),
     "both, decay": (0, 1, {"REVERSE": True, "BOTH": True}),
     "mass": (1, 0, {"START": True, "END": True}),
     "both": (0, 0, {"REVERSE": True, "BOTH": True}),
-    "adjoint": (0, 2, {"REVERSE": True, "DOT": True, "START": True, "END": True, "POWER": 3}),
+    "adjoint": (0, 2, {"REVERSE": True, "DOT": True, "START": True, "END": True}),
 }
 CASES = [
     (kind, width, dtype, arch)
@@ -117,7 +117,7 @@ def compiled(kind, width, dtype, arch):
     weights = gated, options.get("WRITE", False), mirrored
     chosen = triton_launch.config(width, width, V2, operand, *weights, arch // 10)
     given = {
-        "READ": True, "UPDATE": True, "STRICT": False, "REVERSE": False, "GATE": gated, "POWER": 1,
+        "READ": True, "UPDATE": True, "STRICT": False, "REVERSE": False, "GATE": gated,
         "WRITE": False, "ADD": False, "START": False, "END": False, "TWO": two, "BOTH": False,
         "DOT": False,
         "V_IS_K": False, "BD": width, "BV": width, "BV2": BV2, "W": chosen.W, "WHOLE_D": True,

@@ -160,12 +160,12 @@ def causal_pass(
     if first.start is None and first.end is None:  # the pass is linear in k v
         read, write = read * write, 1.0
     v_is_k = first.v is k and gated < 2  # weighed by tokens: slower than loading the same lines
-    flags = (gated, power, strict, reverse, update, write != 1.0, add, both, tf32, v_is_k)
+    flags = (gated, strict, reverse, update, write != 1.0, add, both, tf32, v_is_k)
     key = (batch, k.device, flags, *seen)
     if key in _launches:
         kernel, grid, rest = _launches[key]
         with torch.cuda.device_of(k):
-            kernel[grid](*pointers, read, write, *rest)
+            kernel[grid](*pointers, read, write, power, *rest)
         return
     ranks = (*(2,) * 11, max(0, gated - 1))
     sizes, strides = _plan(batch, ranks, operands[:-1])
@@ -197,7 +197,7 @@ def causal_pass(
         return
     constants = {
         "READ": q is not None, "UPDATE": update, "STRICT": strict, "REVERSE": reverse,
-        "GATE": gated, "POWER": power, "WRITE": write != 1.0, "ADD": add,
+        "GATE": gated, "WRITE": write != 1.0, "ADD": add,
         "START": first.start is not None, "END": first.end is not None,
         "TWO": second is not None, "BOTH": both, "DOT": dots is not None, "V_IS_K": v_is_k,
         "BD": BD, "BV": BV, "BV2": BV2, "W": chosen.W,
@@ -208,7 +208,7 @@ def causal_pass(
     rest = (T, D, V, V2, *(1, 1, *sizes)[-2:], *strides)
     with torch.cuda.device_of(k):
         kernel = pass_kernel[grid](
-            *operands, read, write, *rest, **constants,
+            *operands, read, write, power, *rest, **constants,
             num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
     if kernel is not None:  # not under the interpreter

@@ -42,11 +42,9 @@ def _operand(x, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _chunk_weights(
-    p_gate, m_t, m_pair, POWER: tl.constexpr, STRICT: tl.constexpr, REVERSE: tl.constexpr
-):
+def _chunk_weights(p_gate, m_t, m_pair, power, STRICT: tl.constexpr, REVERSE: tl.constexpr):
     """Weights of one chunk by its log gate: pairs [W, W], before and after [W], total."""
-    a = tl.load(p_gate, mask=m_t, other=0.0).to(tl.float64) * POWER
+    a = tl.load(p_gate, mask=m_t, other=0.0).to(tl.float64) * power
     a = tl.where(a < RESET, RESET, a)  # not maximum, which would drop a NaN
     c = tl.cumsum(a, 0)
     up, last = c - a if STRICT else c, tl.sum(a, 0)
@@ -101,12 +99,12 @@ def _write(
 
 
 @triton.jit(  # the gate of some heads is no other kernel than that of all
-    do_not_specialize=["T", "D", "V", "V2", "N1", "N2", "sg0", "sg1", "sg2"],
+    do_not_specialize=["power", "T", "D", "V", "V2", "N1", "N2", "sg0", "sg1", "sg2"],
     do_not_specialize_on_alignment=["p_gate"],
 )
 def pass_kernel(
     p_q, p_k, p_v, p_o, p_start, p_end, p_v2, p_o2, p_start2, p_end2, p_x, p_gate, p_dots,
-    read, write, T, D, V, V2, N1, N2,
+    read, write, power, T, D, V, V2, N1, N2,
     sq0, sq1, sq2, sqt, sqd,
     sk0, sk1, sk2, skt, skd,
     sv0, sv1, sv2, svt, svd,
@@ -124,7 +122,6 @@ def pass_kernel(
     STRICT: tl.constexpr,
     REVERSE: tl.constexpr,
     GATE: tl.constexpr,  # 0 none, 1 decay, 2 log_gate
-    POWER: tl.constexpr,
     WRITE: tl.constexpr,  # write != 1
     ADD: tl.constexpr,  # o holds an earlier part of the sum
     START: tl.constexpr,
@@ -191,7 +188,7 @@ def pass_kernel(
 
     chunks = tl.cdiv(T, W)
     if GATE == 1:
-        log_g = tl.log(tl.load(p_gate).to(tl.float64)) * POWER
+        log_g = tl.log(tl.load(p_gate).to(tl.float64)) * power
         up = (t if STRICT else t + 1) * log_g
         span = up[:, None] - ((t + 1) * log_g)[None, :]  # [W, W], of (later, earlier)
         span = span if REVERSE else tl.trans(span)
@@ -213,7 +210,7 @@ def pass_kernel(
             w_total = tl.where(row + W > T, total_rest, total)
         if GATE == 2:
             w_pair, w_in, w_out, w_total = _chunk_weights(
-                p_gate + (row64 + t64) * sgt, m_t, m_pair, POWER, STRICT, REVERSE
+                p_gate + (row64 + t64) * sgt, m_t, m_pair, power, STRICT, REVERSE
             )
         if REVERSE:
             w_in, w_out = w_out, w_in
