@@ -154,48 +154,41 @@ def sweep(
     outs : dict of array, (*batch, T, features)
     states : tuple of array
     """
-    carry, like = tuple(states), next(iter(values.values()))
+    carry, like, given = tuple(states), next(iter(values.values())), dict(values)
     xp, T = namespace(like), like.shape[-2]
-    kinds = {(s.power, s.kind) for s in steps}
+    if gate.log_gate is not None:
+        given["gate"] = gate.log_gate[..., None]
+
+    def weighed(gate: Gate, W: int) -> dict[tuple[int, str], Weights]:
+        kinds = {(s.power, s.kind) for s in steps}
+        return {key: weights(gate, *key, W, like=like) for key in kinds}
+
     parts: list[tuple[Array, ...]] = []
     cuts = [(0, T // chunk, chunk), (T - T % chunk, 1, T % chunk)]  # start, chunks, tokens of each
     for start, turns, W in reversed(cuts) if reverse else cuts:
         if turns == 0 or (W == 0 and T > 0):  # of no tokens there is one chunk of none
             continue
-        stop = start + turns * W
-        xs = tuple(_chunks(x, 1, start, stop, turns) for x in values.values())
-        fixed = None
-        if gate.log_gate is None:
-            fixed = {key: weights(gate, *key, W, like=like) for key in kinds}
-        else:
-            xs = (*xs, _chunks(gate.log_gate, 0, start, stop, turns))
+        fixed = weighed(gate, W) if gate.log_gate is None else None
 
         def body(
-            carry: tuple[Array, ...], xs: tuple[Array, ...], fixed: Any = fixed, W: int = W
+            carry: tuple[Array, ...], xs: tuple[Array, ...], W: int = W, fixed: Any = fixed
         ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-            ws = fixed
-            if ws is None:
-                ws = {key: weights(Gate(log_gate=xs[-1]), *key, W, like=like) for key in kinds}
-            local = dict(zip(values, xs, strict=False))
+            local = dict(zip(given, xs, strict=True))
+            ws = fixed or weighed(Gate(log_gate=local["gate"][..., 0]), W)
             after = _chunk(steps, local, ws, carry, reverse)
             return after, tuple(local[name] for name in outputs)
 
-        axes = (-3,) * len(values) + (-2,) * (gate.log_gate is not None)
+        rows = (x[..., start : start + turns * W, :] for x in given.values())
+        xs = tuple(xp.reshape(x, (*x.shape[:-2], turns, W, x.shape[-1])) for x in rows)
+        axes = (-3,) * len(xs)
         carry, outs = fold(body, carry, xs, axes=axes, out_axis=-3, reverse=reverse)
-        parts.append(tuple(xp.reshape(o, (*o.shape[:-3], stop - start, o.shape[-1])) for o in outs))
+        parts.append(tuple(xp.reshape(o, (*o.shape[:-3], turns * W, o.shape[-1])) for o in outs))
     if reverse:
         parts.reverse()
     whole = (
         parts[0] if len(parts) == 1 else (xp.concat(p, axis=-2) for p in zip(*parts, strict=True))
     )
     return dict(zip(outputs, whole, strict=True)), carry
-
-
-def _chunks(x: Array, features: int, start: int, stop: int, turns: int) -> Array:
-    """Cut [..., T, *] into [..., turns, W, *]."""
-    rows = x[(..., slice(start, stop)) + (slice(None),) * features]
-    lead, last = rows.shape[: rows.ndim - 1 - features], rows.shape[rows.ndim - features :]
-    return namespace(x).reshape(rows, (*lead, turns, (stop - start) // turns, *last))
 
 
 def _chunk(
