@@ -32,7 +32,6 @@ def segment(
     gate: Gate,
     *,
     chunk: int,
-    shapes: dict[str, Shape] | None = None,
 ) -> Any:
     """Summarize a sequence by the operator's segment program.
 
@@ -44,13 +43,11 @@ def segment(
         "q", "k" and "v" with its column of ones, (*batch, T, features).
     gate, chunk
         As in `passes.causal_pass`.
-    shapes : dict, optional
-        Full shape of each final state, to which they are cut.
     """
     algebra = ALGEBRA[request.operator, request.mask]
     program = programs.segment_program(request.operator, request.mask)
     _, trace = programs.run(program, values, gate, {}, chunk=chunk)
-    fields = split(final_states(program, trace), shapes)
+    fields = split(final_states(program, trace), request.state_shapes(segment=True))
     return algebra.segment(**algebra.moments(fields), rho=_attenuation(values["k"], gate))
 
 

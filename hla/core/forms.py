@@ -176,5 +176,4 @@ def _cast_state(xp: Any, state: Any, dtype: Any) -> Any:
 def summarize(request: Request, inputs: Inputs) -> Any:
     """Summary of a whole sequence as one segment, in the accumulation dtype."""
     values, gate, _ = accumulated(request, inputs)
-    shapes = request.state_shapes(segment=True)
-    return associative.segment(request, values, gate, chunk=width(request), shapes=shapes)
+    return associative.segment(request, values, gate, chunk=width(request))
