@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import arrays as ns
-from . import dispatch
+from . import arrays, dispatch
 from .core.associative import ALGEBRA
 from .core.forms import Gradients
 from .core.namespace import Array
@@ -104,7 +103,7 @@ def scan(
     >>> hla.scan(q, k, v)[:, 0]
     array([1., 3., 6.])
     """
-    run = _node("scan") if ns.compiling() else _scan
+    run = _node("scan") if arrays.compiling() else _scan
     return run(
         q,
         k,
@@ -186,7 +185,7 @@ def step(
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
-    run = _node("step") if ns.compiling() else _step
+    run = _node("step") if arrays.compiling() else _step
     return run(
         q_t,
         k_t,
@@ -312,7 +311,7 @@ def combine(left: Any, right: Any) -> Any:
         a, b = (tuple(getattr(x, name).shape[-rank:]) for x in (left, right))
         if a != b:
             raise ValueError(f"left.{name} has sizes {a}; expected {b} like right.{name}")
-    with ns.exact_products(right.rho):
+    with arrays.exact_products(right.rho):
         if type(left) is algebra.segment:
             return algebra.combine(left, right)
         joined = algebra.extend(left, right)
@@ -407,7 +406,7 @@ def _pull(
         do = array("do", do, inputs.q)
         if tuple(do.shape) != tuple(shape):
             raise ValueError(f"do has shape {tuple(do.shape)}; expected {tuple(shape)} like o")
-        if ns.dtype_name(do) not in ns.FLOATS:
+        if arrays.dtype_name(do) not in arrays.FLOATS:
             raise TypeError(f"do has dtype {do.dtype}; expected {inputs.v.dtype} like o")
         do = layout.tokens_in(do)
     if dstate is not None and (not request.return_state or type(dstate) is not request.state_type):

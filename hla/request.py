@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from . import arrays as ns
+from . import arrays
 from .core.adjoint import sum_to
 from .core.forms import FORMS
 from .core.hla2 import HLA2RidgeState, HLA2State
@@ -106,8 +106,8 @@ def prepare(
     -------
     request : Request, inputs : Inputs, layout : Layout
     """
-    scale, eps, ridge = (ns.concrete(x) for x in (scale, eps, ridge))
-    q, k, v = (ns.autocast(x) for x in (q, k, v))
+    scale, eps, ridge = (arrays.concrete(x) for x in (scale, eps, ridge))
+    q, k, v = (arrays.autocast(x) for x in (q, k, v))
     options = (operator, mask, convention, form, scale, eps, ridge, normalize, return_state)
     key = _key((q, k, v), (*options, axis, chunk_size, gradient))
     known = _known.get(key)
@@ -137,8 +137,8 @@ def prepare(
     kind = default if initial_state is None else _state_type(initial_state, default, float(ridge))
     given_gate = layout.decay_shape is not None or layout.gate_shape is not None
     gates = (*(None if x is None else x.shape for x in (decay, log_gate)), given_gate)
-    tf32 = ns.tf32_allowed(q)
-    whole = None if key is None or ns.transformed(q) else (key, gates, kind, tf32)
+    tf32 = arrays.tf32_allowed(q)
+    whole = None if key is None or arrays.transformed(q) else (key, gates, kind, tf32)
     request = _requests.get(whole)
     if request is None:
         request = describe(
@@ -184,10 +184,10 @@ def describe(inputs: Inputs, *, state_type: type[Any] | None, **options: Any) ->
         gate_batch=Gate(decay, log_gate).batch,
         state_type=state_type,
         library=library(q) or "",
-        device=ns.device_name(q),
-        dtype=ns.dtype_name(q),
-        accelerator=ns.on_accelerator(q),
-        traced=any(ns.traced(x) for x in (q, k, v)),
+        device=arrays.device_name(q),
+        dtype=arrays.dtype_name(q),
+        accelerator=arrays.on_accelerator(q),
+        traced=any(arrays.traced(x) for x in (q, k, v)),
         **options,
     )
 
@@ -198,15 +198,15 @@ _known: dict[Any, tuple[Layout, Shape, int | None, type[Any] | None]] = {}
 _requests: dict[Any, Request] = {}
 
 
-def _key(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+def _key(given: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     """Return what the checks see of a call; None for arrays whose device is no plain attribute.
 
     Types too: as a key True is 1, and here it is no number.
     """
-    if any(library(x) != "torch" and type(x) is not np.ndarray for x in arrays):
+    if any(library(x) != "torch" and type(x) is not np.ndarray for x in given):
         return None
     key = (
-        *((type(x), x.shape, x.dtype, x.device) for x in arrays),
+        *((type(x), x.shape, x.dtype, x.device) for x in given),
         options,
         tuple(map(type, options)),
     )
@@ -304,10 +304,10 @@ def array(name: str, x: Any, like: Array | None = None, like_name: str = "q") ->
             raise TypeError(
                 f"{name} is an array of {found}; expected {expected} like {like_name}. Convert it"
             )
-        if not ns.same_device(x, like):
+        if not arrays.same_device(x, like):
             raise ValueError(
-                f"{name} is on device {ns.device_name(x)}; expected {ns.device_name(like)} like"
-                f" {like_name}. Move it first"
+                f"{name} is on device {arrays.device_name(x)}; expected"
+                f" {arrays.device_name(like)} like {like_name}. Move it first"
             )
     return np.asarray(x) if found == "numpy" else x
 
@@ -318,9 +318,10 @@ def _arrays(given: dict[str, Any], axis: int | None) -> tuple[Array, Array, Arra
     for name, x in given.items():
         given[name] = array(name, x, None if name == first else given[first], first)
     for name, x in given.items():
-        if ns.dtype_name(x) not in ns.FLOATS:
+        if arrays.dtype_name(x) not in arrays.FLOATS:
             raise TypeError(
-                f"{name} has dtype {x.dtype}; expected one of {', '.join(ns.FLOATS)}. Cast it first"
+                f"{name} has dtype {x.dtype}; expected one of {', '.join(arrays.FLOATS)}."
+                " Cast it first"
             )
         expected = given[first].dtype
         if x.dtype != expected:
@@ -387,9 +388,9 @@ def _gate(
     """Check the decay or the log gate and bring it to the accumulation dtype."""
     if decay is not None and log_gate is not None:
         raise ValueError("decay and log_gate were both given; expected one (log_gate = log(decay))")
-    decay, log_gate = ns.concrete(decay), ns.concrete(log_gate)
+    decay, log_gate = arrays.concrete(decay), arrays.concrete(log_gate)
     xp, like = namespace(q), {"device": device(q)}
-    dtype = xp.float64 if ns.dtype_name(q) == "float64" else xp.float32
+    dtype = xp.float64 if arrays.dtype_name(q) == "float64" else xp.float32
     if decay is not None:
         if _is_number(decay):
             if not 0 < decay <= 1:
@@ -397,12 +398,12 @@ def _gate(
             constant = None if decay == 1 else xp.full((), float(decay), dtype=dtype, **like)
             return constant, None, layout
         decay = array("decay", decay, q)
-        if ns.dtype_name(decay) not in ("float32", "float64"):
+        if arrays.dtype_name(decay) not in ("float32", "float64"):
             raise TypeError(
                 f"decay has dtype {decay.dtype}; expected float32 or float64 (bfloat16(0.999) is 1)"
             )
         _broadcasts("decay", decay.shape, batch, "the batch shape of q, k and v")
-        values = ns.host_values(decay)
+        values = arrays.host_values(decay)
         if values is not None and not ((values > 0) & (values <= 1)).all():
             wrong = values[~((values > 0) & (values <= 1))].flat[0]
             raise ValueError(f"decay holds {wrong}; expected values in (0, 1]")
@@ -417,11 +418,11 @@ def _gate(
         gate = xp.full((), float(log_gate), dtype=dtype, **like)
         return None, layout.gate_in(gate, tokens), layout
     log_gate = array("log_gate", log_gate, q)
-    if ns.dtype_name(log_gate) not in ns.FLOATS:
+    if arrays.dtype_name(log_gate) not in arrays.FLOATS:
         raise TypeError(f"log_gate has dtype {log_gate.dtype}; expected a floating dtype. Cast it")
     full = batch if layout.axis is None else _with_tokens(batch, tokens, layout.axis)
     _broadcasts("log_gate", log_gate.shape, full, "q without its feature axis")
-    values = ns.host_values(log_gate)
+    values = arrays.host_values(log_gate)
     if values is not None and not (values <= 0).all():
         raise ValueError(
             f"log_gate holds {values[~(values <= 0)].flat[0]}; expected values <= 0 (-inf forgets)"
@@ -477,8 +478,8 @@ def _state(request: Request, q: Array, state: Any) -> Any:
             x = array(name, x, q)
         except TypeError as error:
             raise ValueError(str(error)) from None
-        kind = ns.dtype_name(x)
-        if kind not in ns.FLOATS:
+        kind = arrays.dtype_name(x)
+        if kind not in arrays.FLOATS:
             raise TypeError(f"{name} has dtype {x.dtype}; expected {request.accumulate}. Cast it")
         if kind == "float64" and request.accumulate != "float64":
             raise ValueError(
