@@ -54,6 +54,8 @@ SHAPES = {
     "mass": (1, {}),
     "mass, v is k": (1, {"V_IS_K": True}),
     "no query": (0, {"READ": False, "END": True}),
+    "64 values": (0, {"BV": 64}),
+    "64 values, mass": (1, {"BV": 64}),
 }
 WEIGHTS = {"none": (0, {}), "write": (0, {"WRITE": True, "START": True}), "decay": (1, {}),
            "log gate": (2, {})}  # fmt: skip
@@ -115,7 +117,8 @@ def compiled(kind, width, dtype, arch):
     operand = "bf16" if dtype == "bf16" else "float32"
     mirrored = options.get("V_IS_K", False) or options.get("BOTH", False)
     weights = gated, options.get("WRITE", False), mirrored
-    chosen = triton_launch.config(width, width, V2, operand, *weights, arch // 10)
+    V = options.get("BV", width)
+    chosen = triton_launch.config(width, V, V2, operand, *weights, arch // 10)
     given = {
         "READ": True, "UPDATE": True, "STRICT": False, "REVERSE": False, "GATE": gated,
         "WRITE": False, "ADD": False, "START": False, "END": False, "TWO": two, "BOTH": False,
