@@ -59,6 +59,7 @@ SHAPES = {
 }
 WEIGHTS = {"none": (0, {}), "write": (0, {"WRITE": True, "START": True}), "decay": (1, {}),
            "log gate": (2, {})}  # fmt: skip
+UNALIGNED = {"rows at odd strides": (0, 1, {"DOT": True})}  # a lane holds one value of a row
 KINDS_OF_RACES = {
     f"{shape}; {weights}": (more, gated, one | other)
     for shape, (more, one) in SHAPES.items()
@@ -99,6 +100,18 @@ def overwritten(code):
     return sorted(found), len(ahead)
 
 
+def unequal(code):
+    """Products in PTX that lanes exchange: each may fuse its own with the sum, and lanes differ."""
+    made = re.findall(r"^\s*(\w[\w.]*)\s+\{?(?:_, )?(%\w+)\}?, (%\w+)", code, re.MULTILINE)
+    by, found = {name: (how, of) for how, name, of in made}, []
+    for name in re.findall(r"shfl\.sync\.bfly\.b32\s+%\w+, (%\w+)", code):
+        how, of = by.get(name, ("", ""))
+        while how.startswith(("mov", "cvt.u32.u64")) and of in by:
+            how, of = by[of]
+        found += [name] if how.startswith("mul") else []
+    return found
+
+
 def compiled(kind, width, dtype, arch):
     """Compile one case; return what the assembler and the code say of it."""
     import tempfile
@@ -111,7 +124,7 @@ def compiled(kind, width, dtype, arch):
     from hla.kernels.triton_pass import pass_kernel as kernel
 
     names = kernel.arg_names
-    more, gated, options = (KINDS | KINDS_OF_RACES)[kind]
+    more, gated, options = (KINDS | KINDS_OF_RACES | UNALIGNED)[kind]
     V2 = width if more == "V" else more
     BV2, two = triton_launch.tile(V2), V2 > 0
     operand = "bf16" if dtype == "bf16" else "float32"
@@ -151,7 +164,8 @@ def compiled(kind, width, dtype, arch):
             signature[name] = "i32"
     unknown = set(given) - set(names)
     assert not unknown, f"the kernel has no {unknown}"
-    aligned = [n for n in names if signature[n][0] == "*" or re.match(r"s\w+[0-9td]$", n)]
+    stride = r"s\w+[0-9d]$" if kind in UNALIGNED else r"s\w+[0-9td]$"
+    aligned = [n for n in names if signature[n][0] == "*" or re.match(stride, n)]
     source = ASTSource(
         kernel,
         signature=signature,
@@ -174,6 +188,8 @@ def compiled(kind, width, dtype, arch):
     races, pipelined = overwritten(made.asm["ttgir"])
     return {
         "races": races,
+        "shuffles": made.asm["ptx"].count("shfl.sync.bfly"),
+        "unequal": unequal(made.asm["ptx"]),
         "pipelined": pipelined,
         "registers": registers,
         "spills": stack + local,
@@ -227,6 +243,13 @@ def test_no_load_lands_on_what_a_product_still_reads(tmp_path):
     for case, found in compiled_apart(RACES, tmp_path).items():
         assert not found["races"], case
         assert found["pipelined"] >= 2 - ("no query" in case[0]), case  # the search saw the loads
+
+
+def test_lanes_that_store_one_sum_agree(tmp_path):
+    """All lanes of a row store its sum, to one place."""
+    cases = [(kind, 32, dtype, 90) for kind in UNALIGNED for dtype in ("bf16", "fp32")]
+    for case, found in compiled_apart(cases, tmp_path).items():
+        assert found["shuffles"] and not found["unequal"], case
 
 
 RACE = """

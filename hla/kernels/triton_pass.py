@@ -239,7 +239,9 @@ def pass_kernel(
             b_o = tl.trans(b_o * read)  # [W, BV]
             if DOT:
                 b_x = tl.load(p_x + row64 * sxt, mask=m_tv, other=0.0).to(tl.float32)
-                tl.store(p_dots + row64, tl.sum(b_o * b_x, 1), mask=m_t)
+                # Products rounded before they are added: fused with the add of another lane's sum
+                # they would leave the lanes of a row with different last bits, and all store theirs.
+                tl.store(p_dots + row64, tl.sum(tl.fma(b_o, b_x, 0.0), 1), mask=m_t)
             if ADD:
                 b_o += tl.load(p_o + row64 * sot, mask=m_tv, other=0.0).to(tl.float32)
             tl.store(p_o + row64 * sot, b_o.to(p_o.dtype.element_ty), mask=m_tv)
