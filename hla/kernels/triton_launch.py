@@ -14,6 +14,7 @@ from ..core.passes import Gate, Shape
 from .triton_pass import pass_kernel
 
 WIDEST = 128  # a float32 state of 128 x 128 takes half of the registers of 8 warps
+FURTHER = 16  # columns of keys beyond a tile that its launch can take with it
 
 
 class Config(NamedTuple):
@@ -113,6 +114,8 @@ def causal_pass(
     add: bool = False,
     both: bool = False,
     x: torch.Tensor | None = None,
+    qc: torch.Tensor | None = None,
+    kc: torch.Tensor | None = None,
     dots: torch.Tensor | None = None,
     tf32: bool = False,
 ) -> None:
@@ -142,6 +145,8 @@ def causal_pass(
         Add the pass with k and v exchanged, which reads the same state; with one part, D = V.
     x, dots : tensor, (*batch, T, V), and float32, (*batch, `value_tiles`, T), contiguous, optional
         With one part: write sum_v o x of this pass by itself, token by token, a row a tile.
+    qc, kc : tensor, (*batch, T, C), optional
+        Further columns of q and k, at most `FURTHER`; with one part. The state has D + C rows.
     tf32 : bool
         Multiply float32 in TF32, which is exact for what came as float16.
     """
@@ -151,7 +156,7 @@ def causal_pass(
     elif power and gate.decay is not None:
         gated, weights = 1, gate.decay
     first, second = columns[0], columns[1] if len(columns) > 1 else None
-    operands = (q, k, *first, *(second or NONE), x, weights, dots)
+    operands = (q, k, *first, *(second or NONE), x, qc, kc, weights, dots)
     pointers: list[Any] = [None if y is None else y.data_ptr() for y in operands]
     seen = [
         None if y is None else (y.shape, y.stride(), y.dtype, p % 16)
@@ -167,24 +172,25 @@ def causal_pass(
         with torch.cuda.device_of(k):
             kernel[grid](*pointers, read, write, power, *rest)
         return
-    ranks = (*(2,) * 11, max(0, gated - 1))
+    ranks = (*(2,) * 13, max(0, gated - 1))
     sizes, strides = _plan(batch, ranks, operands[:-1])
     if len(sizes) > 3:
         for i in range(batch[0]):
-            q_i, k_i, *parts, x_i, gate_i = (
+            q_i, k_i, *parts, x_i, qc_i, kc_i, gate_i = (
                 _entry(y, i, r, len(batch)) for y, r in zip(operands, ranks, strict=False)
             )
             pairs = [Columns(*parts[:4]), Columns(*parts[4:])][: len(columns)]
             causal_pass(
                 q_i, k_i, pairs, Gate(gate_i, None) if gated == 1 else Gate(None, gate_i),
                 batch=batch[1:], power=power, strict=strict, reverse=reverse, update=update,
-                read=read, write=write, add=add, both=both, x=x_i,
+                read=read, write=write, add=add, both=both, x=x_i, qc=qc_i, kc=kc_i,
                 dots=None if dots is None else dots[i], tf32=tf32,
             )  # fmt: skip
         return
     T, D, V = k.shape[-2], k.shape[-1], first.v.shape[-1]
     V2 = 0 if second is None else second.v.shape[-1]
-    BD, BV, BV2 = tile(D), tile(V), tile(V2)
+    DC = 0 if kc is None else kc.shape[-1]
+    BD, BC, BV, BV2 = tile(D), tile(DC) if DC else 0, tile(V), tile(V2)
     narrow = k.dtype == torch.bfloat16
     operand = "bf16" if narrow else "tf32" if tf32 else "float32"
     # The matrix unit drops the last bits of a sum after every 32 bytes of operands: products of
@@ -200,12 +206,12 @@ def causal_pass(
         "GATE": gated, "WRITE": write != 1.0, "ADD": add,
         "START": first.start is not None, "END": first.end is not None,
         "TWO": second is not None, "BOTH": both, "DOT": dots is not None, "V_IS_K": v_is_k,
-        "BD": BD, "BV": BV, "BV2": BV2, "W": chosen.W,
+        "BD": BD, "BC": BC, "BV": BV, "BV2": BV2, "W": chosen.W,
         "WHOLE_D": D == BD, "WHOLE_V": V % BV == 0, "WHOLE_V2": V2 == BV2,
         "OPERAND": tl.bfloat16 if narrow else tl.float32,
         "PRECISION": "tf32" if tf32 else exact,
     }  # fmt: skip
-    rest = (T, D, V, V2, *(1, 1, *sizes)[-2:], *strides)
+    rest = (T, D, DC, V, V2, *(1, 1, *sizes)[-2:], *strides)
     with torch.cuda.device_of(k):
         kernel = pass_kernel[grid](
             *operands, read, write, power, *rest, **constants,

@@ -21,8 +21,9 @@ atomics; bits depend on nothing but the head's data.
 
 Two parts of the values that share q and k go in one launch, with a state each: [k | v] of hla3 in
 1280 bytes instead of 1792, or values and their masses. Two passes that are summed and have each
-other's k and v, as the gradient of k in S = sum k k' has, are one with one state. Keys wider than a
-tile are not for it: they are parts, whose results it adds.
+other's k and v, as the gradient of k in S = sum k k' has, are one with one state. Of keys wider
+than a tile up to 16 further columns go along, with their own part of the state: the adjoint of
+masses has keys [v | 1] and queries [do | dden]. More are parts, whose results are added.
 """
 
 import triton
@@ -56,11 +57,14 @@ def _chunk_weights(p_gate, m_t, m_pair, power, STRICT: tl.constexpr, REVERSE: tl
 
 @triton.jit
 def _pairs(
-    b_k, b_q, m_pair, weight, write,
-    GATE: tl.constexpr, WRITE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    b_k, b_q, b_kc, b_qc, m_pair, weight, write,
+    GATE: tl.constexpr, WRITE: tl.constexpr, FURTHER: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return A' = upper(K Q'), weighed, [W, W]."""
     A = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION, out_dtype=tl.float32)
+    if FURTHER:
+        A = tl.dot(b_kc, tl.trans(b_qc), A, input_precision=PRECISION, out_dtype=tl.float32)
     if GATE != 0:
         A *= weight
     if WRITE:
@@ -70,12 +74,16 @@ def _pairs(
 
 @triton.jit
 def _read(
-    S, b_q, b_v, A, weight,
-    GATE: tl.constexpr, UPDATE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    S, b_q, Sc, b_qc, b_v, A, weight,
+    GATE: tl.constexpr, UPDATE: tl.constexpr, FURTHER: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return O' = S' Q' + V' A', [BV, W]."""
     S = _operand(S, OPERAND, PRECISION)
     b_o = tl.dot(S, tl.trans(b_q), input_precision=PRECISION, out_dtype=tl.float32)
+    if FURTHER:
+        Sc = _operand(Sc, OPERAND, PRECISION)
+        b_o = tl.dot(Sc, tl.trans(b_qc), b_o, input_precision=PRECISION, out_dtype=tl.float32)
     if GATE != 0:
         b_o *= weight[None, :]
     if UPDATE:
@@ -99,12 +107,13 @@ def _write(
 
 
 @triton.jit(  # the gate of some heads is no other kernel than that of all
-    do_not_specialize=["power", "T", "D", "V", "V2", "N1", "N2", "sg0", "sg1", "sg2"],
+    do_not_specialize=["power", "T", "D", "DC", "V", "V2", "N1", "N2", "sg0", "sg1", "sg2"],
     do_not_specialize_on_alignment=["p_gate"],
 )
 def pass_kernel(
-    p_q, p_k, p_v, p_o, p_start, p_end, p_v2, p_o2, p_start2, p_end2, p_x, p_gate, p_dots,
-    read, write, power, T, D, V, V2, N1, N2,
+    p_q, p_k, p_v, p_o, p_start, p_end, p_v2, p_o2, p_start2, p_end2, p_x, p_qc, p_kc,
+    p_gate, p_dots,
+    read, write, power, T, D, DC, V, V2, N1, N2,
     sq0, sq1, sq2, sqt, sqd,
     sk0, sk1, sk2, skt, skd,
     sv0, sv1, sv2, svt, svd,
@@ -116,6 +125,8 @@ def pass_kernel(
     ss20, ss21, ss22, ss2d, ss2v,
     se20, se21, se22, se2d, se2v,
     sx0, sx1, sx2, sxt, sxd,
+    sqc0, sqc1, sqc2, sqct, sqcd,
+    skc0, skc1, skc2, skct, skcd,
     sg0, sg1, sg2, sgt,
     READ: tl.constexpr,  # outputs are asked, not the state alone
     UPDATE: tl.constexpr,  # tokens enter the state; else every token reads the same one
@@ -131,6 +142,7 @@ def pass_kernel(
     DOT: tl.constexpr,  # write sum_v o x token by token, a row a tile of values
     V_IS_K: tl.constexpr,
     BD: tl.constexpr,
+    BC: tl.constexpr,  # of further columns of q and k; 0 where there are none
     BV: tl.constexpr,
     BV2: tl.constexpr,
     W: tl.constexpr,
@@ -155,9 +167,16 @@ def pass_kernel(
     p_v += i_0 * sv0 + i_1 * sv1 + i_2 * sv2 + t64[:, None] * svt + v64[None, :] * svd  # [W, BV]
     if TWO:
         p_v2 += i_0 * sv20 + i_1 * sv21 + i_2 * sv22 + t64[:, None] * sv2t + v264[None, :] * sv2d
+    if BC:
+        c64 = tl.arange(0, BC).to(tl.int64)
+        m_c = tl.arange(0, BC) < DC
+        p_kc += i_0 * skc0 + i_1 * skc1 + i_2 * skc2 + t64[:, None] * skct + c64[None, :] * skcd
     if READ:
         p_q += i_0 * sq0 + i_1 * sq1 + i_2 * sq2 + t64[:, None] * sqt + d64[None, :] * sqd
         p_o += i_0 * so0 + i_1 * so1 + i_2 * so2 + t64[:, None] * sot + v64[None, :] * sod
+        if BC:
+            p_qc += i_0 * sqc0 + i_1 * sqc1 + i_2 * sqc2
+            p_qc += t64[:, None] * sqct + c64[None, :] * sqcd
         if TWO:
             p_o2 += (
                 i_0 * so20 + i_1 * so21 + i_2 * so22 + t64[:, None] * so2t + v264[None, :] * so2d
@@ -173,6 +192,13 @@ def pass_kernel(
     if START:
         p_start += i_0 * ss0 + i_1 * ss1 + i_2 * ss2
         S = tl.load(p_start + v64[:, None] * ssv + d64[None, :] * ssd, mask=m_S, other=0.0)
+    Sc = S
+    if BC:
+        Sc = tl.zeros([BV, BC], tl.float32)
+        m_Sc = m_v[:, None] & m_c[None, :]
+        if START:
+            p_startc = p_start + v64[:, None] * ssv + (D + c64)[None, :] * ssd
+            Sc = tl.load(p_startc, mask=m_Sc, other=0.0)
     if TWO:
         S2 = tl.zeros([BV2, BD], tl.float32)
         m_S2 = m_v2[:, None] & m_d[None, :]
@@ -217,6 +243,10 @@ def pass_kernel(
         if UPDATE:
             b_k = tl.load(p_k + row64 * skt, mask=m_tk, other=0.0)  # [W, BD]
             b_k = _operand(b_k, OPERAND, PRECISION)
+            b_kc = b_k
+            if BC:
+                b_kc = tl.load(p_kc + row64 * skct, mask=m_t[:, None] & m_c, other=0.0)  # [W, BC]
+                b_kc = _operand(b_kc, OPERAND, PRECISION)
             if V_IS_K:
                 b_v = b_k
             else:
@@ -228,19 +258,29 @@ def pass_kernel(
         if READ:
             b_q = tl.load(p_q + row64 * sqt, mask=m_tk, other=0.0)  # [W, BD]
             b_q = _operand(b_q, OPERAND, PRECISION)
+            b_qc = b_q
+            if BC:
+                b_qc = tl.load(p_qc + row64 * sqct, mask=m_t[:, None] & m_c, other=0.0)  # [W, BC]
+                b_qc = _operand(b_qc, OPERAND, PRECISION)
             A, a_v, a_v2 = b_q, b_q, b_q
             if UPDATE:
-                A = _pairs(b_k, b_q, m_pair, w_pair, write, GATE, WRITE, OPERAND, PRECISION)
+                A = _pairs(
+                    b_k, b_q, b_kc, b_qc, m_pair, w_pair, write,
+                    GATE, WRITE, BC > 0, OPERAND, PRECISION,
+                )  # fmt: skip
                 a_v = b_v
-            b_o = _read(S, b_q, a_v, A, w_in, GATE, UPDATE, OPERAND, PRECISION)
+            b_o = _read(S, b_q, Sc, b_qc, a_v, A, w_in, GATE, UPDATE, BC > 0, OPERAND, PRECISION)
             if BOTH:
-                A = _pairs(b_v, b_q, m_pair, w_pair, write, GATE, WRITE, OPERAND, PRECISION)
+                A = _pairs(
+                    b_v, b_q, b_v, b_q, m_pair, w_pair, write,
+                    GATE, WRITE, False, OPERAND, PRECISION,
+                )  # fmt: skip
                 b_o = tl.dot(tl.trans(b_k), A, b_o, input_precision=PRECISION, out_dtype=tl.float32)
             b_o = tl.trans(b_o * read)  # [W, BV]
             if DOT:
                 b_x = tl.load(p_x + row64 * sxt, mask=m_tv, other=0.0).to(tl.float32)
-                # Products rounded before they are added: fused with the add of another lane's sum
-                # they would leave the lanes of a row with different last bits, and all store theirs.
+                # Products rounded before they are added: fused with the add of another lane's
+                # they would leave the lanes of a row with different sums, and all store theirs.
                 tl.store(p_dots + row64, tl.sum(tl.fma(b_o, b_x, 0.0), 1), mask=m_t)
             if ADD:
                 b_o += tl.load(p_o + row64 * sot, mask=m_tv, other=0.0).to(tl.float32)
@@ -248,13 +288,17 @@ def pass_kernel(
             if TWO:
                 if UPDATE:
                     a_v2 = b_v2
-                b_o2 = _read(S2, b_q, a_v2, A, w_in, GATE, UPDATE, OPERAND, PRECISION)
+                b_o2 = _read(
+                    S2, b_q, S2, b_q, a_v2, A, w_in, GATE, UPDATE, False, OPERAND, PRECISION
+                )
                 b_o2 = tl.trans(b_o2 * read)  # [W, BV2]
                 if ADD:
                     b_o2 += tl.load(p_o2 + row64 * so2t, mask=m_tv2, other=0.0).to(tl.float32)
                 tl.store(p_o2 + row64 * so2t, b_o2.to(p_o2.dtype.element_ty), mask=m_tv2)
         if UPDATE:
-            if TWO:  # before S, whose product is awaited: see `triton_launch.config`
+            if BC:  # before S, whose product is awaited: see `triton_launch.config`
+                Sc = _write(Sc, b_kc, b_v, w_out, w_total, write, GATE, WRITE, OPERAND, PRECISION)
+            if TWO:
                 S2 = _write(S2, b_k, b_v2, w_out, w_total, write, GATE, WRITE, OPERAND, PRECISION)
             S = _write(S, b_k, b_v, w_out, w_total, write, GATE, WRITE, OPERAND, PRECISION)
             if BOTH:
@@ -265,6 +309,9 @@ def pass_kernel(
         if later == 0:
             p_end += i_0 * se0 + i_1 * se1 + i_2 * se2
             tl.store(p_end + v64[:, None] * sev + d64[None, :] * sed, S, mask=m_S)
+            if BC:
+                p_endc = p_end + v64[:, None] * sev + (D + c64)[None, :] * sed
+                tl.store(p_endc, Sc, mask=m_Sc)
         if TWO:
             later2 = tl.where(se20 == 0, i_0, 0) + tl.where(se21 == 0, i_1, 0)
             if later2 + tl.where(se22 == 0, i_2, 0) == 0:

@@ -17,7 +17,7 @@ import torch
 from ..core.adjoint import Adjoint, gate_gradient, shared_out, sum_to
 from ..core.passes import Fields, Gate, Pass, Shape, broadcast
 from ..core.programs import Program
-from .triton_launch import Columns, causal_pass, in_one, value_tiles, widest
+from .triton_launch import FURTHER, Columns, causal_pass, in_one, value_tiles, widest
 
 Value = tuple[torch.Tensor, ...]
 
@@ -40,14 +40,22 @@ def skip(*_: Any, **__: Any) -> None:
     """Stand in for a launch where there is nothing to compute on: fake tensors."""
 
 
-def parts(value: Value, most: int) -> list[tuple[slice, torch.Tensor]]:
-    """Cut keys into parts of at most ``most`` columns, each with its rows of the state."""
-    found, row = [], 0
+def parts(value: Value, most: int) -> list[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+    """Cut keys into parts of at most ``most`` columns, each with its rows of the state.
+
+    What is left to the last part, if it is `FURTHER` columns or less, goes with the one before.
+    """
+    cuts: list[torch.Tensor] = []
     for x in value:
         D = x.shape[-1]
-        for start in range(0, D, most) if most < D else (0,):
-            part = x if most >= D else x[..., start : start + most]
-            found.append((slice(row, row := row + part.shape[-1]), part))
+        cuts += [x[..., i : i + most] for i in range(0, D, most)] if most < D else [x]
+    last = cuts.pop() if len(cuts) > 1 and cuts[-1].shape[-1] <= FURTHER else None
+    found, row = [], 0
+    for i, x in enumerate(cuts):
+        further = last if i == len(cuts) - 1 else None
+        end = row + x.shape[-1] + (0 if further is None else further.shape[-1])
+        found.append((slice(row, end), x, further))
+        row = end
     return found
 
 
@@ -69,13 +77,17 @@ def _strides(shape: Shape, like: Shape, order: Shape) -> Shape:
     return tuple(strides)
 
 
+def strides_like(x: torch.Tensor, shape: Shape) -> Shape:
+    """Return the strides of a new array with rows in the order that x keeps them in."""
+    try:
+        return _strides(shape, x.shape, x.stride())
+    except TypeError:  # a compiler's symbols have no hash
+        return _strides.__wrapped__(shape, x.shape, x.stride())
+
+
 def laid_out_like(x: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
     """Return an empty array with rows in the order that x keeps them in."""
-    try:
-        strides = _strides(shape, x.shape, x.stride())
-    except TypeError:  # a compiler's symbols have no hash
-        strides = _strides.__wrapped__(shape, x.shape, x.stride())
-    return torch.empty_strided(shape, strides, dtype=dtype, device=x.device)
+    return torch.empty_strided(shape, strides_like(x, shape), dtype=dtype, device=x.device)
 
 
 def columns_of(
@@ -179,8 +191,8 @@ def run_pass(
     sums = columns
     if len(keys) > 1:  # the sum of several launches is kept in float32
         sums = [_wide(c, add) for c in columns]
-    for (rows, b), (_, query) in zip(keys, parts(q, most), strict=True):
-        for i, here in _together(b, sums, alone=x is not None):
+    for (rows, b, kc), (_, query, qc) in zip(keys, parts(q, most), strict=True):
+        for i, here in _together(b, sums, alone=x is not None or kc is not None):
             if len(keys) > 1:
                 here = [
                     c._replace(start=_rows(c.start, rows), end=_rows(c.end, rows)) for c in here
@@ -188,7 +200,7 @@ def run_pass(
             if full:  # sum all tokens first
                 alone = [c._replace(o=None, start=None) for c in here]
                 held = broadcast(b.shape[:-2], *(c.v.shape[:-2] for c in here))
-                call.launch(None, b, alone, batch=held, **options)
+                call.launch(None, b, alone, batch=held, kc=kc, **options)
                 here = [c._replace(start=c.end, end=None) for c in here]
             dot, xi = None, None
             if x is not None:
@@ -196,7 +208,7 @@ def run_pass(
                 dot = torch.empty(shape, dtype=torch.float32, device=v.device)
             call.launch(
                 query, b, here, batch=batch, update=not full, read=read, x=xi, dots=dot,
-                add=not first, both=both, **options,
+                qc=qc, kc=kc, add=not first, both=both, **options,
             )  # fmt: skip
             if dot is not None:
                 dots = dot.sum(-2) if dots is None else dots + dot.sum(-2)
