@@ -153,6 +153,17 @@ def test_triton_within_the_budget_where_the_device_is_full(D, state, operator, m
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("gate", ["none", "resets"])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_triton_normalizes_within_the_budget(operator, D, gate, dtype):
+    """Masses beside the values, and beside the keys in the adjoint."""
+    options = {"operator": operator, "scale": D**-0.75, "normalize": True}
+    check(inputs_of(301, gate, dtype, D=D, V=D, heads=3, positive=True), options, dtype)
+
+
+@needs_triton
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -12,7 +12,7 @@ from ..core.passes import Gate
 from ..core.programs import Program, summed
 from ..core.request import Inputs, Request
 from ..core.states import columns, gradient_fields, joined, own
-from . import triton_program
+from . import triton_normalize, triton_program
 from .triton_launch import causal_pass
 from .triton_program import Call, Value, skip
 
@@ -51,7 +51,8 @@ def forward(request: Request, inputs: Inputs) -> tuple[Any, Any, tuple[Any, ...]
     out = _sum(program, values)
     o = out[0]
     if request.normalize:
-        o = torch.div(o, out[1] + request.eps, out=torch.empty_like(o, dtype=dtype))
+        o, den = out
+        o = triton_normalize.normalize(o, den, request.eps, dtype, traced=request.traced)
     state, saved = None, ()
     if request.return_state:
         assert request.state_type is not None
@@ -120,10 +121,7 @@ def _unfinish(
     """Gradient of the program's output from that of o; with a column of masses where it matters."""
     if request.normalize:
         num, den = _sum(request.program, values)
-        dtype = do.dtype if do.dtype == torch.bfloat16 else torch.float32
-        dnum = torch.div(do, den + request.eps, out=torch.empty_like(do, dtype=dtype))
-        dden = -(dnum * num).sum(-1, keepdim=True) / (den + request.eps)
-        return dnum, dden
+        return triton_normalize.adjoint(num, den, request.eps, do, traced=request.traced)
     if request.mass and masses:
         return do, do.new_zeros(()).expand(*do.shape[:-1], 1)
     return (do,)
