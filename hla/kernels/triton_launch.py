@@ -229,20 +229,22 @@ def _plan(
     """Batch sizes, with neighbouring axes made one where all operands allow, and all strides.
 
     An operand's last ``rank`` axes are its own; it has three batch strides before theirs. Along a
-    batch axis that it lacks or is broadcast over its stride is 0.
+    batch axis that it lacks or is broadcast over its stride is 0. An axis of one entry keeps its
+    stride where there is no other: what a kernel is compiled for then is that of many heads.
     """
     leads, own = [], []
     for rank, x in zip(ranks, operands, strict=True):
         shape, stride = ((1,) * rank, (0,) * rank) if x is None else (x.shape, x.stride())
         lead = len(shape) - rank
-        given = (0 if n == 1 else s for n, s in zip(shape[:lead], stride[:lead], strict=True))
-        leads.append((*(0,) * (len(batch) - lead), *given))
+        given = zip(shape[:lead], batch[len(batch) - lead :], stride[:lead], strict=True)
+        missing = (0,) * (len(batch) - lead)
+        leads.append((*missing, *(0 if n < full else step for n, full, step in given)))
         own.append(stride[lead:])
     own[-1] = own[-1] or (0,)  # a decay has no tokens
     sizes: list[int] = []
     steps: list[Shape] = []
-    for n, step in zip(batch, zip(*leads, strict=True), strict=True):
-        if n == 1:
+    for i, (n, step) in enumerate(zip(batch, zip(*leads, strict=True), strict=True)):
+        if n == 1 and (steps or i < len(batch) - 1):
             continue
         if steps and all(a == b * n for a, b in zip(steps[-1], step, strict=True)):
             sizes[-1], steps[-1] = sizes[-1] * n, step

@@ -186,12 +186,12 @@ def run_pass(
         "gate": gate, "power": power, "strict": kind == "strict", "reverse": reverse,
         "write": write, "tf32": call.tf32,
     }  # fmt: skip
-    most, dots, first = widest(call.dtype), None, not add
-    keys = parts(k, most)
+    dots, first = None, not add
+    keys = parts(k, call.dtype)
     sums = columns
     if len(keys) > 1:  # the sum of several launches is kept in float32
         sums = [_wide(c, add) for c in columns]
-    for (rows, b, kc), (_, query, qc) in zip(keys, parts(q, most), strict=True):
+    for (rows, b, kc), (_, query, qc) in zip(keys, parts(q, call.dtype), strict=True):
         for i, here in _together(b, sums, alone=x is not None or kc is not None):
             if len(keys) > 1:
                 here = [
