@@ -14,7 +14,6 @@ from ..core.passes import Gate, Shape
 from .triton_pass import pass_kernel
 
 WIDEST = 128  # a float32 state of 128 x 128 takes half of the registers of 8 warps
-FURTHER = 16  # columns of keys beyond a tile that its launch can take with it
 
 
 class Config(NamedTuple):
@@ -72,6 +71,15 @@ class Columns(NamedTuple):
 def widest(dtype: torch.dtype) -> int:
     """Return how many keys a tile holds: float32 operands are split in registers."""
     return WIDEST if dtype == torch.bfloat16 else WIDEST // 2
+
+
+def further(dtype: torch.dtype) -> int:
+    """Return how many columns of keys beyond a tile its launch takes along.
+
+    None of float32, whose products leave no registers for theirs: ptxas 12.8 then took the stack's
+    address for that of an operand (V = 257 with 65 keys and a log gate), a fault on the device.
+    """
+    return 16 if dtype == torch.bfloat16 else 0
 
 
 @functools.cache
@@ -146,7 +154,7 @@ def causal_pass(
     x, dots : tensor, (*batch, T, V), and float32, (*batch, `value_tiles`, T), contiguous, optional
         With one part: write sum_v o x of this pass by itself, token by token, a row a tile.
     qc, kc : tensor, (*batch, T, C), optional
-        Further columns of q and k, at most `FURTHER`; with one part. The state has D + C rows.
+        More columns of q and k, as many as `further` says; with one part. The state has D + C rows.
     tf32 : bool
         Multiply float32 in TF32, which is exact for what came as float16.
     """

@@ -17,7 +17,7 @@ import torch
 from ..core.adjoint import Adjoint, gate_gradient, shared_out, sum_to
 from ..core.passes import Fields, Gate, Pass, Shape, broadcast
 from ..core.programs import Program
-from .triton_launch import FURTHER, Columns, causal_pass, in_one, value_tiles, widest
+from .triton_launch import Columns, causal_pass, further, in_one, value_tiles, widest
 
 Value = tuple[torch.Tensor, ...]
 
@@ -40,21 +40,24 @@ def skip(*_: Any, **__: Any) -> None:
     """Stand in for a launch where there is nothing to compute on: fake tensors."""
 
 
-def parts(value: Value, most: int) -> list[tuple[slice, torch.Tensor, torch.Tensor | None]]:
-    """Cut keys into parts of at most ``most`` columns, each with its rows of the state.
+def parts(
+    value: Value, dtype: torch.dtype
+) -> list[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+    """Cut keys into parts that one launch takes, each with its rows of the state.
 
-    What is left to the last part, if it is `FURTHER` columns or less, goes with the one before.
+    A last part that is few enough goes along with the one before (`triton_launch.further`).
     """
+    most = widest(dtype)
     cuts: list[torch.Tensor] = []
     for x in value:
         D = x.shape[-1]
         cuts += [x[..., i : i + most] for i in range(0, D, most)] if most < D else [x]
-    last = cuts.pop() if len(cuts) > 1 and cuts[-1].shape[-1] <= FURTHER else None
+    last = cuts.pop() if len(cuts) > 1 and cuts[-1].shape[-1] <= further(dtype) else None
     found, row = [], 0
     for i, x in enumerate(cuts):
-        further = last if i == len(cuts) - 1 else None
-        end = row + x.shape[-1] + (0 if further is None else further.shape[-1])
-        found.append((slice(row, end), x, further))
+        along = last if i == len(cuts) - 1 else None
+        end = row + x.shape[-1] + (0 if along is None else along.shape[-1])
+        found.append((slice(row, end), x, along))
         row = end
     return found
 
@@ -68,7 +71,8 @@ def width(value: Value) -> int:
 def _strides(shape: Shape, like: Shape, order: Shape) -> Shape:
     """Strides of a new array with its axes in memory in the order of another's strides."""
     missing = len(shape) - len(like)
-    keys = [0] * missing + [-1 if n == 1 else -s for n, s in zip(like[:-1], order, strict=False)]
+    keys = [(False, 0)] * missing  # outermost, as axes of one entry
+    keys += [(n != 1, -s) for n, s in zip(like[:-1], order, strict=False)]
     axes = sorted(range(len(shape) - 1), key=lambda i: keys[i])
     strides, step = [1] * len(shape), shape[-1]
     for axis in reversed(axes):
