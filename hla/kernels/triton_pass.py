@@ -21,9 +21,10 @@ atomics; bits depend on nothing but the head's data.
 
 Two parts of the values that share q and k go in one launch, with a state each: [k | v] of hla3 in
 1280 bytes instead of 1792, or values and their masses. Two passes that are summed and have each
-other's k and v, as the gradient of k in S = sum k k' has, are one with one state. Of keys wider
-than a tile up to 16 further columns go along, with their own part of the state: the adjoint of
-masses has keys [v | 1] and queries [do | dden]. More are parts, whose results are added.
+other's k and v, as the gradient of k in S = sum k k' has, are one with one state. Of bfloat16 keys
+wider than a tile up to 16 further columns go along, with their own part of the state: the adjoint
+of masses has keys [v | 1] and queries [do | dden], 0.24 ms at D = 128. More are parts, whose
+results are added.
 """
 
 import triton
