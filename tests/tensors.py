@@ -111,7 +111,7 @@ def powers(options):
 
 
 def both_terms(inputs, options, do):
-    """Size of a quotient's gradients: that by its numerator and that by its denominator, squared.
+    """Root sum of squares of a quotient's gradients by its numerator and by its denominator.
 
     They are added, and cancel: q.dq is the same sum of both.
     """

@@ -103,6 +103,30 @@ def test_widths_and_lengths(T, D, V, operator):
     check(inputs, {"operator": operator, "scale": D**-0.5, "return_state": True})
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="there bfloat16 takes them, in test_gpu")
+@pytest.mark.parametrize("gate", ["none", "per_head", "resets"])
+@pytest.mark.parametrize(
+    ("D", "V", "operator", "mask"),
+    [(64, 64, "hla2", "causal"), (20, 80, "ahla", "prefix"), (65, 70, "hla3", "causal"),
+     (80, 24, "hla2", "prefix"), (129, 15, "linear", "none")],
+)  # fmt: skip
+def test_further_columns_of_keys(D, V, operator, mask, gate, monkeypatch):
+    """One launch for a tile and up to 16 columns beyond, as with bfloat16; masses' adjoint too."""
+    from hla.kernels import triton_program
+
+    monkeypatch.setattr(triton_program, "further", lambda dtype: 16)
+    options = {"operator": operator, "mask": mask, "scale": D**-0.5}
+    ordered = mask != "none"
+    if not ordered and gate != "none":
+        pytest.skip("mask none has no gate")
+    inputs = inputs_of(W + 3, gate, D=D, V=V)
+    if ordered:
+        row = Row("triton", "chunked", operator, mask)
+        inputs["initial_state"] = with_state(row, {"scale": D**-0.5}, gate, D=D, V=V)
+    check(inputs, options | {"return_state": ordered})
+    check(inputs_of(W + 3, gate, D=D, V=V, positive=True), options | {"normalize": True})
+
+
 @pytest.mark.parametrize("convention", ["exact", "paper"])
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("operator", OPERATORS)
