@@ -71,8 +71,8 @@ def width(value: Value) -> int:
 def _strides(shape: Shape, like: Shape, order: Shape) -> Shape:
     """Strides of a new array with its axes in memory in the order of another's strides."""
     missing = len(shape) - len(like)
-    keys = [(False, 0)] * missing  # outermost, as axes of one entry
-    keys += [(n != 1, -s) for n, s in zip(like[:-1], order, strict=False)]
+    keys = [(0, 0)] * missing  # outermost, as axes of one entry
+    keys += [(0 if n == 1 else 1, -s) for n, s in zip(like[:-1], order, strict=False)]
     axes = sorted(range(len(shape) - 1), key=lambda i: keys[i])
     strides, step = [1] * len(shape), shape[-1]
     for axis in reversed(axes):
