@@ -156,8 +156,8 @@ def compiled(kind, width, dtype, arch):
         "p_qc": given["BC"] > 0, "p_kc": given["BC"] > 0,
         "p_start": given["START"], "p_end": given["END"], "p_gate": gated > 0,
     }  # fmt: skip
-    states = ("p_start", "p_end", "p_start2", "p_end2", "p_gate", "p_dots")
-    masses = (*(("p_v2", "p_o2") if more == 1 else ()), "p_qc", "p_kc")
+    states = ("p_start", "p_end", "p_start2", "p_end2", "p_gate", "p_dots", "p_qc", "p_kc")
+    masses = ("p_v2", "p_o2") if more == 1 else ()
     signature, constants = {}, dict(given)
     for name in names:
         if name in given:
