@@ -57,15 +57,23 @@ def _chunk_weights(p_gate, m_t, m_pair, power, STRICT: tl.constexpr, REVERSE: tl
 
 
 @triton.jit
+def _product(a, b, PRECISION: tl.constexpr):
+    """Return a b', of operands."""
+    return tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def _add_product(c, a, b, PRECISION: tl.constexpr):
+    """Return c + a b'."""
+    return tl.dot(a, tl.trans(b), c, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
 def _pairs(
-    b_k, b_q, b_kc, b_qc, m_pair, weight, write,
-    GATE: tl.constexpr, WRITE: tl.constexpr, FURTHER: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    A, m_pair, weight, write,
+    GATE: tl.constexpr, WRITE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return A' = upper(K Q'), weighed, [W, W]."""
-    A = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION, out_dtype=tl.float32)
-    if FURTHER:
-        A = tl.dot(b_kc, tl.trans(b_qc), A, input_precision=PRECISION, out_dtype=tl.float32)
+    """Return A' = upper(K Q'), weighed, [W, W], from K Q'."""
     if GATE != 0:
         A *= weight
     if WRITE:
@@ -74,17 +82,8 @@ def _pairs(
 
 
 @triton.jit
-def _read(
-    S, b_q, Sc, b_qc, b_v, A, weight,
-    GATE: tl.constexpr, UPDATE: tl.constexpr, FURTHER: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return O' = S' Q' + V' A', [BV, W]."""
-    S = _operand(S, OPERAND, PRECISION)
-    b_o = tl.dot(S, tl.trans(b_q), input_precision=PRECISION, out_dtype=tl.float32)
-    if FURTHER:
-        Sc = _operand(Sc, OPERAND, PRECISION)
-        b_o = tl.dot(Sc, tl.trans(b_qc), b_o, input_precision=PRECISION, out_dtype=tl.float32)
+def _read(b_o, b_v, A, weight, GATE: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return O' = S' Q' + V' A', [BV, W], from S' Q'."""
     if GATE != 0:
         b_o *= weight[None, :]
     if UPDATE:
@@ -193,7 +192,6 @@ def pass_kernel(
     if START:
         p_start += i_0 * ss0 + i_1 * ss1 + i_2 * ss2
         S = tl.load(p_start + v64[:, None] * ssv + d64[None, :] * ssd, mask=m_S, other=0.0)
-    Sc = S
     if BC:
         Sc = tl.zeros([BV, BC], tl.float32)
         m_Sc = m_v[:, None] & m_c[None, :]
@@ -244,7 +242,6 @@ def pass_kernel(
         if UPDATE:
             b_k = tl.load(p_k + row64 * skt, mask=m_tk, other=0.0)  # [W, BD]
             b_k = _operand(b_k, OPERAND, PRECISION)
-            b_kc = b_k
             if BC:
                 b_kc = tl.load(p_kc + row64 * skct, mask=m_t[:, None] & m_c, other=0.0)  # [W, BC]
                 b_kc = _operand(b_kc, OPERAND, PRECISION)
@@ -259,23 +256,23 @@ def pass_kernel(
         if READ:
             b_q = tl.load(p_q + row64 * sqt, mask=m_tk, other=0.0)  # [W, BD]
             b_q = _operand(b_q, OPERAND, PRECISION)
-            b_qc = b_q
             if BC:
                 b_qc = tl.load(p_qc + row64 * sqct, mask=m_t[:, None] & m_c, other=0.0)  # [W, BC]
                 b_qc = _operand(b_qc, OPERAND, PRECISION)
             A, a_v, a_v2 = b_q, b_q, b_q
             if UPDATE:
-                A = _pairs(
-                    b_k, b_q, b_kc, b_qc, m_pair, w_pair, write,
-                    GATE, WRITE, BC > 0, OPERAND, PRECISION,
-                )  # fmt: skip
+                A = _product(b_k, b_q, PRECISION)
+                if BC:
+                    A = _add_product(A, b_kc, b_qc, PRECISION)
+                A = _pairs(A, m_pair, w_pair, write, GATE, WRITE, OPERAND, PRECISION)
                 a_v = b_v
-            b_o = _read(S, b_q, Sc, b_qc, a_v, A, w_in, GATE, UPDATE, BC > 0, OPERAND, PRECISION)
+            b_o = _product(_operand(S, OPERAND, PRECISION), b_q, PRECISION)
+            if BC:
+                b_o = _add_product(b_o, _operand(Sc, OPERAND, PRECISION), b_qc, PRECISION)
+            b_o = _read(b_o, a_v, A, w_in, GATE, UPDATE, PRECISION)
             if BOTH:
-                A = _pairs(
-                    b_v, b_q, b_v, b_q, m_pair, w_pair, write,
-                    GATE, WRITE, False, OPERAND, PRECISION,
-                )  # fmt: skip
+                A = _product(b_v, b_q, PRECISION)
+                A = _pairs(A, m_pair, w_pair, write, GATE, WRITE, OPERAND, PRECISION)
                 b_o = tl.dot(tl.trans(b_k), A, b_o, input_precision=PRECISION, out_dtype=tl.float32)
             b_o = tl.trans(b_o * read)  # [W, BV]
             if DOT:
@@ -289,9 +286,8 @@ def pass_kernel(
             if TWO:
                 if UPDATE:
                     a_v2 = b_v2
-                b_o2 = _read(
-                    S2, b_q, S2, b_q, a_v2, A, w_in, GATE, UPDATE, False, OPERAND, PRECISION
-                )
+                b_o2 = _product(_operand(S2, OPERAND, PRECISION), b_q, PRECISION)
+                b_o2 = _read(b_o2, a_v2, A, w_in, GATE, UPDATE, PRECISION)
                 b_o2 = tl.trans(b_o2 * read)  # [W, BV2]
                 if ADD:
                     b_o2 += tl.load(p_o2 + row64 * so2t, mask=m_tv2, other=0.0).to(tl.float32)
