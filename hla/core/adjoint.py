@@ -8,11 +8,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .namespace import Array, namespace
-from .passes import CHUNK, Fields, Gate, Pass, Shape, causal_pass, token_pass
+from .namespace import Array, fold, namespace
+from .passes import (
+    CHUNK,
+    Fields,
+    Gate,
+    Pass,
+    Shape,
+    Weights,
+    begun,
+    pieces,
+    slopes,
+    token_pass,
+    weights,
+    weights_adjoint,
+)
 from .programs import Program, RunPass, Trace, run, run_passes
 
 
@@ -22,6 +35,140 @@ class Adjoint(NamedTuple):
     values: dict[str, Array]
     states: dict[Fields, Array]
     gate: Array | None
+
+
+class Pulled(NamedTuple):
+    """Gradients of one pass: q, k, v, the state that it starts from, and, where asked, the gate."""
+
+    q: Array
+    k: Array
+    v: Array
+    state: Array | None  # as wide as the output's batch
+    gate: Array | None  # of the gate's shape
+
+
+Pull = Callable[..., Pulled]
+
+
+def pull_pass(
+    s: Pass,
+    gate: Gate,
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    start: Array | None,
+    end: Array | None,
+    *,
+    chunk: int = CHUNK,
+    with_gate: bool,
+) -> Pulled:
+    """Pull a gradient back through one pass: a sweep forward for dq, one backward for the rest.
+
+    In a chunk with S the state before it, R the gradient of the state after it and the weights
+    L, a, b, r of `passes`, A = q k' and dA = do v',
+
+        dq = (L * dA) k + a * (do S')        dk = (L * dA)' q + b * (v R')
+        dv = (L * A)' do + (b * k) R         R <- r R + (a * q)' do
+
+    The gradients of L, a, b and r are A * dA, q.(do S'), k.(v R') and <S, R>.
+
+    Parameters
+    ----------
+    s, gate
+        The pass and its decay.
+    q, k, v : array, (*batch, T, features)
+        What it read.
+    do : array, (*batch, T, V)
+        Gradient of what it returned, of its whole batch.
+    start, end : array or None
+        State that it started from; gradient of the one that it left.
+    chunk : int
+        Tokens in a chunk.
+    with_gate : bool
+        Whether the gate's gradient is asked.
+
+    Returns
+    -------
+    Pulled
+    """
+    if s.kind == "full":
+        R = q.mT @ do
+        return Pulled(do @ (k.mT @ v).mT, v @ R.mT, k @ R, None, None)
+    xp, S, R = namespace(q), begun(start, k, v, gate), begun(end, q, do, gate)
+    with_gate = with_gate and s.power > 0
+    legal = functools.partial(xp.tril, k=-1 if s.kind == "strict" else 0)
+    given = [q, k, v, do]
+    if gate.log_gate is not None:
+        given.append(gate.log_gate[..., None])
+    cuts = pieces(k.shape[-2], chunk)
+
+    each = (s.power, s.kind)
+    fixed = {W: weights(gate, *each, W, like=k) for *_, W in cuts if gate.log_gate is None}
+    slope = {W: slopes(gate, *each, W, like=k) for W in fixed if with_gate}
+
+    def weighed(W: int, a: Sequence[Array]) -> Weights:
+        return weights(Gate(log_gate=a[0][..., 0]), *each, W, like=k) if a else fixed[W]
+
+    def ahead(S: Array, xs: tuple[Array, ...], W: int) -> tuple[Array, tuple[Array, ...]]:
+        q, k, v, do, *a = xs
+        w = weighed(W, a)
+        into = do @ S.mT  # [W, D]
+        dq = legal(_times(do @ v.mT, w.pair)) @ k + _times(into, w.query)
+        kept = (xp.sum(q * into, axis=-1, keepdims=True), S) if with_gate else ()
+        return _times(S, w.total) + _times(k, w.key).mT @ v, (dq, *kept)
+
+    def back(R: Array, xs: tuple[Array, ...], W: int) -> tuple[Array, tuple[Array, ...]]:
+        q, k, v, do, *rest = xs
+        query, S = (rest.pop(), rest.pop())[::-1] if with_gate else (None, None)
+        w = weighed(W, rest)
+        A, dA, into = q @ k.mT, do @ v.mT, v @ R.mT
+        dk = legal(_times(dA, w.pair)).mT @ q + _times(into, w.key)
+        dv = legal(_times(A, w.pair)).mT @ do + _times(k, w.key) @ R
+        grads: tuple[Array, ...] = (dk, dv)
+        if with_gate:
+            key = xp.sum(k * into, axis=-1, keepdims=True)
+            total = xp.sum(S * R, axis=(-2, -1), keepdims=True)
+            dw = Weights(w.mask, legal(A * dA), query, key, total)
+            d = weights_adjoint(*each, w, slope.get(W), dw)
+            grads = (dk, dv, sum_to(d, (*gate.batch, *d.shape[-2:])))
+        return _times(R, w.total) + _times(q, w.query).mT @ do, grads
+
+    kept: list[tuple[Array, ...]] = []
+    for cut in cuts:
+        xs = tuple(_chunks(x, *cut) for x in given)
+        body = functools.partial(ahead, W=cut[2])
+        S, outs = fold(body, S, xs, axes=(-3,) * len(xs), out_axis=-3)
+        kept.append(outs)
+    pulled: list[tuple[Array, ...]] = []
+    for cut, (_, *more) in zip(reversed(cuts), reversed(kept), strict=True):
+        xs = (*(_chunks(x, *cut) for x in given), *more)
+        body = functools.partial(back, W=cut[2])
+        R, outs = fold(body, R, xs, axes=(-3,) * len(xs), out_axis=-3, reverse=True)
+        pulled.append(outs)
+    dq = _rows([x[0] for x in kept])
+    dk, dv, *dgate = (_rows(x) for x in zip(*reversed(pulled), strict=True))
+    if not with_gate:
+        return Pulled(dq, dk, dv, R, None)
+    (d,) = dgate
+    return Pulled(dq, dk, dv, R, xp.sum(d, axis=(-2, -1)) if gate.log_gate is None else d[..., 0])
+
+
+def _times(x: Array, weight: Array | None) -> Array:
+    return x if weight is None else x * weight
+
+
+def _chunks(x: Array, start: int, turns: int, W: int) -> Array:
+    """Return ``turns`` chunks of W tokens, (..., turns, W, features)."""
+    rows = x[..., start : start + turns * W, :]
+    return namespace(x).reshape(rows, (*rows.shape[:-2], turns, W, rows.shape[-1]))
+
+
+def _rows(parts: Sequence[Array]) -> Array:
+    """Undo `_chunks` of every part, and put them one after the other."""
+    xp = namespace(parts[0])
+    flat = [xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1])) for x in parts]
+    return flat[0] if len(flat) == 1 else xp.concat(flat, axis=-2)
 
 
 def adjoint(
@@ -34,7 +181,7 @@ def adjoint(
     *,
     with_gate: bool,
     chunk: int = CHUNK,
-    run_pass: RunPass = causal_pass,
+    pull: Pull = pull_pass,
 ) -> Adjoint:
     """Run a program's adjoint: every step backwards, last first.
 
@@ -48,8 +195,8 @@ def adjoint(
         Gradients of final states by their fields.
     with_gate : bool
         Whether the gate's gradient is asked.
-    run_pass : callable
-        `passes.causal_pass`, or a backend's own with the same signature.
+    pull : callable
+        `pull_pass`, or what stands in for it.
 
     Returns
     -------
@@ -59,30 +206,25 @@ def adjoint(
     dinitial: dict[Fields, Array] = {}
     dgate, pending, xp = None, dict(dfinal), namespace(do)
     for coefficient, name in program.outputs:
-        grads[name] = do if coefficient == 1 else coefficient * do
-    for s, state in zip(reversed(program.steps), reversed(trace.states), strict=True):
-        q, k, v = (trace.values[name] for name in (s.q, s.k, s.v))
+        dout = do if coefficient == 1 else coefficient * do
+        grads[name] = sum_to(dout, trace.values[name].shape)  # a term may have fewer batch axes
+    for s in reversed(program.steps):
         dout, dstate = grads.pop(s.out, None), pending.pop(s.state, None)
         if dout is None and dstate is None:
             continue
         if dout is None:
             dout = xp.zeros_like(trace.values[s.out])
+        read = [trace.values[name] for name in (s.q, s.k, s.v)]
         start, end = initial.get(s.state), shared_out(dstate, trace.values[s.out].shape)
-        once = functools.partial(run_pass, gate=gate, power=s.power, kind=s.kind, chunk=chunk)
-        back = functools.partial(once, reverse=True)
-        dq, _ = once(dout, v, k, state=None if start is None else start.mT)
-        dk, _ = back(v, dout, q, state=None if end is None else end.mT)
-        dv, dstate0 = back(k, q, dout, state=end)
-        if with_gate:
-            reads = xp.sum(dout * trace.values[s.out], axis=-1)
-            term = gate_gradient(s, gate, reads, xp.sum(v * dv, axis=-1), state, dstate)
-            dgate = term if dgate is None else dgate + term
-        for name, x, g in ((s.q, q, dq), (s.k, k, dk), (s.v, v, dv)):
+        found = pull(s, gate, *read, dout, start, end, chunk=chunk, with_gate=with_gate)
+        for name, x, g in zip((s.q, s.k, s.v), read, found, strict=False):
             g = sum_to(g, x.shape)
             grads[name] = grads[name] + g if name in grads else g
         if start is not None:
-            g = sum_to(dstate0, start.shape)
+            g = sum_to(found.state, start.shape)
             dinitial[s.state] = dinitial[s.state] + g if s.state in dinitial else g
+        if found.gate is not None:
+            dgate = found.gate if dgate is None else dgate + found.gate
     return Adjoint(grads, dinitial, dgate)
 
 
@@ -92,41 +234,6 @@ def shared_out(dstate: Array | None, out: Shape) -> Array | None:
         return None
     copies = math.prod(out[:-2]) // max(1, math.prod(dstate.shape[:-2]))
     return dstate / copies if copies > 1 else dstate
-
-
-def gate_gradient(
-    step: Pass, gate: Gate, reads: Array, writes: Array, state: Array, dstate: Array | None
-) -> Array:
-    """Gradient of the log gate by one pass, p (<dS_T, S_T> + sum_{t>=s} (do.o - v.dv)).
-
-    Parameters
-    ----------
-    step, gate
-        The pass and its decay.
-    reads, writes : array, (*batch, T)
-        do.o and v.dv token by token.
-    state, dstate : array, (*batch, D, V)
-        The final state and its gradient; None where that is 0.
-
-    Returns
-    -------
-    array, (*gate's batch, T)
-        For a strict pass the sum of do.o begins one token later.
-    """
-    xp, batch = namespace(reads), gate.batch
-    reads = sum_to(reads, (*batch, reads.shape[-1]))
-    if step.kind == "strict":
-        reads = xp.concat([reads[..., 1:], xp.zeros_like(reads[..., :1])], axis=-1)
-    total = gate_total(reads - sum_to(writes, (*batch, writes.shape[-1])))
-    if dstate is not None:
-        total = total + sum_to(xp.sum(xp.sum(dstate * state, axis=-1), axis=-1), batch)[..., None]
-    return step.power * total
-
-
-def gate_total(change: Array) -> Array:
-    """Sum ``change`` (..., T) over each token and all after it."""
-    xp = namespace(change)
-    return xp.flip(xp.cumulative_sum(xp.flip(change, axis=-1), axis=-1), axis=-1)
 
 
 class Engine(NamedTuple):
@@ -142,9 +249,21 @@ ONE_TOKEN = Engine(functools.partial(run_passes, run_pass=token_pass), adjoint)
 
 def by_passes(run_pass: RunPass) -> Engine:
     """Return the engine of a backend whose only kernel is the pass."""
+
+    def pull(s: Pass, gate: Gate, *arrays: Any, chunk: int = CHUNK, with_gate: bool) -> Pulled:
+        q, k, v, do, start, end = arrays
+        once = functools.partial(run_pass, gate=gate, power=s.power, kind=s.kind, chunk=chunk)
+        back = functools.partial(once, reverse=True)
+        dq, _ = once(do, v, k, state=None if start is None else start.mT)
+        dk, _ = back(v, do, q, state=None if end is None else end.mT)
+        dv, dstart = back(k, q, do, state=end)
+        dgate = None
+        if with_gate:
+            dgate = pull_pass(s, gate, *arrays, chunk=chunk, with_gate=True).gate
+        return Pulled(dq, dk, dv, dstart, dgate)
+
     return Engine(
-        functools.partial(run_passes, run_pass=run_pass),
-        functools.partial(adjoint, run_pass=run_pass),
+        functools.partial(run_passes, run_pass=run_pass), functools.partial(adjoint, pull=pull)
     )
 
 

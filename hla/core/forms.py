@@ -142,12 +142,10 @@ def backward(
 
 
 def gate_gradients(gate: Gate, grad: Array | None) -> tuple[Array | None, Array | None]:
-    """Gradients of decay and log_gate from that of the log gate; 0 where it is -inf."""
-    if grad is None:
-        return None, None
+    """Gradients of decay and log_gate from that of the gate; 0 where its logarithm is -inf."""
+    if grad is None or gate.log_gate is None:
+        return grad, None
     xp = namespace(grad)
-    if gate.log_gate is None:
-        return xp.sum(grad, axis=-1) / gate.decay, None
     return None, xp.where(xp.isinf(gate.log_gate), xp.zeros_like(grad), grad)
 
 

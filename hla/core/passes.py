@@ -120,6 +120,62 @@ def weights(gate: Gate, power: int, kind: str, W: int, *, like: Array) -> Weight
     return Weights(mask, pair, xp.exp(upto), key[..., None], total[..., None, None])
 
 
+def slopes(gate: Gate, power: int, kind: str, W: int, *, like: Array) -> Weights | None:
+    """Return the derivatives of `weights` by the decay, right at 0 too; None without a decay."""
+    if gate.decay is None:
+        return None
+    xp, late = namespace(like), int(kind == "strict")
+    t = xp.arange(W, dtype=like.dtype, device=device(like))
+    span = t[:, None] - t[None, :] - late
+    zero, g = xp.zeros_like(span[..., :1, :1]), gate.decay[..., None, None]
+
+    def slope(n: Array) -> Array:
+        n = power * xp.maximum(n, zero)
+        return n * g ** xp.maximum(n - 1, zero)
+
+    counts = (span, (t + 1 - late)[:, None], (W - 1 - t)[:, None], zero + W)
+    return Weights(span >= 0, *(slope(n) for n in counts))
+
+
+def weights_adjoint(power: int, kind: str, w: Weights, slope: Weights | None, dw: Weights) -> Array:
+    """Gradient of the gate within a chunk from those of its `weights`.
+
+    Only products that cross a token add to its gradient and none is subtracted, so that it keeps
+    its digits whatever the gate.
+
+    Parameters
+    ----------
+    power, kind
+        As given to `weights`.
+    w : Weights
+        What it returned.
+    slope : Weights or None
+        The `slopes` of a decay; None asks for the gradient of a log gate.
+    dw : Weights
+        Gradients of the arrays of ``w``, those of ``pair`` 0 where no pair is legal.
+
+    Returns
+    -------
+    array, (..., 1, 1) for a decay, (..., W, 1) for a log gate
+    """
+    by: tuple[Any, ...] = (slope or w)[1:]
+    parts = [x * d for x, d in zip(by, dw[1:], strict=True)]
+    xp = namespace(parts[0])
+    if slope is not None:
+        return sum(xp.sum(x, axis=(-2, -1), keepdims=True) for x in parts)
+    pair, query, key, total = parts
+    ones = xp.ones(w.mask.shape, dtype=pair.dtype, device=device(pair))
+    before, after = xp.tril(ones, k=-1), xp.triu(ones, k=int(kind == "strict"))
+    pairs = xp.sum(xp.tril(after @ pair, k=-1), axis=-1, keepdims=True)
+    return power * (pairs + after @ query + before @ key + total)
+
+
+def pieces(T: int, chunk: int) -> list[tuple[int, int, int]]:
+    """Cut T tokens into whole chunks and a rest: (start, chunks, tokens of each)."""
+    cuts = [(0, T // chunk, chunk), (T - T % chunk, 1, T % chunk)]
+    return [x for x in cuts if x[1] and (x[2] or T == 0)]  # of no tokens there is one chunk of none
+
+
 def sweep(
     steps: Sequence[Pass],
     values: Mapping[str, Array],
@@ -164,10 +220,8 @@ def sweep(
         return {key: weights(gate, *key, W, like=like) for key in kinds}
 
     parts: list[tuple[Array, ...]] = []
-    cuts = [(0, T // chunk, chunk), (T - T % chunk, 1, T % chunk)]  # start, chunks, tokens of each
+    cuts = pieces(T, chunk)
     for start, turns, W in reversed(cuts) if reverse else cuts:
-        if turns == 0 or (W == 0 and T > 0):  # of no tokens there is one chunk of none
-            continue
         fixed = weighed(gate, W) if gate.log_gate is None else None
 
         def body(
@@ -227,7 +281,8 @@ def started(state: Array | None, shape: Shape, like: Array) -> Array:
     return expand(state, shape)
 
 
-def _begin(state: Array | None, k: Array, v: Array, gate: Gate) -> Array:
+def begun(state: Array | None, k: Array, v: Array, gate: Gate) -> Array:
+    """Return the state that a pass of these keys and values starts from, of its full shape."""
     lead = broadcast(k.shape[:-2], v.shape[:-2], gate.batch)
     return started(state, (*lead, k.shape[-1], v.shape[-1]), k)
 
@@ -273,7 +328,7 @@ def causal_pass(
     if kind == "full":
         total = k.mT @ v
         return q @ total, total
-    step, begin = Pass("o", "q", "k", "v", ("S",), power, kind), [_begin(state, k, v, gate)]
+    step, begin = Pass("o", "q", "k", "v", ("S",), power, kind), [begun(state, k, v, gate)]
     values = {"q": q, "k": k, "v": v}
     outs, (end,) = sweep([step], values, gate, begin, chunk=chunk, outputs="o", reverse=reverse)
     return outs["o"], end
@@ -291,7 +346,7 @@ def token_pass(
     **_: Any,
 ) -> tuple[Array, Array]:
     """`causal_pass` of one token: update the state, then read it (strict: read it first)."""
-    before = after = _begin(state, k, v, gate)
+    before = after = begun(state, k, v, gate)
     if power and gate.decay is not None:
         after = before * (gate.decay**power)[..., None, None]
     elif power and gate.log_gate is not None:

@@ -12,7 +12,8 @@ The adjoint, last group first, with R the gradient of the state after the chunk 
 
 The left factors are held transposed, so that q' is copied once, where its product with k wants it.
 The states S before each chunk are kept by the forward sweep where a gradient may follow (T / W of
-them a step, the size of v at D = W). Steps that share q and k share their pairs.
+them a step, the size of v at D = W). Steps that share q and k share their pairs. Where the gate's
+gradient is asked, dq and dv are two products each, whose state parts q and v then multiply.
 
 A group is 2048 tokens of a thread's heads (at 2 heads 16 chunks of W = 64), in buffers that are
 reused (0.5 to 1 MB each at D = V = 64): fresh pages cost more than the sums, and smaller groups
@@ -31,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.adjoint import Adjoint, gate_total, shared_out, sum_to
+from ..core.adjoint import Adjoint, shared_out, sum_to
 from ..core.passes import CHUNK, Fields, Gate, Pass, Shape, Weights, broadcast, weights
 from ..core.programs import Program, Trace
 from .numpy_threads import Part, spread
@@ -111,8 +112,7 @@ def adjoint(
             r[...] = shared_out(end, r.shape)
     active = [end is not None for end in ends]
     grads = {x: np.zeros((*full, T, trace.values[x].shape[-1]), dtype=dtype) for x in "qkv"}
-    # entry t + 1 sums do.o - v.dv of token t; a strict pass's do.o counts one token later
-    change = np.zeros((*full, T + 1), dtype=dtype) if with_gate else None
+    dlog = np.zeros((*full, T), dtype=dtype) if with_gate else None  # of the gate's logarithm
 
     def job(part: Part, buffers: Buffers) -> None:
         dout = part(do, 2)
@@ -120,7 +120,6 @@ def adjoint(
         sweep = _Sweep(program, part.gate(gate), T, chunk, heads, dtype, buffers)
         arrays = {name: part(x, 2) for name, x in trace.values.items()}
         out = {name: part(x, 2) for name, x in grads.items()}
-        sums = None if change is None else part(change, 1)
         sweep.backward(
             arrays,
             [part(x, 3) for x in trace.kept],
@@ -128,7 +127,7 @@ def adjoint(
             [part(r, 2) for r in R],
             active,
             out,
-            sums,
+            None if dlog is None else part(dlog, 1),
         )
 
     spread(job, full, _work(program, trace.values, chunk, 3 * do.size))
@@ -137,12 +136,9 @@ def adjoint(
         if s.state in initial:
             g = sum_to(r, initial[s.state].shape)
             dinitial[s.state] = dinitial[s.state] + g if s.state in dinitial else g
-    dgate = None
-    if change is not None:
-        dgate = gate_total(sum_to(change[..., 1:], (*gate.batch, T)))
-        for s, end, S in zip(program.steps, ends, trace.states, strict=True):
-            if end is not None:
-                dgate = dgate + s.power * sum_to((end * S).sum((-2, -1)), gate.batch)[..., None]
+    dgate = None if dlog is None else sum_to(dlog, (*gate.batch, T))
+    if dgate is not None and gate.decay is not None:
+        dgate = dgate.sum(-1) / gate.decay
     return Adjoint({x: sum_to(g, trace.values[x].shape) for x, g in grads.items()}, dinitial, dgate)
 
 
@@ -242,8 +238,17 @@ class _Sweep:
             self.buffers[name, shape] = np.empty(shape, dtype=self.dtype)
         return self.buffers[name, shape]
 
-    def left(self, name: str, q: Array, k: Array, w: Weights, *, reverse: bool = False) -> Array:
-        """Return [(a * q)'; (L * q k')'], (..., D + W, W)."""
+    def left(
+        self,
+        name: str,
+        q: Array,
+        k: Array,
+        w: Weights,
+        *,
+        reverse: bool = False,
+        pairs: Array | None = None,
+    ) -> Array:
+        """Return [(a * q)'; (L * q k')'], (..., D + W, W); multiply ``pairs`` by (q k')'."""
         D, W = q.shape[-1], q.shape[-2]
         batch = broadcast(q.shape[:-2], k.shape[:-2], () if w.pair is None else w.pair.shape[:-2])
         out = self.buffer(f"left {name}", *batch, D + W, W)
@@ -256,6 +261,8 @@ class _Sweep:
         # what no query may see is cleared, not multiplied: inf * 0 is NaN
         bits = pair.view(w.mask.dtype)
         np.bitwise_and(bits, w.mask, out=bits)
+        if pairs is not None:
+            np.multiply(pairs, pair, out=pairs)
         if w.pair is not None:
             np.multiply(pair, w.pair, out=pair)
         if w.query is not None:
@@ -351,9 +358,9 @@ class _Sweep:
         R: list[Array],
         active: list[bool],
         grads: dict[str, Array],
-        sums: Array | None,
+        dlog: Array | None,
     ) -> None:
-        """Write the gradients of q, k, v and the gate's sums; leave those of the states in R."""
+        """Write the gradients of q, k, v and the log gate; leave those of the states in R."""
         steps = list(enumerate(self.program.steps))
         for turn in self.turns(reverse=True):
             local = {name: turn.view(x) for name, x in arrays.items()}
@@ -366,7 +373,7 @@ class _Sweep:
                     if not active[i]:
                         continue
                     into.grads[s.out] = np.zeros_like(turn.view(do)[..., : R[i].shape[-1]])
-                self._step_back(turn, s, local, kept[i][..., turn.chunks, :, :], R[i], into, sums)
+                self._step_back(turn, s, local, kept[i][..., turn.chunks, :, :], R[i], into, dlog)
 
     def _step_back(
         self,
@@ -376,7 +383,7 @@ class _Sweep:
         before: Array,
         R: Array,
         into: _Into,
-        sums: Array | None,
+        dlog: Array | None,
     ) -> None:
         """Take one step's adjoint over one group of chunks: a pass and two reversed."""
         (w, back), dout = turn.weights[s.power, s.kind], into.grads[s.out]
@@ -384,20 +391,28 @@ class _Sweep:
         later = self.advanced(R, q, dout, back, reverse=True)
         after = later[..., q.shape[-2] :, :]
         left = self.left("", dout, v, w)
-        into.add(s.q, left, self.right(before.mT, k))
+        if dlog is None:
+            into.add(s.q, left, self.right(before.mT, k))
+        else:
+            crossing = into.add_parts(s.q, left, before.mT, k)
+            query = np.einsum("...td,...td->...t", q, crossing)
         left = self.turned(left, v, back)
         into.add(s.k, left, self.right(after.mT, q, reverse=True), reverse=True)
-        left = self.left("", k, q, back, reverse=True)
-        if sums is None:
-            into.add(s.v, left, later, reverse=True)
+        if dlog is None:
+            into.add(s.v, self.left("", k, q, back, reverse=True), later, reverse=True)
             return
-        dv = into.value(left, later, reverse=True)
-        into.accumulate(s.v, dv)
-        late = slice(turn.rows.start + 1, turn.rows.stop + 1)
-        flat = (*sums.shape[:-1], turn.rows.stop - turn.rows.start)
-        received = (dout * local[s.out]).sum(-1).reshape(flat)
-        sums[..., turn.rows if s.kind == "strict" else late] += s.power * received
-        sums[..., late] -= s.power * (v * dv).sum(-1).reshape(flat)
+        pairs = left[..., : q.shape[-2], :]  # L * (do v'); in `left` it is multiplied by q k'
+        left = self.left("", k, q, back, reverse=True, pairs=pairs)
+        crossing = into.add_parts(s.v, left, after, dout, reverse=True)
+        key = np.einsum("...td,...td->...t", v, crossing)
+        total = np.einsum("...dv,...dv->...", before, after)[..., None]
+        late, W = int(s.kind == "strict"), q.shape[-2]
+        first = np.tri(W, k=-1, dtype=self.dtype)  # of the tokens before, as rows
+        latter = np.ascontiguousarray(np.tri(W, k=-late, dtype=self.dtype).mT)
+        found = np.einsum("...tj,tj->...t", latter @ pairs, first)
+        found += query @ latter.mT + key @ first.mT
+        found += total if w.total is None else total * w.total[..., 0]
+        dlog[..., turn.rows] += s.power * found.reshape((*found.shape[:-2], -1))
 
 
 class _Into:
@@ -426,6 +441,20 @@ class _Into:
         shape = broadcast(left.shape[:-2], right.shape[:-2])
         out = self._target(name, (*shape, left.shape[-1], right.shape[-1]))
         self.grads[name] = _read(left, right, out, reverse=reverse)
+
+    def add_parts(
+        self, name: str, left: Array, S: Array, v: Array, *, reverse: bool = False
+    ) -> Array:
+        """Add what `_read` gives of [S; v]; return what it gives of S alone."""
+        features, tokens = _halves(S.shape[-2], v.shape[-2], reverse)
+        rows = left[..., features, :].mT
+        shape = broadcast(rows.shape[:-2], S.shape[:-2])
+        crossing = self.sweep.buffer("crossing", *shape, rows.shape[-2], S.shape[-1])
+        for block in _blocks(rows.shape[-2], S.shape[-2] * S.shape[-1]):
+            np.matmul(rows[..., block, :], S, out=crossing[..., block, :])
+        self.add(name, left[..., tokens, :], v, reverse=reverse)
+        self.accumulate(name, crossing)
+        return crossing
 
     def accumulate(self, name: str, x: Array) -> None:
         """Add x."""
