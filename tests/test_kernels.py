@@ -17,9 +17,16 @@ import hla
 
 pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
-SPILLS = {"two values, decay": 24, "both, decay": 128}  # bytes a thread, at width 128; others none
+SPILLS = {
+    "two values, decay": 24,
+    "both, decay": 128,
+    "adjoint": 40,
+    "adjoint, decay": 112,
+    "adjoint, both": 216,
+}  # bytes a thread, at width 128; others none
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block can have
 
+ADJOINT = {"REVERSE": True, "DOT": True, "PAIRS": True}
 # D, V, values that go with v, dtype, gate, options of the kernel
 KINDS = {
     "plain": (0, 0, {}),
@@ -34,12 +41,16 @@ KINDS = {
     "both": (0, 0, {"REVERSE": True, "BOTH": True}),
     "further keys": (0, 0, {"REVERSE": True, "BC": 16}),
     "further keys, decay": (0, 1, {"BC": 16}),
-    "further keys, log gate": (0, 2, {"REVERSE": True, "BC": 16, "DOT": True}),
-    "adjoint": (0, 2, {"REVERSE": True, "DOT": True, "START": True, "END": True}),
+    "further keys, log gate": (0, 2, {"BC": 16, "DOT": True, "EVERY": 32}),
+    "gradient": (0, 2, {"DOT": True, "START": True, "EVERY": 32, "WRITE": True}),
+    "gradient, decay": (0, 1, {"DOT": True, "EVERY": 32}),
+    "adjoint": (0, 2, ADJOINT | {"START": True, "END": True, "EVERY": 32}),
+    "adjoint, decay": (0, 1, ADJOINT),
+    "adjoint, both": (0, 1, ADJOINT | {"BOTH": True, "EVERY": 32}),
 }
 CASES = [
     (kind, width, dtype, arch)
-    for dtype, kinds in (("bf16", KINDS), ("fp32", ("plain", "log gate")))
+    for dtype, kinds in (("bf16", KINDS), ("fp32", ("plain", "log gate", "gradient", "adjoint")))
     for kind in kinds
     for width in (64, 128)
     for arch in (80, 90)
@@ -141,11 +152,14 @@ def compiled(kind, width, dtype, arch):
     mirrored = options.get("V_IS_K", False) or options.get("BOTH", False)
     weights = gated, options.get("WRITE", False), mirrored
     V = options.get("BV", width)
-    chosen = triton_launch.config(width, V, V2, operand, *weights, arch // 10)
+    chosen = triton_launch.config(
+        width, V, V2, operand, *weights, arch // 10, options.get("DOT", False)
+    )
     given = {
         "READ": True, "UPDATE": True, "STRICT": False, "REVERSE": False, "GATE": gated,
         "WRITE": False, "ADD": False, "START": False, "END": False, "TWO": two, "BOTH": False,
-        "DOT": False, "V_IS_K": False, "BD": width, "BC": 0, "BV": width, "BV2": BV2,
+        "DOT": False, "PAIRS": False, "EVERY": 0, "ROW": width, "V_IS_K": False,
+        "BD": width, "BC": 0, "BV": width, "BV2": BV2,
         "W": chosen.W, "WHOLE_D": True,
         "WHOLE_V": True, "WHOLE_V2": V2 == BV2, "PRECISION": "bf16x6",
         "OPERAND": tl.bfloat16 if dtype == "bf16" else tl.float32,
@@ -155,8 +169,10 @@ def compiled(kind, width, dtype, arch):
         "p_end2": two and given["END"], "p_x": given["DOT"], "p_dots": given["DOT"],
         "p_qc": given["BC"] > 0, "p_kc": given["BC"] > 0,
         "p_start": given["START"], "p_end": given["END"], "p_gate": gated > 0,
+        "p_states": given["EVERY"] > 0,
     }  # fmt: skip
-    states = ("p_start", "p_end", "p_start2", "p_end2", "p_gate", "p_dots", "p_qc", "p_kc")
+    states = ("p_start", "p_end", "p_start2", "p_end2", "p_gate", "p_dots", "p_states", "p_qc",
+              "p_kc")  # fmt: skip
     masses = ("p_v2", "p_o2") if more == 1 else ()
     signature, constants = {}, dict(given)
     for name in names:

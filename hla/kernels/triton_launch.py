@@ -13,6 +13,10 @@ import triton.language as tl
 from ..core.passes import Gate, Shape
 from .triton_pass import pass_kernel
 
+PERIOD = (
+    1024  # tokens, a multiple of every chunk: how far apart states are kept for a gate's gradient
+)
+DOTTED = 32  # tokens in a chunk of launches that serve a gate's gradient
 WIDEST = 128  # a float32 state of 128 x 128 takes half of the registers of 8 warps
 
 
@@ -25,12 +29,21 @@ class Config(NamedTuple):
 
 
 def config(
-    D: int, V: int, V2: int, operand: str, gated: int, written: bool, mirrored: bool, major: int = 9
+    D: int,
+    V: int,
+    V2: int,
+    operand: str,
+    gated: int,
+    written: bool,
+    mirrored: bool,
+    major: int = 9,
+    dotted: bool = False,
 ) -> Config:
     """Launch settings by tiles, what is multiplied, the weights of k v, and architecture.
 
-    They fix the order of every sum, so they hang on nothing that varies from call to call. Timed on
-    an H100; for other architectures what compiles and spills least, not timed.
+    They fix the order of every sum, so they depend on nothing that varies from call to call. What a
+    gate's gradient is made of (``dotted``) counts by chunks, so all such launches have the same.
+    Timed on an H100; for other architectures what compiles and spills least, not timed.
 
     On Hopper Triton lets a chunk's last product run on into the next chunk. Of an operand that is
     also read from registers, for a product of 32 tokens or to be weighed, it then holds one copy
@@ -40,6 +53,8 @@ def config(
     tests/test_kernels.py looks for such loads. On Blackwell a scaled accumulator that another
     product reads is not safe with loads ahead either (10993).
     """
+    if dotted:
+        return config(D, V, V2, operand, gated, written, mirrored, major)._replace(W=DOTTED)
     large, shared = D * V >= 128 * 64, mirrored and (gated > 0 or written)
     warps = 8 if large and max(V, V2) > 64 else 4  # of 16 rows of the state each
     if major != 9:
@@ -93,6 +108,16 @@ def value_tiles(n: int) -> int:
     return -(-n // tile(n))
 
 
+def period(dtype: torch.dtype) -> int:
+    """Tokens between states that are kept for a gate's gradient, a multiple of its chunk."""
+    return 1024 if dtype == torch.bfloat16 else 256
+
+
+def between(T: int, dtype: torch.dtype) -> int:
+    """Count the states kept: those before each period but the first."""
+    return max(0, T - 1) // period(dtype)
+
+
 def in_one(k: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether one launch serves two parts of the values: their states fit the registers."""
     V, V2 = first.shape[-1], second.shape[-1]
@@ -125,6 +150,8 @@ def causal_pass(
     qc: torch.Tensor | None = None,
     kc: torch.Tensor | None = None,
     dots: torch.Tensor | None = None,
+    pairs: bool = False,
+    states: torch.Tensor | None = None,
     tf32: bool = False,
 ) -> None:
     """Launch one pass, which writes what its columns name.
@@ -151,8 +178,14 @@ def causal_pass(
         Add to what ``o`` holds.
     both : bool
         Add the pass with k and v exchanged, which reads the same state; with one part, D = V.
-    x, dots : tensor, (*batch, T, V), and float32, (*batch, `value_tiles`, T), contiguous, optional
-        With one part: write sum_v o x of this pass by itself, token by token, a row a tile.
+    x, dots : tensor, (*batch, T, V), and float32, (*batch, `value_tiles`, 1 or 2, T), optional
+        With one part and a gate: write into ``dots``, contiguous, the part of sum_v o x that the
+        state gives, token by token, a row a tile.
+    pairs : bool
+        With ``reverse`` and ``dots`` of two rows: write into the second the sum of the pairs of
+        its chunk that lie across each token, of q_t.k_j times v_t.x_j.
+    states : tensor, float32, (*batch, `between`, V, D), optional
+        Of contiguous rows and batch axes: write the state before every `period` but the first.
     qc, kc : tensor, (*batch, T, C), optional
         More columns of q and k, as many as `further` says; with one part. The state has D + C rows.
     tf32 : bool
@@ -164,16 +197,16 @@ def causal_pass(
     elif power and gate.decay is not None:
         gated, weights = 1, gate.decay
     first, second = columns[0], columns[1] if len(columns) > 1 else None
-    operands = (q, k, *first, *(second or NONE), x, qc, kc, weights, dots)
+    operands = (q, k, *first, *(second or NONE), x, qc, kc, weights, dots, states)
     pointers: list[Any] = [None if y is None else y.data_ptr() for y in operands]
     seen = [
         None if y is None else (y.shape, y.stride(), y.dtype, p % 16)
         for y, p in zip(operands, pointers, strict=True)
     ]
-    if first.start is None and first.end is None:  # the pass is linear in k v
+    if first.start is None and first.end is None and states is None:  # the pass is linear in k v
         read, write = read * write, 1.0
     v_is_k = first.v is k and gated < 2  # weighed by tokens: slower than loading the same lines
-    flags = (gated, strict, reverse, update, write != 1.0, add, both, tf32, v_is_k)
+    flags = (gated, strict, reverse, update, write != 1.0, add, both, tf32, v_is_k, pairs)
     key = (batch, k.device, flags, *seen)
     if key in _launches:
         kernel, grid, rest = _launches[key]
@@ -181,18 +214,19 @@ def causal_pass(
             kernel[grid](*pointers, read, write, power, *rest)
         return
     ranks = (*(2,) * 13, max(0, gated - 1))
-    sizes, strides = _plan(batch, ranks, operands[:-1])
+    sizes, strides = _plan(batch, ranks, operands[:-2])
     if len(sizes) > 3:
         for i in range(batch[0]):
             q_i, k_i, *parts, x_i, qc_i, kc_i, gate_i = (
                 _entry(y, i, r, len(batch)) for y, r in zip(operands, ranks, strict=False)
             )
-            pairs = [Columns(*parts[:4]), Columns(*parts[4:])][: len(columns)]
+            columns_i = [Columns(*parts[:4]), Columns(*parts[4:])][: len(columns)]
             causal_pass(
-                q_i, k_i, pairs, Gate(gate_i, None) if gated == 1 else Gate(None, gate_i),
+                q_i, k_i, columns_i, Gate(gate_i, None) if gated == 1 else Gate(None, gate_i),
                 batch=batch[1:], power=power, strict=strict, reverse=reverse, update=update,
                 read=read, write=write, add=add, both=both, x=x_i, qc=qc_i, kc=kc_i,
-                dots=None if dots is None else dots[i], tf32=tf32,
+                dots=None if dots is None else dots[i], pairs=pairs,
+                states=None if states is None else states[i], tf32=tf32,
             )  # fmt: skip
         return
     T, D, V = k.shape[-2], k.shape[-1], first.v.shape[-1]
@@ -205,21 +239,25 @@ def causal_pass(
     # three bfloat16 parts take half as many such steps as those of two TF32 parts, and err half.
     exact = "bf16x6" if k.device.type == "cuda" else "ieee"  # which the interpreter has not
     weighed = gated, write != 1.0, both or v_is_k
-    chosen = config(BD, BV, V2, operand, *weighed, capability(k.device))
+    chosen = config(BD, BV, V2, operand, *weighed, capability(k.device), dots is not None)
     grid = (math.prod(sizes) * value_tiles(V), 1, 1)
     if not grid[0]:
         return
+    step, row = (0, 0) if states is None else states.stride()[-3:-1]
     constants = {
         "READ": q is not None, "UPDATE": update, "STRICT": strict, "REVERSE": reverse,
         "GATE": gated, "WRITE": write != 1.0, "ADD": add,
         "START": first.start is not None, "END": first.end is not None,
-        "TWO": second is not None, "BOTH": both, "DOT": dots is not None, "V_IS_K": v_is_k,
+        "TWO": second is not None, "BOTH": both, "DOT": dots is not None, "PAIRS": pairs,
+        "EVERY": 0 if states is None else period(k.dtype) // chosen.W, "ROW": row,
+        "V_IS_K": v_is_k,
         "BD": BD, "BC": BC, "BV": BV, "BV2": BV2, "W": chosen.W,
         "WHOLE_D": D == BD, "WHOLE_V": V % BV == 0, "WHOLE_V2": V2 == BV2,
         "OPERAND": tl.bfloat16 if narrow else tl.float32,
         "PRECISION": "tf32" if tf32 else exact,
     }  # fmt: skip
-    rest = (T, D, DC, V, V2, *(1, 1, *sizes)[-2:], *strides)
+    apart = (0, 0) if states is None else (states.shape[-3] * step, step)
+    rest = (T, D, DC, V, V2, *(1, 1, *sizes)[-2:], *strides, *apart)
     with torch.cuda.device_of(k):
         kernel = pass_kernel[grid](
             *operands, read, write, power, *rest, **constants,

@@ -30,7 +30,8 @@ results are added.
 import triton
 import triton.language as tl
 
-RESET = tl.constexpr(-1e6)  # what -inf becomes
+RESET = tl.constexpr(-1e6)  # what a log gate of -inf becomes
+LEAST = tl.constexpr(1e-30)  # what a decay of 0 becomes
 
 
 @triton.jit
@@ -73,19 +74,33 @@ def _pairs(
     A, m_pair, weight, write,
     GATE: tl.constexpr, WRITE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return A' = upper(K Q'), weighed, [W, W], from K Q'."""
+    """Return A' = upper(K Q'), weighed, [W, W], from K Q'; in float32 and as an operand."""
     if GATE != 0:
         A *= weight
     if WRITE:
         A *= write
-    return _operand(tl.where(m_pair, A, 0.0), OPERAND, PRECISION)  # a product would let inf through
+    A = tl.where(m_pair, A, 0.0)  # a product with the mask would let inf through
+    return A, _operand(A, OPERAND, PRECISION)
 
 
 @triton.jit
-def _read(b_o, b_v, A, weight, GATE: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return O' = S' Q' + V' A', [BV, W], from S' Q'."""
-    if GATE != 0:
-        b_o *= weight[None, :]
+def _crossing(A, dA, m_pair, STRICT: tl.constexpr):
+    """Sum A' * dA' over the pairs of a reversed chunk that lie across each token, [W].
+
+    Token s has before it what earlier keys sum over all queries, less what earlier queries sum over
+    all keys: the same products, which leave nothing of the rest behind in float64.
+    """
+    M = tl.where(m_pair, A * dA, 0.0).to(tl.float64)  # [W query, W key]
+    query, key = tl.sum(M, 1), tl.sum(M, 0)
+    read = tl.cumsum(query, 0)
+    if not STRICT:
+        read -= query
+    return (tl.cumsum(key, 0) - key - read).to(tl.float32)
+
+
+@triton.jit
+def _read(b_o, b_v, A, UPDATE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return O' = S' Q' + V' A', [BV, W], from S' Q' as the gate weighs it."""
     if UPDATE:
         b_o = tl.dot(tl.trans(b_v), A, b_o, input_precision=PRECISION, out_dtype=tl.float32)
     return b_o
@@ -106,13 +121,22 @@ def _write(
     return tl.dot(vT, b_k, S, input_precision=PRECISION, out_dtype=tl.float32)
 
 
+@triton.jit
+def _keep(p_states, step, S, m_S, chunk, EVERY: tl.constexpr, ROW: tl.constexpr):
+    """Store the state at the start of every EVERY-th chunk but the first."""
+    if (chunk % EVERY == 0) & (chunk > 0):
+        place = tl.full([], chunk // EVERY - 1, tl.int64) * step
+        v, d = tl.arange(0, S.shape[0]).to(tl.int64), tl.arange(0, S.shape[1]).to(tl.int64)
+        tl.store(p_states + place + v[:, None] * ROW + d[None, :], S, mask=m_S)
+
+
 @triton.jit(  # the gate of some heads is no other kernel than that of all
     do_not_specialize=["power", "T", "D", "DC", "V", "V2", "N1", "N2", "sg0", "sg1", "sg2"],
     do_not_specialize_on_alignment=["p_gate"],
 )
 def pass_kernel(
     p_q, p_k, p_v, p_o, p_start, p_end, p_v2, p_o2, p_start2, p_end2, p_x, p_qc, p_kc,
-    p_gate, p_dots,
+    p_gate, p_dots, p_states,
     read, write, power, T, D, DC, V, V2, N1, N2,
     sq0, sq1, sq2, sqt, sqd,
     sk0, sk1, sk2, skt, skd,
@@ -128,6 +152,7 @@ def pass_kernel(
     sqc0, sqc1, sqc2, sqct, sqcd,
     skc0, skc1, skc2, skct, skcd,
     sg0, sg1, sg2, sgt,
+    sa0, saa,
     READ: tl.constexpr,  # outputs are asked, not the state alone
     UPDATE: tl.constexpr,  # tokens enter the state; else every token reads the same one
     STRICT: tl.constexpr,
@@ -139,8 +164,11 @@ def pass_kernel(
     END: tl.constexpr,
     TWO: tl.constexpr,  # values v2 go with v
     BOTH: tl.constexpr,  # add the pass with k and v exchanged; D = V
-    DOT: tl.constexpr,  # write sum_v o x token by token, a row a tile of values
+    DOT: tl.constexpr,  # write sum_v x (a_t q_t S) token by token, a row a tile of values
+    PAIRS: tl.constexpr,  # and, in a second row, what `_crossing` gives for pairs of k and x
+    EVERY: tl.constexpr,  # also write the state before every so many chunks but the first; 0: not
     V_IS_K: tl.constexpr,
+    ROW: tl.constexpr,  # stride between rows of the states that are kept
     BD: tl.constexpr,
     BC: tl.constexpr,  # of further columns of q and k; 0 where there are none
     BV: tl.constexpr,
@@ -183,7 +211,9 @@ def pass_kernel(
             )
     if DOT:
         p_x += i_0 * sx0 + i_1 * sx1 + i_2 * sx2 + t64[:, None] * sxt + v64[None, :] * sxd
-        p_dots += (i_head.to(tl.int64) * tiles + i_v) * T + t64
+        p_dots += (i_head.to(tl.int64) * tiles + i_v) * (2 if PAIRS else 1) * T + t64
+    if EVERY:
+        p_states += i_head.to(tl.int64) * sa0 + i_v.to(tl.int64) * BV * ROW
     if GATE != 0:
         p_gate += i_0 * sg0 + i_1 * sg1 + i_2 * sg2
 
@@ -213,7 +243,8 @@ def pass_kernel(
 
     chunks = tl.cdiv(T, W)
     if GATE == 1:
-        log_g = tl.log(tl.load(p_gate).to(tl.float64)) * power
+        g = tl.load(p_gate).to(tl.float64)
+        log_g = tl.log(tl.where(g < LEAST, LEAST, g)) * power  # not maximum, which would drop a NaN
         up = (t if STRICT else t + 1) * log_g
         span = up[:, None] - ((t + 1) * log_g)[None, :]  # [W, W], of (later, earlier)
         span = span if REVERSE else tl.trans(span)
@@ -228,6 +259,10 @@ def pass_kernel(
         row = ((chunks - 1 - i) if REVERSE else i) * W
         m_t = t < T - row
         row64 = row.to(tl.int64)
+        if EVERY and not REVERSE:
+            _keep(p_states, saa, S, m_S, i, EVERY, ROW)
+            if BC:
+                _keep(p_states + D, saa, Sc, m_Sc, i, EVERY, ROW)
         m_tk, m_tv, m_tv2 = m_t[:, None] & m_d, m_t[:, None] & m_v, m_t[:, None] & m_v2
         w_pair, w_in, w_out, w_total = 1.0, 1.0, 1.0, 1.0
         if GATE == 1:
@@ -259,27 +294,37 @@ def pass_kernel(
             if BC:
                 b_qc = tl.load(p_qc + row64 * sqct, mask=m_t[:, None] & m_c, other=0.0)  # [W, BC]
                 b_qc = _operand(b_qc, OPERAND, PRECISION)
-            A, a_v, a_v2 = b_q, b_q, b_q
+            A, pairs, a_v, a_v2 = b_q, 0.0, b_q, b_q
             if UPDATE:
                 A = _product(b_k, b_q, PRECISION)
                 if BC:
                     A = _add_product(A, b_kc, b_qc, PRECISION)
-                A = _pairs(A, m_pair, w_pair, write, GATE, WRITE, OPERAND, PRECISION)
+                pairs, A = _pairs(A, m_pair, w_pair, write, GATE, WRITE, OPERAND, PRECISION)
                 a_v = b_v
             b_o = _product(_operand(S, OPERAND, PRECISION), b_q, PRECISION)
             if BC:
                 b_o = _add_product(b_o, _operand(Sc, OPERAND, PRECISION), b_qc, PRECISION)
-            b_o = _read(b_o, a_v, A, w_in, GATE, UPDATE, PRECISION)
-            if BOTH:
-                A = _product(b_v, b_q, PRECISION)
-                A = _pairs(A, m_pair, w_pair, write, GATE, WRITE, OPERAND, PRECISION)
-                b_o = tl.dot(tl.trans(b_k), A, b_o, input_precision=PRECISION, out_dtype=tl.float32)
-            b_o = tl.trans(b_o * read)  # [W, BV]
+            if GATE != 0:
+                b_o *= w_in[None, :]
             if DOT:
-                b_x = tl.load(p_x + row64 * sxt, mask=m_tv, other=0.0).to(tl.float32)
+                b_x = tl.load(p_x + row64 * sxt, mask=m_tv, other=0.0)
                 # Products rounded before they are added: fused with the add of another lane's
                 # they would leave the lanes of a row with different sums, and all store theirs.
-                tl.store(p_dots + row64, tl.sum(tl.fma(b_o, b_x, 0.0), 1), mask=m_t)
+                dots = tl.fma(tl.trans(b_o * read), b_x.to(tl.float32), 0.0)  # [W, BV]
+                tl.store(p_dots + row64, tl.sum(dots, 1), mask=m_t)
+            b_o = _read(b_o, a_v, A, UPDATE, PRECISION)
+            if BOTH:
+                B = _product(b_v, b_q, PRECISION)
+                if PAIRS:
+                    cross = _crossing(pairs, B, m_pair, STRICT) * read
+                    tl.store(p_dots + T.to(tl.int64) + row64, cross, mask=m_t)
+                _, B = _pairs(B, m_pair, w_pair, write, GATE, WRITE, OPERAND, PRECISION)
+                b_o = tl.dot(tl.trans(b_k), B, b_o, input_precision=PRECISION, out_dtype=tl.float32)
+            elif PAIRS:
+                dA = _product(b_v, _operand(b_x, OPERAND, PRECISION), PRECISION)
+                cross = _crossing(pairs, dA, m_pair, STRICT) * read
+                tl.store(p_dots + T.to(tl.int64) + row64, cross, mask=m_t)
+            b_o = tl.trans(b_o * read)  # [W, BV]
             if ADD:
                 b_o += tl.load(p_o + row64 * sot, mask=m_tv, other=0.0).to(tl.float32)
             tl.store(p_o + row64 * sot, b_o.to(p_o.dtype.element_ty), mask=m_tv)
@@ -287,7 +332,9 @@ def pass_kernel(
                 if UPDATE:
                     a_v2 = b_v2
                 b_o2 = _product(_operand(S2, OPERAND, PRECISION), b_q, PRECISION)
-                b_o2 = _read(b_o2, a_v2, A, w_in, GATE, UPDATE, PRECISION)
+                if GATE != 0:
+                    b_o2 *= w_in[None, :]
+                b_o2 = _read(b_o2, a_v2, A, UPDATE, PRECISION)
                 b_o2 = tl.trans(b_o2 * read)  # [W, BV2]
                 if ADD:
                     b_o2 += tl.load(p_o2 + row64 * so2t, mask=m_tv2, other=0.0).to(tl.float32)
@@ -300,6 +347,10 @@ def pass_kernel(
             S = _write(S, b_k, b_v, w_out, w_total, write, GATE, WRITE, OPERAND, PRECISION)
             if BOTH:
                 S = _write(S, b_v, b_k, w_out, 1.0, write, GATE, WRITE, OPERAND, PRECISION)
+            if EVERY and REVERSE:
+                _keep(p_states, saa, S, m_S, chunks - 1 - i, EVERY, ROW)
+                if BC:
+                    _keep(p_states + D, saa, Sc, m_Sc, chunks - 1 - i, EVERY, ROW)
 
     if END:  # of the heads that share a state, those along an axis of stride 0, the first writes it
         later = tl.where(se0 == 0, i_0, 0) + tl.where(se1 == 0, i_1, 0) + tl.where(se2 == 0, i_2, 0)

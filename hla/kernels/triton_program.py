@@ -14,10 +14,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..core.adjoint import Adjoint, gate_gradient, shared_out, sum_to
+from ..core.adjoint import Adjoint, shared_out, sum_to
 from ..core.passes import Fields, Gate, Pass, Shape, broadcast
 from ..core.programs import Program
-from .triton_launch import Columns, causal_pass, further, in_one, value_tiles, widest
+from .triton_gate import gate_gradient
+from .triton_launch import (
+    DOTTED,
+    Columns,
+    between,
+    causal_pass,
+    further,
+    in_one,
+    period,
+    value_tiles,
+    widest,
+)
+from .triton_pass import LEAST
 
 Value = tuple[torch.Tensor, ...]
 
@@ -153,6 +165,8 @@ def run_pass(
     add: bool = False,
     both: bool = False,
     x: Value | None = None,
+    pairs: bool = False,
+    states: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Run one pass over all its parts.
 
@@ -173,19 +187,21 @@ def run_pass(
     both : bool
         Add the pass with k and v exchanged; for one part of each that fits a tile.
     x : tuple of tensor, optional
-        Ask for sum_v o x token by token, o being this pass by itself.
+        Ask for the sums of `triton_launch.causal_pass`, token by token.
+    pairs, states
+        As there, states with all columns and all rows.
 
     Returns
     -------
     tensor or None
-        The sums with x, float32, (*batch, T).
+        The sums with x, float32, (*batch, 1, T), or (*batch, 2, T) with pairs.
     """
     full = kind == "full"
     gate, v, o = Gate() if full else call.gate, columns[0].v, columns[0].o
     assert o is not None
     batch = o.shape[:-2]
     if k[0].shape[-2] == 0:
-        return None if x is None else torch.zeros((*batch, 0), device=v.device)
+        return None if x is None else torch.zeros((*batch, 1 + pairs, 0), device=v.device)
     options = {
         "gate": gate, "power": power, "strict": kind == "strict", "reverse": reverse,
         "write": write, "tf32": call.tf32,
@@ -206,16 +222,20 @@ def run_pass(
                 held = broadcast(b.shape[:-2], *(c.v.shape[:-2] for c in here))
                 call.launch(None, b, alone, batch=held, kc=kc, **options)
                 here = [c._replace(start=c.end, end=None) for c in here]
-            dot, xi = None, None
+            dot, xi, kept = None, None, None
             if x is not None:
-                xi, shape = x[i], (*batch, value_tiles(int(here[0].v.shape[-1])), b.shape[-2])
+                F = int(here[0].v.shape[-1])
+                xi, shape = x[i], (*batch, value_tiles(F), 1 + pairs, b.shape[-2])
                 dot = torch.empty(shape, dtype=torch.float32, device=v.device)
+                if states is not None:
+                    first_column = width(tuple(c.v for c in columns[:i]))
+                    kept = states[..., first_column : first_column + F, rows]
             call.launch(
                 query, b, here, batch=batch, update=not full, read=read, x=xi, dots=dot,
-                qc=qc, kc=kc, add=not first, both=both, **options,
+                qc=qc, kc=kc, add=not first, both=both, pairs=pairs, states=kept, **options,
             )  # fmt: skip
             if dot is not None:
-                dots = dot.sum(-2) if dots is None else dots + dot.sum(-2)
+                dots = dot.sum(-3) if dots is None else dots + dot.sum(-3)
         first = False
     if sums is not columns:
         for c, total in zip(columns, sums, strict=True):
@@ -318,7 +338,6 @@ def adjoint(
     call: Call,
     program: Program,
     values: Mapping[str, Value],
-    states: Sequence[Value],
     initial: Mapping[Fields, torch.Tensor],
     dout: Value,
     dfinal: Mapping[Fields, torch.Tensor],
@@ -327,15 +346,15 @@ def adjoint(
 ) -> Adjoint:
     """Run a program's adjoint, each pass as three; the counterpart of `hla.core.adjoint.adjoint`.
 
-    The gate's gradient needs sums of do.o - v.dv token by token; the passes take them in float32 as
-    q.dq - v.dv, before rounding (do.o and q.dq are the same sum).
+    The gate's gradient is taken from what the passes of dq and dv read from and write to states
+    (see `gate_gradient`).
 
     Parameters
     ----------
     call, program
         As given to `run`.
-    values, states
-        As it returned them; states may be empty where no gate's gradient is asked.
+    values
+        As it returned them.
     initial : mapping
         Incoming states by the fields they hold, side by side.
     dout : tuple of tensor
@@ -383,8 +402,11 @@ def adjoint(
         return together([c.end for c in columns if c.end is not None]), dots
 
     for c, name in program.outputs:
-        grads[name] = dout if c == 1 else tuple(c * g for g in dout)
-    for s, state in zip(reversed(program.steps), reversed(states), strict=True):
+        each = dout if c == 1 else tuple(c * g for g in dout)
+        grads[name] = tuple(  # a term may have fewer batch axes
+            sum_to(g, x.shape) for g, x in zip(each, values[name], strict=False)
+        )
+    for s in reversed(program.steps):
         do, dstate = grads.pop(s.out, None), pending.pop(s.state, None)
         if do is None and dstate is None:
             continue
@@ -395,31 +417,67 @@ def adjoint(
         end = shared_out(dstate, values[s.out][0].shape)
         one_q, one_kv = call.factor(s.q), call.factor(s.k) * call.factor(s.v)
         once = functools.partial(give, power=s.power, kind=s.kind)
-        back = functools.partial(once, reverse=True, read=one_kv, write=one_q)
-        x_q, x_v = (q, v) if with_gate else (None, None)
+        back = functools.partial(once, reverse=True, read=one_kv, write=one_q, pairs=with_gate)
+        x_q, x_v, S, R = None, None, None, None
+        if with_gate:
+            x_q, x_v, n = q, v, between(k[0].shape[-2], call.dtype)
+            heads, sizes = do[0].shape[:-2], (width(k), width(v))
+            if n:
+                S, R = (
+                    torch.empty((*heads, n, *x), dtype=torch.float32, device=k[0].device)
+                    for x in (sizes, sizes[::-1])
+                )
         _, reads = once(
-            s.q, do, v, k, start=start, read=one_q, write=one_kv, keep_state=False, x=x_q
+            s.q, do, v, k, start=start, read=one_q, write=one_kv, keep_state=False, x=x_q, states=S
         )
         mirrored = s.k == s.v and s.kind != "full" and s.state not in initial
         mirrored &= call.gate.log_gate is None  # there two launches are faster
+        border = None  # <state, its gradient> at the first token
         if mirrored and len(do) == 1 and width(q) <= widest(call.dtype):
             both = None if end is None else end + end.mT  # k and v: one gradient, one state
-            _, writes = back(s.k, v, do, q, start=both, keep_state=False, both=True, x=x_v)
-            writes = writes if writes is None else writes / 2
+            _, writes = back(
+                s.k, v, do, q, start=both, keep_state=False, both=True, x=x_v, states=R
+            )
+            if writes is not None:
+                writes = writes * writes.new_tensor([[0.5], [1.0]])
+                R = None if R is None else R / 2
         else:
-            back(s.k, v, do, q, start=None if end is None else end.mT, keep_state=False)
+            back_k = functools.partial(back, pairs=False)
+            back_k(s.k, v, do, q, start=None if end is None else end.mT, keep_state=False)
             skips = s.v == "v" and s.state not in initial and not with_gate
             dv = do[:1] if skips else do  # the ones need no gradient
             dstate0, writes = back(
                 s.v, k, q, dv, start=None if end is None else end[..., : width(dv)],
-                keep_state=s.state in initial, x=x_v, reuse=s.out in ours,
+                keep_state=s.state in initial, x=x_v, states=R, reuse=s.out in ours,
             )  # fmt: skip
             if s.state in initial:
                 g = sum_to(dstate0, initial[s.state].shape)
                 dinitial[s.state] = g if s.state not in dinitial else dinitial[s.state] + g
+                if start is not None and with_gate:
+                    border = (start.mT * dstate0).sum((-2, -1), dtype=torch.float64)
         if with_gate:
-            sums = reads.double(), writes.double()
-            term = gate_gradient(s, call.gate, *sums, together(state), dstate)
-            dgate = term if dgate is None else dgate + term
+            dlog = _gate_gradient(call, s, reads, writes, border, S, R)
+            dgate = dlog if dgate is None else dgate + dlog
+    if dgate is not None and call.gate.decay is not None:
+        dgate = dgate.sum(-1, dtype=torch.float64) / call.gate.decay.clamp(min=LEAST.value)
     first = {name: grads[name][0] for name in "qkv"}
     return Adjoint(first, dinitial, dgate)
+
+
+def _gate_gradient(
+    call: Call,
+    s: Pass,
+    reads: torch.Tensor,
+    writes: torch.Tensor,
+    border: torch.Tensor | None,
+    S: torch.Tensor | None,
+    R: torch.Tensor | None,
+) -> torch.Tensor:
+    """Gradient of the log gate by one pass, (*gate's batch, T)."""
+    gate, log = call.gate.decay, call.gate.log_gate is not None
+    dlog = gate_gradient(
+        reads, writes, call.gate.log_gate if log else gate, border, S, R, power=s.power,
+        strict=s.kind == "strict", log=log, least=LEAST.value, period=period(call.dtype),
+        chunk=DOTTED,
+    )  # fmt: skip
+    return sum_to(dlog, (*call.gate.batch, dlog.shape[-1]))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..core.forms import Gradients, gate_gradients
-from ..core.passes import Gate
+from ..core.passes import Gate, broadcast
 from ..core.programs import Program, summed
 from ..core.request import Inputs, Request
 from ..core.states import columns, gradient_fields, joined, own
@@ -59,9 +59,6 @@ def forward(request: Request, inputs: Inputs) -> tuple[Any, Any, tuple[Any, ...]
         state = request.state_type(**_fields(request, states))
     if request.gradient:
         kept = [x for name in _kept(request) for x in values[name]]
-        if request.return_state and request.gate_given:
-            # the caller has the states themselves, and outputs of an operator share no memory
-            kept += [x.clone() for parts in states for x in parts]
         saved = tuple(kept)
     return o.to(dtype), state, saved
 
@@ -92,7 +89,6 @@ def backward(request: Request, inputs: Inputs, saved: Any, do: Any, dstate: Any)
         count[s.out] = count[s.v]
     for name in _kept(request):
         values[name] = tuple(left.pop(0) for _ in range(count[name]))
-    states = [tuple(left.pop(0) for _ in range(count[s.v]) if left) for s in program.steps]
     if do is None:
         batch = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs[:3]))
         do = inputs.v.new_zeros(()).expand(*batch, inputs.v.shape[-1])
@@ -100,11 +96,14 @@ def backward(request: Request, inputs: Inputs, saved: Any, do: Any, dstate: Any)
         do = do.to(torch.bfloat16)
     masses = dstate is not None or inputs.state is not None  # what else reads their gradients
     dout = _unfinish(request, values, do, masses=masses)
-    for _, name in program.outputs:
-        values.setdefault(name, dout)  # only its shape is read
+    for s in program.steps:
+        if s.out not in values:  # an output, of which only the shape is read
+            read = [values[name][0].shape[:-2] for name in (s.q, s.k, s.v)]
+            batch = broadcast(*read, () if s.kind == "full" else call.gate.batch)
+            values[s.out] = tuple(x.new_zeros(()).expand(*batch, *x.shape[-2:]) for x in dout)
     initial = joined(request, inputs.state)
     grads = triton_program.adjoint(
-        call, program, values, states, initial, dout, joined(request, dstate, gradient=True),
+        call, program, values, initial, dout, joined(request, dstate, gradient=True),
         with_gate=request.gate_given,
     )  # fmt: skip
     dq, dk, dv = (grads.values[name].to(x.dtype) for name, x in zip("qkv", inputs, strict=False))
