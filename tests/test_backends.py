@@ -112,23 +112,22 @@ def run(code, **environment):
         cwd=ROOT.parent,
         capture_output=True,
         text=True,
-        timeout=120,
         check=True,
     ).stdout
 
 
 def test_import_is_light_and_loads_no_framework():
+    """Beside NumPy only the package, array-api-compat and a few modules of Python's own."""
     out = run("""
-        import sys, time, numpy
-        start = time.perf_counter()
+        import sys, numpy
+        before = set(sys.modules)
         import hla
-        took = time.perf_counter() - start
-        loaded = {"torch", "jax", "cupy", "numba", "triton", "ml_dtypes"} & set(sys.modules)
-        print(took, *sorted(loaded))
+        loaded = set(sys.modules) - before
+        print(len(loaded), *{name.partition(".")[0] for name in loaded} - sys.stdlib_module_names)
     """)
-    took, *loaded = out.split()
-    assert not loaded
-    assert float(took) < 0.6  # 0.3 s on a quiet machine
+    count, *loaded = out.split()
+    assert set(loaded) == {"hla", "array_api_compat"}
+    assert int(count) < 100  # a framework is a thousand
 
 
 def test_using_numpy_loads_no_framework():

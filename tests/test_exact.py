@@ -3,7 +3,6 @@
 import itertools
 import os
 import threading
-import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -105,7 +104,7 @@ def test_runs_repeat_and_threads_agree_to_the_bit(name):
     barrier = threading.Barrier(8)
 
     def start(operator):
-        barrier.wait(timeout=60)
+        barrier.wait()
         return operator, call(operator)
 
     with ThreadPoolExecutor(8) as pool:
@@ -116,26 +115,28 @@ def test_runs_repeat_and_threads_agree_to_the_bit(name):
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.slow
-def test_time_and_memory_grow_linearly():
-    """Eight times the tokens: about eight times as long, in a small multiple of the output."""
+def test_work_and_memory_grow_linearly(monkeypatch):
+    """Eight times the tokens: eight times the products, in a small multiple of the output."""
+    work, matmul = [], np.matmul
+
+    def counted(a, b, out):
+        work.append(out.size * a.shape[-1])
+        return matmul(a, b, out=out)
+
+    monkeypatch.setattr(np, "matmul", counted)
 
     def cost(T):
+        work.clear()
         q, k, v = (x.astype(np.float32) for x in draw(1, T, D=16, V=16))
-        best = np.inf
-        for _ in range(3):
-            start = time.perf_counter()
-            o = hla.scan(q, k, v, decay=0.99)
-            best = min(best, time.perf_counter() - start)
-        assert np.isfinite(o).all()
         tracemalloc.start()
-        hla.scan(q, k, v, decay=0.99)
+        o = hla.scan(q, k, v, decay=0.99)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        return best, peak / o.nbytes
+        assert np.isfinite(o).all()
+        return sum(work), peak / o.nbytes
 
-    (short, _), (long, memory) = cost(2**14), cost(2**17)
-    assert long < 8 * 2.5 * short
+    (short, _), (long, memory) = cost(2**12), cost(2**15)
+    assert long == 8 * short > 0
     assert memory < 16
 
 

@@ -1,7 +1,8 @@
 """The Triton pass compiled ahead of time, without a GPU: registers, shared memory, instructions.
 
 For the launch table's own settings on Ampere and Hopper. One process compiles all, without the
-interpreter; which arguments are there follows from the kernel's own list of them.
+interpreter; which arguments are there follows from the kernel's own list of them. The searches
+through many compiled kernels take minutes: marked `aot`, they run by `pytest -m aot`.
 """
 
 import json
@@ -242,7 +243,7 @@ def compiled_apart(cases, cache):
         "TRITON_CACHE_DIR": str(cache),
     }
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=280
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return dict(zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True))
@@ -253,6 +254,7 @@ def reports(tmp_path_factory):
     return compiled_apart(CASES, tmp_path_factory.mktemp("triton"))
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_compiled_for_the_hardware(reports, case):
     kind, width, dtype, arch = case
@@ -269,6 +271,7 @@ def test_compiled_for_the_hardware(reports, case):
         assert found["spills"] <= (SPILLS.get(kind, 0) if width == 128 else 0)
 
 
+@pytest.mark.aot
 def test_no_load_lands_on_what_a_product_still_reads(tmp_path):
     """Whatever a pass is asked for, by the launch table's settings on Hopper."""
     for case, found in compiled_apart(RACES, tmp_path).items():
@@ -277,6 +280,7 @@ def test_no_load_lands_on_what_a_product_still_reads(tmp_path):
         assert found["pipelined"] >= 2 - ("no query" in case[0]), case  # the search saw the loads
 
 
+@pytest.mark.aot
 def test_lanes_that_store_one_sum_agree(tmp_path):
     """All lanes of a row store its sum, to one place."""
     cases = [(kind, 32, dtype, 90) for kind in UNALIGNED for dtype in ("bf16", "fp32")]

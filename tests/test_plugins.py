@@ -33,7 +33,6 @@ def in_a_process(tmp_path, plugin, code):
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
     )
 
 
