@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 import itertools
 import math
 import os
@@ -30,6 +31,7 @@ LIBRARIES = ("numpy", "torch", "jax", "array_api_strict", "cupy")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 DTYPES = dict.fromkeys(LIBRARIES, FLOATS) | {"array_api_strict": FLOATS[2:]}
 HOME = {"numpy": ("numpy",), "triton": ("torch",), "array_api": LIBRARIES}  # backend: libraries
+ON_HOST = {"triton": ("float16", "float32")}  # its interpreter has no bfloat16: that is test_gpu's
 
 # Error budget: unit roundoff of the wide types, RMS of one rounding of the narrow ones; the same on
 # every machine. The core keeps intermediates in float32, so only the output is rounded (1.2).
@@ -39,6 +41,25 @@ ROUNDING = {"bfloat16": 1.66e-3, "float16": 2.1e-4}
 ROUNDINGS = {"linear": 2.0, "hla2": 3.0, "ahla": 3.0, "hla3": 3.5}
 GATE = {"float32": 1e-5, "bfloat16": 3e-3, "float16": 3e-3}  # a gate's gradient, by `close`
 EXACT = 1e-9  # float64 against the literal sums
+
+
+def installed(name):
+    """Import a library; skips where it is not installed, fails where it is and is broken."""
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        pytest.skip(f"{name} is not installed", allow_module_level=True)
+    return importlib.import_module(name)
+
+
+def usable(entry) -> bool:
+    """Whether a backend can be tested here; fails where what it needs is there and is broken."""
+    needs = (HOME[entry.name][0], entry.name)
+    if entry.available or not all(importlib.util.find_spec(name) for name in needs):
+        return entry.available
+    for name in needs:
+        importlib.import_module(name)
+    if os.environ.get("TRITON_INTERPRET") == "1":  # needs no device
+        raise RuntimeError(f"{entry.name} is installed and does not run: {entry.reason}")
+    return False
 
 
 class Row(NamedTuple):
@@ -54,9 +75,11 @@ class Row(NamedTuple):
 
 
 @functools.cache
-def refusal(backend, form, operator, mask, dtype="float64") -> str:
+def refusal(backend, form, operator, mask, dtype="float64", device="cpu") -> str:
     """Why a backend does not run such a call on arrays of its own library; "" where it does."""
     given = load(HOME[backend][0]).arrays(*draw(2), dtype=dtype)
+    if device != "cpu":
+        given = [x.to(device) for x in given]
     try:
         hla.explain(*given, backend=backend, form=form, operator=operator, mask=mask)
     except hla.Unsupported as error:
@@ -65,23 +88,31 @@ def refusal(backend, form, operator, mask, dtype="float64") -> str:
 
 
 def rows(
-    operators=OPERATORS, masks=MASKS, forms=FORMS, library="numpy", dtype="float64", backends=None
+    operators=OPERATORS,
+    masks=MASKS,
+    forms=FORMS,
+    library="numpy",
+    dtype="float64",
+    backends=None,
+    device="cpu",
 ) -> list:
-    """Every backend x form x operator x mask that runs here on one library's arrays.
+    """Every backend x form x operator x mask that runs on some machine on one library's arrays.
 
-    Where a backend refuses the dtype or the device its rows are skipped, with what it says.
+    Where a backend refuses the device its rows are skipped, with what it says.
     """
     found = []
     for entry in hla.available():
-        if not entry.available or library not in HOME.get(entry.name, ()):
-            continue
         if backends is not None and entry.name not in backends:
             continue
-        unable = refusal(entry.name, "chunked", "linear", "causal", dtype)
-        marks = [pytest.mark.skip(reason=unable)] if unable else []
+        if library not in HOME.get(entry.name, ()) or not usable(entry):
+            continue
+        if dtype not in ON_HOST.get(entry.name, entry.dtypes):
+            continue
+        unable = refusal(entry.name, "chunked", "linear", "causal", dtype, device)
+        marks = [pytest.mark.skipif(bool(unable), reason=unable)] if unable else []
         for operator, mask, form in itertools.product(operators, masks, forms):
             row = Row(entry.name, form, operator, mask)
-            if form == "chunked" if unable else not refusal(*row, dtype):
+            if form == "chunked" if unable else not refusal(*row, dtype, device):
                 found.append(pytest.param(row, id="-".join(row), marks=marks))
             else:  # no backend may refuse what all must do
                 assert operator in entry.operators
@@ -113,7 +144,7 @@ class Library(NamedTuple):
 
 def numpy_dtype(name):
     if name in ("bfloat16", "float8_e4m3fn"):
-        return np.dtype(getattr(pytest.importorskip("ml_dtypes"), name))
+        return np.dtype(getattr(installed("ml_dtypes"), name))
     return np.dtype(name)
 
 
@@ -124,7 +155,7 @@ def to_numpy(x):
 @functools.cache
 def load(name) -> Library:
     """The adapter of one array library; skips with the reason where it is not installed."""
-    xp = pytest.importorskip(name, reason=f"{name} is not installed")
+    xp = installed(name)
     if name == "numpy":
         return Library(name, lambda x, d: np.asarray(x, numpy_dtype(d)), to_numpy, np.ndarray)
     if name == "torch":

@@ -9,6 +9,7 @@ from conftest import (
     close,
     draw,
     gated,
+    installed,
     load,
     movable,
     states,
@@ -61,7 +62,7 @@ def agree(found, want):
 
 @pytest.mark.parametrize(("row", "gate"), gated(MOVABLE, library="torch"))
 def test_torch_autograd_is_vjp(row: Row, gate):
-    torch = pytest.importorskip("torch")
+    torch = installed("torch")
     inputs, options, do, o, want = with_reference(row, gate)
     mine = as_library(load("torch"), inputs)
     leaves = [
@@ -81,7 +82,7 @@ def test_torch_autograd_is_vjp(row: Row, gate):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_torch_gradients_go_only_where_asked(operator):
-    torch = pytest.importorskip("torch")
+    torch = installed("torch")
     q, k, v = load("torch").arrays(*draw(H, T))
     assert not hla.scan(q, k, v, operator=operator).requires_grad
     want = hla.vjp(*draw(H, T), operator=operator)[1](np.ones((H, T, 3)))
@@ -101,7 +102,7 @@ def test_torch_gradients_go_only_where_asked(operator):
     ("row", "gate"), gated(["none", "per_head", "log_gate"], forms=("chunked",), library="torch")
 )
 def test_torch_gradcheck(row: Row, gate):
-    torch = pytest.importorskip("torch")
+    torch = installed("torch")
     arrays = [*draw(H, 5, D=2, V=2)]
     if gate != "none":
         arrays.append(next(iter(movable(gate, H, T).values()))[..., :5])
@@ -130,7 +131,7 @@ JAX = [
 
 @pytest.mark.parametrize(("row", "gate"), JAX)
 def test_jax_grad_is_vjp(row: Row, gate):
-    jax = pytest.importorskip("jax")
+    jax = installed("jax")
     inputs, options, do, o, want = with_reference(row, gate)
     mine = as_library(load("jax"), inputs)
 
@@ -148,7 +149,7 @@ def test_jax_grad_is_vjp(row: Row, gate):
 def quick_jax():
     """JAX that spends less on compiling: second derivatives are compiled to run a few times."""
     load("jax")
-    jax = pytest.importorskip("jax")
+    jax = installed("jax")
     jax.config.update("jax_disable_most_optimizations", True)
     yield jax
     jax.config.update("jax_disable_most_optimizations", False)
@@ -157,7 +158,7 @@ def quick_jax():
 @pytest.mark.parametrize(("row", "gate"), JAX)
 def test_jax_first_and_second_derivatives(quick_jax, row: Row, gate):
     """check_grads forward; forward and reverse over reverse against differences of grad."""
-    test_util = pytest.importorskip("jax.test_util")
+    test_util = installed("jax.test_util")
     lib = load("jax")
     arrays = [*draw(H, 5, D=2, V=2)]
     reset = np.zeros((H, 5))

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import installed
 
 import hla
 from hla import bench, dispatch
@@ -572,7 +573,7 @@ class Event:
 
 def test_the_meter_without_a_gpu(monkeypatch):
     """What the device would do is played by the host; `test_the_meter_on_a_gpu` has the device."""
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch = installed("torch")
     empty, waited = torch.empty, []
     monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: empty(8, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -593,7 +594,7 @@ def test_the_meter_without_a_gpu(monkeypatch):
 
 @pytest.mark.gpu
 def test_the_meter_on_a_gpu():
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch = installed("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device for torch")
     meter = libraries.load("torch", True).meter
@@ -609,7 +610,7 @@ def test_the_meter_on_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_a_gpu_has_its_rows_and_peers(workload):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch = installed("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device for torch")
     case = Case("hla2", 300, 4, 64, "bfloat16", batch=2)

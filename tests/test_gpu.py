@@ -1,5 +1,6 @@
 """CuPy, torch and JAX on a GPU: the same code, within the float32 budget of NumPy in float64."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -9,7 +10,7 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import OPERATORS, budget, errors, to_numpy
+from conftest import OPERATORS, budget, errors, installed, to_numpy
 from tensors import (
     DEVICE,
     ENTRY,
@@ -28,7 +29,7 @@ from tensors import (
 
 import hla
 
-torch = pytest.importorskip("torch")
+torch = installed("torch")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::hla.SlowPathWarning")]
 LIBRARIES = ("cupy", "torch", "jax")
@@ -38,7 +39,7 @@ FLOAT32 = 4 * 2.0**-24 * (2 + 0.2 * 24**0.5 + 0.3 * (300 / 64) ** 0.5)  # the bu
 
 def arrays(library, *xs):
     """NumPy arrays as arrays of a library on its GPU, and the way back; skips without one."""
-    xp = pytest.importorskip(library, reason=f"{library} is not installed")
+    xp = installed(library)
     if library == "cupy":
         if not xp.is_available():
             pytest.skip("no CUDA device for cupy")
@@ -125,17 +126,16 @@ needs_triton = pytest.mark.skipif(
     not ENTRY.available or DEVICE != "cuda", reason=ENTRY.reason or "Triton is interpreted"
 )
 NARROW = ("bfloat16", "float16", "float32")
+GATES = ("none", "per_head", "resets")
+MASKS_AND_GATES = [*itertools.product(("causal", "prefix"), GATES), ("none", "none")]
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("gate", ["none", "per_head", "resets"])
-@pytest.mark.parametrize("mask", ["causal", "prefix", "none"])
+@pytest.mark.parametrize(("mask", "gate"), MASKS_AND_GATES)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_triton_within_the_budget(operator, mask, gate, dtype):
     """Output, states and gradients, by head and block of 64 tokens."""
-    if mask == "none" and gate != "none":
-        pytest.skip("mask none has no gate")
     options = {"operator": operator, "mask": mask, "scale": 64**-0.75}  # hla3 stays in float16
     options |= {"return_state": mask != "none"}
     check(inputs_of(301, gate, dtype, D=64, V=48, heads=3), options, dtype)
@@ -387,11 +387,11 @@ def test_triton_on_arrays_of_other_libraries(library, dtype):
     host = draw()
     torch_arrays = [tensor(x, dtype) for x in host[:4]] + [tensor(host[4])]
     if library == "cupy":
-        xp = pytest.importorskip("cupy")
+        xp = installed("cupy")
         mine = [xp.from_dlpack(x) for x in torch_arrays]
         pointers = [x.data.ptr for x in mine]
     else:
-        xp = pytest.importorskip("jax")
+        xp = installed("jax")
         if xp.default_backend() != "gpu":
             pytest.skip("no GPU for jax")
         mine = [xp.dlpack.from_dlpack(x) for x in torch_arrays]

@@ -5,6 +5,8 @@ interpreter; which arguments are there follows from the kernel's own list of the
 through many compiled kernels take minutes: marked `aot`, they run by `pytest -m aot`.
 """
 
+import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -16,8 +18,10 @@ import pytest
 
 import hla
 
-pytest.importorskip("torch")
-triton = pytest.importorskip("triton")
+for name in ("torch", "triton"):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed", allow_module_level=True)
+triton = importlib.import_module("triton")
 SPILLS = {
     "two values, decay": 24,
     "both, decay": 128,

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from conftest import OPERATORS
+from conftest import OPERATORS, installed
 
 import hla
 from hla.core import scans
 from hla.core.associative import ALGEBRA
 
-torch = pytest.importorskip("torch")
+torch = installed("torch")
 T, D, V = 7, 3, 2
 
 

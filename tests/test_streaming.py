@@ -4,7 +4,18 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import OPERATORS, Row, close, close_fields, draw, gates, rows, same, same_fields
+from conftest import (
+    OPERATORS,
+    Row,
+    close,
+    close_fields,
+    draw,
+    gates,
+    installed,
+    rows,
+    same,
+    same_fields,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,7 +98,7 @@ def test_no_tokens_return_the_state_as_it_was(row: Row):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("row", rows(masks=("causal", "prefix"), forms=("chunked", "recurrent")))
 def test_state_dtype_and_lower_precision_states(row: Row, dtype):
-    ml_dtypes = pytest.importorskip("ml_dtypes")
+    ml_dtypes = installed("ml_dtypes")
     kind = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
     q, k, v = (x.astype(kind) for x in draw(H, 8))
     o, state = hla.scan(q, k, v, return_state=True, **row.options)
@@ -211,7 +222,7 @@ def test_packed_sequences_equal_separate_calls(row: Row, normalize):
 
 @pytest.mark.parametrize("row", rows(masks=("causal", "prefix"), forms=("chunked",)))
 def test_scan_of_a_state_saved_and_loaded(row: Row, tmp_path):
-    safetensors = pytest.importorskip("safetensors.numpy")
+    safetensors = installed("safetensors.numpy")
     q, k, v = draw(H, T)
     options = {"operator": row.operator, "mask": row.mask}
     _, state = hla.scan(q, k, v, return_state=True, **options)

@@ -7,15 +7,16 @@ import functools
 
 import numpy as np
 import pytest
-from conftest import OPERATORS, budget, close, draw, errors, gates, to_numpy
+from conftest import OPERATORS, budget, close, draw, errors, gates, installed, to_numpy
 from tensors import DEVICE, ENTRY
 
 import hla
 
-torch = pytest.importorskip("torch")
-triton_program = pytest.importorskip("hla.kernels.triton_program")
-TorchDispatchMode = pytest.importorskip("torch.utils._python_dispatch").TorchDispatchMode
-tree_map_only = pytest.importorskip("torch.utils._pytree").tree_map_only
+torch = installed("torch")
+installed("triton")
+triton_program = installed("hla.kernels.triton_program")
+TorchDispatchMode = installed("torch.utils._python_dispatch").TorchDispatchMode
+tree_map_only = installed("torch.utils._pytree").tree_map_only
 pytestmark = pytest.mark.skipif(not ENTRY.available, reason=ENTRY.reason)
 H, T, D, V = 2, 9, 5, 3
 # operator, mask, gate, state in and out, normalize

@@ -9,7 +9,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from conftest import OPERATORS, close, draw, load, to_numpy
+from conftest import OPERATORS, close, draw, installed, load, to_numpy
 
 import hla
 
@@ -17,7 +17,7 @@ import hla
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_torch_func(operator):
     """torch.func: vmap over scan, and grad of each batch entry, equal the batched call."""
-    torch = pytest.importorskip("torch")
+    torch = installed("torch")
     q, k, v = load("torch").arrays(*draw(3, 9))
     f = functools.partial(hla.scan, operator=operator, decay=0.9, chunk_size=4)
     close(to_numpy(torch.func.vmap(f)(q, k, v)), to_numpy(f(q, k, v)), 1e-12)
@@ -30,7 +30,7 @@ def test_torch_func(operator):
 
 
 def test_torch_layouts_and_tensors_that_need_gradients():
-    torch = pytest.importorskip("torch")
+    torch = installed("torch")
     q, k, v = load("torch").arrays(*draw(2, 9))
     want = hla.scan(q, k, v)
     close(to_numpy(hla.scan(q.mT.contiguous().mT, k, v.expand(2, 9, 3))), to_numpy(want), 1e-12)
@@ -45,7 +45,7 @@ def test_torch_layouts_and_tensors_that_need_gradients():
 @pytest.fixture(scope="module")
 def jax():
     load("jax")
-    return pytest.importorskip("jax")
+    return installed("jax")
 
 
 def test_jax_transformations(jax):

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import OPERATORS, Row, budget, close, draw, gated, load, rows, to_numpy
+from conftest import OPERATORS, Row, budget, close, draw, gated, installed, load, rows, to_numpy
 from tensors import (
     DEVICE,
     ENTRY,
@@ -32,9 +32,10 @@ from tensors import (
 
 import hla
 
-torch = pytest.importorskip("torch")
+torch = installed("torch")
 pytestmark = pytest.mark.skipif(not ENTRY.available, reason=ENTRY.reason)
-TRITON = {"library": "torch", "dtype": "float32", "forms": ("chunked",), "backends": ("triton",)}
+TRITON = {"library": "torch", "dtype": "float32", "forms": ("chunked",), "backends": ("triton",),
+          "device": DEVICE}  # fmt: skip
 GATES = ("none", "per_head", "resets")
 STREAMING = ("causal", "prefix")
 
@@ -104,11 +105,11 @@ def test_widths_and_lengths(T, D, V, operator):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there bfloat16 takes them, in test_gpu")
-@pytest.mark.parametrize("gate", ["none", "per_head", "resets"])
 @pytest.mark.parametrize(
-    ("D", "V", "operator", "mask"),
-    [(64, 64, "hla2", "causal"), (20, 80, "ahla", "prefix"), (65, 70, "hla3", "causal"),
-     (80, 24, "hla2", "prefix"), (129, 15, "linear", "none")],
+    ("D", "V", "operator", "mask", "gate"),
+    [(*call, gate) for gate in GATES for call in
+     [(64, 64, "hla2", "causal"), (20, 80, "ahla", "prefix"), (65, 70, "hla3", "causal"),
+      (80, 24, "hla2", "prefix")]] + [(129, 15, "linear", "none", "none")],
 )  # fmt: skip
 def test_further_columns_of_keys(D, V, operator, mask, gate, monkeypatch):
     """One launch for a tile and up to 16 columns beyond, as with bfloat16; masses' adjoint too."""
@@ -117,8 +118,6 @@ def test_further_columns_of_keys(D, V, operator, mask, gate, monkeypatch):
     monkeypatch.setattr(triton_program, "further", lambda dtype: 16)
     options = {"operator": operator, "mask": mask, "scale": D**-0.5}
     ordered = mask != "none"
-    if not ordered and gate != "none":
-        pytest.skip("mask none has no gate")
     inputs = inputs_of(W + 3, gate, D=D, V=V)
     if ordered:
         row = Row("triton", "chunked", operator, mask)
@@ -556,7 +555,7 @@ def test_refusals_say_why():
 
 
 def test_jax_tracers_are_refused_with_the_remedy():
-    jax = pytest.importorskip("jax")
+    jax = installed("jax")
     q, k, v = load("jax").arrays(*draw(H, 9), dtype="float32")
     for transform in (jax.jit, jax.vmap, jax.grad):
         f = transform(lambda q, k, v: hla.scan(q, k, v, backend="triton").sum())
