@@ -39,7 +39,6 @@ UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}
 ROUNDING = {"bfloat16": 1.66e-3, "float16": 2.1e-4}
 # Kernels of the narrow types round intermediates too: so many roundings by operator.
 ROUNDINGS = {"linear": 2.0, "hla2": 3.0, "ahla": 3.0, "hla3": 3.5}
-GATE = {"float32": 1e-5, "bfloat16": 3e-3, "float16": 3e-3}  # a gate's gradient, by `close`
 EXACT = 1e-9  # float64 against the literal sums
 
 

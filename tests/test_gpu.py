@@ -26,6 +26,7 @@ from tensors import (
     run,
     tensor,
 )
+from terms import gates_within_budget
 
 import hla
 
@@ -91,6 +92,10 @@ def test_scan_and_gradient_within_the_budget(library, operator, mask, gated):
         assert off(back(x), y) < FLOAT32
     for name in ("dq", "dk", "dv"):
         assert off(back(getattr(grads, name)), getattr(want_grads, name)) < 1.5 * FLOAT32
+    if gated:
+        given = dict(zip(("q", "k", "v", "log_gate"), (*wide[:3], wide[4]), strict=True))
+        found = back(grads.dlog_gate).astype(np.float64)
+        gates_within_budget(found, want_grads.dlog_gate, "float32", given, options, wide[3:4])
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

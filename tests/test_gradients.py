@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from conftest import (
+    EXACT,
     MOVABLE,
     OPERATORS,
     Row,
@@ -15,6 +16,7 @@ from conftest import (
     states,
     symmetric,
 )
+from terms import Call, gates_within_budget
 
 import hla
 
@@ -116,6 +118,53 @@ def test_vjp_through_states(row: Row, gate, normalize):
         check_vjp(inputs, options, start)
 
 
+CALLS = [
+    *((operator, mask, "exact") for operator in OPERATORS for mask in STREAMING),
+    *((operator, "causal", "paper") for operator in ("hla2", "hla3")),
+]
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])
+@pytest.mark.parametrize(("operator", "mask", "convention"), CALLS)
+def test_a_gates_gradient_is_the_sum_of_its_terms(operator, mask, convention, normalize):
+    q, k, v = draw(H, T, positive=normalize)
+    options = {"operator": operator, "mask": mask, "convention": convention, "scale": 0.8}
+    options |= {"ridge": 0.6} if operator == "hla2" else {}
+    for gate in ("per_head", "log_gate"):
+        inputs = {"q": q, "k": k[:1], "v": v} | movable(gate, H, T)
+        start, dstate = states(H, options, inputs, gate_like(gate))
+        more = {"normalize": normalize, "eps": 3e3, "return_state": True, "initial_state": start}
+        given = draw(H, T, seed=4)[2], dstate
+        want = hla.vjp(**inputs, **options, **more, backend="array_api")[1](*given)
+        found = 0.0
+        for read, write, inner in Call(inputs | more, options | more, given).all_terms():
+            found += np.flip(np.cumsum(np.flip(read - write, -1), -1), -1) + inner[..., None]
+        if gate == "log_gate":
+            close(found, want.dlog_gate)
+        else:
+            close(found.sum(-1) / inputs["decay"], want.ddecay)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_budget_of_gates_sees_each_head_and_block(operator, dtype):
+    """One of twelve heads without its gradient is refused, however much faster others forget."""
+    heads, T, decay = 12, 130, np.linspace(0.05, 0.89, 12)
+    inputs = {n: abs(x) for n, x in zip("qkv", draw(heads, T, positive=True), strict=True)}
+    given, options = (abs(draw(heads, T, seed=4)[2]),), {"operator": operator}
+    for gate in ({"decay": decay}, {"log_gate": np.log(decay)[:, None] + np.zeros((heads, T))}):
+        gradients = hla.vjp(**inputs, **gate, **options, backend="array_api")[1](*given)
+        want = gradients.ddecay if "decay" in gate else gradients.dlog_gate
+        same = dtype, inputs | gate, options, given, operator
+        gates_within_budget(want, want, *same)
+        for head in range(heads):
+            for part in ((),) if "decay" in gate else (slice(64), slice(64, None)):
+                wrong = want.copy()
+                wrong[(head, part) if part else head] = 0.0
+                with pytest.raises(AssertionError, match=f"head {head} "):
+                    gates_within_budget(wrong, want, *same)
+
+
 PAPER = {"operators": ("hla2", "hla3"), "masks": ("causal",), "forms": ("chunked",)}
 
 
@@ -154,7 +203,12 @@ def test_every_form_has_the_gradients_of_the_chunked_one(row: Row, gate):
     common |= {"initial_state": start, "return_state": True}
     _, pullback = hla.vjp(**inputs, **common)
     _, pull = hla.vjp(**inputs, **common | row.options, chunk_size=4)
-    close_fields(pull(do, dstate), pullback(do, dstate))
+    got, want = pull(do, dstate), pullback(do, dstate)
+    close_fields(got, want)
+    if gate != "none":
+        name = "ddecay" if gate == "per_head" else "dlog_gate"
+        given = inputs | {"initial_state": start}, common, (do, dstate)
+        gates_within_budget(getattr(got, name), getattr(want, name), "float64", *given, most=EXACT)
 
 
 @pytest.mark.parametrize("row", rows(masks=STREAMING, forms=("chunked", "recurrent")))
