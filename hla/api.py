@@ -258,10 +258,7 @@ def summarize(
         axis=axis,
         return_state=True,
     )
-    chosen = dispatch.choose(request, backend)
-    if not hasattr(chosen, "summarize"):
-        raise Unsupported(f"backend {chosen.__name__} does not summarize; use backend='array_api'")
-    return chosen.summarize(request, inputs)
+    return dispatch.choose(request, backend, summarize=True).summarize(request, inputs)
 
 
 def combine(left: Any, right: Any) -> Any:

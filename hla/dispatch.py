@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from . import autodiff
+from . import autodiff, contract
+from .contract import Info as Info
 from .core import forms
 from .core.associative import algebra_of
 from .core.request import Request
@@ -32,18 +33,6 @@ class Row(NamedTuple):
     name: str
     module: str
     serves: tuple[tuple[str, bool], ...]
-
-
-class Info(NamedTuple):
-    """What a backend says of itself on this machine."""
-
-    available: bool
-    reason: str
-    device: str
-    version: str
-    operators: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    gradients: bool
 
 
 class Backend(NamedTuple):
@@ -81,61 +70,78 @@ _lock = threading.Lock()
 _warned: set[str] = set()
 
 
+class Plugins(NamedTuple):
+    """Third parties' entry points by name and value, and why those under a taken name are none."""
+
+    points: dict[str, dict[str, Any]]
+    ignored: dict[str, str]
+
+
 @functools.cache
-def _third_party() -> dict[str, Any]:
+def _plugins() -> Plugins:
     from importlib import metadata  # a tenth of hla's import, and needed only past the table
 
-    taken = {row.name for row in TABLE} | set(RESERVED)
-    found = metadata.entry_points(group=GROUP)
-    return {point.name: point for point in found if point.name not in taken}
+    points: dict[str, dict[str, Any]] = {}
+    try:
+        for point in metadata.entry_points(group=GROUP):
+            points.setdefault(point.name, {})[point.value] = point
+    except Exception as error:  # of any package at all
+        _warn(f"no plugins: the entry points here are not readable ({error!r})")
+    ignored = {}
+    for name in sorted(points.keys() & {*(row.name for row in TABLE), *RESERVED}):
+        values = ", ".join(points.pop(name))
+        ignored[name] = f"hla has the name {name!r} itself; rename the entry point of {values}"
+        _warn(f"a plugin is ignored: {ignored[name]}")
+    return Plugins(dict(sorted(points.items())), ignored)
 
 
 @functools.cache
 def load(name: str) -> Any:
-    """Import a backend; a real import error surfaces."""
+    """Import a backend; a real import error surfaces, but that of a plugin is its refusal."""
     for row in TABLE:
         if row.name == name:
             return importlib.import_module(row.module)
-    return _third_party()[name].load()
+    points = _plugins().points[name]
+    if len(points) > 1:
+        return contract.refusing(name, f"{' and '.join(points)} have this name; uninstall one")
+    return contract.checked(name, *(point.load for point in points.values()))
 
 
 def names() -> tuple[str, ...]:
     """Every backend there is, in the order in which they are tried; array_api is last."""
     rows = [row.name for row in TABLE]
-    return (*rows[:-1], *_third_party(), rows[-1])
+    return (*rows[:-1], *_plugins().points, rows[-1])
 
 
 def _serves(name: str, request: Request) -> bool:
     """Whether ``backend=None`` may pick this backend for the request's library and device."""
     pairs = next((row.serves for row in TABLE if row.name == name), None)
     if pairs is None:
-        plugin = _plugin(name)
-        pairs = () if isinstance(plugin, str) else getattr(plugin, "serves", ())
+        pairs = load(name).serves
     return any(lib in (request.library, ANY) and acc == request.accelerator for lib, acc in pairs)
 
 
-@functools.cache
-def _plugin(name: str) -> Any:
-    """Load a third party's backend, or the reason why it cannot be: it must not break the rest."""
-    try:
-        return _third_party()[name].load()
-    except Exception as error:
-        return f"its plugin failed to import: {type(error).__name__}: {error}"
-
-
-def choose(request: Request, backend: str | Sequence[str] | None, *, autograd: bool = False) -> Any:
+def choose(
+    request: Request,
+    backend: str | Sequence[str] | None,
+    *,
+    autograd: bool = False,
+    summarize: bool = False,
+) -> Any:
     """Pick a backend (see `pick`) and load it; warn where it is the slow path.
 
     With ``autograd`` it is returned as the array library's own autograd can differentiate it.
     """
-    name, reasons = pick(request, backend)
+    name, reasons = pick(request, backend, summarize=summarize)
     if backend is None and name == "array_api" and request.accelerator:
         _warn_slow(request, reasons)
     module = load(name)
     return autodiff.seen_by(request.library, name, module) if autograd else module
 
 
-def pick(request: Request, backend: str | Sequence[str] | None) -> tuple[str, dict[str, str]]:
+def pick(
+    request: Request, backend: str | Sequence[str] | None, *, summarize: bool = False
+) -> tuple[str, dict[str, str]]:
     """Name the backend to run and say why each one tried before it would not do.
 
     Parameters
@@ -144,6 +150,8 @@ def pick(request: Request, backend: str | Sequence[str] | None) -> tuple[str, di
         What is asked.
     backend : None, str or sequence of str
         Automatic, that one alone, or these in order.
+    summarize : bool
+        Only a backend that has this function will do.
 
     Raises
     ------
@@ -164,9 +172,11 @@ def pick(request: Request, backend: str | Sequence[str] | None) -> tuple[str, di
                 known = ", ".join(dict.fromkeys((*names(), *RESERVED)))
                 raise ValueError(f"backend is {name!r}; expected one of {known}, or None")
     for name in tried:
-        if backend is None and _serves(name, request) is False:
+        if backend is None and not _serves(name, request):
             continue
         why = refusal(name, request)
+        if why is None and summarize and not hasattr(load(name), "summarize"):
+            why = "it does not summarize; use backend='array_api'"
         if why is None:
             return name, reasons
         reasons[name] = why
@@ -177,13 +187,9 @@ def pick(request: Request, backend: str | Sequence[str] | None) -> tuple[str, di
 def refusal(name: str, request: Request) -> str | None:
     """Why a backend cannot do a request, or None."""
     if name in RESERVED:
-        return f"this version of hla has no {name} backend; use backend=None or 'array_api'"
-    why = _no_form(request)
-    if why is None and name in _third_party() and isinstance(_plugin(name), str):
-        why = _plugin(name)
-    if why is None:
-        why = load(name).supports(request)
-    return why
+        why = f"this version of hla has no {name} backend; use backend=None or 'array_api'"
+        return "; ".join([why, *filter(None, [_plugins().ignored.get(name)])])
+    return _no_form(request) or load(name).supports(request)
 
 
 def _no_form(request: Request) -> str | None:
@@ -196,6 +202,13 @@ def _no_form(request: Request) -> str | None:
             "associative and its hla3 recurrence is not the masked sum; use form='chunked'"
         )
     return None
+
+
+def _warn(why: str) -> None:
+    """Warn of plugins, once, also where warnings are errors."""
+    if why not in _warned:
+        _warned.add(why)
+        warnings.warn(why, stacklevel=2)
 
 
 def _warn_slow(request: Request, reasons: dict[str, str]) -> None:
@@ -241,7 +254,9 @@ def available() -> tuple[Backend, ...]:
     for name in names():
         try:
             info = load(name).info()
-        except Exception as error:  # a broken plugin is a line of the table, not the end of it
-            info = Info(False, f"{type(error).__name__}: {error}", "", "", (), (), False)
+        except Exception as error:  # a broken library is a line of the table, not the end of it
+            info = contract.unavailable(f"{type(error).__name__}: {error}")
         lines.append(Backend(name, *info))
+    for name, why in _plugins().ignored.items():
+        lines.append(Backend(f"{name} (plugin)", *contract.unavailable(why)))
     return tuple(lines)
