@@ -173,3 +173,25 @@ def test_broken_frameworks_do_no_harm(tmp_path):
         PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
     )
     assert int(out.split()[0]) >= 2
+
+
+def test_a_broken_library_of_a_backend_is_its_reason(tmp_path):
+    """Also where the arrays are of another library that the backend takes."""
+    pytest.importorskip("jax", reason="jax is not installed")
+    for name in ("torch", "triton"):
+        (tmp_path / f"{name}.py").write_text("raise OSError('libcuda is broken')\n")
+    run(
+        """
+        import jax.numpy as jnp, hla
+        x = jnp.ones((3, 2))
+        assert "libcuda is broken" in hla.explain(x, x, x).reasons["triton"]
+        assert any("libcuda is broken" in b.reason for b in hla.available() if b.name == "triton")
+        try:
+            hla.scan(x, x, x, backend="triton")
+        except hla.Unsupported as error:
+            assert "libcuda is broken" in str(error)
+        else:
+            raise AssertionError
+        """,
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
+    )

@@ -28,12 +28,14 @@ def _missing() -> str:
     """Why nothing can run on this machine, or ""."""
     for name in ("torch", "triton"):
         if importlib.util.find_spec(name) is None:
-            return f'{name} is not installed; pip install "hla[triton]"'
-    import torch
+            return f'{name} is not installed; in a checkout of hla: pip install ".[triton]"'
+    try:
+        import torch
 
-    if not _interpreted() and not torch.cuda.is_available():
-        return "torch sees no NVIDIA GPU"
-    return ""
+        able = _interpreted() or torch.cuda.is_available()
+    except Exception as error:  # one that is installed and broken
+        return f"torch or triton does not import: {type(error).__name__}: {error}"
+    return "" if able else "torch sees no NVIDIA GPU"
 
 
 @functools.cache
