@@ -164,7 +164,7 @@ def test_without_rich_or_matplotlib_one_line_names_the_extra(
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.count("\n") == 1
-    assert 'pip install "hla[bench]"' in output.err
+    assert 'pip install ".[bench]"' in output.err
     assert not (tmp_path / "out").exists()
 
 

@@ -244,7 +244,7 @@ def test_out_that_is_a_file_is_refused_before_any_work(tmp_path, capfd):
 def test_without_the_extra_it_names_the_remedy(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr("hla.demo.find_spec", lambda name: None)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 2
-    assert 'pip install "hla[demo]"' in capfd.readouterr().err
+    assert 'pip install ".[demo]"' in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -79,7 +79,10 @@ def test_operator_table_is_the_programs(page, column, table):
 
 def test_readme_has_the_two_commands():
     commands = [code.strip() for language, _, code in blocks(README) if language == "bash"]
-    assert commands == ['pip install ".[demo]" && hla demo', 'pip install ".[test]" && pytest']
+    assert commands == [
+        'pip install ".[demo]" && hla demo',
+        'pip install -c constraints.txt ".[test]" && pytest',
+    ]
 
 
 def test_capability_tables_name_every_backend():

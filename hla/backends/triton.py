@@ -28,7 +28,7 @@ def _missing() -> str:
     """Why nothing can run on this machine, or ""."""
     for name in ("torch", "triton"):
         if importlib.util.find_spec(name) is None:
-            return f'{name} is not installed; in a checkout of hla: pip install ".[triton]"'
+            return f'{name} is not installed; pip install ".[triton]" in a checkout of hla'
     try:
         import torch
 

@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     """
     missing = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
-        return _stop(f'hla bench needs {" and ".join(missing)}: pip install "hla[bench]"')
+        names = " and ".join(missing)
+        return _stop(f'{names} not installed; pip install ".[bench]" in a checkout of hla')
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     """Train, score, write a sample, and save curves.png and results.json; return the exit code."""
     missing = [name for name in ("rich", "matplotlib") if find_spec(name) is None]
     if missing:
-        return _refuse(f'{" and ".join(missing)} not installed; try pip install "hla[demo]"')
+        names = " and ".join(missing)
+        return _refuse(f'{names} not installed; pip install ".[demo]" in a checkout of hla')
     try:
         corpus = Corpus.read(args.text, *[QUICK_BYTES] * args.quick)
         _make_writable(args.out)
