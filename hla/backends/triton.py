@@ -7,7 +7,6 @@ was set before the first import: for tests, not for use.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 from typing import Any
 
@@ -128,11 +127,11 @@ def summarize(request: Request, inputs: Inputs) -> Any:
 def info() -> Info:
     """Describe this backend on this machine."""
     reason, device, version = _missing(), "", ""
-    if importlib.util.find_spec("triton") is not None:
-        version = f"triton {importlib.metadata.version('triton')}"
     if not reason:
         import torch
+        import triton
 
+        version = f"triton {triton.__version__}"
         device = "Triton's interpreter" if _interpreted() else torch.cuda.get_device_name()
     dtypes = DTYPES if reason or not _interpreted() else ("float16", "float32")
     return Info(
