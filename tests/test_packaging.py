@@ -2,6 +2,7 @@
 
 import re
 from email import message_from_string
+from importlib.metadata import version as installed
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,12 @@ def test_the_floors_that_ci_installs_are_those_of_the_metadata(requirements):
         bounds = {str(r.specifier) for r in requirements if r.name == floor.name}
         assert len(bounds) == 1, f"{floor.name} is required as {bounds}"
         assert f"{pin.version}.".startswith(f"{bounds.pop().removeprefix('>=')}.")
+
+
+@pytest.mark.floors
+@pytest.mark.parametrize("floor", pinned("constraints-floors.txt"), ids=lambda r: r.name)
+def test_a_floor_is_installed(floor):
+    assert installed(floor.name) in floor.specifier
 
 
 def test_extras_are_those_of_a_checkout(metadata):
