@@ -730,11 +730,36 @@ def test_every_benchmark_runs(kind):
 def test_the_suite_holds_every_promised_class():
     names = {p.values[0].__name__ for p in classes()}
     promised = {"Forward", "ForwardBackward", "Step", "Growth", "Import", "PeakMemory"}
-    assert promised | {"OverPeer", "OverFloor", "BackwardOverForward"} <= names
+    assert promised | {"OverPeer", "OverFloor"} <= names
 
 
-def test_the_configuration_names_the_suite():
+def tracked(kind):
+    return [name for name in dir(kind) if name.startswith("track_")]
+
+
+@pytest.mark.parametrize("kind", [p for p in classes() if tracked(*p.values)])
+def test_of_every_tracked_value_less_is_better(kind, monkeypatch):
+    """Where this package takes twice the time or memory, and nothing else changes, it rises."""
+    (method,) = tracked(kind)
+    one, values = kind(), []
+    one.run, one.other, one.floor = None, None, peers.floor("float32")
+    params = ("array_api/numpy/cpu", *(axis[0] for axis in kind.params[1:]))
+
+    def seconds(this, **others):
+        return {"this": one.beyond, **dict.fromkeys(others, 1.0)}
+
+    monkeypatch.setattr(sys.modules[kind.__module__], "seconds", seconds, raising=False)
+    for one.beyond in (1.0, 2.0):
+        values.append(getattr(one, method)(*params))
+    assert values[1] == 2 * values[0] > 0
+
+
+def test_the_configuration_builds_any_commit_with_numpy_alone():
     lines = (SUITE / "asv.conf.json").read_text().splitlines()
     conf = json.loads("\n".join(line for line in lines if not line.strip().startswith("//")))
     assert (SUITE / conf["benchmark_dir"] / "__init__.py").is_file()
     assert (SUITE / conf["repo"]).resolve() == Path(__file__).parents[1]
+    assert conf["branches"] == ["HEAD"]
+    assert "matrix" not in conf
+    (build,) = conf["build_command"]
+    assert "--no-deps" in build.split()  # else asv finds several wheels

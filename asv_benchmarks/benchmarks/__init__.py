@@ -2,7 +2,8 @@
 
 Every result is checked against the float64 truth in ``setup``; what this machine lacks and what a
 backend refuses raises NotImplementedError there, which asv shows as skipped. HLA_BENCH_QUICK=1
-takes one operator at a small size on the host, to see that the suite runs.
+takes one operator at a small size on the host, to see that the suite runs. Of every value less is
+better: asv reports each rise as a regression.
 """
 
 import os

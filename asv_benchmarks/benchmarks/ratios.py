@@ -1,4 +1,4 @@
-"""Times against a peer, the floor and each other, both measured in one process, in turns."""
+"""Times over a peer's and over the floor, both measured in one process, in turns."""
 
 from hla.bench.peers import BOTH_WAYS, floor
 
@@ -38,7 +38,7 @@ class StepOverPeer(OverPeer):
 
 
 class OverFloor:
-    """The least time that the machine's own matrix rate allows, over the time: at most 1."""
+    """The time over the least that the machine's own matrix rate allows: at least 1."""
 
     params = (tuple(TARGETS), OPERATORS, BOTH_WAYS)
     param_names = ("target", "operator", "workload")
@@ -48,29 +48,12 @@ class OverFloor:
         place = TARGETS[target]
         self.floor = floor(case(target, operator).dtype, place.library, place.accelerator)
 
-    def track_share_of_floor(self, target, operator, workload):
+    def track_time_over_floor(self, target, operator, workload):
         calls = {"this": self.run, "product": self.floor.product}
         if self.floor.copy is not None:
             calls["copy"] = self.floor.copy
         taken = seconds(**calls)
         rates = taken["product"], taken.get("copy", 0.0)
-        return self.floor.seconds(workload, case(target, operator), *rates) / taken["this"]
+        return taken["this"] / self.floor.seconds(workload, case(target, operator), *rates)
 
-    track_share_of_floor.unit = "of the floor's rate"
-
-
-class BackwardOverForward:
-    """Forward + backward over forward."""
-
-    params = (tuple(TARGETS), OPERATORS)
-    param_names = ("target", "operator")
-
-    def setup(self, target, operator):
-        self.forward = prepare("forward", target, operator)
-        self.both = prepare("forward + backward", target, operator)
-
-    def track_both_over_forward(self, target, operator):
-        taken = seconds(forward=self.forward, both=self.both)
-        return taken["both"] / taken["forward"]
-
-    track_both_over_forward.unit = "forwards"
+    track_time_over_floor.unit = "of the floor's time"

@@ -1,6 +1,6 @@
 """Time of one token."""
 
-from . import OPERATORS, TARGETS, prepare, seconds
+from . import OPERATORS, TARGETS, prepare
 
 
 class Step:
@@ -14,8 +14,3 @@ class Step:
 
     def time_step(self, target, operator):
         self.run()
-
-    def track_tokens_per_second(self, target, operator):
-        return 1 / seconds(step=self.run)["step"]
-
-    track_tokens_per_second.unit = "tokens/s"
