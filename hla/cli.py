@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import platform
+import shutil
 import sys
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Sequence
 from importlib import metadata
+from typing import TextIO, cast
 
 import hla
+
+from .command import Stream
 
 COMMANDS = {
     "info": "versions, devices, and which backends can run here",
@@ -18,14 +24,41 @@ COMMANDS = {
     "bench": "time the operators on this machine",
 }
 LIBRARIES = ("numpy", "array_api_compat", "ml_dtypes", "torch", "jax", "cupy", "triton", "numba")
+INTERRUPTED = 130  # by the terminal: 128 + SIGINT
+NARROWEST = 20  # characters that a text is wrapped to, whatever the terminal's width
 HOST = ("numpy", "array_api")  # backends that bring no device of their own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    out, err = Stream(sys.stdout), Stream(sys.stderr)
+    with (
+        contextlib.redirect_stdout(cast(TextIO, out)),
+        contextlib.redirect_stderr(cast(TextIO, err)),
+    ):
+        try:
+            code = _run(words)
+        except KeyboardInterrupt:
+            print("interrupted", file=err)
+            code = INTERRUPTED
+        except SystemExit:  # argparse has printed its help or what is wrong
+            out.flush()
+            if not out.error:
+                raise
+            code = 1
+        out.flush()
+        if out.error:
+            print(f"hla: cannot write to the standard output: {out.error}", file=err)
+        return code or int(bool(out.error))
+
+
+def _run(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="hla", description="Higher-order Linear Attention on any array library."
+        prog="hla",
+        description="Higher-order Linear Attention on any array library.",
+        epilog="Exit codes: 0 done, 1 failed, 2 refused: bad options, or something is missing;"
+        f" {INTERRUPTED} interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"hla {hla.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -35,40 +68,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name != "info" and words[:1] == [name]:
             importlib.import_module(f"hla.{name}").add_arguments(command)
     args = parser.parse_args(words)
-    try:
-        if args.command == "info":
-            return info()
-        return int(importlib.import_module(f"hla.{args.command}").run(args))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    if args.command == "info":
+        return info()
+    return int(importlib.import_module(f"hla.{args.command}").run(args))
 
 
 def info() -> int:
-    """Print versions, devices and the backend table; imports no array library."""
+    """Print versions, devices and the backends; imports no array library."""
+    print("Versions")
+    _print(_versions())
     backends = hla.available()
-    _print("Versions", _versions())
     cpu = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
     others = {b.device: b.name for b in backends if b.available and b.name not in HOST}
-    _print("Devices", [("cpu", cpu), *others.items()])
-    _print(
-        "Backends",
-        [
-            ("", "runs", "operators", "dtypes", "gradients", "device", "version or reason"),
-            *(
-                (
-                    b.name,
-                    "yes" if b.available else "no",
-                    " ".join(b.operators),
-                    " ".join(b.dtypes),
-                    "yes" if b.gradients else "no",
-                    b.device or "",
-                    (b.version if b.available else b.reason) or "",
-                )
-                for b in backends
-            ),
-        ],
-    )
+    print("\nDevices")
+    _print([("cpu", cpu), *others.items()])
+    print("\nBackends")
+    wide = max((len(b.name) for b in backends), default=0)
+    for b in backends:
+        runs, why = ("yes", b.version) if b.available else ("no", b.reason)
+        _print([(f"{b.name:{wide}}  {runs:3}", why or "")])
+        about = {
+            "operators": " ".join(b.operators),
+            "dtypes": " ".join(b.dtypes),
+            "gradients": "yes" if b.gradients else "no",
+            "device": b.device or "",
+        }
+        _print([(f"  {name:9}", text) for name, text in about.items() if text])
     return 0
 
 
@@ -82,11 +107,11 @@ def _versions() -> list[tuple[str, str]]:
     return rows
 
 
-def _print(title: str, rows: Iterable[Sequence[str]]) -> None:
-    """Print rows in columns as wide as their longest entry."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print(title)
-    for row in rows:
-        print("  " + "  ".join(map(str.ljust, row, widths)).rstrip())
-    print()
+def _print(rows: Sequence[tuple[str, str]]) -> None:
+    """Print names and texts, the texts in a column wrapped at the width of the terminal, if any."""
+    wide = max(len(name) for name, _ in rows)
+    width = shutil.get_terminal_size((sys.maxsize, 0)).columns
+    for name, text in rows:
+        start = f"  {name:{wide}}  "
+        wrapped = textwrap.wrap(text, max(width - len(start), NARROWEST), break_on_hyphens=False)
+        print(f"\n{' ' * len(start)}".join([start + "".join(wrapped[:1]), *wrapped[1:]]).rstrip())

@@ -1,6 +1,7 @@
 """`hla bench` and the asv suite: they run, what they time is right, and their arithmetic holds."""
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -54,7 +55,7 @@ def quick(tmp_path_factory):
 def test_quick_run_saves_every_row(quick):
     result = json.loads((quick / "bench.json").read_text())
     assert result["schema"] == bench.SCHEMA
-    assert result["quick"] is True
+    assert result["quick"] is result["complete"] is True
     assert {"date", "commit", "import_seconds", "memory", "skipped"} <= set(result)
     assert {"python", "hla", "numpy"} <= set(result["versions"])
     machine = {"system", "processor", "cores", "load", "threads", "accelerators"}
@@ -73,6 +74,9 @@ def test_quick_run_saves_every_row(quick):
         times = {r["name"]: r["seconds"] for r in here}
         for r in here:
             assert 0 < r["fastest"] <= r["seconds"] == r["host_seconds"]
+            assert (r["quartiles"] is None) == (r["samples"] == 1)
+            first, third = r["quartiles"] or [r["seconds"]] * 2
+            assert r["fastest"] <= first <= r["seconds"] <= third
             assert 0 <= r["error"] < 1e-5
             assert r["peer"] == (r["name"] in peers.PEERS)
             for name, ratio in r["times_faster"].items():
@@ -113,7 +117,8 @@ def test_the_defaults_name_few_rows_and_named_operators_are_in_every_table():
         ("step", "hla2"),
     ]
     assert [c.tokens for _, c in plan[-2:]] == [1024, 16384]
-    named = list(bench._plan(parsed("--operator", "hla3", "ahla", "hla3", "--tokens", "9")))
+    words = "--operator hla3 ahla --operator hla3 --tokens 9"
+    named = list(bench._plan(parsed(*words.split())))
     assert [(w, c.operator) for w, c in named] == list(
         itertools.product(WORKLOADS, ["hla3", "ahla"])
     )
@@ -137,19 +142,101 @@ def test_device_and_library_choose_the_rows(tmp_path):
     }  # fmt: skip
 
 
-def test_a_run_that_times_nothing_says_so(tmp_path, monkeypatch, capsys):
+def test_a_run_that_times_nothing_says_so_and_leaves_what_is_there(tmp_path, monkeypatch, capsys):
     needs("rich")
     needs("matplotlib")
 
     def refuse(*args):
-        raise NotImplementedError("nothing here")
+        raise NotImplementedError("nothing [here]")
 
     monkeypatch.setattr(measure, "work", refuse)
+    (tmp_path / "bench.json").write_text("mine")
     assert bench.run(parsed("--quick", "--device", "gpu", "--out", str(tmp_path))) == 2
-    assert "not timed: array_api/torch/gpu: nothing here" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "not timed: array_api/torch/gpu: nothing [here]\n" in out
+    assert err == f"hla bench: nothing could be timed, so nothing is written to {tmp_path}\n"
+    assert [x.name for x in tmp_path.iterdir()] == ["bench.json"]
+    assert (tmp_path / "bench.json").read_text() == "mine"
+
+
+def test_a_size_that_no_memory_holds_is_nothing_to_time(tmp_path, capsys):
+    needs("rich")
+    needs("matplotlib")
+    words = ("--quick", "--library", "numpy", "--tokens", str(10**30), "--out", str(tmp_path))
+    assert bench.run(parsed(*words)) == 2
+    assert "MemoryError: no memory holds" in capsys.readouterr().out
+
+
+def some_rows():
+    """Two rows of one case, the second a peer of one sample."""
+    common = ("forward", "hla2", 4096)
+    ours = measure.Row(*common, "numpy/numpy/cpu", False, False, 2e-3, 2e-3, 1e-3, 9, 1e-7)
+    ours.quartiles, ours.times_faster = (1.5e-3, 2.25e-3), {"NumPy tokens": 8.0}
+    ours.floor, ours.rates, ours.share_of_floor = 1e-3, {"operations": 1e9}, 0.5
+    peer = measure.Row(*common, "NumPy tokens", True, False, 16e-3, 16e-3, 16e-3, 1, 1e-7)
+    return [ours, peer]
+
+
+@pytest.mark.parametrize("measured", [0, 1])
+def test_an_interrupted_run_keeps_what_was_measured(measured, tmp_path, monkeypatch, capsys):
+    needs("rich")
+    needs("matplotlib")
+    answers = iter([(some_rows(), [])] * measured)
+
+    def measure_case(*args, **where):
+        for answer in answers:
+            return answer
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure_case", measure_case)
+    monkeypatch.setattr(bench, "import_seconds", lambda repeats: [0.1])
+    (tmp_path / "bench.json").write_text("mine")
+    assert main(["bench", "--out", str(tmp_path)]) == 130
+    out, err = capsys.readouterr()
+    assert err == "interrupted\n"
+    if not measured:
+        assert [x.name for x in tmp_path.iterdir()] == ["bench.json"]
+        assert (tmp_path / "bench.json").read_text() == "mine"
+        return
     result = json.loads((tmp_path / "bench.json").read_text())
-    assert result["rows"] == []
-    assert result["memory"] == {}
+    assert [r["name"] for r in result["rows"]] == ["numpy/numpy/cpu", "NumPy tokens"]
+    assert result["complete"] is False
+    assert "1.5-2.25" in out
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["bench.json", "bench.png"]
+
+
+@pytest.mark.parametrize("load", [None, 2.0, 2.5])
+def test_a_load_above_the_cores_is_a_warning(load, capsys):
+    needs("rich")
+    from hla import tables
+    from hla.bench import report
+
+    machine = {"processor": "one", "cores": 2, "load": load, "accelerators": []}
+    report.introduce(
+        tables.console(), {"machine": machine, "versions": {}, "commit": None, "date": "now"}
+    )
+    warned = "Warning: the load of 2.5 exceeds the 2 cores" in capsys.readouterr().out
+    assert warned == (load == 2.5)
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_the_tables_fit_a_terminal(width, monkeypatch, capsys):
+    needs("rich")
+    from hla import tables
+    from hla.bench import report
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = some_rows()
+    rows[0].times_faster = dict.fromkeys(peers.PEERS, 1234.56)
+    first = Case()._asdict()
+    result = {"first": first, "memory": {}, "import_seconds": 0.1, "import_quartiles": None}
+    longer = [dataclasses.replace(row, tokens=1 << 20) for row in rows]
+    report.show(tables.console(), result, rows + longer, [])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= max(width, 48)  # the names and one column
+    assert out.count("1234.56x") == len(peers.PEERS)
+    assert "\u2026" not in out
+    assert "2 (1.5-2.25)" in out
 
 
 @pytest.mark.parametrize("missing", ["rich", "matplotlib"])
@@ -536,14 +623,13 @@ def test_device_events_come_first_and_ratios_compare_like_with_like():
     from hla.bench import report
 
     console = report.Console(width=120, record=True, file=io.StringIO())
-    console.print(report._table(rows))
-    console.print(report._caption(rows), soft_wrap=True)
+    report.show_times(console, rows)
     text = console.export_text()
-    assert "790 TFLOP/s and bytes / 3.00 TB/s" in text
-    assert "hla2 0.179 ms" in text
+    assert "790 TFLOP/s and bytes / 3.00 TB/s" in " ".join(text.split())
+    assert "hla2 0.179 ms" in " ".join(text.split())
     (line,) = (line.split() for line in text.splitlines() if "triton/torch/gpu" in line)
-    assert line[2] == "0.25"
-    assert line[4:] == ["72%", "4.00x", "3.00", "0e+00"]
+    assert line[2:4] == ["0.25", "0.25-1.25"]
+    assert line[5:] == ["72%", "3.00", "0e+00", "4.00x"]
 
 
 def test_calls_without_a_meter_are_timed_by_the_clock():
@@ -666,6 +752,7 @@ def test_committed_results_say_where_they_come_from():
         assert result["schema"] == bench.SCHEMA
         assert result["commit"]
         assert not result["commit"].endswith("-dirty")
+        assert result.get("complete", True)
         assert result["rows"]
 
 

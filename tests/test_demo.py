@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections import Counter
 from math import log2
 
@@ -14,7 +19,16 @@ from hla.cli import main
 from hla.demo import ROWS
 from hla.demo.corpus import Corpus, gzip_bits, order2_bits
 from hla.demo.model import NO_MIXER, Config, initialise, loss_and_gradients, predict
-from hla.demo.training import WINDOW, Job, Trained, generate, score, train, train_all
+from hla.demo.training import (
+    WINDOW,
+    Job,
+    Trained,
+    generate,
+    interrupts_held,
+    score,
+    train,
+    train_all,
+)
 
 MIXERS = [name for name in ROWS if name != NO_MIXER]
 
@@ -241,6 +255,74 @@ def test_out_that_is_a_file_is_refused_before_any_work(tmp_path, capfd):
     assert (tmp_path / "out").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["curves.png", "results.json"])
+def test_a_file_that_cannot_be_replaced_is_refused_before_any_work(name, tmp_path, capfd):
+    (tmp_path / name).mkdir()
+    assert main(["demo", "--quick", "--out", str(tmp_path)]) == 2
+    shown, error = capfd.readouterr()
+    assert shown == ""
+    assert error == f"hla demo: cannot write to {tmp_path / name}: not a regular file\n"
+
+
+WORDS = ("demo", "--quick", "--steps", "1", "--operator", "none")
+
+
+def lost(how):
+    """A standard output that loses what is printed."""
+    if how == "narrow":
+        return io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    if how == "full":
+        return open("/dev/full", "w")
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize(("how", "code"), [("narrow", 0), ("closed", 0), ("full", 1)])
+def test_what_was_trained_is_saved_whatever_becomes_of_the_output(how, code, tmp_path, monkeypatch):
+    if how == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full")
+    with lost(how) as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main([*WORDS, "--out", str(tmp_path)]) == code
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["curves.png", "results.json"]
+
+
+def test_what_cannot_be_saved_in_the_end_is_printed_all_the_same(tmp_path, monkeypatch, capsys):
+    def train_all(jobs, report):
+        (tmp_path / "results.json").mkdir()
+        return [bare(job) for job in jobs]
+
+    monkeypatch.setattr("hla.demo.train_all", train_all)
+    assert main([*WORDS, "--out", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert "no mixer continues" in out
+    assert f"Saved: {tmp_path / 'curves.png'}\n" in out
+    assert err.startswith(f"cannot write {tmp_path / 'results.json'}: ")
+
+
+def test_a_process_that_fails_ends_the_command_in_one_line(tmp_path, monkeypatch, capsys):
+    def train_all(jobs, report):
+        raise RuntimeError("training hla3 ended with exit code -9")
+
+    monkeypatch.setattr("hla.demo.train_all", train_all)
+    assert main([*WORDS, "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "hla demo: training hla3 ended with exit code -9\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_do_not_hear_an_interrupt_and_the_parent_hears_it_after_their_start():
+    inside = []
+    with pytest.raises(KeyboardInterrupt), interrupts_held():  # noqa: PT012
+        child = subprocess.Popen(["sleep", "60"])
+        child.send_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        inside.append("to the end")
+    child.terminate()
+    assert child.wait() == -signal.SIGTERM
+    assert inside == ["to the end"]
+
+
 def test_without_the_extra_it_names_the_remedy(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr("hla.demo.find_spec", lambda name: None)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 2
@@ -248,7 +330,9 @@ def test_without_the_extra_it_names_the_remedy(monkeypatch, capfd, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words", [["--steps", "0"], ["--seed", "-1"], ["--operator", "softmax"]])
+@pytest.mark.parametrize(
+    "words", [["--steps", "0"], ["--seed", "-1"], ["--seed", "x"], ["--operator", "softmax"]]
+)
 def test_bad_options_are_refused(words):
     with pytest.raises(SystemExit) as stop:
         main(["demo", *words])

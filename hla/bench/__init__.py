@@ -11,17 +11,29 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..command import at_least, prepare_files, save
 from .machine import describe
-from .measure import DEVICES, LIBRARIES, Row, Skipped, import_seconds, measure_case, memories
+from .measure import (
+    DEVICES,
+    LIBRARIES,
+    Row,
+    Skipped,
+    import_seconds,
+    measure_case,
+    memories,
+    quartiles,
+)
 from .workloads import DTYPES, GATES, OPERATORS, WORKLOADS, Case
 
 __all__ = ["add_arguments", "run"]
 SCHEMA = 2  # of bench.json
+JSON, PLOT = "bench.json", "bench.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,35 +45,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " libraries, or one device."
     )
     names = ", ".join(OPERATORS)
-    add("--operator", nargs="+", choices=OPERATORS, metavar="NAME",
+    add("--operator", nargs="+", action="extend", choices=OPERATORS, metavar="NAME",
         help=f"what to time in every table: {names} (default: all of them forward, and hla2"
         " backward and one token; with --quick: hla2)")  # fmt: skip
-    add("--tokens", nargs="+", type=_positive, metavar="T",
+    add("--tokens", nargs="+", action="extend", type=at_least(1), metavar="T",
         help="lengths: the first for the tables, all for the growth of the first operator"
         " (default: 4096 1024 16384; with --quick: 256 64)")  # fmt: skip
-    add("--batch", type=_positive, default=1, metavar="B", help="sequences; default 1")
-    add("--heads", type=_positive, metavar="H", help="default 8 (with --quick: 2)")
-    add("--width", type=_positive, metavar="D", help="D = V; default 64 (with --quick: 16)")
+    add("--batch", type=at_least(1), default=1, metavar="B", help="sequences; default 1")
+    add("--heads", type=at_least(1), metavar="H", help="default 8 (with --quick: 2)")
+    add("--width", type=at_least(1), metavar="D", help="D = V; default 64 (with --quick: 16)")
     add("--dtype", choices=DTYPES, default="float32", help="default: float32")
     add("--gate", choices=GATES, default="none", help="default: none")
-    add("--device", nargs="+", choices=DEVICES, default=DEVICES, metavar="NAME",
+    add("--device", nargs="+", action="extend", choices=DEVICES, metavar="NAME",
         help="where: cpu, gpu (default: both)")  # fmt: skip
-    add("--library", nargs="+", choices=LIBRARIES, default=LIBRARIES, metavar="NAME",
+    add("--library", nargs="+", action="extend", choices=LIBRARIES, metavar="NAME",
         help=f"whose arrays and peers: {', '.join(LIBRARIES)} (default: all)")  # fmt: skip
     add("--commit", help="what to record as hla's commit (default: that of its git checkout)")
     add("--quick", action="store_true", help="a few seconds and small sizes, to see that it works")
     add("--out", type=Path, default=Path("hla-bench"), metavar="DIR",
-        help="where bench.json and bench.png go (default: hla-bench)")  # fmt: skip
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
-    return value
+        help=f"where {JSON} and {PLOT} go (default: hla-bench)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,8 +77,9 @@ def run(args: argparse.Namespace) -> int:
     Returns
     -------
     int
-        0; 1 where a result was refused as wrong; 2 where something is missing to begin with, or
-        nothing could be timed.
+        0; 1 where a result was refused as wrong or cannot be saved; 2 where something is missing
+        to begin with, or nothing could be timed; 130 where it was interrupted, and what had been
+        measured is saved.
     """
     missing = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
@@ -84,45 +87,62 @@ def run(args: argparse.Namespace) -> int:
         return _stop(f'{names} not installed; pip install ".[bench]" in a checkout of hla')
     out = Path(args.out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "bench.json").touch()
-    except OSError as error:
-        return _stop(f"cannot write to {out} ({error.strerror}); choose another --out")
+        prepare_files(out, JSON, PLOT)
+    except ValueError as error:
+        return _stop(f"{error}; choose another --out")
+    from .. import tables
     from . import report
 
-    console = report.console()
+    console = tables.console()
     plan = list(_plan(args))
     first = plan[0][1]
     rows: list[Row] = []
     skipped: list[Skipped] = []
     result: dict[str, Any] = {"schema": SCHEMA, "quick": args.quick, **describe(args.commit)}
-    result["first"] = first._asdict()
-    where = {"devices": args.device, "libraries": args.library}
-    with report.progress(console, len(plan) + 2) as advance:
-        advance("import hla")
-        result["import_seconds"] = import_seconds(1 if args.quick else 5)
-        for workload, case in plan:
-            advance(f"{workload}, {case.operator}, T = {case.tokens}")
-            timed, left_out = measure_case(workload, case, rows, quick=args.quick, **where)
-            rows += timed
-            skipped += left_out
-            _save(out, result, rows, skipped)  # a run that is cut short keeps what it has
-        advance("peak memory")
-        known = ("numpy",) if args.quick else args.library
-        result["memory"] = memories(first, known) if "cpu" in args.device else {}
-    _save(out, result, rows, skipped)
+    result |= {"first": first._asdict(), "memory": {}, "complete": False}
+    libraries = tuple(args.library or LIBRARIES)
+    where = {"devices": dict.fromkeys(args.device or DEVICES), "libraries": libraries}
+    report.introduce(console, result)
+
+    def save_json() -> bool:
+        result["rows"] = [dataclasses.asdict(row) for row in rows]
+        result["skipped"] = [one._asdict() for one in skipped]
+        text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+        return save(out / JSON, lambda path: path.write_text(text))
+
+    try:
+        with report.progress(console, len(plan) + 2) as advance:
+            advance("import hla")
+            taken = import_seconds(1 if args.quick else 5)
+            result["import_seconds"] = statistics.median(taken)
+            result["import_quartiles"] = quartiles(taken)
+            for workload, case in plan:
+                advance(f"{workload}, {case.operator}, T = {case.tokens}")
+                timed, left_out = measure_case(workload, case, rows, quick=args.quick, **where)
+                rows += timed
+                skipped += left_out
+                if rows:
+                    save_json()  # a run that is killed keeps what it has
+            if rows and "cpu" in where["devices"]:
+                advance("peak memory")
+                result["memory"] = memories(first, ("numpy",) if args.quick else libraries)
+        result["complete"] = True
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+    wrong = any(one.wrong for one in skipped)
+    saved = []
+    if rows or wrong:  # else an earlier result stays as it was
+        saved = [JSON] * save_json()
+        saved += [PLOT] * save(out / PLOT, lambda path: report.plot(path, result, rows))
     report.show(console, result, rows, skipped)
-    report.plot(out / "bench.png", result, rows)
-    console.print(f"Written: {out / 'bench.json'}, {out / 'bench.png'}")
-    if any(one.wrong for one in skipped):
-        return 1
-    return 0 if rows else 2
-
-
-def _save(out: Path, result: dict[str, Any], rows: list[Row], skipped: list[Skipped]) -> None:
-    result["rows"] = [dataclasses.asdict(row) for row in rows]
-    result["skipped"] = [one._asdict() for one in skipped]
-    (out / "bench.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    for name in saved:
+        console.print(f"Written: {out / name}", soft_wrap=True)
+    if not (rows or wrong):
+        return _stop(f"hla bench: nothing could be timed, so nothing is written to {out}")
+    if not result["complete"]:
+        raise KeyboardInterrupt
+    return int(wrong or len(saved) < 2)
 
 
 def _stop(message: str) -> int:

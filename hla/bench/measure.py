@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 import hla
 
 from .libraries import Call
@@ -44,7 +46,8 @@ class Row:
 
     ``seconds`` is the median of device events where the library has them (torch on a GPU), else of
     the host's clock, and ``host_seconds`` always that of the host's clock, which waits for the
-    result. ``times_faster`` is a peer's time over this one, by events where both have them, else
+    result; ``quartiles`` are the first and third of what ``seconds`` is the median of.
+    ``times_faster`` is a peer's time over this one, by events where both have them, else
     by the clock. ``rates`` are those of the floor in this run, operations and bytes a second, and
     ``beyond`` is the device memory at the peak beyond inputs and results, in tensors of q's size.
     """
@@ -65,6 +68,7 @@ class Row:
     share_of_floor: float | None = None
     times_faster: dict[str, float] = dataclasses.field(default_factory=dict)
     beyond: float | None = None
+    quartiles: tuple[float, float] | None = None
 
     @property
     def label(self) -> str:
@@ -204,6 +208,7 @@ def _time(
             error=error,
             floor=least,
             rates=rates,
+            quartiles=quartiles(samples),
         )
         if least is not None and name != "torch SDPA":  # it computes something else
             row.share_of_floor = least / row.seconds
@@ -269,9 +274,17 @@ def _samples(call: Callable[[], Any], seconds: float) -> list[float]:
     return times
 
 
-def import_seconds(repeats: int = 5) -> float:
-    """Time `import hla` in fresh interpreters; the median."""
-    return statistics.median(float(_child(IMPORT)) for _ in range(repeats))
+def quartiles(samples: list[float]) -> tuple[float, float] | None:
+    """First and third quartile, between which half of the samples lies; None of a single one."""
+    if len(samples) < 2:
+        return None
+    first, third = np.quantile(samples, (0.25, 0.75)).tolist()
+    return first, third
+
+
+def import_seconds(repeats: int = 5) -> list[float]:
+    """Time `import hla` in fresh interpreters; every sample."""
+    return [float(_child(IMPORT)) for _ in range(repeats)]
 
 
 def _child(code: str, *words: str) -> str:

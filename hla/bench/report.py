@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from .. import tables
+from ..tables import Column
 from .measure import Row, Skipped
 from .peers import PEERS
 
@@ -23,17 +23,13 @@ TIMED = {
 }
 
 
-def console() -> Console:
-    """Return the terminal, or a file wide enough for the tables."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-
-
 @contextlib.contextmanager
 def progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
     """Show a bar; each call of what is yielded names the next piece of work."""
-    text = TextColumn("{task.description}")
+    text = TextColumn("{task.description}", markup=False)
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=total)
         begun = 0
 
@@ -45,33 +41,43 @@ def progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
         yield advance
 
 
-def show(console: Console, result: dict[str, Any], rows: list[Row], skipped: list[Skipped]) -> None:
-    """Print every table and what was left out."""
-    machine, first = result["machine"], result["first"]
-    what = _what(first)
-    named = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+def introduce(console: Console, result: dict[str, Any]) -> None:
+    """Say what is measured on, and whether other work disturbs it."""
+    machine = result["machine"]
     load = "" if machine["load"] is None else f", load {machine['load']:.1f}"
     places = [f"{machine['processor']}, {machine['cores']} cores{load}", *machine["accelerators"]]
     console.print("; ".join(places))
-    commit = result["commit"] or "unknown"
-    console.print(f"{named}; commit {commit}; {result['date']}", soft_wrap=True)
+    named = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    console.print(f"{named}; commit {result['commit'] or 'unknown'}; {result['date']}")
+    if machine["load"] is not None and machine["load"] > machine["cores"]:
+        console.print(
+            f"Warning: the load of {machine['load']:.1f} exceeds the {machine['cores']} cores:"
+            " other work makes these times longer and less certain."
+        )
+
+
+def show(console: Console, result: dict[str, Any], rows: list[Row], skipped: list[Skipped]) -> None:
+    """Print every table and what was left out."""
+    first = result["first"]
+    what = _what(first)
     for workload, timed in TIMED.items():
         some = [r for r in rows if r.workload == workload and r.tokens == first["tokens"]]
         if some:
-            console.print(f"\n{workload}, T = {first['tokens']}, {what}: {timed}", soft_wrap=True)
-            console.print(_table(some))
-            console.print(_caption(some), soft_wrap=True)
+            console.print(f"\n{workload}, T = {first['tokens']}, {what}: {timed}")
+            show_times(console, some)
     lengths = sorted({r.tokens for r in rows})
     if len(lengths) > 1:
         grown = [r for r in rows if r.workload == "forward" and r.operator == first["operator"]]
-        console.print(f"\nforward, {first['operator']}, {what}: ms by T", soft_wrap=True)
-        console.print(_growth(grown, lengths))
-    console.print(f"\nimport hla: {1e3 * result['import_seconds']:.0f} ms")
+        console.print(f"\nforward, {first['operator']}, {what}: ms (quartiles) by T")
+        _show_growth(console, grown, lengths)
+    if rows:
+        imported = _milliseconds(result["import_seconds"], result["import_quartiles"])
+        console.print(f"\nimport hla: {imported} ms")
     for name, beyond in result["memory"].items():
         beyond /= 2**20
         console.print(f"{name}: {beyond:.0f} MiB beyond input and output, first forward call")
     for name, reason in dict.fromkeys((s.name, s.reason) for s in skipped):
-        console.print(f"not timed: {name}: {reason}")
+        console.print(f"not timed: {name}: {reason}", soft_wrap=True)
 
 
 def _what(first: dict[str, Any]) -> str:
@@ -80,28 +86,41 @@ def _what(first: dict[str, Any]) -> str:
     return f"{sizes}, {first['dtype']}{gate}"
 
 
-def _table(rows: list[Row]) -> Table:
-    table = Table(box=SIMPLE_HEAD, show_edge=False)
-    peers = [p for p in PEERS if any(p in (r.name, *r.times_faster) for r in rows)]
-    columns = {"ms": [f"{1e3 * r.seconds:.4g}" for r in rows]}
+def show_times(console: Console, rows: list[Row]) -> None:
+    """Print the rows of one workload, and what their columns mean."""
+    keys = [
+        Column("operator", [r.operator for r in rows], "left"),
+        Column("runs on", [r.label for r in rows], "left"),
+    ]
+    times = [
+        Column("ms", [f"{1e3 * r.seconds:.4g}" for r in rows]),
+        Column("quartiles", [_between(r.quartiles) for r in rows]),
+    ]
     if any(r.accelerator for r in rows):
-        columns["host\nms"] = [f"{1e3 * r.host_seconds:.4g}" for r in rows]
+        times.append(Column("host\nms", [f"{1e3 * r.host_seconds:.4g}" for r in rows]))
     if any(r.floor is not None for r in rows):
-        columns["share of\nthe floor"] = [_known(r.share_of_floor, ".0%") for r in rows]
-    for p in peers:
-        columns[p.replace(" ", "\n")] = [_known(r.times_faster.get(p), ".2f", "x") for r in rows]
+        shares = [_known(r.share_of_floor, ".0%") for r in rows]
+        times.append(Column("share of\nthe floor", shares))
     if any(r.beyond is not None for r in rows):
-        columns["memory\n/ q"] = [_known(r.beyond, ".2f") for r in rows]
-    columns["error"] = [f"{r.error:.0e}" for r in rows]
-    table.add_column("operator", no_wrap=True)
-    table.add_column("runs on", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", vertical="bottom")
-    for row, after, *cells in zip(rows, [*rows[1:], None], *columns.values(), strict=True):
-        last = after is None or after.operator != row.operator
-        style = "dim" if row.peer else None
-        table.add_row(row.operator, row.label, *cells, style=style, end_section=last)
-    return table
+        times.append(Column("memory\n/ q", [_known(r.beyond, ".2f") for r in rows]))
+    times.append(Column("error", [f"{r.error:.0e}" for r in rows]))
+    peers = [
+        Column(p.replace(" ", "\n"), [_known(r.times_faster.get(p), ".2f", "x") for r in rows])
+        for p in PEERS
+        if any(p in (r.name, *r.times_faster) for r in rows)
+    ]
+    styles = ["dim" if r.peer else "" for r in rows]
+    lines = [i for i, (r, after) in enumerate(pairwise(rows)) if after.operator != r.operator]
+    tables.show(console, keys, times, peers, styles=styles, sections=lines)
+    console.print(_caption(rows))
+
+
+def _milliseconds(seconds: float, quartiles: tuple[float, float] | None) -> str:
+    return f"{1e3 * seconds:.4g}" + (f" ({_between(quartiles)})" if quartiles else "")
+
+
+def _between(quartiles: tuple[float, float] | None) -> str:
+    return "-".join(f"{1e3 * one:.4g}" for one in quartiles or ())
 
 
 def _known(value: float | None, form: str, unit: str = "") -> str:
@@ -109,7 +128,10 @@ def _known(value: float | None, form: str, unit: str = "") -> str:
 
 
 def _caption(rows: list[Row]) -> str:
-    lines = ["Medians. Under a peer's name: its time over this row's: above 1 this row is faster."]
+    lines = [
+        "ms: the median; half of the calls took a time between the quartiles. Under a peer's name:"
+        " its time over this row's: above 1 this row is faster."
+    ]
     for accelerator in sorted({r.accelerator for r in rows}):
         some = [r for r in rows if r.accelerator == accelerator]
         floors = {r.operator: r.floor for r in some if r.floor is not None}
@@ -134,16 +156,11 @@ def _caption(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _growth(rows: list[Row], lengths: list[int]) -> Table:
-    table = Table(box=SIMPLE_HEAD, show_edge=False)
-    table.add_column("runs on", no_wrap=True)
-    for tokens in lengths:
-        table.add_column(str(tokens), justify="right")
-    times = {(r.label, r.tokens): r.seconds for r in rows}
-    for label in dict.fromkeys(r.label for r in rows):
-        cells = (times.get((label, tokens)) for tokens in lengths)
-        table.add_row(label, *("" if s is None else f"{1e3 * s:.4g}" for s in cells))
-    return table
+def _show_growth(console: Console, rows: list[Row], lengths: list[int]) -> None:
+    times = {(r.label, r.tokens): _milliseconds(r.seconds, r.quartiles) for r in rows}
+    labels = list(dict.fromkeys(r.label for r in rows))
+    columns = [Column(str(n), [times.get((label, n), "") for label in labels]) for n in lengths]
+    tables.show(console, [Column("runs on", labels, "left")], columns)
 
 
 def plot(path: Path, result: dict[str, Any], rows: Iterable[Row]) -> None:
@@ -173,4 +190,4 @@ def plot(path: Path, result: dict[str, Any], rows: Iterable[Row]) -> None:
     axes.grid(alpha=0.3, which="both")
     if some:
         figure.legend(loc="outside right center", fontsize="small")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, format="png", dpi=150)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -94,6 +95,8 @@ def targets() -> tuple[Target, ...]:
 @functools.lru_cache(maxsize=2)
 def draw(shape: tuple[int, ...], dtype: str) -> tuple[Host, ...]:
     """Draw q, k, v and do, (B, H, T, D), and the log gate, (B, H, T); all exact in dtype."""
+    if math.prod(shape) > sys.maxsize // 8:
+        raise MemoryError(f"no memory holds an array of shape {shape}")
     rng, wide = np.random.default_rng(0), np.float64 if dtype == "float64" else np.float32
     xs = [rng.standard_normal(shape, dtype=wide) for _ in range(4)]
     xs.append(-rng.random(shape[:3], dtype=wide) / 32)

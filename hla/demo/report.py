@@ -1,4 +1,4 @@
-"""What the demo shows: progress, the table, the sample, and the files it saves."""
+"""What the demo shows: progress, the table and the sample, and the files that it saves."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 import hla
 
+from .. import tables
+from ..tables import Column
 from .corpus import Bytes, Corpus, gzip_bits, order2_bits
 from .model import NO_MIXER, parameter_count
 from .training import BATCH, WINDOW, Job, Sample, Trained, cores
@@ -32,29 +34,25 @@ COLOURS = {
 }
 GZIP, ORDER2 = "gzip -9", "order-2 byte counts"
 
-console = Console(highlight=False)
-
 
 def label(operator: str) -> str:
     """Return how a row is called."""
     return "no mixer" if operator == NO_MIXER else operator
 
 
-def introduce(jobs: Sequence[Job]) -> None:
+def introduce(console: Console, jobs: Sequence[Job]) -> None:
     """Say what will be trained, and on what."""
     corpus, config = jobs[0].corpus, jobs[0].config
     console.print(
         f"{corpus.name}: {len(corpus.train):,} bytes to train on, the last {len(corpus.held):,} "
         f"held out.\nEach model: {config.blocks} blocks of {config.heads} heads, width "
-        f"{config.width}, {parameter_count(config):,} parameters;\n{jobs[0].steps:,} steps of "
-        f"{BATCH} x {WINDOW} bytes, {min(cores(), len(jobs))} at a time.\n",
-        markup=False,
-        soft_wrap=True,
+        f"{config.width}, {parameter_count(config):,} parameters; {jobs[0].steps:,} steps of "
+        f"{BATCH} x {WINDOW} bytes, {min(cores(), len(jobs))} at a time.\n"
     )
 
 
 @contextmanager
-def progress(jobs: Sequence[Job]) -> Iterator[Callable[[str, int, float], None]]:
+def progress(console: Console, jobs: Sequence[Job]) -> Iterator[Callable[[str, int, float], None]]:
     """Show a bar a model; yields what moves it."""
     columns = (
         TextColumn("{task.description:>8}"),
@@ -100,45 +98,47 @@ def baselines(corpus: Corpus) -> dict[str, float]:
     return {GZIP: gzip_bits(corpus), ORDER2: order2_bits(corpus)}
 
 
-def print_table(results: Results) -> None:
+def print_table(console: Console, results: Results) -> None:
     """Print a row a model, below the baselines."""
-    table = Table(title="Held-out text", title_justify="left", title_style="bold")
-    table.add_column("model")
-    for heading in ("bits/byte", "tokens/s", "parameters"):
-        table.add_column(heading, justify="right")
-    best = min(results.bits.values())
+    rows = results.bits
     speeds = {label(m.config.operator): f"{m.tokens_per_second:,.0f}" for m in results.models}
-    for name, bits in results.bits.items():
-        size = f"{parameter_count(results.jobs[0].config):,}" if name in speeds else ""
-        style = "bold" if bits == best else ""
-        table.add_row(name, f"{bits:.3f}", speeds.get(name, ""), size, style=style)
-        if name == ORDER2:
-            table.add_section()
-    console.print(table)
+    size = f"{parameter_count(results.jobs[0].config):,}"
+    console.print("Held-out text", style="bold")
+    tables.show(
+        console,
+        [Column("model", list(rows), "left")],
+        [
+            Column("bits/byte", [f"{bits:.3f}" for bits in rows.values()]),
+            Column("tokens/s", [speeds.get(name, "") for name in rows]),
+            Column("parameters", [size if name in speeds else "" for name in rows]),
+        ],
+        box=HEAVY_HEAD,
+        styles=["bold" if bits == min(rows.values()) else "" for bits in rows.values()],
+        sections=[len(results.baselines) - 1],
+    )
     console.print(
-        "gzip: what the held-out text adds to the training text. Counts: of the training text,\n"
-        "Witten-Bell back-off. No mixer: o = v, so only the last byte is known. tokens/s: of\n"
+        "gzip: what the held-out text adds to the training text. Counts: of the training text, "
+        "Witten-Bell back-off. No mixer: o = v, so only the last byte is known. tokens/s: of "
         f"training, in one process with one BLAS thread, {min(cores(), len(results.jobs))} at a "
         "time.\n",
         style="dim",
-        soft_wrap=True,
     )
 
 
-def print_sample(results: Results, model: Trained, prompt: Bytes) -> None:
+def print_sample(console: Console, results: Results, model: Trained, prompt: Bytes) -> None:
     """Print the prompt and what the model made of it."""
     sample = results.sample
-    console.rule("prompt, from the held-out text", align="left", style="dim")
-    console.print(Text(_readable(prompt.tobytes()), style="dim"), soft_wrap=True)
-    console.rule(f"{label(model.config.operator)} continues", align="left", style="dim")
-    console.print(Text(_readable(sample.text)), soft_wrap=True)
-    console.rule(style="dim")
+    line = partial(console.rule, characters="-" if console.options.ascii_only else "─", style="dim")
+    line("prompt, from the held-out text", align="left")
+    console.print(_readable(prompt.tobytes()), style="dim", soft_wrap=True)
+    line(f"{label(model.config.operator)} continues", align="left")
+    console.print(_readable(sample.text), soft_wrap=True)
+    line()
     console.print(
-        "Written by hla.step from the state that one hla.scan of the prompt returned, at\n"
+        "Written by hla.step from the state that one hla.scan of the prompt returned, at "
         f"{sample.tokens_per_second:,.0f} tokens/s. Its logits and one scan's over all of it"
         f" differ by {sample.difference:.0e} at most.\n",
         style="dim",
-        soft_wrap=True,
     )
 
 
@@ -148,9 +148,8 @@ def _readable(text: bytes) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\u00b7" for c in shown)
 
 
-def save(results: Results, folder: Path) -> None:
-    """Write curves.png and results.json."""
-    _draw(results).savefig(folder / "curves.png", dpi=150)
+def write_json(results: Results, path: Path) -> None:
+    """Write all that was measured."""
     job = results.jobs[0]
     corpus = {"name": job.corpus.name, "train": len(job.corpus.train), "held": len(job.corpus.held)}
     models = {
@@ -173,12 +172,10 @@ def save(results: Results, folder: Path) -> None:
         "sample": results.sample.text.decode(errors="replace"),
     }
     text = json.dumps(document, indent=1)
-    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-    saved = f"Saved {folder / 'curves.png'} and {folder / 'results.json'}."
-    console.print(saved, markup=False, soft_wrap=True)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
-def _draw(results: Results) -> Figure:
+def draw(results: Results, path: Path) -> None:
     """Learning curves on the left, the held-out bits of every row on the right."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -213,4 +210,4 @@ def _draw(results: Results) -> Figure:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     right.margins(x=0.15)
-    return figure
+    figure.savefig(path, format="png", dpi=150)

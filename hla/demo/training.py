@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, resource_tracker
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,6 +134,7 @@ def train_all(jobs: Sequence[Job], report: Callable[[str, int, float], None]) ->
         A process ended without a result.
     """
     context = get_context("spawn")
+    resource_tracker.ensure_running()  # its own start would let interrupts through
     waiting, running, done = list(jobs), dict[Any, tuple[Any, str]](), dict[str, Trained]()
     try:
         while waiting or running:
@@ -141,7 +142,7 @@ def train_all(jobs: Sequence[Job], report: Callable[[str, int, float], None]) ->
                 job = waiting.pop()  # the last rows take longest
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_work, args=(job, sender), daemon=True)
-                with one_blas_thread():
+                with one_blas_thread(), interrupts_held():
                     process.start()
                 sender.close()
                 running[receiver] = process, job.config.operator
@@ -169,6 +170,19 @@ def train_all(jobs: Sequence[Job], report: Callable[[str, int, float], None]) ->
 def _work(job: Job, sender: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends this process
     sender.send(train(job, lambda step, bits: sender.send((step, bits))))
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Keep Ctrl-C for later, and from processes started inside for good: the parent ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def cores() -> int:
