@@ -9,11 +9,11 @@ from . import arrays, dispatch
 from .core.associative import ALGEBRA
 from .core.forms import Gradients
 from .core.namespace import Array
-from .core.packing import PackedState
+from .core.packing import STATE_OF
 from .core.request import Inputs, Request
 from .dispatch import Backend, Explanation
 from .errors import Unsupported
-from .request import Layout, array, prepare
+from .request import Layout, array, cotangents, prepare
 
 Backends = str | Sequence[str] | None
 
@@ -68,7 +68,7 @@ def scan(
     axis : int
         Token axis; -3 takes (B, T, H, D).
     initial_state : state, optional
-        Continue from a state that `scan`, `step` or ``Segment.to_state()`` returned.
+        Continue from a state that `scan`, `step` or ``Segment.to_state()`` returned, packed or not.
     return_state : bool
         Return (o, state).
     form : {None, "chunked", "recurrent", "associative", "dense"}
@@ -85,7 +85,8 @@ def scan(
     o : array, (*batch, T, V)
         In q's layout, library and device and v's dtype; products accumulate in at least float32.
     state : NamedTuple of arrays
-        With return_state=True only; float32, or float64 for float64 input.
+        With return_state=True only; float32, or float64 for float64 input. Packed where the given
+        one was.
 
     Raises
     ------
@@ -136,7 +137,7 @@ def _scan(q: Array, k: Array, v: Array, backend: Backends, **options: Any) -> An
     request, inputs, layout = prepare(q, k, v, **options)
     o, state, _ = dispatch.choose(request, backend, autograd=True).forward(request, inputs)
     o = layout.tokens_out(o)
-    return (o, state) if request.return_state else o
+    return (o, layout.state_out(state)) if request.return_state else o
 
 
 def step(
@@ -213,7 +214,7 @@ def _step(
     )
     chosen = dispatch.choose(request, backend, autograd=True)
     o, new = chosen.step(request, inputs, bool(donate))
-    return layout.tokens_out(o), new.pack() if isinstance(state, PackedState) else new
+    return layout.tokens_out(o), layout.state_out(new)
 
 
 def summarize(
@@ -267,7 +268,7 @@ def combine(left: Any, right: Any) -> Any:
     Parameters
     ----------
     left : Segment or State
-        The earlier one.
+        The earlier one; a state may be packed.
     right : Segment
         The later one, of the same operator, mask and sizes.
 
@@ -285,7 +286,7 @@ def combine(left: Any, right: Any) -> Any:
     Unsupported
         ``left`` is a state of the paper's own recurrences, which no segment continues.
     """
-    packed = isinstance(left, PackedState)
+    packed = type(left) in STATE_OF
     left = left.unpack() if packed else left
     algebra = next((a for a in ALGEBRA.values() if a.segment is type(right)), None)
     if algebra is None:
@@ -351,7 +352,9 @@ return_state, form, chunk_size, convention, backend
     pullback : callable
         ``pullback(do)``, or ``pullback(do, dstate)`` with return_state=True, gives `Gradients` (dq,
         dk, dv, ddecay, dlog_gate, dinitial_state), None where an input was not given as an array.
-        Either argument may be None; it can be called again.
+        Either argument, and any field of dstate, may be None; it can be called again. dstate is of
+        the returned state's type, dinitial_state of the given one's: of a packed S each number off
+        the diagonal has the gradient of both entries that it stands for.
 
     Raises
     ------
@@ -386,7 +389,7 @@ return_state, form, chunk_size, convention, backend
         """Gradients of every array input from those of the outputs."""
         return _pull(chosen, request, inputs, layout, saved, o.shape, do, dstate)
 
-    return ((o, state) if return_state else o), pullback
+    return ((o, layout.state_out(state)) if return_state else o), pullback
 
 
 def _pull(
@@ -399,18 +402,7 @@ def _pull(
     do: Array | None,
     dstate: Any,
 ) -> Gradients:
-    if do is not None:
-        do = array("do", do, inputs.q)
-        if tuple(do.shape) != tuple(shape):
-            raise ValueError(f"do has shape {tuple(do.shape)}; expected {tuple(shape)} like o")
-        if arrays.dtype_name(do) not in arrays.FLOATS:
-            raise TypeError(f"do has dtype {do.dtype}; expected {inputs.v.dtype} like o")
-        do = layout.tokens_in(do)
-    if dstate is not None and (not request.return_state or type(dstate) is not request.state_type):
-        expected = "None without return_state=True"
-        if request.return_state and request.state_type is not None:
-            expected = request.state_type.__name__
-        raise ValueError(f"dstate is {type(dstate).__name__}; expected {expected}")
+    do, dstate = cotangents(request, inputs, layout, shape, do, dstate)
     grads: Gradients = chosen.backward(request, inputs, saved, do, dstate)
     ddecay, dlog_gate = grads.ddecay, grads.dlog_gate
     return Gradients(
@@ -419,7 +411,7 @@ def _pull(
         layout.tokens_out(grads.dv),
         ddecay,
         None if dlog_gate is None else layout.gate_out(dlog_gate),
-        grads.dinitial_state,
+        layout.dstate_out(grads.dinitial_state),
     )
 
 

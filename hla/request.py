@@ -14,7 +14,13 @@ from .core.adjoint import sum_to
 from .core.forms import FORMS
 from .core.hla2 import HLA2RidgeState, HLA2State
 from .core.namespace import Array, device, library, namespace
-from .core.packing import PackedState
+from .core.packing import (
+    PACKED_OF,
+    STATE_OF,
+    pack_gradient,
+    packed_shape,
+    unpack_gradient,
+)
 from .core.passes import Gate, Shape, broadcast
 from .core.programs import CAUSAL, program
 from .core.request import Inputs, Request
@@ -33,6 +39,7 @@ class Layout(NamedTuple):
     axis: int | None  # token axis of q, negative; None in `step`
     gate_shape: Shape | None  # the caller's log_gate; None where it has no gradient
     decay_shape: Shape | None
+    packed: bool = False  # the incoming state, and so the outgoing one
 
     def tokens_in(self, x: Array) -> Array:
         """Move the token axis to -2 (`step`: add one)."""
@@ -66,6 +73,18 @@ class Layout(NamedTuple):
             grad = namespace(grad).moveaxis(grad, -1, self.axis + 1)
         lead = (1,) * (grad.ndim - len(self.gate_shape))
         return namespace(grad).reshape(sum_to(grad, (*lead, *self.gate_shape)), self.gate_shape)
+
+    def state_out(self, state: Any) -> Any:
+        """Return a state in the type in which the caller gave one."""
+        return state.pack() if self.packed and state is not None else state
+
+    def dstate_in(self, grad: Any) -> Any:
+        """Gradient of the outgoing state from that of what `state_out` made of it."""
+        return unpack_gradient(grad) if self.packed and grad is not None else grad
+
+    def dstate_out(self, grad: Any) -> Any:
+        """Gradient of the incoming state as the caller gave it."""
+        return pack_gradient(grad) if self.packed and grad is not None else grad
 
 
 def prepare(
@@ -129,12 +148,12 @@ def prepare(
                 )
     q, k, v = (layout.tokens_in(x) for x in (q, k, v))
     decay, log_gate, layout = _gate(q, batch, decay, log_gate, layout)
-    if isinstance(initial_state, PackedState):
-        if axis is not None:
-            raise ValueError("initial_state is packed; expected it whole. Pass state.unpack()")
-        initial_state = initial_state.unpack()
+    layout = layout._replace(packed=type(initial_state) in STATE_OF)
     inputs = Inputs(q, k, v, decay, log_gate, None)
-    kind = default if initial_state is None else _state_type(initial_state, default, float(ridge))
+    state_name = "state" if axis is None else "initial_state"
+    kind = default
+    if initial_state is not None:
+        kind = _state_type(state_name, initial_state, default, float(ridge))
     given_gate = layout.decay_shape is not None or layout.gate_shape is not None
     gates = (*(None if x is None else x.shape for x in (decay, log_gate)), given_gate)
     tf32 = arrays.tf32_allowed(q)
@@ -159,7 +178,8 @@ def prepare(
             tf32=tf32,
         )
         _remember(_requests, whole, request)
-    return request, inputs._replace(state=_state(request, q, initial_state)), layout
+    state = _state(state_name, request, q, initial_state)
+    return request, inputs._replace(state=state), layout
 
 
 def describe(inputs: Inputs, *, state_type: type[Any] | None, **options: Any) -> Request:
@@ -447,44 +467,99 @@ def _broadcasts(name: str, shape: Shape, to: Shape, what: str) -> None:
     )
 
 
-def _state_type(state: Any, default: type[Any] | None, ridge: float) -> type[Any]:
-    """Check that a state is of the request's kind; return its type."""
+def _state_type(name: str, state: Any, default: type[Any] | None, ridge: float) -> type[Any]:
+    """Check that a state, packed or not, is of the request's kind; return its type unpacked."""
     assert default is not None
     accepted = (HLA2State, HLA2RidgeState) if default in (HLA2State, HLA2RidgeState) else (default,)
     if not hasattr(state, "_fields"):
-        raise TypeError(f"initial_state is {_kind(state)}; expected {default.__name__} or None")
-    if type(state) not in accepted:
-        raise ValueError(
-            f"initial_state is {_kind(state)}; expected {default.__name__}, the state of this"
-            " operator, mask and convention"
+        raise TypeError(
+            f"{name} is {_kind(state)}; expected {default.__name__}, packed or not, or None. Of"
+            f" saved arrays make one: hla.states.{default.__name__}(**fields)"
         )
-    if ridge and type(state) is HLA2State:
+    kind: type[Any] = STATE_OF.get(type(state), type(state))
+    if kind not in accepted:
         raise ValueError(
-            "initial_state is HLA2State, which lacks the C and m that ridge > 0 reads; start from a"
-            " state made with ridge > 0 or from Segment.to_state()"
+            f"{name} is {_kind(state)}; expected {default.__name__}, packed or not, the state of"
+            " this operator, mask and convention. Pass those that it was made with"
         )
-    return type(state)
+    if ridge and kind is HLA2State:
+        raise ValueError(
+            f"{name} is {type(state).__name__}, which lacks the C and m that ridge > 0 reads; start"
+            " from a state made with ridge > 0 or from Segment.to_state()"
+        )
+    return kind
 
 
-def _state(request: Request, q: Array, state: Any) -> Any:
-    """Check each field of the incoming state and bring it to the accumulation dtype."""
+def _state(name: str, request: Request, q: Array, state: Any) -> Any:
+    """Check each field of the incoming state, bring it to the accumulation dtype and unpack it."""
     if state is None:
         return None
-    xp, fields = namespace(q), {}
+    xp, fields, packed = namespace(q), {}, type(state) in STATE_OF
     dtype = getattr(xp, request.accumulate)
     for field, shape in request.state_shapes().items():
-        name, x = f"initial_state.{field}", getattr(state, field)
+        label, x = f"{name}.{field}", getattr(state, field)
         try:
-            x = array(name, x, q)
+            x = array(label, x, q)
         except TypeError as error:
             raise ValueError(str(error)) from None
         kind = arrays.dtype_name(x)
         if kind not in arrays.FLOATS:
-            raise TypeError(f"{name} has dtype {x.dtype}; expected {request.accumulate}. Cast it")
+            raise TypeError(f"{label} has dtype {x.dtype}; expected {request.accumulate}. Cast it")
         if kind == "float64" and request.accumulate != "float64":
             raise ValueError(
-                f"{name} has dtype {x.dtype}; expected {request.accumulate} or lower. Cast it first"
+                f"{label} has dtype {x.dtype}; expected {request.accumulate} or lower. Cast it"
             )
-        _broadcasts(name, x.shape, shape, "its shape in this call")
+        full = packed_shape(shape) if packed and field == "S" else shape
+        _broadcasts(label, x.shape, full, "its shape in this call")
         fields[field] = xp.astype(x, dtype, copy=False)
-    return type(state)(**fields)
+    given = type(state)(**fields)
+    return given.unpack() if packed else given
+
+
+def cotangents(
+    request: Request, inputs: Inputs, layout: Layout, shape: Shape, do: Any, dstate: Any
+) -> tuple[Array | None, Any]:
+    """Check the gradients of o, of the given shape, and of the state; return them canonical."""
+    q = inputs.q
+    if do is not None:
+        do = layout.tokens_in(_cotangent("do", do, q, tuple(shape), "o"))
+    if dstate is None:
+        return do, None
+    if not request.return_state or request.state_type is None:
+        raise ValueError(
+            "dstate was given, but no state was returned; pass None, or hla.vjp return_state=True"
+        )
+    kind = request.state_type
+    expected = PACKED_OF[kind] if layout.packed else kind
+    if type(dstate) is not expected:
+        raise (ValueError if hasattr(dstate, "_fields") else TypeError)(
+            f"dstate is {_kind(dstate)}; expected {expected.__name__} like the returned state."
+            " A field without a gradient may be None"
+        )
+    xp, fields = namespace(q), {}
+    dtype = getattr(xp, request.accumulate)
+    for field, full in request.state_shapes().items():
+        if layout.packed and field == "S":
+            full = packed_shape(full)
+        x = getattr(dstate, field)
+        if x is None:
+            fields[field] = xp.zeros(full, dtype=dtype, device=device(q))
+        else:
+            x = _cotangent(f"dstate.{field}", x, q, full, f"state.{field}")
+            fields[field] = xp.astype(x, dtype, copy=False)
+    given = any(x is not None for x in dstate)
+    return do, layout.dstate_in(expected(**fields)) if given else None
+
+
+def _cotangent(name: str, x: Any, q: Array, shape: Shape, like: str) -> Array:
+    """Check that ``x`` can be the gradient of an output."""
+    x = array(name, x, q)
+    if arrays.dtype_name(x) not in arrays.FLOATS:
+        raise TypeError(
+            f"{name} has dtype {x.dtype}; expected a floating dtype like {like}. Cast it"
+        )
+    if tuple(x.shape) != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; expected {shape} like {like}. Broadcast or sum it"
+        )
+    return x

@@ -151,24 +151,21 @@ def test_a_segment_becomes_a_state_that_continues(operator, mask, gate):
         assert state._fields == ("S", "F", "eta", "C", "m")
 
 
-def numbers(tree):
-    """How many numbers a state holds, packed or not."""
-    return sum(numbers(x) for x in tree) if isinstance(tree, tuple) else tree.size
-
-
-@pytest.mark.parametrize("gate", ["none", "per_head", "resets"])
-@pytest.mark.parametrize(
-    ("operator", "mask"), [*itertools.product(("hla2", "hla3"), ("causal", "prefix"))]
-)
-def test_packed_states_hold_one_triangle_and_step_alike(operator, mask, gate):
+@pytest.mark.parametrize(("operator", "mask", "gate"), ALGEBRAS)
+def test_packed_states_are_flat_and_step_and_combine_alike(operator, mask, gate):
     x = Sequence(operator, mask, gate)
     state = None
     for t in range(7):  # stepped states are symmetric to the bit, so packing loses nothing
         _, state = x.step(t, state)
     packed = state.pack()
+    assert packed._fields == state._fields
+    assert {n: y.shape for n, y in packed._asdict().items()} == {
+        n: (*y.shape[:-2], 5 * 6 // 2) if n == "S" else y.shape for n, y in state._asdict().items()
+    }
     same_fields(packed.unpack(), state)
-    spared = state.S.size * (5 - 1) // (2 * 5)
-    assert numbers(packed) == numbers(state) - spared
+    joined = hla.combine(packed, x.segment(7, T))
+    assert type(joined) is type(packed)
+    close_fields(joined.unpack(), hla.combine(state, x.segment(7, T)), 1e-13)
     for t in range(7, T):
         o, state = x.step(t, state)
         packed_o, packed_after = x.step(t, packed)
@@ -280,5 +277,5 @@ def test_packed_states_hold_the_upper_triangle_row_by_row():
     """The order is a format: states are saved packed."""
     S = np.arange(16.0).reshape(4, 4)
     state = hla.states.HLA2State(S + S.T, np.ones((4, 2)), np.ones(4))
-    np.testing.assert_array_equal(state.pack().upper, (S + S.T)[np.triu_indices(4)])
+    np.testing.assert_array_equal(state.pack().S, (S + S.T)[np.triu_indices(4)])
     np.testing.assert_array_equal(state.pack().unpack().S, S + S.T)

@@ -1,6 +1,7 @@
 """Hand-over of states, shared and grouped heads, axes, packed sequences, saved states."""
 
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -225,16 +226,85 @@ def test_scan_of_a_state_saved_and_loaded(row: Row, tmp_path):
     safetensors = installed("safetensors.numpy")
     q, k, v = draw(H, T)
     options = {"operator": row.operator, "mask": row.mask}
-    _, state = hla.scan(q, k, v, return_state=True, **options)
-    np.savez(tmp_path / "state.npz", **state._asdict())
-    safetensors.save_file(state._asdict(), tmp_path / "state.safetensors")
-    with np.load(tmp_path / "state.npz", allow_pickle=False) as file:
-        unpickled = type(state)(**file)
-    loaded = type(state)(**safetensors.load_file(tmp_path / "state.safetensors"))
-    same_fields(unpickled, state)
-    same_fields(loaded, state)
-    want = hla.scan(q, k, v, initial_state=state, **row.options)
-    same(hla.scan(q, k, v, initial_state=loaded, **row.options), want)
+    _, whole = hla.scan(q, k, v, return_state=True, **options)
+    for state in (whole, whole.pack()):
+        kind = getattr(hla.states, type(state).__name__)
+        np.savez(tmp_path / "state.npz", **state._asdict())
+        safetensors.save_file(state._asdict(), tmp_path / "state.safetensors")
+        with np.load(tmp_path / "state.npz", allow_pickle=False) as file:
+            unpickled = kind(**file)
+        loaded = kind(**safetensors.load_file(tmp_path / "state.safetensors"))
+        same_fields(unpickled, state)
+        same_fields(loaded, state)
+        same_fields(pickle.loads(pickle.dumps(state)), state)
+        want = hla.scan(q, k, v, initial_state=state, **row.options)
+        same(hla.scan(q, k, v, initial_state=loaded, **row.options), want)
+
+
+def triangle(S):
+    return S[(..., *np.triu_indices(S.shape[-1]))]
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+@pytest.mark.parametrize("gate", ["none", "per_head", "resets"])
+@pytest.mark.parametrize(("operator", "mask", "convention"), STREAMING)
+def test_packed_states_in_scans_and_gradients(operator, mask, convention, gate, ridge):
+    """Packed in, packed out; a number of a packed S has the gradients of both its entries."""
+    if ridge and operator != "hla2":
+        return
+    q, _, _ = draw(2, H, T)
+    _, k, v = draw(2, 1, T, seed=1)  # S is kept once
+    options = gates(gate, H, T) | {"operator": operator, "mask": mask, "convention": convention}
+    options |= {"ridge": ridge, "scale": 0.6, "return_state": True, "chunk_size": 8}
+    _, start = hla.scan(q, k, v, **options)
+    packed = start.pack()
+    rng = np.random.default_rng(2)
+    for backend in ("numpy", "array_api"):
+        (o, end), pullback = hla.vjp(q, k, v, initial_state=packed, backend=backend, **options)
+        want, whole = hla.scan(q, k, v, initial_state=start, backend=backend, **options)
+        close(o, want, 1e-12)
+        assert type(end) is type(packed)
+        close_fields(end.unpack(), whole, 1e-12)
+        do = rng.standard_normal(o.shape)
+        dstate = type(end)(*(rng.standard_normal(x.shape) for x in end))
+        upper = dict(dstate._asdict())
+        if "S" in upper:  # what is packed is the upper triangle
+            upper["S"] = np.zeros(whole.S.shape)
+            upper["S"][(..., *np.triu_indices(5))] = dstate.S
+        _, of_whole = hla.vjp(q, k, v, initial_state=start, backend=backend, **options)
+        expected = of_whole(do, type(start)(**upper))
+        given = expected.dinitial_state._asdict()
+        if "S" in given:
+            both = given["S"] + given["S"].mT
+            given["S"] = triangle(np.where(np.eye(5, dtype=bool), given["S"], both))
+        got = pullback(do, dstate)
+        close_fields(got, expected._replace(dinitial_state=type(packed)(**given)), 1e-10)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_gradients_of_a_packed_state_are_differences(operator):
+    q, k, v = draw(H, 6)
+    _, state = hla.scan(q, k, v, operator=operator, return_state=True)
+    packed, rng = state.pack(), np.random.default_rng(3)
+    do, way = rng.standard_normal((H, 6, 3)), [rng.standard_normal(x.shape) for x in packed]
+
+    def loss(t):
+        moved = type(packed)(*(x + t * y for x, y in zip(packed, way, strict=True)))
+        return (do * hla.scan(q, k, v, operator=operator, initial_state=moved)).sum()
+
+    grad = hla.vjp(q, k, v, operator=operator, initial_state=packed)[1](do).dinitial_state
+    slope = sum((x * y).sum() for x, y in zip(grad, way, strict=True))
+    close(np.array((loss(1.0) - loss(-1.0)) / 2), np.array(slope), 1e-10)  # at most quadratic in it
+
+
+def test_fields_of_a_state_without_a_gradient_may_be_none():
+    q, k, v = draw(H, T)
+    (o, state), pullback = hla.vjp(q, k, v, return_state=True)
+    zeros = type(state)(*(np.zeros_like(x) for x in state))
+    for name, x in state._asdict().items():
+        some = type(state)(**dict.fromkeys(state._fields) | {name: x})
+        close_fields(pullback(o, some), pullback(o, zeros._replace(**{name: x})))
+    close_fields(pullback(o, type(state)(None, None, None)), pullback(o))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -92,6 +92,36 @@ def test_jax_scan_over_steps(jax, operator):
     close(to_numpy(o).swapaxes(0, 1), want)
 
 
+def test_packed_states_are_differentiated_as_they_are_given(jax):
+    """Autograd, torch.func and jax.grad through packed states: what hla.vjp gives."""
+    torch = pytest.importorskip("torch")
+    inputs = draw(2, 9)
+    options = {"operator": "hla3", "decay": 0.9, "return_state": True}
+    start = hla.scan(*inputs, **options)[1].pack()
+    (o, end), pullback = hla.vjp(*inputs, initial_state=start, **options)
+    want = pullback(o, end).dinitial_state
+
+    def loss(q, k, v, state):
+        o, end = hla.scan(q, k, v, initial_state=state, **options)
+        assert type(end) is type(start)
+        return sum((x**2).sum() for x in (o, *end)) / 2
+
+    lib = load("torch")
+    leaves = type(start)(*(x.requires_grad_() for x in lib.arrays(*start)))
+    loss(*lib.arrays(*inputs), leaves).backward()
+    by_func = torch.func.grad(loss, argnums=3)(
+        *lib.arrays(*inputs), type(start)(*lib.arrays(*start))
+    )
+    lib = load("jax")
+    by_jax = jax.jit(jax.grad(loss, argnums=3))(
+        *lib.arrays(*inputs), type(start)(*lib.arrays(*start))
+    )
+    assert type(by_func) is type(by_jax) is type(start)
+    for x, y, z, g in zip(leaves, by_func, by_jax, want, strict=True):
+        for found in (x.grad, y.detach(), z):
+            close(to_numpy(found), g, 1e-12)
+
+
 def equations(jaxpr):
     """The number of equations of a jaxpr, those of its inner ones included."""
     found = 0

@@ -432,11 +432,10 @@ def test_split_anywhere_and_continue(row: Row, gate, dtype):
     parts = [first, second]
     for t in range(cuts[1], T):
         token = part(t)
-        packed = state.pack() if hasattr(state, "pack") else state
         o, state = hla.step(
-            token.pop("q"), token.pop("k"), token.pop("v"), packed, **token, **options
+            token.pop("q"), token.pop("k"), token.pop("v"), state.pack(), **token, **options
         )
-        state = state.unpack() if hasattr(state, "unpack") else state
+        state = state.unpack()
         parts.append(o[:, None])
     size = {"D": 24, "T": T, "decay": inputs.get("decay"), "operator": row.operator}
     results = {"o": (torch.cat(parts, 1), want)}

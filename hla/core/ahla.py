@@ -5,10 +5,11 @@ R of a masked segment never decays (derivations 3.2: decayed, the operator is no
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .algebra import Algebra, Cross, Join, inner, outer
 from .namespace import Array
+from .packing import pack
 
 
 class AHLAState(NamedTuple):
@@ -19,6 +20,10 @@ class AHLAState(NamedTuple):
     E: Array
     n: Array
 
+    def pack(self) -> Any:
+        """Return the same fields as a packed state."""
+        return pack(self)
+
 
 class AHLAPrefixState(NamedTuple):
     """The plain moments R = sum k q' (D, D), P = sum k v', m = sum k, all decayed."""
@@ -26,6 +31,10 @@ class AHLAPrefixState(NamedTuple):
     R: Array
     P: Array
     m: Array
+
+    def pack(self) -> Any:
+        """Return the same fields as a packed state."""
+        return pack(self)
 
 
 class AHLASegment(NamedTuple):

@@ -6,11 +6,11 @@ the paper's rho the operator is not associative). A state carries F = S C - G an
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .algebra import Algebra, Cross, Join, dot, outer
 from .namespace import Array, namespace
-from .packing import PackedState, pack
+from .packing import pack
 
 
 class HLA2State(NamedTuple):
@@ -20,8 +20,8 @@ class HLA2State(NamedTuple):
     F: Array
     eta: Array
 
-    def pack(self) -> PackedState:
-        """Store S as its upper triangle."""
+    def pack(self) -> Any:
+        """Return flat named arrays, S as its upper triangle."""
         return pack(self)
 
 
@@ -34,8 +34,8 @@ class HLA2RidgeState(NamedTuple):
     C: Array
     m: Array
 
-    def pack(self) -> PackedState:
-        """Store S as its upper triangle."""
+    def pack(self) -> Any:
+        """Return flat named arrays, S as its upper triangle."""
         return pack(self)
 
 
@@ -46,8 +46,8 @@ class HLA2PrefixState(NamedTuple):
     C: Array
     m: Array
 
-    def pack(self) -> PackedState:
-        """Store S as its upper triangle."""
+    def pack(self) -> Any:
+        """Return flat named arrays, S as its upper triangle."""
         return pack(self)
 
 
@@ -60,8 +60,8 @@ class HLA2PaperState(NamedTuple):
     G: Array
     h: Array
 
-    def pack(self) -> PackedState:
-        """Store S as its upper triangle."""
+    def pack(self) -> Any:
+        """Return flat named arrays, S as its upper triangle."""
         return pack(self)
 
 

@@ -6,11 +6,11 @@ associative operator needs O(D^2 + D V) memory where the paper's needs maps of O
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .algebra import Algebra, Cross, Join, inner, outer
 from .namespace import Array
-from .packing import PackedState, pack
+from .packing import pack
 
 
 class HLA3State(NamedTuple):
@@ -22,8 +22,8 @@ class HLA3State(NamedTuple):
     F: Array
     eta: Array
 
-    def pack(self) -> PackedState:
-        """Store S as its upper triangle."""
+    def pack(self) -> Any:
+        """Return flat named arrays, S as its upper triangle."""
         return pack(self)
 
 
@@ -35,8 +35,8 @@ class HLA3PrefixState(NamedTuple):
     P: Array
     m: Array
 
-    def pack(self) -> PackedState:
-        """Store S as its upper triangle."""
+    def pack(self) -> Any:
+        """Return flat named arrays, S as its upper triangle."""
         return pack(self)
 
 
@@ -54,8 +54,8 @@ class HLA3PaperState(NamedTuple):
     h2: Array
     h3: Array
 
-    def pack(self) -> PackedState:
-        """Store S as its upper triangle."""
+    def pack(self) -> Any:
+        """Return flat named arrays, S as its upper triangle."""
         return pack(self)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .algebra import Algebra, Join, outer
 from .namespace import Array
+from .packing import pack
 
 
 class LinearState(NamedTuple):
@@ -13,6 +14,10 @@ class LinearState(NamedTuple):
 
     P: Array
     m: Array
+
+    def pack(self) -> Any:
+        """Return the same fields as a packed state."""
+        return pack(self)
 
 
 class LinearSegment(NamedTuple):

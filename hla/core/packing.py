@@ -1,48 +1,116 @@
-"""Symmetric S stored as its upper triangle, D (D + 1) / 2 numbers (the paper's section 5.2)."""
+"""Packed states: the fields of a state, S as its upper triangle, row by row (the paper's 5.2)."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+import math
+from collections import namedtuple
+from typing import Any
 
 import numpy as np
 
 from .namespace import Array, device, namespace
 
-
-class PackedState(NamedTuple):
-    """A state whose S is its upper triangle, row by row; ``rest`` holds the other fields.
-
-    ``operator`` of the packed state is that of ``rest``, which is the state with S of no rows.
-    """
-
-    upper: Array
-    rest: Any
-
-    def unpack(self) -> Any:
-        """Return the state with S whole."""
-        xp, D = namespace(self.upper), _width(self.upper.shape[-1])
-        take = xp.asarray(_rows(D)[1], device=device(self.upper))
-        flat = xp.take(self.upper, take, axis=-1)
-        return self.rest._replace(S=xp.reshape(flat, (*self.upper.shape[:-1], D, D)))
+PACKED_OF: dict[type[Any], Any] = {}  # packed type by state type; `hla.states` names each
+STATE_OF: dict[type[Any], Any] = {}  # and back
 
 
-def pack(state: Any) -> PackedState:
-    """Store S as its upper triangle, which halves its bytes; `PackedState.unpack` undoes it."""
-    xp, S = namespace(state.S), state.S
-    take = xp.asarray(_rows(S.shape[-1])[0], device=device(S))
-    flat = xp.reshape(S, (*S.shape[:-2], S.shape[-1] ** 2))
-    return PackedState(xp.take(flat, take, axis=-1), state._replace(S=S[..., :0, :]))
+def packed_type(state_type: Any) -> Any:
+    """Make the packed type of a state type: a NamedTuple of the same fields."""
+    name, fields = state_type.__name__.removesuffix("State"), state_type._fields
+    make: Any = namedtuple
+    kind = make(f"{name}PackedState", fields, module="hla.states")
+    S = "S is its upper triangle, (..., D (D + 1) / 2), row by row; " if "S" in fields else ""
+    kind.__doc__ = f"`{name}State` packed: {S}`unpack` undoes it."
+    kind.unpack = unpack
+    PACKED_OF[state_type], STATE_OF[kind] = kind, state_type
+    return kind
 
 
-def _width(packed: int) -> int:
-    return (int(np.sqrt(8 * packed + 1)) - 1) // 2
+def pack(state: Any) -> Any:
+    """Return a state as flat named arrays, S as its upper triangle, which halves its bytes."""
+    fields = state._asdict()
+    if "S" in fields:
+        S = fields["S"]
+        D = S.shape[-1] if S.ndim else 0
+        if tuple(S.shape[-2:]) != (D, D):
+            raise ValueError(f"S has shape {tuple(S.shape)}; expected (..., D, D) to be packed")
+        fields["S"] = _take(_flat(S), _triangle(D)[0])
+    return PACKED_OF[type(state)](**fields)
+
+
+def unpack(self: Any) -> Any:
+    """Return the state, S whole."""
+    fields = self._asdict()
+    if "S" in fields:
+        upper = fields["S"]
+        D = width(tuple(upper.shape))
+        whole = _take(upper, _triangle(D)[2])
+        fields["S"] = namespace(upper).reshape(whole, (*upper.shape[:-1], D, D))
+    return STATE_OF[type(self)](**fields)
+
+
+def pack_gradient(grad: Any) -> Any:
+    """Gradient of a packed state from that of the state: a packed number stands for two entries."""
+    fields = grad._asdict()
+    if "S" in fields:
+        flat = _with_zero(_flat(fields["S"]))
+        upper, lower, _, _ = _triangle(fields["S"].shape[-1])
+        fields["S"] = _take(flat, upper) + _take(flat, lower)
+    return PACKED_OF[type(grad)](**fields)
+
+
+def unpack_gradient(grad: Any) -> Any:
+    """Gradient of a state from that of the packed one: what was not packed has none."""
+    fields = grad._asdict()
+    if "S" in fields:
+        upper = fields["S"]
+        D = width(tuple(upper.shape))
+        whole = _take(_with_zero(upper), _triangle(D)[3])
+        fields["S"] = namespace(upper).reshape(whole, (*upper.shape[:-1], D, D))
+    return STATE_OF[type(grad)](**fields)
+
+
+def packed_shape(S: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of S packed from that of S."""
+    D = S[-1]
+    return (*S[:-2], D * (D + 1) // 2)
+
+
+def width(shape: tuple[int, ...]) -> int:
+    """Return D of a packed S."""
+    packed = shape[-1] if shape else -1
+    D = (math.isqrt(8 * max(packed, 0) + 1) - 1) // 2
+    if packed != D * (D + 1) // 2:
+        raise ValueError(f"S has shape {shape}; expected (..., D (D + 1) / 2), its upper triangle")
+    return D
+
+
+def _flat(S: Array) -> Array:
+    return namespace(S).reshape(S, (*S.shape[:-2], S.shape[-2] * S.shape[-1]))
+
+
+def _with_zero(x: Array) -> Array:
+    """Append a zero, for what has no place in ``x``."""
+    xp = namespace(x)
+    zero = xp.zeros((*x.shape[:-1], 1), dtype=x.dtype, device=device(x))
+    return xp.concat([x, zero], axis=-1)
+
+
+def _take(x: Array, places: np.ndarray[Any, Any]) -> Array:
+    xp = namespace(x)
+    return xp.take(x, xp.asarray(places, device=device(x)), axis=-1)
 
 
 @functools.lru_cache(maxsize=16)
-def _rows(D: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Where the triangle lies in the flat square, and where each of the square in the triangle."""
+def _triangle(D: int) -> tuple[np.ndarray[Any, Any], ...]:
+    """Return places in the flat square and in the triangle, one past the end for none.
+
+    In the square: of each number of the triangle, and of its mirror image off the diagonal. In the
+    triangle: of each entry of the square, and of each entry above and on the diagonal.
+    """
     i, j = np.triu_indices(D)
-    place = np.zeros((D, D), dtype=np.int64)
-    place[i, j] = place[j, i] = np.arange(i.size)
-    return i * D + j, place.reshape(-1)
+    entry = np.zeros((D, D), dtype=np.int64)
+    entry[i, j] = entry[j, i] = np.arange(i.size)
+    above = np.where(np.tri(D, dtype=bool).T, entry, i.size)
+    return i * D + j, np.where(i == j, D * D, j * D + i), entry.reshape(-1), above.reshape(-1)
