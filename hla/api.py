@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import arrays, dispatch
-from .core.associative import ALGEBRA
 from .core.forms import Gradients
 from .core.namespace import Array
 from .core.packing import STATE_OF
 from .core.request import Inputs, Request
 from .dispatch import Backend, Explanation
 from .errors import Unsupported
-from .request import Layout, array, cotangents, prepare
+from .joining import as_before, stretches
+from .request import Layout, cotangents, prepare
 
 Backends = str | Sequence[str] | None
 
@@ -265,6 +265,8 @@ def summarize(
 def combine(left: Any, right: Any) -> Any:
     """Join two adjacent stretches, earlier first: the paper's associative operator.
 
+    Stretches stacked along new leading axes are joined one by one.
+
     Parameters
     ----------
     left : Segment or State
@@ -282,37 +284,17 @@ def combine(left: Any, right: Any) -> Any:
     TypeError
         The two are not of one operator and mask, or ``right`` is no segment.
     ValueError
-        Their sizes or devices disagree.
+        Their sizes or devices disagree, or the batch axes of their fields cannot be told apart.
     Unsupported
         ``left`` is a state of the paper's own recurrences, which no segment continues.
     """
-    packed = type(left) in STATE_OF
-    left = left.unpack() if packed else left
-    algebra = next((a for a in ALGEBRA.values() if a.segment is type(right)), None)
-    if algebra is None:
-        raise TypeError(f"right is {type(right).__name__}; expected a segment from hla.summarize")
-    if type(left).__name__.endswith("PaperState"):
-        raise Unsupported(
-            "left is a state of convention='paper', whose decayed recurrences are not associative;"
-            " continue it with hla.scan or hla.step"
-        )
-    whole = type(getattr(right, "to_state")())  # noqa: B009 - a union of NamedTuples
-    if type(left) not in (algebra.segment, algebra.state, whole):
-        raise TypeError(
-            f"left is {type(left).__name__}; expected {algebra.segment.__name__} or "
-            f"{algebra.state.__name__} like right"
-        )
-    for name, x in (*left._asdict().items(), *right._asdict().items()):
-        array(name, x, right.rho, "right.rho")
-    for name in set(left._fields) & set(right._fields) - {"rho"}:
-        rank = 1 if name[0].islower() else 2
-        a, b = (tuple(getattr(x, name).shape[-rank:]) for x in (left, right))
-        if a != b:
-            raise ValueError(f"left.{name} has sizes {a}; expected {b} like right.{name}")
+    algebra = stretches(left, right)
     with arrays.exact_products(right.rho):
         if type(left) is algebra.segment:
             return algebra.combine(left, right)
-        joined = algebra.extend(left, right)
+        packed = type(left) in STATE_OF
+        state = left.unpack() if packed else left
+        joined = as_before(algebra.extend(state, right), state)
     return joined.pack() if packed else joined
 
 

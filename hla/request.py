@@ -40,6 +40,7 @@ class Layout(NamedTuple):
     gate_shape: Shape | None  # the caller's log_gate; None where it has no gradient
     decay_shape: Shape | None
     packed: bool = False  # the incoming state, and so the outgoing one
+    state_ranks: tuple[int, ...] = ()  # of the incoming state's fields
 
     def tokens_in(self, x: Array) -> Array:
         """Move the token axis to -2 (`step`: add one)."""
@@ -84,7 +85,14 @@ class Layout(NamedTuple):
 
     def dstate_out(self, grad: Any) -> Any:
         """Gradient of the incoming state as the caller gave it."""
-        return pack_gradient(grad) if self.packed and grad is not None else grad
+        if grad is None:
+            return None
+        grad = pack_gradient(grad) if self.packed else grad
+        fields = (
+            namespace(x).reshape(x, (*(1,) * (rank - x.ndim), *x.shape)) if rank > x.ndim else x
+            for x, rank in zip(grad, self.state_ranks, strict=True)
+        )
+        return type(grad)(*fields)
 
 
 def prepare(
@@ -178,8 +186,11 @@ def prepare(
             tf32=tf32,
         )
         _remember(_requests, whole, request)
-    state = _state(state_name, request, q, initial_state)
-    return request, inputs._replace(state=state), layout
+    if initial_state is not None:
+        state = _state(state_name, request, q, initial_state)
+        layout = layout._replace(state_ranks=tuple(x.ndim for x in initial_state))
+        inputs = inputs._replace(state=state)
+    return request, inputs, layout
 
 
 def describe(inputs: Inputs, *, state_type: type[Any] | None, **options: Any) -> Request:
@@ -269,7 +280,7 @@ def _options(
         raise ValueError(f"ridge is {ridge} with operator={operator!r}; only 'hla2' has a ridge")
     for name, flag in (("normalize", normalize), ("return_state", return_state)):
         if not isinstance(flag, (bool, np.bool_)):
-            raise TypeError(f"{name} is {_kind(flag)}; expected True or False")
+            raise TypeError(f"{name} is {kind_of(flag)}; expected True or False")
     if return_state and mask == "none":
         raise ValueError("return_state=True with mask='none', which has no state; pass False")
 
@@ -285,7 +296,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 def _number(name: str, value: Any) -> None:
     if not _is_number(value):
-        raise TypeError(f"{name} is {_kind(value)}; expected a Python number")
+        raise TypeError(f"{name} is {kind_of(value)}; expected a Python number")
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; expected a finite number")
 
@@ -296,13 +307,16 @@ def _chunk(value: Any) -> int | None:
     try:
         size = operators.index(value)
     except TypeError:
-        raise TypeError(f"chunk_size is {_kind(value)}; expected an integer >= 1 or None") from None
+        raise TypeError(
+            f"chunk_size is {kind_of(value)}; expected an integer >= 1 or None"
+        ) from None
     if isinstance(value, bool) or size < 1:
         raise ValueError(f"chunk_size is {value}; expected an integer >= 1 or None")
     return size
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """Describe what came in place of an array or a number."""
     return (
         f"{value!r} ({type(value).__name__})"
         if np.isscalar(value) or value is None
@@ -315,8 +329,8 @@ def array(name: str, x: Any, like: Array | None = None, like_name: str = "q") ->
     found = library(x)
     if found is None:
         raise TypeError(
-            f"{name} is {_kind(x)}; expected an array of NumPy, torch, JAX, CuPy or another library"
-            " of the Array API standard. Dask and masked arrays: compute or fill them first"
+            f"{name} is {kind_of(x)}; expected an array of NumPy, torch, JAX, CuPy or another"
+            " library of the Array API standard. Dask and masked arrays: compute or fill them first"
         )
     if like is not None:
         expected = library(like)
@@ -354,7 +368,7 @@ def _arrays(given: dict[str, Any], axis: int | None) -> tuple[Array, Array, Arra
         try:
             axis = operators.index(axis)
         except TypeError:
-            raise TypeError(f"axis is {_kind(axis)}; expected an integer") from None
+            raise TypeError(f"axis is {kind_of(axis)}; expected an integer") from None
         negative = axis if axis < 0 else axis - q.ndim
         if q.ndim >= 2 and not -q.ndim <= negative <= -2:
             raise ValueError(
@@ -473,13 +487,13 @@ def _state_type(name: str, state: Any, default: type[Any] | None, ridge: float) 
     accepted = (HLA2State, HLA2RidgeState) if default in (HLA2State, HLA2RidgeState) else (default,)
     if not hasattr(state, "_fields"):
         raise TypeError(
-            f"{name} is {_kind(state)}; expected {default.__name__}, packed or not, or None. Of"
+            f"{name} is {kind_of(state)}; expected {default.__name__}, packed or not, or None. Of"
             f" saved arrays make one: hla.states.{default.__name__}(**fields)"
         )
     kind: type[Any] = STATE_OF.get(type(state), type(state))
     if kind not in accepted:
         raise ValueError(
-            f"{name} is {_kind(state)}; expected {default.__name__}, packed or not, the state of"
+            f"{name} is {kind_of(state)}; expected {default.__name__}, packed or not, the state of"
             " this operator, mask and convention. Pass those that it was made with"
         )
     if ridge and kind is HLA2State:
@@ -492,8 +506,6 @@ def _state_type(name: str, state: Any, default: type[Any] | None, ridge: float) 
 
 def _state(name: str, request: Request, q: Array, state: Any) -> Any:
     """Check each field of the incoming state, bring it to the accumulation dtype and unpack it."""
-    if state is None:
-        return None
     xp, fields, packed = namespace(q), {}, type(state) in STATE_OF
     dtype = getattr(xp, request.accumulate)
     for field, shape in request.state_shapes().items():
@@ -510,6 +522,9 @@ def _state(name: str, request: Request, q: Array, state: Any) -> Any:
                 f"{label} has dtype {x.dtype}; expected {request.accumulate} or lower. Cast it"
             )
         full = packed_shape(shape) if packed and field == "S" else shape
+        extra = max(0, x.ndim - len(full))
+        if all(n == 1 for n in x.shape[:extra]):  # as a segment's field has them
+            x = xp.reshape(x, x.shape[extra:]) if extra else x
         _broadcasts(label, x.shape, full, "its shape in this call")
         fields[field] = xp.astype(x, dtype, copy=False)
     given = type(state)(**fields)
@@ -533,7 +548,7 @@ def cotangents(
     expected = PACKED_OF[kind] if layout.packed else kind
     if type(dstate) is not expected:
         raise (ValueError if hasattr(dstate, "_fields") else TypeError)(
-            f"dstate is {_kind(dstate)}; expected {expected.__name__} like the returned state."
+            f"dstate is {kind_of(dstate)}; expected {expected.__name__} like the returned state."
             " A field without a gradient may be None"
         )
     xp, fields = namespace(q), {}

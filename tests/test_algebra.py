@@ -180,6 +180,74 @@ def test_chunked_states_pack_to_rounding():
     close_fields(state.pack().unpack(), state, 1e-14)
 
 
+N = 3  # as many stretches as heads: what is aligned wrongly still broadcasts
+BATCHES = [((N,), (N,), (N,)), ((N, N), (N, N), (N, N)), ((N, N), (N,), (N, N)), ((N,), (), ())]
+
+
+def stack(parts):
+    return type(parts[0])(*(np.stack(x) for x in zip(*parts, strict=True)))
+
+
+def uniform(state):
+    """Whether all fields of a state have as many batch axes."""
+    return len({x.ndim - 1 - name[0].isupper() for name, x in state._asdict().items()}) == 1
+
+
+@pytest.mark.parametrize("batches", BATCHES, ids=str)
+@pytest.mark.parametrize(("operator", "mask", "gate"), ALGEBRAS)
+def test_stacked_stretches_are_joined_one_by_one(operator, mask, gate, batches):
+    rng, whole = np.random.default_rng(4), np.broadcast_shapes(*batches)
+
+    def stretch(call, **more):
+        q, k, v = (rng.standard_normal((*b, 5, n)) for b, n in zip(batches, (4, 4, 2), strict=True))
+        kind = gates(gate, *whole[-1:], 5)
+        return call(q, k, v, operator=operator, mask=mask, **kind, **more)
+
+    left, right = ([stretch(hla.summarize) for _ in range(N)] for _ in range(2))
+    states = [stretch(hla.scan, return_state=True)[1] for _ in range(N)]
+    joined = hla.combine(stack(left), stack(right))
+    for i in range(N):
+        close_fields(type(joined)(*(x[i] for x in joined)), hla.combine(left[i], right[i]), 1e-12)
+        for x, y in zip(hla.combine(states[i], right[i]), states[i], strict=True):
+            assert x.shape == y.shape
+    if not uniform(states[0]):
+        with pytest.raises(ValueError, match=r"left.*batch axes"):
+            hla.combine(stack(states), stack(right))
+        return
+    joined = hla.combine(stack(states), stack(right))
+    for i in range(N):
+        close_fields(type(joined)(*(x[i] for x in joined)), hla.combine(states[i], right[i]), 1e-12)
+
+
+def test_fields_that_cannot_be_aligned_are_refused():
+    x = Sequence("hla2", "causal", "none")
+    A, B = x.segment(0, 6), x.segment(6, T)
+    for part, name in ((A, "left"), (B, "right")):
+        twice = type(part)(*(np.stack([y, y]) for y in part))
+        old = twice._replace(rho=np.ones(2))  # as rho would be without the axes of the heads
+        with pytest.raises(ValueError, match=rf"{name}.rho.*\(2,\).*2 batch axes"):
+            hla.combine(*((old, B) if name == "left" else (A, old)))
+    close_fields(hla.combine(A, B._replace(rho=np.float64(1))), hla.combine(A, B), 1e-15)
+
+
+def test_a_segment_of_shared_keys_becomes_a_state_that_continues():
+    """Its fields have axes of size 1 in front that the state's own shape lacks."""
+    q, (_, k, v) = draw(2, H, T)[0], draw(H, T, seed=1)
+    state = hla.summarize(q[..., :6, :], k[..., :6, :], v[..., :6, :]).to_state()
+    assert state.S.shape == (1, H, 5, 5)
+    rest = [x[..., 6:, :] for x in (q, k, v)]
+    want, before = hla.scan(q, k, v)[..., 6:, :], hla.scan(q, k, v, return_state=True)[1]
+    for start in (state, state.pack()):
+        (o, end), pullback = hla.vjp(*rest, initial_state=start, return_state=True)
+        close(o, want, 1e-12)
+        assert {n: x.shape for n, x in end._asdict().items() if n in "S F eta"} == {
+            n: x.shape if n != "S" or start is state else (H, 15)
+            for n, x in before._asdict().items()
+        }
+        for x, y in zip(pullback(o).dinitial_state, start, strict=True):
+            assert x.shape == y.shape
+
+
 # The three corrections of design section 3, computed here without the package's operators.
 
 

@@ -10,7 +10,7 @@ from .namespace import Array, device, fold, namespace
 from .passes import Gate, Shape, broadcast, started
 from .programs import PAPER, final_states
 from .request import Request
-from .states import own, rank, split
+from .states import batch_rank, own, rank, split
 
 ALGEBRA: dict[tuple[str, str], Algebra] = {
     (name, mask): getattr(module, mask.upper())
@@ -48,7 +48,20 @@ def segment(
     program = programs.segment_program(request.operator, request.mask)
     _, trace = programs.run(program, values, gate, {}, chunk=chunk)
     fields = split(final_states(program, trace), request.state_shapes(segment=True))
-    return algebra.segment(**algebra.moments(fields), rho=_attenuation(values["k"], gate))
+    fields = algebra.moments(fields) | {"rho": _attenuation(values["k"], gate)}
+    return algebra.segment(**_aligned(fields))
+
+
+def _aligned(fields: dict[str, Array]) -> dict[str, Array]:
+    """Give each field as many batch axes as any has, of size 1 where it has none.
+
+    So they stay aligned when segments are stacked along a new axis.
+    """
+    most = max(batch_rank(field, x) for field, x in fields.items())
+    return {
+        field: namespace(x).reshape(x, (*(1,) * (most - batch_rank(field, x)), *x.shape))
+        for field, x in fields.items()
+    }
 
 
 def _attenuation(k: Array, gate: Gate) -> Array:

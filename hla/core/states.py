@@ -20,6 +20,11 @@ def rank(field: str) -> int:
     return 1 if field[0].islower() else 2
 
 
+def batch_rank(field: str, x: Array) -> int:
+    """Batch axes of a field of a state or segment; rho has no other."""
+    return len(x.shape) - (0 if field == "rho" else rank(field))
+
+
 def columns(
     request: Request, state: Any, *, gradient: bool = False
 ) -> dict[Fields, tuple[Array, ...]]:
