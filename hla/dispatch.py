@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import threading
 import warnings
 from collections.abc import Sequence
@@ -222,8 +223,23 @@ def _warn_slow(request: Request, reasons: dict[str, str]) -> None:
     warnings.warn(
         f"running the generic array code ({why}); backend='array_api' asks for it silently",
         SlowPathWarning,
-        stacklevel=5,
+        stacklevel=_callers_level(),
     )
+
+
+def _callers_level() -> int:
+    """Return the ``stacklevel`` of the caller's own line, for a warning by the caller of this.
+
+    Between the two lie this package and, where it has compiled or wrapped the call, torch.
+    """
+    level, frame = 0, sys._getframe(1)
+    while frame is not None:
+        level += 1
+        module, file = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
+        if module.split(".")[0] not in ("hla", "torch") and not file.startswith("<eval_with_key>"):
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    return level
 
 
 def plan(request: Request) -> str:

@@ -252,3 +252,29 @@ def test_the_slow_path_is_said_once_per_reason(monkeypatch):
     hla.scan(x, x, x)  # a second warning would be an error here
     dispatch._warned.clear()
     hla.scan(x, x, x, backend="array_api")
+
+
+def test_the_slow_path_warning_points_at_the_callers_line(monkeypatch):
+    monkeypatch.setattr(arrays, "on_accelerator", lambda x: True)
+    x, first = np.ones((3, 2)), sys._getframe().f_lineno
+    calls = (
+        lambda: hla.scan(x, x, x),
+        lambda: hla.step(x, x, x),
+        lambda: hla.vjp(x, x, x),
+        lambda: hla.summarize(x, x, x),
+    )
+    for line, call in enumerate(calls, first + 2):
+        monkeypatch.setattr(dispatch, "_warned", set())
+        with pytest.warns(hla.SlowPathWarning) as found:
+            call()
+        assert [(w.filename, w.lineno) for w in found] == [(__file__, line)]
+
+
+def test_the_slow_path_warning_of_a_compiled_call_is_the_users(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(arrays, "on_accelerator", lambda x: True)
+    monkeypatch.setattr(dispatch, "_warned", set())
+    compiled = torch.compile(lambda x: hla.scan(x, x, x), backend="eager")
+    with pytest.warns(hla.SlowPathWarning) as found:
+        compiled(torch.ones(3, 2, dtype=torch.float64))  # which no kernel takes
+    assert [w.filename for w in found if w.category is hla.SlowPathWarning] == [__file__]
