@@ -382,6 +382,29 @@ def test_forward_mode_is_refused_with_the_remedy():
             f(dual, backend="triton")
 
 
+FUNC = {  # forward mode at any depth of torch.func's transforms
+    "hessian": lambda f, q: torch.func.hessian(f)(q),
+    "jvp of grad": lambda f, q: torch.func.jvp(torch.func.grad(f), (q,), (q,)),
+    "grad of jvp": lambda f, q: torch.func.grad(lambda x: torch.func.jvp(f, (x,), (x,))[1])(q),
+    "jvp of vmap": lambda f, q: torch.func.jvp(torch.func.vmap(f), (q,), (q,)),
+    "vmap of jvp": lambda f, q: torch.func.vmap(lambda x: torch.func.jvp(f, (x,), (x,)))(q),
+}
+
+
+@pytest.mark.parametrize("transform", FUNC.values(), ids=FUNC)
+@pytest.mark.parametrize("call", [hla.scan, hla.step], ids=["scan", "step"])
+def test_forward_mode_is_refused_within_other_transforms(call, transform):
+    x = tensor(np.ones((2, 3, 4)))
+
+    def f(x):
+        o = call(x, x, x, backend="triton")
+        return (o[0] if call is hla.step else o).sum()
+
+    with pytest.raises(hla.Unsupported, match="forward-mode"):
+        transform(f, x)
+    torch.func.grad(lambda x: torch.func.grad(f)(x).sum())(x)  # reverse mode twice is not
+
+
 def test_fake_and_meta_tensors_have_shapes_alone():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -94,9 +95,7 @@ def forward(backend: str, request: Request, inputs: Inputs) -> tuple[Tensor, Any
     """Return (o, state, None) of a request, differentiable."""
     state = [] if inputs.state is None else list(inputs.state)
     tensors = [x for x in (*inputs[:5], *state) if x is not None]
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
         raise Unsupported(
             f"backend {backend} has no forward-mode derivative; use backend='array_api'"
         )
@@ -114,6 +113,20 @@ def forward(backend: str, request: Request, inputs: Inputs) -> tuple[Tensor, Any
     else:  # the same without the dispatcher, which takes longer than a short pass
         o, *rest = Eager.apply(request, options, *inputs[:5], *state)
     return o, kind(*rest[: len(kind._fields)]) if request.return_state else None, None
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Whether forward mode follows ``x``, at any level of torch.func's transforms."""
+    functorch = torch._C._functorch
+    top = functorch.peek_interpreter_stack()
+    if top is None:
+        return forward_ad.unpack_dual(x).tangent is not None
+    own = functorch.maybe_get_level(x) == top.level()
+    forward = own and top.key() == functorch.TransformType.Jvp
+    if forward and forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    with temporarily_pop_interpreter_stack():
+        return _has_tangent(functorch.get_unwrapped(x) if own else x)
 
 
 class Eager(torch.autograd.Function):
