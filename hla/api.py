@@ -10,10 +10,11 @@ from .core.forms import Gradients
 from .core.namespace import Array
 from .core.packing import STATE_OF
 from .core.request import Inputs, Request
+from .cotangents import cotangents
 from .dispatch import Backend, Explanation
 from .errors import Unsupported
 from .joining import as_before, stretches
-from .request import Layout, cotangents, prepare
+from .request import Layout, flag, ordered, prepare
 
 Backends = str | Sequence[str] | None
 
@@ -209,8 +210,10 @@ def step(
 def _step(
     q: Array, k: Array, v: Array, state: Any, backend: Backends, donate: bool, **options: Any
 ) -> tuple[Array, Any]:
+    ordered(options["mask"], "steps")
+    flag("donate", donate)
     request, inputs, layout = prepare(
-        q, k, v, axis=None, initial_state=state, return_state=True, **options
+        q, k, v, one_token=True, initial_state=state, return_state=True, **options
     )
     chosen = dispatch.choose(request, backend, autograd=True)
     o, new = chosen.step(request, inputs, bool(donate))
@@ -247,6 +250,7 @@ def summarize(
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
+    ordered(mask, "segments")
     request, inputs, _ = prepare(
         q,
         k,

@@ -75,6 +75,35 @@ def compiling() -> bool:
     return torch is not None and bool(torch.compiler.is_compiling())
 
 
+def irregular(x: Array) -> tuple[str, str] | None:
+    """Say what keeps ``x`` from being a plain array in memory, and what makes it one; or None."""
+    if library(x) == "numpy":
+        if x.dtype.kind != "f" or x.dtype.isnative:
+            return None
+        remedy = 'x.astype(x.dtype.newbyteorder("="))'
+        return f"has dtype {x.dtype.str}, which is not in native byte order", remedy
+    if library(x) != "torch":
+        return None
+    torch = sys.modules["torch"]
+    if x.is_nested:
+        return "is a nested tensor", "torch.nested.to_padded_tensor(x, 0.0)"
+    if x.is_quantized:
+        return "is quantized", "x.dequantize()"
+    if x.layout is not torch.strided:
+        return f"has layout {x.layout}", "x.to_dense()"
+    if type(x) in (torch.Tensor, torch.nn.Parameter):
+        return None
+    kinds = {  # imported where there is one
+        ("torch.distributed.tensor", "DTensor"): "x.full_tensor(), or x.to_local() for its part",
+        ("torch.masked", "MaskedTensor"): "x.to_tensor(0.0)",
+    }
+    for (module, name), remedy in kinds.items():
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and isinstance(x, kind):
+            return f"is a {name}", remedy
+    return None
+
+
 def concrete(x: Any) -> Any:
     """Return the number that a symbol of torch's compiler stands for, which it then holds fixed."""
     torch = sys.modules.get("torch")

@@ -15,7 +15,7 @@ from .contract import Info as Info
 from .core import forms
 from .core.associative import algebra_of
 from .core.request import Request
-from .errors import SlowPathWarning, Unsupported
+from .errors import SlowPathWarning, Unsupported, kind_of
 
 GROUP = "hla.backends"  # entry points: name = a module with what `Row` says a backend has
 RESERVED = ("pallas", "cupy", "numba")  # known names, also before they are there
@@ -164,14 +164,18 @@ def pick(
         tried = names()
     else:
         if not isinstance(backend, (str, Sequence)):
-            raise TypeError(f"backend is {backend!r}; expected a name, a sequence of names or None")
+            raise TypeError(
+                f"backend is {kind_of(backend)}; expected a name, names in a sequence, or None"
+            )
         tried = (backend,) if isinstance(backend, str) else tuple(backend)
         if not tried:
-            raise ValueError("backend is an empty sequence; expected a name, some names or None")
+            raise ValueError(
+                "backend is an empty sequence; expected a name, names, or None for any"
+            )
         for name in tried:
             if not isinstance(name, str) or name not in (*names(), *RESERVED):
                 known = ", ".join(dict.fromkeys((*names(), *RESERVED)))
-                raise ValueError(f"backend is {name!r}; expected one of {known}, or None")
+                raise ValueError(f"backend is {kind_of(name)}; expected one of {known}, or None")
     for name in tried:
         if backend is None and not _serves(name, request):
             continue

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import arrays
 from .core.algebra import Algebra
 from .core.associative import ALGEBRA
 from .core.namespace import namespace
 from .core.packing import STATE_OF, packed_shape
 from .core.passes import Shape, broadcast
 from .core.states import batch_rank
-from .errors import Unsupported
-from .request import array, kind_of
+from .errors import Unsupported, kind_of
+from .request import array, floating, kinds
 
 
 def stretches(left: Any, right: Any) -> Algebra:
@@ -29,8 +28,7 @@ def stretches(left: Any, right: Any) -> Algebra:
             "left is a state of convention='paper', whose decayed recurrences are not associative;"
             " continue it with hla.scan or hla.step"
         )
-    whole = type(getattr(right, "to_state")())  # noqa: B009 - a union of NamedTuples
-    if left_type not in (algebra.segment, algebra.state, whole):
+    if left_type not in (algebra.segment, *kinds(algebra.state)):
         raise TypeError(
             f"left is {kind_of(left)}; expected {algebra.segment.__name__} or"
             f" {algebra.state.__name__} like right. Pass the operator and mask that right was made"
@@ -77,13 +75,11 @@ def as_before(state: Any, before: Any) -> Any:
 
 def _arrays(sides: dict[str, Any], right: Any) -> None:
     """Check that all fields are floating arrays of one library, device and dtype."""
-    like = array("right.rho", right.rho)
+    like = floating("right.rho", array("right.rho", right.rho))
     for side, stretch in sides.items():
         for name, x in stretch._asdict().items():
             label = f"{side}.{name}"
-            array(label, x, like, "right.rho")
-            if arrays.dtype_name(x) not in arrays.FLOATS:
-                raise TypeError(f"{label} has dtype {x.dtype}; expected a floating dtype. Cast it")
+            floating(label, array(label, x, like, "right.rho"))
             if x.dtype != like.dtype:
                 raise TypeError(
                     f"{label} has dtype {x.dtype}; expected {like.dtype} like right.rho. Cast it"
@@ -117,8 +113,8 @@ def _batch(side: str, stretch: Any, widths: tuple[int, int]) -> Shape:
         if len(shape) < len(own) or shape[len(batch) :] != own:
             expected = "".join(f", {n}" for n in own)
             raise ValueError(
-                f"{side}.{name} has shape {shape}; expected (...{expected}) to go with right.m of"
-                " that width. Join stretches of one D and one V"
+                f"{side}.{name} has shape {shape}; expected (...{expected}), as right has D = {D},"
+                f" V = {V}. Join stretches of the same widths"
             )
         batches[name] = batch
         try:

@@ -1,4 +1,4 @@
-"""The door: every argument of the public functions is checked here, before any work is done."""
+"""Every argument of the public functions is checked here, before any work is done."""
 
 from __future__ import annotations
 
@@ -14,16 +14,11 @@ from .core.adjoint import sum_to
 from .core.forms import FORMS
 from .core.hla2 import HLA2RidgeState, HLA2State
 from .core.namespace import Array, device, library, namespace
-from .core.packing import (
-    PACKED_OF,
-    STATE_OF,
-    pack_gradient,
-    packed_shape,
-    unpack_gradient,
-)
+from .core.packing import STATE_OF, pack_gradient, packed_shape, unpack_gradient
 from .core.passes import Gate, Shape, broadcast
 from .core.programs import CAUSAL, program
 from .core.request import Inputs, Request
+from .errors import kind_of
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "operator": tuple(CAUSAL),
@@ -41,6 +36,11 @@ class Layout(NamedTuple):
     decay_shape: Shape | None
     packed: bool = False  # the incoming state, and so the outgoing one
     state_ranks: tuple[int, ...] = ()  # of the incoming state's fields
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """What the caller calls q, k and v."""
+        return ("q", "k", "v") if self.axis is not None else ("q_t", "k_t", "v_t")
 
     def tokens_in(self, x: Array) -> Array:
         """Move the token axis to -2 (`step`: add one)."""
@@ -109,6 +109,7 @@ def prepare(
     eps: float = 1e-6,
     ridge: float = 0.0,
     axis: int | None = -2,
+    one_token: bool = False,
     initial_state: Any = None,
     return_state: bool = False,
     form: str | None = None,
@@ -122,8 +123,10 @@ def prepare(
     ----------
     q, k, v, operator, mask, decay, log_gate, scale, normalize, eps, ridge
         As given to `hla.scan`.
-    axis : int or None
-        Token axis; None where there is none (`hla.step`).
+    axis : int
+        Token axis.
+    one_token : bool
+        Whether there is no token axis (`hla.step`).
     initial_state, return_state, form, chunk_size, convention
         As given to `hla.scan`.
     gradient : bool
@@ -133,6 +136,9 @@ def prepare(
     -------
     request : Request, inputs : Inputs, layout : Layout
     """
+    if axis is None:
+        raise TypeError("axis is None; expected an integer, such as -2 or -3")
+    axis = None if one_token else axis
     scale, eps, ridge = (arrays.concrete(x) for x in (scale, eps, ridge))
     q, k, v = (arrays.autocast(x) for x in (q, k, v))
     options = (operator, mask, convention, form, scale, eps, ridge, normalize, return_state)
@@ -140,8 +146,7 @@ def prepare(
     known = _known.get(key)
     if known is None:
         _options(*options)
-        labels = ("q", "k", "v") if axis is not None else ("q_t", "k_t", "v_t")
-        given = dict(zip(labels, (q, k, v), strict=True))
+        given = dict(zip(Layout(axis, None, None).names, (q, k, v), strict=True))
         q, k, v, axis = _arrays(given, axis)
         layout, chunk_size = Layout(axis, None, None), _chunk(chunk_size)
         default = None if mask == "none" else program(operator, mask, convention, ridge, None).state
@@ -223,6 +228,12 @@ def describe(inputs: Inputs, *, state_type: type[Any] | None, **options: Any) ->
     )
 
 
+USUAL = {
+    "scale": "1.0 is the paper's, q.shape[-1] ** -0.5 usual; multiply q itself by an array",
+    "eps": "1e-6 is the default, 0.0 adds nothing",
+    "ridge": "0.0 is none",
+}
+
 MOST = 4096
 # What the checks of a call found, and its request, by all that they look at except values.
 _known: dict[Any, tuple[Layout, Shape, int | None, type[Any] | None]] = {}
@@ -234,7 +245,9 @@ def _key(given: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
 
     Types too: as a key True is 1, and here it is no number.
     """
-    if any(library(x) != "torch" and type(x) is not np.ndarray for x in given):
+    if any(
+        (library(x) != "torch" and type(x) is not np.ndarray) or arrays.irregular(x) for x in given
+    ):
         return None
     key = (
         *((type(x), x.shape, x.dtype, x.device) for x in given),
@@ -275,19 +288,32 @@ def _options(
     for name, value in (("scale", scale), ("eps", eps), ("ridge", ridge)):
         _number(name, value)
         if value < 0 and name != "scale":
-            raise ValueError(f"{name} is {value}; expected a number >= 0")
+            raise ValueError(f"{name} is {value}; expected a number >= 0. {USUAL[name]}")
     if ridge and operator != "hla2":
-        raise ValueError(f"ridge is {ridge} with operator={operator!r}; only 'hla2' has a ridge")
-    for name, flag in (("normalize", normalize), ("return_state", return_state)):
-        if not isinstance(flag, (bool, np.bool_)):
-            raise TypeError(f"{name} is {kind_of(flag)}; expected True or False")
+        raise ValueError(
+            f"ridge is {ridge} with operator={operator!r}; only 'hla2' has a ridge. Pass 0"
+        )
+    for name, value in (("normalize", normalize), ("return_state", return_state)):
+        flag(name, value)
     if return_state and mask == "none":
         raise ValueError("return_state=True with mask='none', which has no state; pass False")
 
 
+def flag(name: str, value: Any) -> None:
+    """Check that an argument is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is {kind_of(value)}; expected True or False")
+
+
+def ordered(mask: Any, what: str) -> None:
+    """Check that a mask has what only an order of tokens gives."""
+    if isinstance(mask, str) and mask == "none":
+        raise ValueError(f"mask is 'none', which has no {what}; expected 'causal' or 'prefix'")
+
+
 def _choice(name: str, value: Any) -> None:
     if not isinstance(value, str) or value not in CHOICES[name]:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(CHOICES[name])}")
+        raise ValueError(f"{name} is {kind_of(value)}; expected one of {', '.join(CHOICES[name])}")
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
@@ -296,42 +322,48 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 def _number(name: str, value: Any) -> None:
     if not _is_number(value):
-        raise TypeError(f"{name} is {kind_of(value)}; expected a Python number")
+        raise TypeError(f"{name} is {kind_of(value)}; expected a Python number. {USUAL[name]}")
     if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; expected a finite number")
+        raise ValueError(f"{name} is {value}; expected a finite number. {USUAL[name]}")
 
 
 def _chunk(value: Any) -> int | None:
     if value is None:
         return None
-    try:
-        size = operators.index(value)
-    except TypeError:
-        raise TypeError(
-            f"chunk_size is {kind_of(value)}; expected an integer >= 1 or None"
-        ) from None
-    if isinstance(value, bool) or size < 1:
+    size = _integer(value)
+    if size is None and not isinstance(value, bool):
+        raise TypeError(f"chunk_size is {kind_of(value)}; expected an integer >= 1 or None")
+    if size is None or size < 1:
         raise ValueError(f"chunk_size is {value}; expected an integer >= 1 or None")
     return size
 
 
-def kind_of(value: Any) -> str:
-    """Describe what came in place of an array or a number."""
-    return (
-        f"{value!r} ({type(value).__name__})"
-        if np.isscalar(value) or value is None
-        else f"a {type(value).__module__}.{type(value).__name__}"
-    )
+def _integer(value: Any) -> int | None:
+    """Return ``value`` as an int; None where it is none."""
+    try:
+        return None if isinstance(value, (bool, np.bool_)) else operators.index(value)
+    except TypeError:
+        return None
 
 
-def array(name: str, x: Any, like: Array | None = None, like_name: str = "q") -> Array:
-    """Check that ``x`` is an array of one library and device with ``like``."""
+def array(
+    name: str, x: Any, like: Array | None = None, like_name: str = "q", *, number: str = ""
+) -> Array:
+    """Check that ``x`` is an array of one library and device with ``like``, plain in memory.
+
+    ``number`` says what else would have done.
+    """
     found = library(x)
     if found is None:
         raise TypeError(
-            f"{name} is {kind_of(x)}; expected an array of NumPy, torch, JAX, CuPy or another"
-            " library of the Array API standard. Dask and masked arrays: compute or fill them first"
+            f"{name} is {kind_of(x)}; expected {number}an array of NumPy, torch, JAX, CuPy or"
+            " another library of the Array API standard. Convert lists; compute Dask arrays, make"
+            " sparse ones dense, fill masked ones"
         )
+    irregular = arrays.irregular(x)
+    if irregular is not None:
+        what, remedy = irregular
+        raise TypeError(f"{name} {what}; expected a plain array. Convert it: {remedy}")
     if like is not None:
         expected = library(like)
         if found != expected:
@@ -346,17 +378,22 @@ def array(name: str, x: Any, like: Array | None = None, like_name: str = "q") ->
     return np.asarray(x) if found == "numpy" else x
 
 
+def floating(name: str, x: Array) -> Array:
+    """Check that an array has a dtype that is computed with."""
+    if arrays.dtype_name(x) not in arrays.FLOATS:
+        raise TypeError(
+            f"{name} has dtype {x.dtype}; expected one of {', '.join(arrays.FLOATS)}. Cast it"
+        )
+    return x
+
+
 def _arrays(given: dict[str, Any], axis: int | None) -> tuple[Array, Array, Array, int | None]:
     """Check kind, dtype, device and the token axis of q, k and v."""
     first, *_ = given
     for name, x in given.items():
         given[name] = array(name, x, None if name == first else given[first], first)
     for name, x in given.items():
-        if arrays.dtype_name(x) not in arrays.FLOATS:
-            raise TypeError(
-                f"{name} has dtype {x.dtype}; expected one of {', '.join(arrays.FLOATS)}."
-                " Cast it first"
-            )
+        floating(name, x)
         expected = given[first].dtype
         if x.dtype != expected:
             raise TypeError(
@@ -365,10 +402,10 @@ def _arrays(given: dict[str, Any], axis: int | None) -> tuple[Array, Array, Arra
     q, k, v = given.values()
     lowest = 1
     if axis is not None:
-        try:
-            axis = operators.index(axis)
-        except TypeError:
-            raise TypeError(f"axis is {kind_of(axis)}; expected an integer") from None
+        whole = _integer(axis)
+        if whole is None:
+            raise TypeError(f"axis is {kind_of(axis)}; expected an integer, such as -2 or -3")
+        axis = whole
         negative = axis if axis < 0 else axis - q.ndim
         if q.ndim >= 2 and not -q.ndim <= negative <= -2:
             raise ValueError(
@@ -391,7 +428,8 @@ def _shapes(given: dict[str, Array], layout: Layout) -> Shape:
     q = given[first]
     hint = "" if axis is None else f". Is the token axis {axis}? Pass axis="
     places = {-1, axis} - {None}
-    batches = {}
+    batches: dict[str, Shape] = {}
+    batch: Shape = ()
     for name, x in given.items():
         shape = tuple(x.shape)
         wrong = name == second and shape[-1] != q.shape[-1]
@@ -405,15 +443,39 @@ def _shapes(given: dict[str, Array], layout: Layout) -> Shape:
                 f"{name} has shape {shape}; expected {tuple(expected)} to go with {first} of shape"
                 f" {tuple(q.shape)}{hint}"
             )
+        others = " and ".join(batches)
         batches[name] = tuple(n for i, n in enumerate(shape) if i - len(shape) not in places)
         try:
             batch = broadcast(*batches.values())
         except ValueError:
+            heads = _grouped(given, name, axis)
             raise ValueError(
-                f"{name} has shape {shape}; expected batch axes that broadcast with those of"
-                f" {first} of shape {tuple(q.shape)}{hint}"
+                f"{name} has shape {shape}; expected batch axes that broadcast (equal sizes or 1)"
+                f" with {batch} of {others}{heads or hint}"
             ) from None
     return batch
+
+
+def _grouped(given: dict[str, Array], name: str, axis: int | None) -> str:
+    """Tell how groups of heads are laid out, where two numbers of heads call for it; or ""."""
+    first, second, third = given
+    q, x = tuple(given[first].shape), tuple(given[name].shape)
+    places = [i for i in range(-min(len(q), len(x)), -1) if i != axis]
+    unequal = [i for i in places if q[i] != x[i] and 1 not in (q[i], x[i])]
+    if len(unequal) != 1:
+        return ""
+    (i,) = unequal
+    few, many = sorted((q[i], x[i]))
+    if few == 0 or many % few:
+        return ""
+
+    def split(shape: Shape) -> Shape:
+        place = len(shape) + i
+        return (*shape[:place], few, shape[place] // few, *shape[place + 1 :])
+
+    alike = f" ({third} alike)" if name == second else ""
+    moved = "" if axis is None or i < axis else f", and axis={axis - 1}"
+    return f". For groups of heads give {first} as {split(q)}, {name} as {split(x)}{alike}{moved}"
 
 
 def _gate(
@@ -428,19 +490,21 @@ def _gate(
     if decay is not None:
         if _is_number(decay):
             if not 0 < decay <= 1:
-                raise ValueError(f"decay is {decay}; expected a number in (0, 1]")
+                raise ValueError(f"decay is {decay}; expected a number in (0, 1]. None is no decay")
             constant = None if decay == 1 else xp.full((), float(decay), dtype=dtype, **like)
             return constant, None, layout
-        decay = array("decay", decay, q)
+        decay = array("decay", decay, q, layout.names[0], number="a number in (0, 1] or ")
         if arrays.dtype_name(decay) not in ("float32", "float64"):
             raise TypeError(
-                f"decay has dtype {decay.dtype}; expected float32 or float64 (bfloat16(0.999) is 1)"
+                f"decay has dtype {decay.dtype}; expected float32 or float64, made so and not cast"
+                " from less (bfloat16(0.999) is 1)"
             )
-        _broadcasts("decay", decay.shape, batch, "the batch shape of q, k and v")
+        what = f"the batch shape of {', '.join(layout.names)}. A decay of each token is a log_gate"
+        _broadcasts("decay", decay.shape, batch, what)
         values = arrays.host_values(decay)
         if values is not None and not ((values > 0) & (values <= 1)).all():
             wrong = values[~((values > 0) & (values <= 1))].flat[0]
-            raise ValueError(f"decay holds {wrong}; expected values in (0, 1]")
+            raise ValueError(f"decay holds {wrong}; expected values in (0, 1]. Clip it")
         layout = layout._replace(decay_shape=tuple(decay.shape))
         return xp.astype(decay, dtype, copy=False), None, layout
     if log_gate is None:
@@ -448,18 +512,21 @@ def _gate(
     tokens = q.shape[-2]
     if _is_number(log_gate):
         if not log_gate <= 0:
-            raise ValueError(f"log_gate is {log_gate}; expected a number <= 0 (-inf forgets)")
+            raise ValueError(
+                f"log_gate is {log_gate}; expected a number <= 0 (-inf forgets). It is log(decay)"
+            )
         gate = xp.full((), float(log_gate), dtype=dtype, **like)
         return None, layout.gate_in(gate, tokens), layout
-    log_gate = array("log_gate", log_gate, q)
-    if arrays.dtype_name(log_gate) not in arrays.FLOATS:
-        raise TypeError(f"log_gate has dtype {log_gate.dtype}; expected a floating dtype. Cast it")
+    log_gate = array("log_gate", log_gate, q, layout.names[0], number="a number <= 0 or ")
+    floating("log_gate", log_gate)
     full = batch if layout.axis is None else _with_tokens(batch, tokens, layout.axis)
-    _broadcasts("log_gate", log_gate.shape, full, "q without its feature axis")
+    what = f"{layout.names[0]} without its features. It has one number for all of them"
+    _broadcasts("log_gate", log_gate.shape, full, what)
     values = arrays.host_values(log_gate)
     if values is not None and not (values <= 0).all():
         raise ValueError(
-            f"log_gate holds {values[~(values <= 0)].flat[0]}; expected values <= 0 (-inf forgets)"
+            f"log_gate holds {values[~(values <= 0)].flat[0]}; expected values <= 0 (-inf forgets)."
+            " They are logarithms of decays: -softplus(x), not sigmoid(x)"
         )
     gate = layout.gate_in(xp.astype(log_gate, dtype, copy=False), tokens)
     return None, gate, layout._replace(gate_shape=tuple(log_gate.shape))
@@ -481,17 +548,22 @@ def _broadcasts(name: str, shape: Shape, to: Shape, what: str) -> None:
     )
 
 
+def kinds(state_type: type[Any]) -> tuple[type[Any], ...]:
+    """Return the types of state that do for one: a ridge reads more of the same state."""
+    ridge = (HLA2State, HLA2RidgeState)
+    return ridge if state_type in ridge else (state_type,)
+
+
 def _state_type(name: str, state: Any, default: type[Any] | None, ridge: float) -> type[Any]:
     """Check that a state, packed or not, is of the request's kind; return its type unpacked."""
     assert default is not None
-    accepted = (HLA2State, HLA2RidgeState) if default in (HLA2State, HLA2RidgeState) else (default,)
     if not hasattr(state, "_fields"):
         raise TypeError(
             f"{name} is {kind_of(state)}; expected {default.__name__}, packed or not, or None. Of"
             f" saved arrays make one: hla.states.{default.__name__}(**fields)"
         )
     kind: type[Any] = STATE_OF.get(type(state), type(state))
-    if kind not in accepted:
+    if kind not in kinds(default):
         raise ValueError(
             f"{name} is {kind_of(state)}; expected {default.__name__}, packed or not, the state of"
             " this operator, mask and convention. Pass those that it was made with"
@@ -511,13 +583,11 @@ def _state(name: str, request: Request, q: Array, state: Any) -> Any:
     for field, shape in request.state_shapes().items():
         label, x = f"{name}.{field}", getattr(state, field)
         try:
-            x = array(label, x, q)
+            x = array(label, x, q, "q_t" if name == "state" else "q")
         except TypeError as error:
             raise ValueError(str(error)) from None
-        kind = arrays.dtype_name(x)
-        if kind not in arrays.FLOATS:
-            raise TypeError(f"{label} has dtype {x.dtype}; expected {request.accumulate}. Cast it")
-        if kind == "float64" and request.accumulate != "float64":
+        floating(label, x)
+        if arrays.dtype_name(x) == "float64" and request.accumulate != "float64":
             raise ValueError(
                 f"{label} has dtype {x.dtype}; expected {request.accumulate} or lower. Cast it"
             )
@@ -525,56 +595,7 @@ def _state(name: str, request: Request, q: Array, state: Any) -> Any:
         extra = max(0, x.ndim - len(full))
         if all(n == 1 for n in x.shape[:extra]):  # as a segment's field has them
             x = xp.reshape(x, x.shape[extra:]) if extra else x
-        _broadcasts(label, x.shape, full, "its shape in this call")
+        _broadcasts(label, x.shape, full, "its shape here. Keep the heads and widths of its call")
         fields[field] = xp.astype(x, dtype, copy=False)
     given = type(state)(**fields)
     return given.unpack() if packed else given
-
-
-def cotangents(
-    request: Request, inputs: Inputs, layout: Layout, shape: Shape, do: Any, dstate: Any
-) -> tuple[Array | None, Any]:
-    """Check the gradients of o, of the given shape, and of the state; return them canonical."""
-    q = inputs.q
-    if do is not None:
-        do = layout.tokens_in(_cotangent("do", do, q, tuple(shape), "o"))
-    if dstate is None:
-        return do, None
-    if not request.return_state or request.state_type is None:
-        raise ValueError(
-            "dstate was given, but no state was returned; pass None, or hla.vjp return_state=True"
-        )
-    kind = request.state_type
-    expected = PACKED_OF[kind] if layout.packed else kind
-    if type(dstate) is not expected:
-        raise (ValueError if hasattr(dstate, "_fields") else TypeError)(
-            f"dstate is {kind_of(dstate)}; expected {expected.__name__} like the returned state."
-            " A field without a gradient may be None"
-        )
-    xp, fields = namespace(q), {}
-    dtype = getattr(xp, request.accumulate)
-    for field, full in request.state_shapes().items():
-        if layout.packed and field == "S":
-            full = packed_shape(full)
-        x = getattr(dstate, field)
-        if x is None:
-            fields[field] = xp.zeros(full, dtype=dtype, device=device(q))
-        else:
-            x = _cotangent(f"dstate.{field}", x, q, full, f"state.{field}")
-            fields[field] = xp.astype(x, dtype, copy=False)
-    given = any(x is not None for x in dstate)
-    return do, layout.dstate_in(expected(**fields)) if given else None
-
-
-def _cotangent(name: str, x: Any, q: Array, shape: Shape, like: str) -> Array:
-    """Check that ``x`` can be the gradient of an output."""
-    x = array(name, x, q)
-    if arrays.dtype_name(x) not in arrays.FLOATS:
-        raise TypeError(
-            f"{name} has dtype {x.dtype}; expected a floating dtype like {like}. Cast it"
-        )
-    if tuple(x.shape) != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; expected {shape} like {like}. Broadcast or sum it"
-        )
-    return x

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from conftest import draw, load, numpy_dtype
 import hla
 
 H, T, D, V = 2, 7, 5, 3
+PACKAGE = pathlib.Path(hla.__file__).parent.as_posix()
 
 
 def arrays(dtype="float64"):
@@ -27,8 +30,8 @@ def state(operator="hla2", mask="causal", ridge=0.0, heads=H, width=D):
 
 
 @functools.cache
-def segment(operator="hla2", mask="causal", width=D):
-    return hla.summarize(*draw(H, 4, D=width), operator=operator, mask=mask)
+def segment(operator="hla2", mask="causal", width=D, heads=H):
+    return hla.summarize(*draw(heads, 4, D=width), operator=operator, mask=mask)
 
 
 def cast(dtype, names="qkv"):
@@ -52,6 +55,29 @@ SCAN = {
     "v tokens": ({"v": np.zeros((H, 8, V))}, ValueError, r"\bv\b.*\(2, 8, 3\).*axis"),
     "one k token": ({"k": np.zeros((H, 1, D))}, ValueError, r"\bk\b"),
     "k heads": ({"k": np.zeros((3, T, D))}, ValueError, r"\bk\b.*\(3, 7, 5\)"),
+    "fewer key heads": (
+        {"q": np.zeros((1, 8, T, D)), "k": np.zeros((1, 2, T, D)), "v": np.zeros((1, 2, T, V))},
+        ValueError,
+        r"\bk\b.*q as \(1, 2, 4, 7, 5\), k as \(1, 2, 1, 7, 5\) \(v alike\)$",
+    ),
+    "fewer key heads behind the tokens": (
+        {"q": np.zeros((T, 8, D)), "k": np.zeros((T, 2, D)), "v": np.zeros((T, 2, V)), "axis": -3},
+        ValueError,
+        r"\bk\b.*q as \(7, 2, 4, 5\), k as \(7, 2, 1, 5\) \(v alike\), and axis=-4$",
+    ),
+    "fewer value heads": (
+        {"q": np.zeros((6, T, D)), "k": np.zeros((6, T, D))}, ValueError,
+        r"\bv\b.*\(6,\) of q and k.*q as \(2, 3, 7, 5\), v as \(2, 1, 7, 3\)$",
+    ),
+    **{
+        f"{name} byte order": ({name: x.astype(x.dtype.newbyteorder())}, TypeError,
+                               rf"^{name} has dtype .f8.*native byte order.*newbyteorder\(\"=\"\)")
+        for name, x in (arrays() | {"decay": np.ones(H), "log_gate": np.zeros(T)}).items()
+    },
+    "state byte order": (
+        {"initial_state": state()._replace(F=state().F.astype(state().F.dtype.newbyteorder()))},
+        BOTH, r"^initial_state\.F.*native byte order",
+    ),
     "v heads": ({"v": np.zeros((3, T, V))}, ValueError, r"\bv\b.*\(3, 7, 3\)"),
     "q int": (cast("int64", "q"), TypeError, r"\bq\b.*int64"),
     "all int": (cast("int32"), TypeError, r"\bq\b.*int32"),
@@ -101,6 +127,12 @@ SCAN = {
         for name, values in {"scale": (nan, inf), "eps": (-1.0, nan), "ridge": (-0.5, nan)}.items()
         for x, error in (*((x, ValueError) for x in values), ("1", TypeError), (1j, TypeError))
     },
+    "what scale to take": ({"scale": nan}, ValueError, r"q\.shape\[-1\] \*\* -0\.5"),
+    "what eps to take": ({"eps": -1.0}, ValueError, r">= 0.*1e-6"),
+    "what ridge to take": ({"ridge": -1.0}, ValueError, r">= 0.*0\.0 is none"),
+    "axis None": ({"axis": None}, TypeError, r"axis is None"),
+    "axis True": ({"axis": True}, TypeError, r"axis is True"),
+    "decay list": ({"decay": [0.5, 0.5]}, TypeError, r"decay is a list.*number in \(0, 1\]"),
     "scale True": ({"scale": True}, TypeError, r"scale.*True"),
     "normalize 0": ({"normalize": 0}, TypeError, r"normalize.*0"),
     "return_state 0": ({"return_state": 0}, TypeError, r"return_state.*0"),
@@ -151,11 +183,35 @@ def test_bad_calls_name_the_argument_and_modify_nothing(call, change, error, mes
     with pytest.raises(error, match=f"(?s){message}") as caught:
         call(**given)
     assert not isinstance(caught.value, hla.Unsupported)
+    if "decays" not in change:
+        assert PACKAGE in caught.traceback[-1].path.as_posix()  # no library's own error
     for name, x in kept.items():
         np.testing.assert_array_equal(given[name], x)
 
 
 STEP = {
+    "few key heads": (
+        {"q_t": np.zeros((8, D)), "k_t": np.zeros((2, D))},
+        ValueError,
+        r"k_t.*q_t as \(2, 4, 5\), k_t as \(2, 1, 5\) \(v_t alike\)$",
+    ),
+    "k library": ({"k_t": [1.0]}, TypeError, r"^k_t is a list"),
+    "a state's field": (
+        {"state": state()._replace(S=np.ones((3, D, D)))},
+        ValueError,
+        r"^state\.S .*\(3, 5, 5\)",
+    ),
+    "a state's dtype": (
+        {"state": state()._replace(S=np.ones((H, D, D), int))},
+        TypeError,
+        r"^state\.S .*int64",
+    ),
+    "a packed state": (
+        {"state": state().pack()._replace(S=np.ones((H, 14)))},
+        ValueError,
+        r"^state\.S .*\(2, 14\).*\(2, 15\)",
+    ),
+    "donate": ({"donate": 1}, TypeError, r"^donate is 1"),
     "q width": ({"q_t": np.zeros((H, 6))}, ValueError, r"[qk]_t.*\(2, 6\)|\(2, 6\).*[qk]_t"),
     "k heads": ({"k_t": np.zeros((3, D))}, ValueError, r"k_t"),
     "v scalar": ({"v_t": np.zeros(())}, ValueError, r"v_t"),
@@ -166,15 +222,41 @@ STEP = {
     "gate positive": ({"log_gate": 0.5}, ValueError, r"log_gate"),
     "gate shape": ({"log_gate": np.zeros((H, T))}, ValueError, r"log_gate.*\(2, 7\)"),
     "decay": ({"decay": 0.0}, ValueError, r"decay"),
-    "mask none": ({"mask": "none"}, ValueError, r"mask.*none"),
-    "ridge": ({"ridge": 1.0, "state": state()}, ValueError, r"ridge"),
+    "mask none": ({"mask": "none"}, ValueError, r"^mask is 'none', which has no steps"),
+    "mask none with a state": (
+        {"mask": "none", "state": state()},
+        ValueError,
+        r"^mask is 'none', which has no steps",
+    ),
+    "ridge": ({"ridge": 1.0, "state": state()}, ValueError, r"^state .*ridge"),
 }
 
 
 @pytest.mark.parametrize(("change", "error", "message"), bad(STEP))
 def test_bad_steps(change, error, message):
-    with pytest.raises(error, match=f"(?s){message}"):
+    with pytest.raises(error, match=f"(?s){message}") as caught:
         hla.step(**token() | change)
+    assert not re.search(
+        r"initial_state|return_state|axis=|token axis|\b[qkv]\b", str(caught.value)
+    )
+
+
+@functools.cache
+def pulled(packed=False, **options):
+    start = state().pack() if packed else None
+    return hla.vjp(**arrays(), initial_state=start, **options)[1]
+
+
+def pull(change, *, packed=False):
+    """A pullback with the state's gradient but for one field."""
+    good = state().pack() if packed else state()
+    return pulled(packed, return_state=True)(None, good._replace(**change))
+
+
+def join(side, change, kind=segment):
+    pair = {"left": kind(), "right": segment()}
+    pair[side] = pair[side]._replace(**change)
+    return hla.combine(**pair)
 
 
 ALGEBRA = {
@@ -199,13 +281,62 @@ ALGEBRA = {
         BOTH,
         "dstate",
     ),
+    "do byte order": (lambda: pulled()(np.ones((H, T, V), ">f8")), TypeError, "^do .*native byte"),
+    "do broadcasts": (lambda: pulled()(np.ones((1, T, V))), ValueError, r"^do .*\(2, 7, 3\)"),
+    "dstate not asked": (lambda: pulled()(None, state()), ValueError, "^dstate.*return_state=True"),
+    "dstate list": (lambda: pulled(return_state=True)(None, [1.0]), TypeError, "^dstate is a list"),
+    "dstate whole for packed": (
+        lambda: pulled(True, return_state=True)(None, state()), ValueError, "^dstate.*PackedState"
+    ),
+    "dstate shape": (
+        lambda: pull({"S": np.ones((H, D, 4))}), ValueError, r"^dstate\.S .*5, 4\).*\(2, 5, 5\)"
+    ),
+    "dstate broadcasts": (
+        lambda: pull({"F": np.ones((D, V))}), ValueError, r"^dstate\.F .*\(5, 3\).*\(2, 5, 3\)"
+    ),
+    "dstate of a packed state": (
+        lambda: pull({"S": np.ones((H, D, D))}, packed=True), ValueError, r"^dstate\.S .*\(2, 15\)"
+    ),
+    "dstate integers": (
+        lambda: pull({"S": np.ones((H, D, D), int)}), TypeError, r"^dstate\.S .*int64"
+    ),
+    "dstate complex": (
+        lambda: pull({"eta": np.ones((H, D), complex)}), TypeError, r"^dstate\.eta .*complex128"
+    ),
+    "dstate field": (lambda: pull({"eta": [1.0]}), TypeError, r"^dstate\.eta is a list"),
+    **{
+        f"{side} {name}": (functools.partial(join, side, change), error, message)
+        for side in ("left", "right")
+        for name, change, error, message in (
+            ("list", {"C": [1.0]}, TypeError, rf"^{side}\.C is a list"),
+            ("None", {"C": None}, TypeError, rf"^{side}\.C is None"),
+            ("integers", {"C": np.ones((H, D, V), int)}, TypeError, rf"^{side}\.C .*int64"),
+            ("dtype", {"C": np.ones((H, D, V), "f4")}, TypeError, rf"^{side}\.C .*float32"),
+            ("sizes", {"G": np.ones((H, D, 4))}, ValueError, rf"^{side}\.G .*\(2, 5, 4\).*5, 3\)"),
+            ("axes", {"G": np.ones(V)}, ValueError, rf"^{side}\.G .*\(3,\)"),
+            ("heads", {"G": np.ones((3, D, V))}, ValueError, rf"^{side}\.\w+ .*batch axes"),
+            ("rho", {"rho": np.ones(3)}, ValueError, rf"^{side}\.rho .*batch axes"),
+        )
+    },
+    "heads": (lambda: hla.combine(segment(heads=3), segment()), ValueError, r"^right.*\(3,\)"),
+    "a state's widths": (
+        lambda: join("left", {"F": np.ones((H, D, 4))}, state), ValueError, r"^left\.F .*5, 4\)"
+    ),
+    "a packed state's S": (
+        lambda: join("left", {"S": np.ones((H, 21))}, lambda: state().pack()), ValueError,
+        r"^left\.S .*\(2, 21\).*15\)",
+    ),
+    "packed without a triangle": (
+        lambda: state().pack()._replace(S=np.ones((H, 14))).unpack(), ValueError, r"^S .*\(2, 14\)"
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("call", "error", "message"), bad(ALGEBRA))
 def test_bad_algebra_and_pullbacks(call, error, message):
-    with pytest.raises(error, match=f"(?s){message}"):
+    with pytest.raises(error, match=f"(?s){message}") as caught:
         call()
+    assert PACKAGE in caught.traceback[-1].path.as_posix()  # no library's own error
 
 
 @pytest.mark.parametrize(
@@ -235,3 +366,68 @@ def test_float8_is_refused(name):
     q, k, v = load(name).arrays(*draw(H, T), dtype="float8_e4m3fn")
     with pytest.raises(TypeError, match=r"\bq\b.*float8_e4m3fn"):
         hla.scan(q, k, v)
+
+
+def _distributed(torch, x):
+    """A DTensor of one process."""
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch without gloo")
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = tensor.init_device_mesh("cpu", (1,))
+    return tensor.distribute_tensor(x, mesh, [tensor.Replicate()])
+
+
+IRREGULAR = {
+    "sparse": (lambda torch, x: x.to_sparse(), "to_dense"),
+    "csr": (lambda torch, x: x[0].to_sparse_csr(), "to_dense"),
+    "mkldnn": (lambda torch, x: x.float().to_mkldnn(), "to_dense"),
+    "nested": (lambda torch, x: torch.nested.nested_tensor([*x]), "to_padded_tensor"),
+    "jagged": (
+        lambda torch, x: torch.nested.nested_tensor([x[0], x[0, 1:]], layout=torch.jagged),
+        "to_padded_tensor",
+    ),
+    "quantized": (
+        lambda torch, x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8), "dequantize"
+    ),
+    "masked": (lambda torch, x: torch.masked.masked_tensor(x, x == x), "to_tensor"),
+    "distributed": (_distributed, "full_tensor.*to_local"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def no_process_group():
+    yield
+    dist = pytest.importorskip("torch").distributed
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("no_process_group")
+@pytest.mark.filterwarnings("ignore")  # of torch, that these kinds are prototypes
+@pytest.mark.parametrize(("make", "remedy"), bad(IRREGULAR))
+def test_tensors_that_are_not_plain_memory(make, remedy):
+    """Refused in our words with the remedy, also where a plain tensor of the shape went before."""
+    torch = pytest.importorskip("torch")
+    q, k, v = load("torch").arrays(*draw(H, T))
+    (_, last), pullback = hla.vjp(q, k, v, return_state=True)
+    odd, short = make(torch, q), make(torch, q[:, 0][None])
+    calls = {
+        "q": lambda: hla.scan(odd, k, v),
+        "k": lambda: hla.vjp(q, odd, v),
+        "v": lambda: hla.summarize(q, k, odd),
+        "q_t": lambda: hla.step(short, k[:, 0], v[:, 0]),
+        "decay": lambda: hla.scan(q, k, v, decay=odd),
+        "log_gate": lambda: hla.scan(q, k, v, log_gate=odd),
+        "initial_state.F": lambda: hla.scan(q, k, v, initial_state=last._replace(F=odd)),
+        "do": lambda: pullback(odd),
+        "dstate.F": lambda: pullback(None, last._replace(F=odd)),
+        "left.C": lambda: hla.combine(
+            hla.summarize(q, k, v)._replace(C=odd), hla.summarize(q, k, v)
+        ),
+    }
+    for name, call in calls.items():
+        with pytest.raises(BOTH, match=f"(?s)^{name} (is|has) .*{remedy}"):
+            call()

@@ -24,6 +24,7 @@ def library(x: Array) -> str | None:
     """Name the array library of ``x`` ("numpy", "torch", "jax", ...); None if it has none."""
     if type(x) not in _libraries:
         refused = isinstance(x, np.ma.MaskedArray) or compat.is_dask_array(x)
+        refused = refused or compat.is_pydata_sparse_array(x)
         found = None
         if not refused and compat.is_array_api_obj(x):
             name: str = namespace(x).__name__
