@@ -150,6 +150,11 @@ def tf32_allowed(x: Array) -> bool:
     return False
 
 
+def in_memory(x: Array) -> Array:
+    """Return ``x`` as its memory has it: torch negates the imaginary part of a conjugate lazily."""
+    return x.resolve_neg() if library(x) == "torch" and x.is_neg() else x
+
+
 def autocast(x: Array) -> Array:
     """Cast ``x`` as torch.autocast, where it is on, casts the operands of a product."""
     if library(x) == "torch":

@@ -140,7 +140,7 @@ def prepare(
         raise TypeError("axis is None; expected an integer, such as -2 or -3")
     axis = None if one_token else axis
     scale, eps, ridge = (arrays.concrete(x) for x in (scale, eps, ridge))
-    q, k, v = (arrays.autocast(x) for x in (q, k, v))
+    q, k, v = (arrays.autocast(arrays.in_memory(x)) for x in (q, k, v))
     options = (operator, mask, convention, form, scale, eps, ridge, normalize, return_state)
     key = _key((q, k, v), (*options, axis, chunk_size, gradient))
     known = _known.get(key)
@@ -375,7 +375,7 @@ def array(
                 f"{name} is on device {arrays.device_name(x)}; expected"
                 f" {arrays.device_name(like)} like {like_name}. Move it first"
             )
-    return np.asarray(x) if found == "numpy" else x
+    return np.asarray(x) if found == "numpy" else arrays.in_memory(x)
 
 
 def floating(name: str, x: Array) -> Array:

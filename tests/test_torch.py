@@ -16,6 +16,7 @@ torch = installed("torch")
 installed("triton")
 triton_program = installed("hla.kernels.triton_program")
 TorchDispatchMode = installed("torch.utils._python_dispatch").TorchDispatchMode
+tree_flatten = installed("torch.utils._pytree").tree_flatten
 tree_map_only = installed("torch.utils._pytree").tree_map_only
 pytestmark = pytest.mark.skipif(not ENTRY.available, reason=ENTRY.reason)
 H, T, D, V = 2, 9, 5, 3
@@ -403,6 +404,37 @@ def test_forward_mode_is_refused_within_other_transforms(call, transform):
     with pytest.raises(hla.Unsupported, match="forward-mode"):
         transform(f, x)
     torch.func.grad(lambda x: torch.func.grad(f)(x).sum())(x)  # reverse mode twice is not
+
+
+def test_lazily_negated_tensors_reach_a_backend_as_memory_has_them(monkeypatch):
+    """The imaginary part of a conjugate has its sign in a flag, which no kernel reads."""
+    array_api, seen = pytest.importorskip("hla.backends.array_api"), []
+
+    def spy(function):
+        def spied(request, *args):
+            seen.extend(tree_flatten(args)[0])
+            return function(request, *args)
+
+        return spied
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(array_api, name, spy(getattr(array_api, name)))
+
+    def lazily(x):
+        y = torch.complex(torch.zeros_like(x), -x).conj().imag
+        assert y.is_neg()
+        return y
+
+    inputs, _ = call("hla2", "causal", "resets")
+    x = {n: lazily(y) for n, y in inputs.items()}
+    options = {"return_state": True, "backend": "array_api"}
+    (o, state), _ = hla.vjp(**inputs, **options)
+    state = type(state)(*map(lazily, state))
+    _, pullback = hla.vjp(**x, initial_state=state, **options)
+    pullback(lazily(o), state)
+    tensors = [y for y in seen if isinstance(y, torch.Tensor)]
+    assert len(tensors) > 20
+    assert not any(y.is_neg() for y in tensors)
 
 
 def test_fake_and_meta_tensors_have_shapes_alone():
