@@ -122,6 +122,26 @@ def test_packed_states_are_differentiated_as_they_are_given(jax):
             close(to_numpy(found), g, 1e-12)
 
 
+def test_packing_copies_constants_from_the_host_once(monkeypatch):
+    """As a CUDA graph needs, which is captured after one run; what a trace makes is not kept."""
+    torch = pytest.importorskip("torch")
+    namespace = pytest.importorskip("hla.core.namespace")
+    monkeypatch.setattr(namespace, "_kept", {})
+    _, state = hla.scan(*load("torch").arrays(*draw(2, 9)), return_state=True)
+    torch.func.vmap(lambda S: state._replace(S=S).pack().unpack().S)(state.S)
+    torch.func.grad(lambda S: state._replace(S=S).pack().unpack().S.sum())(state.S)
+    with torch.inference_mode():
+        state.pack().unpack()
+
+    def copied(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(namespace.namespace(state.S), "asarray", copied)
+    S = state.S.clone().requires_grad_()
+    state._replace(S=S).pack().unpack().S.sum().backward()
+    close(to_numpy(S.grad[0]), np.triu(np.full((5, 5), 2.0)) - np.eye(5))
+
+
 def equations(jaxpr):
     """The number of equations of a jaxpr, those of its inner ones included."""
     found = 0

@@ -53,6 +53,30 @@ def device(x: Array) -> Any:
     return x.device if name in ("numpy", "torch") else compat.device(x)
 
 
+_kept: dict[Any, Array] = {}
+
+
+def beside(like: Array, x: np.ndarray[Any, Any], key: tuple[Any, ...]) -> Array:
+    """Return constants of the host where ``like`` is; ``key`` tells them apart.
+
+    torch's are kept: while a CUDA graph is captured nothing can be copied from the host.
+    """
+    xp = namespace(like)
+    if library(like) != "torch":
+        return xp.asarray(x, device=device(like))
+    torch = sys.modules["torch"]
+    if torch.compiler.is_compiling() or type(like) is not torch.Tensor:
+        return xp.asarray(x, device=like.device)
+    key = (*key, like.device)
+    if key not in _kept:
+        with torch.inference_mode(False):
+            made = xp.asarray(x, device=like.device)
+        if type(made) is not torch.Tensor or torch._C._functorch.is_functorch_wrapped_tensor(made):
+            return made
+        _kept[key] = made
+    return _kept[key]
+
+
 def is_jax(x: Array) -> bool:
     """Whether ``x`` is a JAX array or tracer."""
     return library(x) == "jax"

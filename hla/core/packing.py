@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .namespace import Array, device, namespace
+from .namespace import Array, beside, device, namespace
 
 PACKED_OF: dict[type[Any], Any] = {}  # packed type by state type; `hla.states` names each
 STATE_OF: dict[type[Any], Any] = {}  # and back
@@ -32,10 +32,10 @@ def pack(state: Any) -> Any:
     fields = state._asdict()
     if "S" in fields:
         S = fields["S"]
-        D = S.shape[-1] if S.ndim else 0
+        D = int(S.shape[-1]) if S.ndim else 0
         if tuple(S.shape[-2:]) != (D, D):
             raise ValueError(f"S has shape {tuple(S.shape)}; expected (..., D, D) to be packed")
-        fields["S"] = _take(_flat(S), _triangle(D)[0])
+        fields["S"] = _take(_flat(S), D, "packed")
     return PACKED_OF[type(state)](**fields)
 
 
@@ -45,7 +45,7 @@ def unpack(self: Any) -> Any:
     if "S" in fields:
         upper = fields["S"]
         D = width(tuple(upper.shape))
-        whole = _take(upper, _triangle(D)[2])
+        whole = _take(upper, D, "whole")
         fields["S"] = namespace(upper).reshape(whole, (*upper.shape[:-1], D, D))
     return STATE_OF[type(self)](**fields)
 
@@ -54,9 +54,8 @@ def pack_gradient(grad: Any) -> Any:
     """Gradient of a packed state from that of the state: a packed number stands for two entries."""
     fields = grad._asdict()
     if "S" in fields:
-        flat = _with_zero(_flat(fields["S"]))
-        upper, lower, _, _ = _triangle(fields["S"].shape[-1])
-        fields["S"] = _take(flat, upper) + _take(flat, lower)
+        flat, D = _with_zero(_flat(fields["S"])), int(fields["S"].shape[-1])
+        fields["S"] = _take(flat, D, "packed") + _take(flat, D, "mirrored")
     return PACKED_OF[type(grad)](**fields)
 
 
@@ -66,7 +65,7 @@ def unpack_gradient(grad: Any) -> Any:
     if "S" in fields:
         upper = fields["S"]
         D = width(tuple(upper.shape))
-        whole = _take(_with_zero(upper), _triangle(D)[3])
+        whole = _take(_with_zero(upper), D, "above")
         fields["S"] = namespace(upper).reshape(whole, (*upper.shape[:-1], D, D))
     return STATE_OF[type(grad)](**fields)
 
@@ -97,20 +96,25 @@ def _with_zero(x: Array) -> Array:
     return xp.concat([x, zero], axis=-1)
 
 
-def _take(x: Array, places: np.ndarray[Any, Any]) -> Array:
-    xp = namespace(x)
-    return xp.take(x, xp.asarray(places, device=device(x)), axis=-1)
+def _take(x: Array, D: int, places: str) -> Array:
+    index = beside(x, _triangle(D)[places], (D, places))
+    return namespace(x).take(x, index, axis=-1)
 
 
 @functools.lru_cache(maxsize=16)
-def _triangle(D: int) -> tuple[np.ndarray[Any, Any], ...]:
+def _triangle(D: int) -> dict[str, np.ndarray[Any, Any]]:
     """Return places in the flat square and in the triangle, one past the end for none.
 
-    In the square: of each number of the triangle, and of its mirror image off the diagonal. In the
-    triangle: of each entry of the square, and of each entry above and on the diagonal.
+    In the square: "packed" of each number of the triangle, "mirrored" of its mirror image off the
+    diagonal. In the triangle: "whole" of each entry of the square, "above" of each on or above the
+    diagonal.
     """
     i, j = np.triu_indices(D)
     entry = np.zeros((D, D), dtype=np.int64)
     entry[i, j] = entry[j, i] = np.arange(i.size)
-    above = np.where(np.tri(D, dtype=bool).T, entry, i.size)
-    return i * D + j, np.where(i == j, D * D, j * D + i), entry.reshape(-1), above.reshape(-1)
+    return {
+        "packed": i * D + j,
+        "mirrored": np.where(i == j, D * D, j * D + i),
+        "whole": entry.reshape(-1),
+        "above": np.where(np.tri(D, dtype=bool).T, entry, i.size).reshape(-1),
+    }
