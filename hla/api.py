@@ -292,6 +292,11 @@ def combine(left: Any, right: Any) -> Any:
     Unsupported
         ``left`` is a state of the paper's own recurrences, which no segment continues.
     """
+    run = _node("combine") if arrays.compiling() else _combine
+    return run(left, right)
+
+
+def _combine(left: Any, right: Any) -> Any:
     algebra = stretches(left, right)
     with arrays.exact_products(right.rho):
         if type(left) is algebra.segment:

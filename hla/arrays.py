@@ -152,7 +152,7 @@ def tf32_allowed(x: Array) -> bool:
 
 def in_memory(x: Array) -> Array:
     """Return ``x`` as its memory has it: torch negates the imaginary part of a conjugate lazily."""
-    return x.resolve_neg() if library(x) == "torch" and x.is_neg() else x
+    return x.resolve_neg() if library(x) == "torch" and not compiling() and x.is_neg() else x
 
 
 def autocast(x: Array) -> Array:

@@ -9,3 +9,4 @@ from . import api
 
 scan = torch.compiler.allow_in_graph(api._scan)
 step = torch.compiler.allow_in_graph(api._step)
+combine = torch.compiler.allow_in_graph(api._combine)

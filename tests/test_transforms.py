@@ -96,7 +96,7 @@ def test_packed_states_are_differentiated_as_they_are_given(jax):
     """Autograd, torch.func and jax.grad through packed states: what hla.vjp gives."""
     torch = pytest.importorskip("torch")
     inputs = draw(2, 9)
-    options = {"operator": "hla3", "decay": 0.9, "return_state": True}
+    options = {"decay": 0.9, "return_state": True}
     start = hla.scan(*inputs, **options)[1].pack()
     (o, end), pullback = hla.vjp(*inputs, initial_state=start, **options)
     want = pullback(o, end).dinitial_state
@@ -120,6 +120,30 @@ def test_packed_states_are_differentiated_as_they_are_given(jax):
     for x, y, z, g in zip(leaves, by_func, by_jax, want, strict=True):
         for found in (x.grad, y.detach(), z):
             close(to_numpy(found), g, 1e-12)
+
+
+def test_torch_compiles_what_takes_packed_states():
+    """scan, step and combine in one graph, and packing itself; gradients too."""
+    torch = pytest.importorskip("torch")
+    q, k, v = load("torch").arrays(*draw(2, 9))
+    _, start = hla.scan(q, k, v, return_state=True)
+    later = hla.summarize(q, k, v, decay=0.9)
+
+    def f(q, packed, later):
+        _, packed = hla.scan(q, k, v, initial_state=packed, return_state=True)
+        o, packed = hla.step(q[:, 0], k[:, 0], v[:, 0], packed)
+        return o, hla.combine(packed, later).unpack().pack()
+
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    found = []
+    for call in (f, compiled):
+        leaf = q.clone().requires_grad_()
+        o, end = call(leaf, start.pack(), later)
+        assert type(end) is type(start.pack())
+        (o.sum() + sum(x.sum() for x in end)).backward()
+        found.append((o.detach(), *(x.detach() for x in end), leaf.grad))
+    for x, y in zip(*found, strict=True):
+        close(to_numpy(y), to_numpy(x), 1e-12)
 
 
 def test_packing_copies_constants_from_the_host_once(monkeypatch):

@@ -53,28 +53,29 @@ def device(x: Array) -> Any:
     return x.device if name in ("numpy", "torch") else compat.device(x)
 
 
-_kept: dict[Any, Array] = {}
+_kept: dict[Any, Any] = {}  # constants by what tells them apart, and torch's by their device too
 
 
-def beside(like: Array, x: np.ndarray[Any, Any], key: tuple[Any, ...]) -> Array:
-    """Return constants of the host where ``like`` is; ``key`` tells them apart.
+def beside(like: Array, key: tuple[Any, ...], make: Callable[[], np.ndarray[Any, Any]]) -> Array:
+    """Return constants, which ``make`` gives on the host, where ``like`` is.
 
-    torch's are kept: while a CUDA graph is captured nothing can be copied from the host.
+    torch's are kept there: while a CUDA graph is captured nothing can be copied from the host.
     """
-    xp = namespace(like)
-    if library(like) != "torch":
-        return xp.asarray(x, device=device(like))
-    torch = sys.modules["torch"]
-    if torch.compiler.is_compiling() or type(like) is not torch.Tensor:
-        return xp.asarray(x, device=like.device)
-    key = (*key, like.device)
+    xp, torch = namespace(like), sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():
+        return xp.asarray(make(), device=device(like))
     if key not in _kept:
+        _kept[key] = make()
+    if torch is None or type(like) is not torch.Tensor:
+        return xp.asarray(_kept[key], device=device(like))
+    placed = (*key, like.device)
+    if placed not in _kept:
         with torch.inference_mode(False):
-            made = xp.asarray(x, device=like.device)
+            made = xp.asarray(_kept[key], device=like.device)
         if type(made) is not torch.Tensor or torch._C._functorch.is_functorch_wrapped_tensor(made):
-            return made
-        _kept[key] = made
-    return _kept[key]
+            return made  # a trace or a transform will be over
+        _kept[placed] = made
+    return _kept[placed]
 
 
 def is_jax(x: Array) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import namedtuple
 from typing import Any
@@ -97,11 +96,10 @@ def _with_zero(x: Array) -> Array:
 
 
 def _take(x: Array, D: int, places: str) -> Array:
-    index = beside(x, _triangle(D)[places], (D, places))
+    index = beside(x, (D, places), lambda: _triangle(D)[places])
     return namespace(x).take(x, index, axis=-1)
 
 
-@functools.lru_cache(maxsize=16)
 def _triangle(D: int) -> dict[str, np.ndarray[Any, Any]]:
     """Return places in the flat square and in the triangle, one past the end for none.
 
