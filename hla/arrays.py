@@ -32,7 +32,8 @@ def same_device(x: Array, y: Array) -> bool:
     """Whether two arrays of one library are on one device, as far as can be told."""
     if not is_jax(x):
         return bool(device(x) == device(y))
-    return traced(x) or traced(y) or device_name(x) == device_name(y)
+    free = any(traced(a) or not a.committed for a in (x, y))  # JAX moves what no one has placed
+    return free or device_name(x) == device_name(y)
 
 
 def on_accelerator(x: Array) -> bool:
@@ -42,7 +43,7 @@ def on_accelerator(x: Array) -> bool:
         return (
             bool(jax.default_backend() != "cpu")
             if traced(x)
-            else x.devices().pop().platform != "cpu"
+            else any(device.platform != "cpu" for device in x.devices())
         )
     if library(x) == "torch":
         return bool(x.device.type not in ("cpu", "meta"))
