@@ -1,7 +1,6 @@
 """Equal bits where sums are exact, run to run and in threads; cost grows linearly."""
 
 import itertools
-import os
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -168,37 +167,9 @@ def test_any_number_of_threads_gives_the_same_bits(cores, monkeypatch):
         np.testing.assert_array_equal(one, many)
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads are placed on Linux")
-def test_every_run_is_done_once_by_threads_on_cores_of_their_own(monkeypatch):
-    """Each has its own core where they take all; the caller keeps those that it had."""
-    before = os.sched_getaffinity(0)
-    where, done = [], []
-
-    def job(part, held):
-        done.extend(part(heads, 0))
-        held.setdefault("thread", threading.get_ident())
-        where.append((held["thread"], threading.get_ident(), *os.sched_getaffinity(0)))
-
-    for cores in (len(before), len(before) + 1):
-        monkeypatch.setattr(numpy_threads, "_cores", lambda n=cores: n)
-        heads = np.arange(4 * cores - 1)
-        numpy_threads.spread(job, heads.shape, numpy_threads.SPREAD)
-        assert sorted(done) == heads.tolist()
-        assert all(one == other for one, other, *_ in where)
-        if cores > 1:
-            assert len(where) == numpy_threads.RUNS * cores
-        if 1 < cores == len(before):
-            assert all(len(on) == 1 for _, _, *on in where)
-        else:
-            assert all(set(on) == before for _, _, *on in where)
-        done.clear()
-        where.clear()
-    assert os.sched_getaffinity(0) == before
-
-
 @pytest.mark.parametrize(("D", "V"), [(16, 8), (64, 64), (64, 65), (100, 60), (128, 128)])
 def test_no_product_is_large_enough_for_threads_of_blas(D, V, monkeypatch):
-    """OpenBLAS's threads and ours, each on its own core, would wait for one another."""
+    """OpenBLAS's threads and ours would wait for one another."""
     sizes, matmul = [], np.matmul
 
     def counted(a, b, out):

@@ -1,12 +1,18 @@
-"""Spread independent heads over threads."""
+"""Spread independent heads over threads, as many as BLAS may have."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import itertools
 import os
+import re
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 
 import numpy as np
@@ -17,6 +23,16 @@ Array = np.ndarray[Any, Any]
 
 SPREAD = 1 << 23  # multiply-adds below which a second thread costs more than it brings
 RUNS = 2  # runs of heads a thread: more share the work better and make more calls
+LIMITS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+_lock = threading.Lock()
+_working = 0  # threads of all calls under way
 
 
 class Part:
@@ -46,54 +62,98 @@ class Part:
 
 
 def _cores() -> int:
-    """Cores that this process may use; OMP_NUM_THREADS, which limits BLAS, limits it too."""
-    cores = os.cpu_count() or 1
+    """Threads that BLAS may have: the least of this process's cores and of every limit set."""
+    limits = [_processors()]
+    for name in LIMITS:  # as BLAS reads them: "4,2" is 4; what is no number above 0 is no limit
+        found = re.match(r"\s*\+?(\d+)", os.environ.get(name, ""), re.ASCII)
+        limits.append(int(found[1]) if found else 0)
+    controller = _controller()
+    if controller is not None:  # what threadpoolctl, or BLAS's own switch, says now
+        limits += [pool["num_threads"] for pool in controller.info()]
+    return min(limit for limit in limits if limit)
+
+
+def _processors() -> int:
+    if hasattr(os, "process_cpu_count"):
+        return os.process_cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    return min(cores, max(1, int(limit))) if limit.isdecimal() else cores
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@functools.cache
+def _controller() -> Any:
+    """Return threadpoolctl's view of the loaded BLAS, NumPy's among them; None without it."""
+    if importlib.util.find_spec("threadpoolctl") is None:
+        return None
+    import threadpoolctl
+
+    return threadpoolctl.ThreadpoolController().select(user_api="blas")
+
+
+@contextlib.contextmanager
+def _share(wanted: int) -> Iterator[int]:
+    """Yield how many threads a call has: those of calls that run at one time share the limit."""
+    global _working
+    limit = _cores()
+    with _lock:
+        count = max(1, min(wanted, limit - _working))
+        _working += count
+    try:
+        yield count
+    finally:
+        with _lock:
+            _working -= count
+
+
+def _forked() -> None:
+    """Forget the threads that a child process does not have."""
+    global _lock, _working
+    _lock, _working = threading.Lock(), 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def spread(job: Callable[[Part, dict[Any, Any]], None], batch: Shape, work: int) -> None:
-    """Run ``job`` on all heads, on runs of them in as many threads as pay.
+    """Run ``job`` on all heads, on runs of them in as many threads as pay; the caller's is one.
 
     A thread takes the next run when it is through with one, so that a busy core takes fewer, and
-    hands all its jobs one dict for what they reuse. The threads are made for the call: a pool would
-    have to survive forks, and they cost 0.1 ms. Where they are as many as the cores each has its
-    own: a scheduler may leave threads that live for milliseconds on the core that made them.
+    hands all its jobs one dict for what they reuse. It sees the caller's context (np.errstate). The
+    threads are made for the call: a pool would have to survive forks, and they cost 0.1 ms.
     """
     axis = max(range(len(batch)), key=lambda i: batch[i], default=0)
     heads = batch[axis] if batch else 1
-    count = min(heads, _cores())
-    if count < 2 or work < SPREAD:
+    if heads < 2 or work < SPREAD:
         job(Part(0, slice(None)), {})
         return
-    runs = min(heads, RUNS * count)
-    edges = [heads * i // runs for i in range(runs + 1)]
-    todo = iter([Part(len(batch) - axis, slice(a, b)) for a, b in itertools.pairwise(edges)])
-    taking = threading.Lock()
-    errors: list[BaseException] = []
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    with _share(heads) as count:
+        if count < 2:
+            job(Part(0, slice(None)), {})
+            return
+        runs = min(heads, RUNS * count)
+        edges = [heads * i // runs for i in range(runs + 1)]
+        parts = [Part(len(batch) - axis, slice(a, b)) for a, b in itertools.pairwise(edges)]
+        ends = [None] * count  # each thread takes one of these last
+        todo: deque[Part | None] = deque([*parts, *ends])
 
-    def take(i: int) -> None:
-        held: dict[Any, Any] = {}
-        try:
-            if count == len(cores):
-                with contextlib.suppress(OSError):  # a sandbox may forbid it
-                    os.sched_setaffinity(0, {cores[i]})  # of this thread alone
-            while True:
-                with taking:
-                    part = next(todo, None)
-                if part is None:
-                    return
-                job(part, held)
-        except BaseException as error:
-            errors.append(error)  # raised below, in the caller's thread
+        def take() -> None:
+            held: dict[Any, Any] = {}
+            try:
+                for part in iter(todo.popleft, None):
+                    job(part, held)
+            except BaseException:
+                todo.extendleft(ends)  # nobody needs the rest
+                raise
 
-    threads = [threading.Thread(target=take, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+        others: list[Future[None]] = []
+        with ThreadPoolExecutor(count - 1, "hla") as pool:
+            with contextlib.suppress(RuntimeError):  # no thread to be had, as at Python's exit
+                for _ in range(count - 1):
+                    others.append(pool.submit(copy_context().run, take))
+            take()
+            pool.shutdown(cancel_futures=True)
+        for other in others:
+            if not other.cancelled():
+                other.result()
