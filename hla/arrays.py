@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import array_api_compat as compat
 import numpy as np
 
-from .core.namespace import Array, device, is_jax, library
+from .core.namespace import Array, device, is_jax, library, underflow
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -165,8 +165,11 @@ def autocast(x: Array) -> Array:
     return x
 
 
-def exact_products(x: Array) -> AbstractContextManager[None]:
-    """Context in which float32 products are float32, unless the caller's switch says otherwise."""
+def exact_products(x: Array) -> AbstractContextManager[Any]:
+    """Context in which float32 products are float32, unless the caller's switch says otherwise.
+
+    In NumPy they may underflow to 0, which is then the right value.
+    """
     if library(x) == "torch" and sys.modules["torch"].is_autocast_enabled(x.device.type):
         off: AbstractContextManager[None] = sys.modules["torch"].autocast(
             x.device.type, enabled=False
@@ -176,7 +179,7 @@ def exact_products(x: Array) -> AbstractContextManager[None]:
     if jax is not None and is_jax(x) and jax.config.jax_default_matmul_precision is None:
         highest: AbstractContextManager[None] = jax.default_matmul_precision("highest")
         return highest
-    return nullcontext()
+    return underflow(x)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from . import arrays
 from .core.adjoint import sum_to
 from .core.forms import FORMS
 from .core.hla2 import HLA2RidgeState, HLA2State
-from .core.namespace import Array, device, library, namespace
+from .core.namespace import Array, device, library, namespace, underflow
 from .core.packing import STATE_OF, pack_gradient, packed_shape, unpack_gradient
 from .core.passes import Gate, Shape, broadcast
 from .core.programs import CAUSAL, program
@@ -26,6 +26,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "convention": ("exact", "paper"),
     "form": FORMS,
 }
+
+
+# A log gate below is as -inf: its exponential is 0 in every dtype, and sums of it could overflow.
+FORGETS = -1e4
 
 
 class Layout(NamedTuple):
@@ -160,7 +164,8 @@ def prepare(
                     f"{name} was given with mask='none', which has no order; pass None"
                 )
     q, k, v = (layout.tokens_in(x) for x in (q, k, v))
-    decay, log_gate, layout = _gate(q, batch, decay, log_gate, layout)
+    with underflow(q):
+        decay, log_gate, layout = _gate(q, batch, decay, log_gate, layout)
     layout = layout._replace(packed=type(initial_state) in STATE_OF)
     inputs = Inputs(q, k, v, decay, log_gate, None)
     state_name = "state" if axis is None else "initial_state"
@@ -515,7 +520,8 @@ def _gate(
             raise ValueError(
                 f"log_gate is {log_gate}; expected a number <= 0 (-inf forgets). It is log(decay)"
             )
-        gate = xp.full((), float(log_gate), dtype=dtype, **like)
+        value = float(log_gate) if log_gate >= FORGETS else -math.inf
+        gate = xp.full((), value, dtype=dtype, **like)
         return None, layout.gate_in(gate, tokens), layout
     log_gate = array("log_gate", log_gate, q, layout.names[0], number="a number <= 0 or ")
     floating("log_gate", log_gate)
@@ -528,6 +534,9 @@ def _gate(
             f"log_gate holds {values[~(values <= 0)].flat[0]}; expected values <= 0 (-inf forgets)."
             " They are logarithms of decays: -softplus(x), not sigmoid(x)"
         )
+    if values is not None and ((values < FORGETS) & (values > -math.inf)).any():
+        forgets = xp.full((), -math.inf, dtype=log_gate.dtype, **like)
+        log_gate = xp.where(log_gate < FORGETS, forgets, log_gate)
     gate = layout.gate_in(xp.astype(log_gate, dtype, copy=False), tokens)
     return None, gate, layout._replace(gate_shape=tuple(log_gate.shape))
 

@@ -2,13 +2,16 @@
 
 import functools
 
+import literal
 import numpy as np
 import pytest
 from conftest import (
+    EXACT,
     OPERATORS,
     Row,
     close,
     draw,
+    load,
     numpy_dtype,
     rows,
     same,
@@ -111,6 +114,61 @@ def test_huge_and_tiny_values_stay_finite_or_overflow_where_they_must(row: Row):
     np.testing.assert_array_equal(np.sign(o[beyond]), np.sign(wide[beyond]))
     assert np.isfinite(o[abs(wide) < 65000]).all()
     assert all(np.isfinite(x).all() for x in last)
+
+
+FADING = {
+    "none": {},
+    "decay": {"decay": 1e-30},
+    "decays": {"decay": np.array([1e-30, 0.5, 1e-37])},
+    "constant": {"log_gate": -1e300},
+} | {
+    f"{value:.0e}": {"log_gate": np.where(np.arange(14) % 5 < 2, value, -0.3).astype(dtype)}
+    for dtype, values in {
+        "float32": (-np.inf, np.finfo(np.float32).min, -9e3, -90.0),
+        "float64": (np.finfo(np.float64).min, -1e30, -1e-310),
+    }.items()
+    for value in values
+}
+
+
+@functools.cache
+def fading_case(operator, mask, gate):
+    """Three heads, a tenth of their values below float32's normal range, and the literal sums."""
+    q, k, v = draw(3, 14)
+    for i, x in enumerate((q, k, v)):
+        x[np.random.default_rng(i).random(x.shape) < 0.1] *= 1e-41
+    with np.errstate(over="ignore"):
+        return q, k, v, literal.scan(q, k, v, operator=operator, mask=mask, **FADING[gate])
+
+
+@pytest.mark.parametrize("gate", FADING)
+@pytest.mark.parametrize(
+    ("name", "operator"), [*(("numpy", x) for x in OPERATORS), ("array_api_strict", "hla2")]
+)
+def test_underflow_is_silent_and_right(name, operator, gate):
+    """Of gates, states, products and casts, in every function; and sums of gates that overflow."""
+    lib, mask = load(name), "prefix" if gate == "decays" else "causal"
+    *given, want = fading_case(operator, mask, gate)
+    kinds = {n: str(x.dtype) for n, x in FADING[gate].items() if isinstance(x, np.ndarray)}
+    arrays = {n: lib.array(FADING[gate][n], dtype) for n, dtype in kinds.items()}
+    names: dict = {"operator": operator, "mask": mask} | FADING[gate] | arrays
+    first = names | {n: x[0] for n, x in arrays.items() if n == "log_gate"}
+    forms = [{"backend": "array_api", "form": form} for form in ("chunked", "associative")]
+    for dtype, tol in (("float32", 1e-5), ("float64", EXACT)):
+        q, k, v = (lib.array(x, dtype) for x in given)
+        for form in [{"backend": name}, *forms] if name == "numpy" else forms[:1]:
+            with np.errstate(all="raise"):
+                options = names | form | {"chunk_size": 5, "return_state": True}
+                (o, last), pullback = hla.vjp(q, k, v, **options)
+                gradients = pullback(v, last)
+            close(lib.numpy(o), want, tol)
+            assert all(np.isfinite(lib.numpy(x)).all() for x in (*gradients[:3], *last))
+        with np.errstate(all="raise"):
+            part = hla.summarize(q, k, v, **names)
+            last = hla.combine(part.to_state(), hla.combine(part, part))
+            token = (x[:, 0, :] for x in (q, k, v))
+            _, last = hla.step(*token, last, **first)
+        assert all(np.isfinite(lib.numpy(x)).all() for x in last)
 
 
 @pytest.mark.parametrize("row", rows())

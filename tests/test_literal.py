@@ -268,6 +268,6 @@ def test_widths(row: Row, D):
 def test_small_decay_underflows_to_zero_without_nan(row: Row):
     q, k, v = draw(70)
     for options in ({"decay": 1e-3}, {"log_gate": np.full(70, -300.0)}):
-        with np.errstate(all="raise", under="ignore"):
+        with np.errstate(all="raise"):
             o = hla.scan(q, k, v, chunk_size=64, **row.options, **options)
         close(o, literal.scan(q, k, v, operator=row.operator, mask=row.mask, **options))

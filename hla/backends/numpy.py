@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import FLOATS
+from .. import arrays
 from ..core import forms
 from ..core.adjoint import CORE, ONE_TOKEN, Engine
 from ..core.forms import Gradients
@@ -46,7 +46,10 @@ def _rows(x: Array) -> Array:
 
 def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, Any]:
     """Return (o, state, what `backward` needs)."""
-    return forms.forward(request, _readable(inputs), _engine(request))
+    o, state, trace = arrays.call(
+        forms.forward, request, inputs.q, _readable(inputs), _engine(request)
+    )
+    return o, state, trace
 
 
 def backward(
@@ -54,18 +57,20 @@ def backward(
 ) -> Gradients:
     """Return the gradients of `forward`."""
     do = None if do is None else _rows(do)
-    return forms.backward(request, _readable(inputs), saved, do, dstate, _engine(request))
+    given = (_readable(inputs), saved, do, dstate, _engine(request))
+    grads: Gradients = arrays.call(forms.backward, request, inputs.q, *given)
+    return grads
 
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
     """Return (o, state) of one token; never donates."""
-    o, state, _ = forms.forward(request, inputs, ONE_TOKEN)
+    o, state, _ = arrays.call(forms.forward, request, inputs.q, inputs, ONE_TOKEN)
     return o, state
 
 
 def summarize(request: Request, inputs: Inputs) -> Any:
     """Return the segment of a whole sequence."""
-    return forms.summarize(request, inputs)
+    return arrays.call(forms.summarize, request, inputs.q, inputs)
 
 
 def info() -> Info:
@@ -76,6 +81,6 @@ def info() -> Info:
         device="cpu",
         version=f"numpy {np.__version__}",
         operators=("linear", "hla2", "ahla", "hla3"),
-        dtypes=FLOATS,
+        dtypes=arrays.FLOATS,
         gradients=True,
     )

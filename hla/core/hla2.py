@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .algebra import Algebra, Cross, Join, dot, outer
-from .namespace import Array, namespace
+from .namespace import Array, namespace, underflow
 from .packing import pack
 
 
@@ -77,7 +77,8 @@ class HLA2Segment(NamedTuple):
 
     def to_state(self) -> HLA2RidgeState:
         """Return the state after this segment, started empty; it serves any ridge."""
-        return HLA2RidgeState(**{x: view(self)[x] for x in HLA2RidgeState._fields})
+        with underflow(self.S):
+            return HLA2RidgeState(**{x: view(self)[x] for x in HLA2RidgeState._fields})
 
 
 class HLA2PrefixSegment(NamedTuple):

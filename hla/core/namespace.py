@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import array_api_compat as compat
@@ -81,6 +82,11 @@ def beside(like: Array, key: tuple[Any, ...], make: Callable[[], np.ndarray[Any,
 def is_jax(x: Array) -> bool:
     """Whether ``x`` is a JAX array or tracer."""
     return library(x) == "jax"
+
+
+def underflow(x: Array) -> AbstractContextManager[Any]:
+    """Context in which a result too small for its dtype is 0, whatever np.errstate says of it."""
+    return nullcontext() if library(x) in ("torch", "jax") else np.errstate(under="ignore")
 
 
 def unstack(x: Array, axis: int) -> tuple[Array, ...]:
