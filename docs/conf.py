@@ -103,33 +103,59 @@ def benchmarks(folder):
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text("utf-8"))
         first, machine, rows = result["first"], result["machine"], result["rows"]
-        places = [*machine["accelerators"], f"{machine['processor']}, {machine['cores']} cores"]
+        load = "" if machine["load"] is None else f", load {machine['load']:.1f}"
+        host = f"{machine['processor']}, {machine['cores']} cores{load}"
+        places = [*machine["accelerators"], host]
         gate = "" if first["gate"] == "none" else f", {first['gate']}"
         versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
         shown.append(
             f"**{'; '.join(places)}**: B = {first['batch']}, H = {first['heads']},"
             f" D = V = {first['width']}, {first['dtype']}{gate}. {result['date'][:10]},"
             f" commit {result['commit'] or 'unknown'}; {versions}."
+            f" `import hla`: {1e3 * result['import_seconds']:.0f} ms."
         )
         shown += [
             f"{workload}:\n\n{timings([r for r in rows if r['workload'] == workload])}"
             for workload in dict.fromkeys(r["workload"] for r in rows)
         ]
+        shown += [
+            f"{name}: {beyond / 2**20:.0f} MiB beyond input and output, first forward call."
+            for name, beyond in result["memory"].items()
+        ]
+        left_out = dict.fromkeys((s["name"], s["reason"]) for s in result["skipped"])
+        shown += [f"Not timed: {name}: {reason}" for name, reason in left_out]
     return "\n\n".join(shown) or "No result is committed yet."
 
 
 def timings(rows):
-    """Rows of one workload of one result."""
+    """Rows of one workload of one result, with every column that `hla bench` prints."""
     peers = list(dict.fromkeys(name for r in rows for name in r["times_faster"]))
-    cells = [("operator", "T", "runs on", "ms", "host ms", "floor, ms", "share", *peers, "memory")]
-    for r in rows:
-        seconds = (r["seconds"], r["host_seconds"], r["floor"])
-        times = ("" if one is None else f"{1e3 * one:.3g}" for one in seconds)
-        share = "" if r["share_of_floor"] is None else f"{r['share_of_floor']:.0%}"
-        ratios = (f"{r['times_faster'][p]:.2f}x" if p in r["times_faster"] else "" for p in peers)
-        memory = "" if r["beyond"] is None else f"{r['beyond']:.2f}"
-        cells.append((r["operator"], r["tokens"], r["name"], *times, share, *ratios, memory))
-    return table(*cells)
+    columns = {
+        "operator": [r["operator"] for r in rows],
+        "T": [r["tokens"] for r in rows],
+        "runs on": [r["name"] for r in rows],
+        "ms": [ms(r["seconds"]) for r in rows],
+        "quartiles": [ms(*r.get("quartiles") or ()) for r in rows],
+        "host ms": [ms(r["host_seconds"]) for r in rows],
+        "floor, ms": [ms(r["floor"]) for r in rows],
+        "share": [known(r["share_of_floor"], ".0%") for r in rows],
+        "memory": [known(r["beyond"], ".2f") for r in rows],
+        "error": [known(r["error"], ".0e") for r in rows],
+    }
+    for peer in peers:
+        columns[peer] = [known(r["times_faster"].get(peer), ".2f", "x") for r in rows]
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    return table(tuple(columns), *zip(*columns.values(), strict=True))
+
+
+def ms(*seconds):
+    """Seconds in milliseconds."""
+    return "-".join(f"{1e3 * one:.4g}" for one in seconds if one is not None)
+
+
+def known(value, form, unit=""):
+    """A value, or nothing."""
+    return "" if value is None else f"{value:{form}}{unit}"
 
 
 def setup(app):

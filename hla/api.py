@@ -12,7 +12,6 @@ from .core.packing import STATE_OF
 from .core.request import Inputs, Request
 from .cotangents import cotangents
 from .dispatch import Backend, Explanation
-from .errors import Unsupported
 from .joining import as_before, stretches
 from .request import Layout, flag, ordered, prepare
 

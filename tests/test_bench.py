@@ -742,7 +742,7 @@ def test_the_page_shows_every_committed_result(quick, tmp_path):
     lines = [line.split(" | ") for line in shown.splitlines() if line.startswith("| linear")]
     rows = sorted(result["rows"], key=lambda r: WORKLOADS.index(r["workload"]))
     assert [line[2] for line in lines] == [r["name"] for r in rows]
-    assert [line[3] for line in lines] == [f"{1e3 * r['seconds']:.3g}" for r in rows]
+    assert [line[3] for line in lines] == [f"{1e3 * r['seconds']:.4g}" for r in rows]
     assert len({len(line) for line in lines}) > 1  # each workload has its own peers
 
 

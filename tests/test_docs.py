@@ -1,12 +1,18 @@
 """The documentation is true: code runs, links lead somewhere, tables are the program's."""
 
+import argparse
+import itertools
+import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 
 import hla
+from hla import bench
+from hla.bench.workloads import WORKLOADS
 from hla.core import programs
 
 ROOT = Path(__file__).parents[1]
@@ -90,3 +96,66 @@ def test_capability_tables_name_every_backend():
     for entry in hla.available():
         assert f"`{entry.name}`" in tables["backends"]
         assert (f"`{entry.name}`" in tables["requests"]) == entry.available
+
+
+def test_committed_benchmark_is_that_of_the_command_beside_it():
+    (code,) = (c for language, _, c in blocks(ROOT / "docs" / "benchmarks.md") if language == "sh")
+    command, copy = (shlex.split(line) for line in code.replace("\\\n", "").strip().splitlines())
+    assert command[:2] == ["hla", "bench"]
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    args = parser.parse_args(command[2:])
+    assert copy == ["cp", f"{args.out}/bench.json", copy[-1]]
+    result = json.loads((ROOT / copy[-1]).read_text("utf-8"))
+    plan = list(bench._plan(args))
+    assert result["first"] == plan[0][1]._asdict()
+    tried = [*result["rows"], *result["skipped"]]
+    planned = {(workload, case.operator, case.tokens) for workload, case in plan}
+    assert {(r["workload"], r["operator"], r["tokens"]) for r in tried} == planned
+    assert result["quick"] == args.quick
+    for row in result["rows"]:
+        _, library, device = row["name"].split("/") if not row["peer"] else ("", "torch", "gpu")
+        assert [library] == args.library
+        assert [device] == args.device
+
+
+def test_benchmarks_page_shows_every_figure_of_its_results():
+    folder = ROOT / "docs" / "benchmarks"
+    shown = runpy.run_path(str(ROOT / "docs" / "conf.py"))["benchmarks"](folder).splitlines()
+    cells = [line.strip("| ").split(" | ") for line in shown if line.startswith("| ")]
+    starts = [i for i, row in enumerate(cells) if row[0] == "operator"]
+    found = [
+        {name: cell for name, cell in zip(cells[start], row, strict=True) if cell != "-"}
+        for start, stop in itertools.pairwise([*starts, len(cells)])
+        for row in cells[start + 1 : stop]
+    ]
+    rows = [
+        row
+        for path in sorted(folder.glob("*.json"))
+        for workload in WORKLOADS
+        for row in json.loads(path.read_text("utf-8"))["rows"]
+        if row["workload"] == workload
+    ]
+    for row, r in zip(found, rows, strict=True):
+        assert row.pop("operator") == r["operator"]
+        assert row.pop("T") == str(r["tokens"])
+        assert row.pop("runs on") == r["name"]
+        quartiles = row.pop("quartiles", "").split("-") if r.get("quartiles") else []
+        figures = {
+            "ms": (1e3, r["seconds"]),
+            "host ms": (1e3, r["host_seconds"]),
+            "floor, ms": (1e3, r["floor"]),
+            "share": (100, r["share_of_floor"]),
+            "memory": (1, r["beyond"]),
+            "error": (1, r["error"]),
+            **{name: (1, ratio) for name, ratio in r["times_faster"].items()},
+        }
+        want = {name: unit * x for name, (unit, x) in figures.items() if x is not None}
+        assert row.keys() == want.keys()
+        for name, figure in want.items():
+            digits = {"rel": 0.5} if name == "error" else {"rel": 5e-4, "abs": 0.0051}
+            digits = {"abs": 0.51} if name == "share" else digits
+            assert float(row[name].rstrip("%x")) == pytest.approx(figure, **digits)
+        assert [float(x) for x in quartiles] == pytest.approx(
+            [1e3 * x for x in r.get("quartiles") or ()], rel=5e-4
+        )
