@@ -3,6 +3,7 @@
 import itertools
 import pickle
 
+import literal
 import numpy as np
 import pytest
 from conftest import (
@@ -349,3 +350,49 @@ def test_states_are_new_and_reusable():
     other, moved = hla.step(q[:, 0], k[:, 0], v[:, 0], donated, donate=True)
     np.testing.assert_array_equal(other, o)
     same_fields(moved, mine)
+
+
+@pytest.mark.parametrize("row", rows(forms=("chunked", "associative")))
+def test_a_padded_token_is_none(row: Row):
+    """Zero q, k and v with a gate of 0, wherever they stand: the literal sums without them.
+
+    The last state and the gradients too, whatever the gradient of a padded token's output.
+    """
+    at = np.array([2, 3, 4, 9, 10, 15, 16])  # left, right and between
+    tokens, rng = len(at), np.random.default_rng(0)
+    q, k, v = draw(H, tokens, positive=True)
+    a = gates("log_gate", H, tokens)["log_gate"]
+    a[0, 3] = -np.inf
+
+    def padded(x):
+        full = np.zeros((H, 20, *x.shape[2:]))
+        full[:, at] = x
+        return full
+
+    given, gate = tuple(map(padded, (q, k, v))), {"log_gate": padded(a)}
+    extras: list[dict] = [{}, {"normalize": True}]
+    extras += [{"normalize": True, "ridge": 0.3}] * (row.operator == "hla2")
+    paper = row.mask == "causal" and row.operator in literal.PAPER and row.form == "chunked"
+    for extra, convention in itertools.product(extras, ("exact", "paper")[: 1 + paper]):
+        names = row.options | extra | {"chunk_size": 4, "convention": convention}
+        plain = extra | {"operator": row.operator}
+        if row.mask == "none":
+            o = hla.scan(*given, **names)
+            close(o[:, at], literal.scan(q, k, v, mask="none", **plain))
+            continue
+        if convention == "paper":
+            want, _ = literal.paper(q, k, v, log_gate=a, **plain)
+        else:
+            want = literal.scan(q, k, v, mask=row.mask, log_gate=a, **plain)
+        close(hla.scan(*given, **gate, **names)[:, at], want)
+        _, start = hla.scan(*draw(H, 3), return_state=True, **names)
+        names |= {"initial_state": start, "return_state": True}
+        (o, last), pullback = hla.vjp(q, k, v, log_gate=a, **names)
+        (_, kept), padded_pullback = hla.vjp(*given, **gate, **names)
+        close_fields(kept, last)
+        do, dout = rng.standard_normal(o.shape), rng.standard_normal((H, 20, o.shape[-1]))
+        dout[:, at] = do
+        got, expected = padded_pullback(dout, last), pullback(do, last)
+        close_fields(got.dinitial_state, expected.dinitial_state)
+        for name in ("dq", "dk", "dv", "dlog_gate"):
+            close(getattr(got, name)[:, at], getattr(expected, name))
