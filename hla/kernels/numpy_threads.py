@@ -88,7 +88,8 @@ def _controller() -> Any:
         return None
     import threadpoolctl
 
-    return threadpoolctl.ThreadpoolController().select(user_api="blas")
+    controller = getattr(threadpoolctl, "ThreadpoolController", None)  # from its version 3
+    return controller and controller().select(user_api="blas")
 
 
 @contextlib.contextmanager
