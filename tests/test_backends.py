@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import FLOATS, OPERATORS, draw, load, refusal, same
+from conftest import FLOATS, OPERATORS, draw, installed, load, refusal, same
 
 import hla
 
@@ -177,7 +177,7 @@ def test_broken_frameworks_do_no_harm(tmp_path):
 
 def test_a_broken_library_of_a_backend_is_its_reason(tmp_path):
     """Also where the arrays are of another library that the backend takes."""
-    pytest.importorskip("jax", reason="jax is not installed")
+    installed("jax")
     for name in ("torch", "triton"):
         (tmp_path / f"{name}.py").write_text("raise OSError('libcuda is broken')\n")
     run(

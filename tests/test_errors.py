@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import draw, load, numpy_dtype
+from conftest import draw, installed, load, numpy_dtype
 
 import hla
 
@@ -370,10 +370,10 @@ def test_float8_is_refused(name):
 
 def _distributed(torch, x):
     """A DTensor of one process."""
-    dist = pytest.importorskip("torch.distributed")
+    dist = installed("torch.distributed")
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("torch without gloo")
-    tensor = pytest.importorskip("torch.distributed.tensor")
+    tensor = installed("torch.distributed.tensor")
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = tensor.init_device_mesh("cpu", (1,))
@@ -400,7 +400,7 @@ IRREGULAR = {
 @pytest.fixture
 def no_process_group():
     yield
-    dist = pytest.importorskip("torch").distributed
+    dist = installed("torch").distributed
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -410,7 +410,7 @@ def no_process_group():
 @pytest.mark.parametrize(("make", "remedy"), bad(IRREGULAR))
 def test_tensors_that_are_not_plain_memory(make, remedy):
     """Refused in our words with the remedy, also where a plain tensor of the shape went before."""
-    torch = pytest.importorskip("torch")
+    torch = installed("torch")
     q, k, v = load("torch").arrays(*draw(H, T))
     (_, last), pullback = hla.vjp(q, k, v, return_state=True)
     odd, short = make(torch, q), make(torch, q[:, 0][None])

@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
+from conftest import installed
 from test_docs import ROOT, blocks
 
 import hla
@@ -123,7 +124,7 @@ REFUSING = {
 def test_a_broken_plugin_breaks_nothing_but_itself(fault, offer):
     why = (BROKEN | REFUSING)[fault]
     x = np.ones((4, 2))
-    y = pytest.importorskip("array_api_strict").asarray(x)
+    y = installed("array_api_strict").asarray(x)
     offer(f"{STRICT}\n    {fault}")
     (row,) = [b for b in hla.available() if b.name == "mine"]
     assert row.available == (fault in REFUSING)
@@ -169,7 +170,7 @@ def test_a_plugin_may_lack_what_can_be_left_out(offer):
         "other = mine:some",
     )
     x = np.ones((4, 2))
-    y = pytest.importorskip("array_api_strict").asarray(x)
+    y = installed("array_api_strict").asarray(x)
     assert hla.explain(y, y, y).backend == "other"
     for name in ("mine", "other"):
         np.testing.assert_array_equal(hla.scan(x, x, x, backend=name), hla.scan(x, x, x))
@@ -222,7 +223,7 @@ def test_entry_points_that_cannot_be_read_are_reported(offer):
 def test_the_package_of_the_documentation_installs(tmp_path):
     """Laid out as docs/backends.md shows it, by pip, and then run as there."""
     for module in ("pip", "hatchling"):
-        pytest.importorskip(module, reason=f"{module} is not installed")
+        installed(module)
     page = ROOT / "docs" / "backends.md"
     for _, caption, code in blocks(page):
         if caption:
@@ -271,7 +272,7 @@ def test_the_slow_path_warning_points_at_the_callers_line(monkeypatch):
 
 
 def test_the_slow_path_warning_of_a_compiled_call_is_the_users(monkeypatch):
-    torch = pytest.importorskip("torch")
+    torch = installed("torch")
     monkeypatch.setattr(arrays, "on_accelerator", lambda x: True)
     monkeypatch.setattr(dispatch, "_warned", set())
     compiled = torch.compile(lambda x: hla.scan(x, x, x), backend="eager")

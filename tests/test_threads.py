@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import installed
 
 import hla
 from hla.kernels import numpy_threads
@@ -64,7 +65,7 @@ def test_the_least_variable_limits_the_threads(limits, expected, monkeypatch):
 
 
 def test_threadpoolctl_limits_the_threads_while_it_limits_blas(monkeypatch):
-    threadpoolctl = pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")
+    threadpoolctl = installed("threadpoolctl")
     monkeypatch.setattr(numpy_threads, "_controller", controller)
     for most in (3, 1, 2):
         with threadpoolctl.threadpool_limits(most, user_api="blas"):

@@ -408,7 +408,7 @@ def test_forward_mode_is_refused_within_other_transforms(call, transform):
 
 def test_lazily_negated_tensors_reach_a_backend_as_memory_has_them(monkeypatch):
     """The imaginary part of a conjugate has its sign in a flag, which no kernel reads."""
-    array_api, seen = pytest.importorskip("hla.backends.array_api"), []
+    array_api, seen = installed("hla.backends.array_api"), []
 
     def spy(function):
         def spied(request, *args):

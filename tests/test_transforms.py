@@ -94,7 +94,7 @@ def test_jax_scan_over_steps(jax, operator):
 
 def test_packed_states_are_differentiated_as_they_are_given(jax):
     """Autograd, torch.func and jax.grad through packed states: what hla.vjp gives."""
-    torch = pytest.importorskip("torch")
+    torch = installed("torch")
     inputs = draw(2, 9)
     options = {"decay": 0.9, "return_state": True}
     start = hla.scan(*inputs, **options)[1].pack()
@@ -124,7 +124,7 @@ def test_packed_states_are_differentiated_as_they_are_given(jax):
 
 def test_torch_compiles_what_takes_packed_states():
     """scan, step and combine in one graph, and packing itself; gradients too."""
-    torch = pytest.importorskip("torch")
+    torch = installed("torch")
     q, k, v = load("torch").arrays(*draw(2, 9))
     _, start = hla.scan(q, k, v, return_state=True)
     later = hla.summarize(q, k, v, decay=0.9)
@@ -148,8 +148,8 @@ def test_torch_compiles_what_takes_packed_states():
 
 def test_packing_copies_constants_from_the_host_once(monkeypatch):
     """As a CUDA graph needs, which is captured after one run; what a trace makes is not kept."""
-    torch = pytest.importorskip("torch")
-    namespace = pytest.importorskip("hla.core.namespace")
+    torch = installed("torch")
+    namespace = installed("hla.core.namespace")
     monkeypatch.setattr(namespace, "_kept", {})
     _, state = hla.scan(*load("torch").arrays(*draw(2, 9)), return_state=True)
     torch.func.vmap(lambda S: state._replace(S=S).pack().unpack().S)(state.S)
