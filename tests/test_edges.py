@@ -171,6 +171,26 @@ def test_underflow_is_silent_and_right(name, operator, gate):
         assert all(np.isfinite(lib.numpy(x)).all() for x in last)
 
 
+LAST = float(np.finfo(np.float32).min)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("decay", [1e-37, 1.0]), ("log_gate", [LAST, -0.0, -np.inf, -1.0, LAST])]
+)
+def test_jax_meets_no_nan_on_the_way_from_finite_input(name, values):
+    """By its own check of every value, compiled, through the gradients."""
+    lib = load("jax")
+    jax = pytest.importorskip("jax")
+    given = lib.arrays(*draw(2, 5), np.array(values), dtype="float32")
+
+    def loss(q, k, v, gate):
+        return (hla.scan(q, k, v, operator="hla3", **{name: gate}) ** 2).sum()
+
+    with jax.debug_nans(True):
+        value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*given)
+    assert all(np.isfinite(lib.numpy(x)).all() for x in (value, *gradients))
+
+
 @pytest.mark.parametrize("row", rows())
 def test_zero_queries_normalize_to_zero(row: Row):
     q, k, v = draw(H, T, positive=True)
