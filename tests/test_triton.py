@@ -308,6 +308,45 @@ def test_moments_shared_by_some_heads_only(operator, shapes):
     check(inputs, {"operator": operator, "scale": 0.25, "return_state": True})
 
 
+AXES = [  # of q, k, v and the gate
+    ((1,), (1,), (2,), ()), ((), (), (2,), None), ((), (1, 2), (2, 1), (2, 1)),
+]  # fmt: skip
+LACKING = [pytest.param(*x.values, "exact", id=x.id, marks=x.marks) for x in rows(**TRITON)]
+LACKING += [
+    pytest.param(*x.values, "paper", id=f"{x.id}-paper", marks=x.marks)
+    for x in rows(operators=("hla2", "hla3"), masks=("causal",), **TRITON)
+]
+
+
+@pytest.mark.parametrize("shapes", AXES, ids=str)
+@pytest.mark.parametrize(("row", "convention"), LACKING)
+def test_batch_axes_that_some_inputs_lack(row: Row, convention, shapes):
+    """Passes that share queries and keys need not share the batch; outputs, states, gradients."""
+    rng, T = np.random.default_rng(2), 5
+    given = zip("qkv", shapes, (4, 4, 3), strict=False)
+    inputs = {n: rounded(rng.standard_normal((*x, T, m))) for n, x, m in given}
+    options = {"operator": row.operator, "mask": row.mask, "scale": 0.5, "convention": convention}
+    if row.mask != "none":
+        options["return_state"] = True
+        if shapes[3] is not None:
+            inputs["decay"] = rounded(rng.uniform(0.5, 0.9, shapes[3]))
+        inputs["initial_state"] = rounded(hla.scan(**inputs, **options)[1])
+    check(inputs, options)
+
+
+@pytest.mark.parametrize("axes", [(0,), (3, 0, 1, 2, 1)])
+@pytest.mark.parametrize("row", rows(masks=STREAMING, **TRITON))
+def test_states_of_keys_that_no_query_reads(row: Row, axes):
+    """A batch without queries; the moments of keys that it shares are there all the same."""
+    q, k, v = np.ones((*axes, 5, 4)), *draw(5, D=4, V=3)[1:]
+    options = {"operator": row.operator, "mask": row.mask, "return_state": True}
+    _, want = hla.scan(q, k, v, **options)
+    _, state = hla.scan(*(tensor(x) for x in (q, k, v)), backend="triton", **options)
+    assert sum(x.size for x in want) > 0
+    for x, y in zip(state, want, strict=True):
+        close(to_numpy(x.cpu()), y, 1e-6)
+
+
 @pytest.mark.parametrize("row", rows(**TRITON))
 def test_heads_are_independent_to_the_bit(row: Row):
     """Whatever another head holds, and however many there are; gradients and states too."""

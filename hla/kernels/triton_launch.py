@@ -10,12 +10,9 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from ..core.passes import Gate, Shape
+from ..core.passes import Gate, Shape, broadcast
 from .triton_pass import pass_kernel
 
-PERIOD = (
-    1024  # tokens, a multiple of every chunk: how far apart states are kept for a gate's gradient
-)
 DOTTED = 32  # tokens in a chunk of launches that serve a gate's gradient
 WIDEST = 128  # a float32 state of 128 x 128 takes half of the registers of 8 warps
 
@@ -82,6 +79,12 @@ class Columns(NamedTuple):
     start: torch.Tensor | None = None  # float32, (*batch, D, V), may lack axes that only q has
     end: torch.Tensor | None = None  # the same, to be written
 
+    @property
+    def batch(self) -> Shape:
+        """Batch shape of the results, which may lack axes that another part's results have."""
+        assert self.o is not None
+        return tuple(self.o.shape[:-2])
+
 
 def widest(dtype: torch.dtype) -> int:
     """Return how many keys a tile holds: float32 operands are split in registers."""
@@ -118,10 +121,11 @@ def between(T: int, dtype: torch.dtype) -> int:
     return max(0, T - 1) // period(dtype)
 
 
-def in_one(k: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether one launch serves two parts of the values: their states fit the registers."""
-    V, V2 = first.shape[-1], second.shape[-1]
-    return bool(0 < V <= WIDEST and 0 < V2 <= (WIDEST if k.dtype == torch.bfloat16 else 16))
+def in_one(k: torch.Tensor, first: Columns, second: Columns) -> bool:
+    """Whether one launch serves two parts of the values: of one batch, states fit the registers."""
+    V, V2 = first.v.shape[-1], second.v.shape[-1]
+    fit = 0 < V <= WIDEST and 0 < V2 <= (WIDEST if k.dtype == torch.bfloat16 else 16)
+    return bool(fit and first.batch == second.batch)
 
 
 NONE = (None,) * 4
@@ -212,6 +216,15 @@ def causal_pass(
         kernel, grid, rest = _launches[key]
         with torch.cuda.device_of(k):
             kernel[grid](*pointers, read, write, power, *rest)
+        return
+    if 0 in batch and q is not None:  # nobody reads, and yet states of keys may be asked
+        alone = [c._replace(o=None) for c in columns]
+        held = [c.end.shape[:-2] for c in columns if c.end is not None]
+        if held:
+            causal_pass(
+                None, k, alone, gate, batch=broadcast(*held), power=power, strict=strict,
+                reverse=reverse, write=write, both=both, kc=kc, tf32=tf32,
+            )  # fmt: skip
         return
     ranks = (*(2,) * 13, max(0, gated - 1))
     sizes, strides = _plan(batch, ranks, operands[:-2])

@@ -197,12 +197,10 @@ def run_pass(
         The sums with x, float32, (*batch, 1, T), or (*batch, 2, T) with pairs.
     """
     full = kind == "full"
-    gate, v, o = Gate() if full else call.gate, columns[0].v, columns[0].o
-    assert o is not None
-    batch = o.shape[:-2]
+    gate, device = Gate() if full else call.gate, k[0].device
     if k[0].shape[-2] == 0:
-        return None if x is None else torch.zeros((*batch, 1 + pairs, 0), device=v.device)
-    options = {
+        return None if x is None else torch.zeros((*columns[0].batch, 1 + pairs, 0), device=device)
+    options: dict[str, Any] = {
         "gate": gate, "power": power, "strict": kind == "strict", "reverse": reverse,
         "write": write, "tf32": call.tf32,
     }  # fmt: skip
@@ -217,6 +215,7 @@ def run_pass(
                 here = [
                     c._replace(start=_rows(c.start, rows), end=_rows(c.end, rows)) for c in here
                 ]
+            batch = here[0].batch
             if full:  # sum all tokens first
                 alone = [c._replace(o=None, start=None) for c in here]
                 held = broadcast(b.shape[:-2], *(c.v.shape[:-2] for c in here))
@@ -226,7 +225,7 @@ def run_pass(
             if x is not None:
                 F = int(here[0].v.shape[-1])
                 xi, shape = x[i], (*batch, value_tiles(F), 1 + pairs, b.shape[-2])
-                dot = torch.empty(shape, dtype=torch.float32, device=v.device)
+                dot = torch.empty(shape, dtype=torch.float32, device=device)
                 if states is not None:
                     first_column = width(tuple(c.v for c in columns[:i]))
                     kept = states[..., first_column : first_column + F, rows]
@@ -266,7 +265,7 @@ def _together(
     """Cut columns into what one launch serves, with the place of the first."""
     found, i = [], 0
     while i < len(columns):
-        two = not alone and i + 1 < len(columns) and in_one(k, columns[i].v, columns[i + 1].v)
+        two = not alone and i + 1 < len(columns) and in_one(k, columns[i], columns[i + 1])
         found.append((i, columns[i : i + 1 + two]))
         i += 1 + two
     return found
