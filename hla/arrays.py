@@ -51,14 +51,22 @@ def on_accelerator(x: Array) -> bool:
 
 
 def traced(x: Array) -> bool:
-    """Whether ``x`` stands for values that are not there yet (jit, vmap, compile, fake tensors)."""
+    """Whether ``x`` stands for values that are not there yet (jit, vmap, compile, fake tensors).
+
+    Of torch also a type that dispatches its own operations: where its values are, only it knows.
+    A subclass without that is memory like any tensor's.
+    """
     if is_jax(x):
         return isinstance(x, sys.modules["jax"].core.Tracer)
     if library(x) == "torch":
         torch = sys.modules["torch"]
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
-        plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta"
-        return bool(torch.compiler.is_compiling() or wrapped or not plain)
+        return bool(
+            x.device.type == "meta"
+            or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+            or torch._C._functorch.is_functorch_wrapped_tensor(x)
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+        )
     return False
 
 
@@ -66,7 +74,11 @@ def transformed(x: Array) -> bool:
     """Whether plain types and shapes of ``x``'s library may stand for something else now."""
     if library(x) == "torch":
         torch = sys.modules["torch"]
-        return bool(torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+        return bool(
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active()
+        )
     return False
 
 
@@ -120,7 +132,7 @@ def host_values(x: Array) -> np.ndarray[Any, Any] | None:
     if traced(x) or on_accelerator(x):
         return None
     if library(x) == "torch":
-        x = x.detach()
+        x = x.detach().resolve_neg()
         return np.asarray(x.double() if dtype_name(x) == "bfloat16" else x)
     if is_jax(x):
         return np.asarray(x)

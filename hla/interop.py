@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from .core.namespace import Array, library
 
+Result = TypeVar("Result")
 Convert = Callable[[Any], Any]
 _in_use: list[tuple[Any, list[Array]]] = []  # events, and what must stay until they are reached
 
@@ -20,6 +22,55 @@ def each(f: Callable[[Array], Array], tree: Any) -> Any:
     if isinstance(tree, tuple):
         return type(tree)(*(each(f, x) for x in tree))
     return f(tree)
+
+
+def on_memory(function: Callable[..., Result], *trees: Any) -> Result:
+    """Call a function of torch tensors that reads their memory, as torch calls its own functions.
+
+    A subclass is asked by its ``__torch_function__``, which says what type the results have. The
+    function itself sees memory that holds the values: no sign that is pending, no implied zeros.
+
+    Parameters
+    ----------
+    function : callable
+        Of ``trees``; returns a tree.
+    *trees
+        Tensors, None and tuples of them.
+    """
+    if all(_is_memory(tree) for tree in trees):
+        return function(*trees)
+    from torch import _C, Tensor
+    from torch.overrides import handle_torch_function, has_torch_function
+    from torch.utils._pytree import tree_flatten, tree_unflatten
+
+    flat, spec = tree_flatten(trees)
+    specs: list[Any] = []
+
+    def run(*flat: Any) -> Any:
+        with _C.DisableTorchFunctionSubclass():
+            there = [_values(x) if isinstance(x, Tensor) else x for x in flat]
+            found, after = tree_flatten(function(*tree_unflatten(there, spec)))
+        specs.append(after)
+        return found
+
+    asked = has_torch_function(flat)
+    found = handle_torch_function(run, flat, *flat) if asked else run(*flat)
+    result: Result = tree_unflatten(found, specs[-1])
+    return result
+
+
+def _is_memory(tree: Any) -> bool:
+    if tree is None:
+        return True
+    if isinstance(tree, tuple):
+        return all(_is_memory(x) for x in tree)
+    torch = sys.modules["torch"]
+    plain = type(tree) in (torch.Tensor, torch.nn.Parameter)
+    return plain and not tree.is_neg() and not tree._is_zerotensor()
+
+
+def _values(x: Array) -> Array:
+    return x.clone() if x._is_zerotensor() else x.resolve_neg()
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, 
     from ..kernels import triton_scan
 
     if request.library == "torch":
-        return triton_scan.forward(request, inputs)
+        return interop.on_memory(functools.partial(triton_scan.forward, request), inputs)
     with interop.torch_for(request.library) as (into, back):
         o, state, saved = triton_scan.forward(request, into(inputs))
         return back(o), back(state), saved
@@ -106,7 +106,8 @@ def backward(
     from ..kernels import triton_scan
 
     if request.library == "torch":
-        return triton_scan.backward(request, inputs, saved, do, dstate)
+        pull = functools.partial(triton_scan.backward, request)
+        return interop.on_memory(pull, inputs, saved, do, dstate)
     with interop.torch_for(request.library) as (into, back):
         given = into(inputs), saved, into(do), into(dstate)
         grads: Gradients = back(triton_scan.backward(request, *given))

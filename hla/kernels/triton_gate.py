@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .triton_launch import addresses, shapes_alone
+
 FORGOTTEN = tl.constexpr(2.0**-24)  # of a product: below what float32 sums of it resolve
 
 
@@ -103,10 +105,12 @@ def gate_gradient(
     """
     T, heads = reads.shape[-1], reads.shape[:-2]
     o = torch.empty((*heads, T), dtype=torch.float32, device=reads.device)
-    if o.numel():
+    if o.numel() and not shapes_alone(o):
         D, V = (1, 1) if S is None else S.shape[-2:]
         gate = gate.expand((*heads, T) if log else heads)
-        operands = (x if x is None else x.contiguous() for x in (reads, writes, gate, border, S, R))
+        given = (reads, writes, gate, border, S, R)
+        operands = [None if x is None else x.contiguous() for x in given]
+        addresses(operands)
         grid = (o.numel() // T, triton.cdiv(T, period))
         with torch.cuda.device_of(o):
             gate_kernel[grid](

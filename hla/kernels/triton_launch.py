@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..core.passes import Gate, Shape, broadcast
+from ..errors import Unsupported
 from .triton_pass import pass_kernel
 
 DOTTED = 32  # tokens in a chunk of launches that serve a gate's gradient
@@ -128,6 +131,47 @@ def in_one(k: torch.Tensor, first: Columns, second: Columns) -> bool:
     return bool(fit and first.batch == second.batch)
 
 
+def shapes_alone(written: torch.Tensor) -> bool:
+    """Whether what a launch would write has no memory, so that there is nothing to launch."""
+    return written.is_meta or isinstance(written, FakeTensor)
+
+
+def addresses(operands: Sequence[torch.Tensor | None]) -> list[Any]:
+    """Addresses of what a launch reads and writes; None of None.
+
+    Raises
+    ------
+    Unsupported
+        One has no memory, or a tracer is recording, which would see the memory and not the launch.
+    """
+    if torch.jit.is_tracing() or _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None:
+        raise Unsupported(
+            "backend triton launches kernels that torch's tracers do not see; trace hla.scan, which"
+            " is one operator, or use backend='array_api'"
+        )
+    try:
+        found = [None if x is None else x.data_ptr() for x in operands]
+    except RuntimeError:  # under torch.func
+        found = [0]
+    if 0 in found:  # of no elements, or of no memory
+        return [None if x is None else _address(x) for x in operands]
+    return found
+
+
+def _address(x: torch.Tensor) -> int:
+    try:
+        found = 0 if isinstance(x, FakeTensor) else x.data_ptr()
+    except RuntimeError:  # under torch.func
+        found = 0
+    if found == 0 and x.numel() > 0:
+        raise Unsupported(
+            f"backend triton reads memory, and a {type(x).__name__} without any came (a wrapper, or"
+            " one of torch.func); call hla.scan, which is one operator of torch, or use"
+            " backend='array_api'"
+        )
+    return found
+
+
 NONE = (None,) * 4
 LAUNCHES = 4096
 # Compiled kernels, ready to launch, by all that they are specialized on. Triton's own look-up costs
@@ -201,8 +245,12 @@ def causal_pass(
     elif power and gate.decay is not None:
         gated, weights = 1, gate.decay
     first, second = columns[0], columns[1] if len(columns) > 1 else None
+    written = first.end if q is None else first.o
+    assert written is not None
+    if shapes_alone(written):
+        return
     operands = (q, k, *first, *(second or NONE), x, qc, kc, weights, dots, states)
-    pointers: list[Any] = [None if y is None else y.data_ptr() for y in operands]
+    pointers = addresses(operands)
     seen = [
         None if y is None else (y.shape, y.stride(), y.dtype, p % 16)
         for y, p in zip(operands, pointers, strict=True)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .triton_launch import addresses, shapes_alone
 from .triton_program import laid_out_like, strides_like
 
 TILE = 4096  # values a program holds of each array
@@ -49,9 +50,7 @@ def _in_rows_of(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return laid_out_like(like, x.shape, x.dtype).copy_(x)
 
 
-def normalize(
-    num: torch.Tensor, den: torch.Tensor, eps: float, dtype: torch.dtype, *, traced: bool
-) -> torch.Tensor:
+def normalize(num: torch.Tensor, den: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """Return num / (den + eps).
 
     Parameters
@@ -61,23 +60,20 @@ def normalize(
     eps : float
     dtype : torch.dtype
         Of the result, which is laid out like ``num``.
-    traced : bool
-        Whether there are only shapes to compute with.
     """
     o = laid_out_like(num, num.shape, dtype)
-    if not traced:
-        _launch(num, num, den, o, None, eps)
+    _launch(num, num, den, o, None, eps)
     return o
 
 
 def adjoint(
-    num: torch.Tensor, den: torch.Tensor, eps: float, do: torch.Tensor, *, traced: bool
+    num: torch.Tensor, den: torch.Tensor, eps: float, do: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of num, bfloat16 where ``do`` is and else float32, and of den, float32.
 
     Parameters
     ----------
-    num, den, eps, traced
+    num, den, eps
         As given to `normalize`.
     do : tensor, (*batch, T, V)
         Gradient of its result.
@@ -85,8 +81,7 @@ def adjoint(
     narrow = do.dtype == torch.bfloat16
     dnum = laid_out_like(num, num.shape, do.dtype if narrow else torch.float32)
     dden = laid_out_like(num, den.shape, torch.float32)
-    if not traced:
-        _launch(num, do, den, dnum, dden, eps)
+    _launch(num, do, den, dnum, dden, eps)
     return dnum, dden
 
 
@@ -99,6 +94,8 @@ def _launch(
     eps: float,
 ) -> None:
     V = num.shape[-1]
+    if shapes_alone(o):
+        return
     if num.numel() == 0:
         if dden is not None:
             dden.zero_()
@@ -106,6 +103,7 @@ def _launch(
     rows, BV = num.numel() // V, min(TILE, triton.next_power_of_2(V))
     R = TILE // BV
     x, den, num = (_in_rows_of(num, y) for y in (x, den, num))
+    addresses((x, den, num))
     with torch.cuda.device_of(num):
         normalize_kernel[(triton.cdiv(rows, R),)](
             x, den, o, num, dden, eps, rows, V, BACK=dden is not None, R=R, BV=BV

@@ -9,7 +9,7 @@ bfloat16 for bfloat16 input and in float32 else (float16 would overflow); states
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,21 +35,16 @@ Value = tuple[torch.Tensor, ...]
 
 
 class Call(NamedTuple):
-    """What all passes of a call share: gate, q's factor, TF32, dtype of intermediates, launch."""
+    """What all passes of a call share: gate, q's factor, TF32, dtype of intermediates."""
 
     gate: Gate
     scale: float
     tf32: bool
     dtype: torch.dtype
-    launch: Callable[..., None] = causal_pass
 
     def factor(self, name: str) -> float:
         """Factor of a named value: q's scale, taken in the accumulator."""
         return self.scale if name == "q" else 1.0
-
-
-def skip(*_: Any, **__: Any) -> None:
-    """Stand in for a launch where there is nothing to compute on: fake tensors."""
 
 
 def parts(
@@ -219,7 +214,7 @@ def run_pass(
             if full:  # sum all tokens first
                 alone = [c._replace(o=None, start=None) for c in here]
                 held = broadcast(b.shape[:-2], *(c.v.shape[:-2] for c in here))
-                call.launch(None, b, alone, batch=held, kc=kc, **options)
+                causal_pass(None, b, alone, batch=held, kc=kc, **options)
                 here = [c._replace(start=c.end, end=None) for c in here]
             dot, xi, kept = None, None, None
             if x is not None:
@@ -229,7 +224,7 @@ def run_pass(
                 if states is not None:
                     first_column = width(tuple(c.v for c in columns[:i]))
                     kept = states[..., first_column : first_column + F, rows]
-            call.launch(
+            causal_pass(
                 query, b, here, batch=batch, update=not full, read=read, x=xi, dots=dot,
                 qc=qc, kc=kc, add=not first, both=both, pairs=pairs, states=kept, **options,
             )  # fmt: skip

@@ -13,8 +13,7 @@ from ..core.programs import Program, summed
 from ..core.request import Inputs, Request
 from ..core.states import columns, gradient_fields, joined, own
 from . import triton_normalize, triton_program
-from .triton_launch import causal_pass
-from .triton_program import Call, Value, skip
+from .triton_program import Call, Value
 
 
 def _call(request: Request, inputs: Inputs) -> tuple[Call, dict[str, Value]]:
@@ -26,8 +25,7 @@ def _call(request: Request, inputs: Inputs) -> tuple[Call, dict[str, Value]]:
     if request.mass:
         ones = torch.ones((), dtype=torch.float32, device=v.device)
         values["v"] = (v, ones.expand(*v.shape[:-1], 1))
-    launch = skip if request.traced else causal_pass  # fake tensors have shapes alone
-    return Call(Gate(inputs.decay, inputs.log_gate), request.scale, tf32, dtype, launch), values
+    return Call(Gate(inputs.decay, inputs.log_gate), request.scale, tf32, dtype), values
 
 
 def _kept(request: Request) -> list[str]:
@@ -52,7 +50,7 @@ def forward(request: Request, inputs: Inputs) -> tuple[Any, Any, tuple[Any, ...]
     o = out[0]
     if request.normalize:
         o, den = out
-        o = triton_normalize.normalize(o, den, request.eps, dtype, traced=request.traced)
+        o = triton_normalize.normalize(o, den, request.eps, dtype)
     state, saved = None, ()
     if request.return_state:
         assert request.state_type is not None
@@ -120,7 +118,7 @@ def _unfinish(
     """Gradient of the program's output from that of o; with a column of masses where it matters."""
     if request.normalize:
         num, den = _sum(request.program, values)
-        return triton_normalize.adjoint(num, den, request.eps, do, traced=request.traced)
+        return triton_normalize.adjoint(num, den, request.eps, do)
     if request.mass and masses:
         return do, do.new_zeros(()).expand(*do.shape[:-1], 1)
     return (do,)
