@@ -8,7 +8,19 @@ import math
 
 import numpy as np
 import pytest
-from conftest import OPERATORS, Row, budget, close, draw, gated, installed, load, rows, to_numpy
+from conftest import (
+    OPERATORS,
+    ROUNDING,
+    Row,
+    budget,
+    close,
+    draw,
+    gated,
+    installed,
+    load,
+    rows,
+    to_numpy,
+)
 from tensors import (
     DEVICE,
     ENTRY,
@@ -548,6 +560,28 @@ def test_float16_within_its_budget(operator, gate):
     options = {"operator": operator, "scale": 0.25, "return_state": True}
     inputs["initial_state"] = with_state(row, {"scale": 0.25}, gate)
     check(inputs, options, "float16")
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_float16_of_few_tokens_rounds_its_results_alone(operator, T):
+    """A head's one sum can cancel to the roundings of its factors: q.y of one token is (q.k)^2.
+
+    Each head by itself, the worst of them: twice the RMS error of one rounding (of the smallest
+    float16 its absolute one).
+    """
+    q, k, v = (rounded(x, "float16") for x in draw(200, T, D=16, V=16))
+    least = np.argsort(abs((q * k).sum(-1)).max(-1))[:3]
+    q, k, v = (x[least] for x in (q, k, v))
+    do = rounded(draw(3, T, V=16, seed=4)[2], "float16")
+    inputs, options = {"q": q, "k": k, "v": v}, {"operator": operator, "scale": 0.25}
+    want = run(inputs, options, (do,), "array_api")
+    got = run(as_tensors(inputs, "float16"), options, (tensor(do, "float16"),), "triton")
+    for name, y in want.items():
+        missed = to_numpy(got[name].cpu().double()) - y
+        size = np.sqrt((y**2).mean((1, 2))) + 2.0**-24 / ROUNDING["float16"]
+        worst = (np.sqrt((missed**2).mean((1, 2))) / size).max()
+        assert worst <= 2 * ROUNDING["float16"], f"{name}: error {worst:.2e} of a head"
 
 
 @pytest.mark.parametrize(("operator", "size", "tiny"), [("hla2", 60, 1e-6), ("hla3", 16, 1e-7)])

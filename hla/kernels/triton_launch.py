@@ -17,6 +17,7 @@ from ..errors import Unsupported
 from .triton_pass import pass_kernel
 
 DOTTED = 32  # tokens in a chunk of launches that serve a gate's gradient
+FEW = 16  # tokens that are multiplied exactly: their one or two terms can cancel to the roundings
 WIDEST = 128  # a float32 state of 128 x 128 takes half of the registers of 8 warps
 
 
@@ -152,23 +153,15 @@ def addresses(operands: Sequence[torch.Tensor | None]) -> list[Any]:
     try:
         found = [None if x is None else x.data_ptr() for x in operands]
     except RuntimeError:  # under torch.func
-        found = [0]
-    if 0 in found:  # of no elements, or of no memory
-        return [None if x is None else _address(x) for x in operands]
-    return found
-
-
-def _address(x: torch.Tensor) -> int:
-    try:
-        found = 0 if isinstance(x, FakeTensor) else x.data_ptr()
-    except RuntimeError:  # under torch.func
-        found = 0
-    if found == 0 and x.numel() > 0:
-        raise Unsupported(
-            f"backend triton reads memory, and a {type(x).__name__} without any came (a wrapper, or"
-            " one of torch.func); call hla.scan, which is one operator of torch, or use"
-            " backend='array_api'"
-        )
+        found = [0] * len(operands)
+    if 0 in found:
+        for x, address in zip(operands, found, strict=True):
+            if address == 0 and x is not None and x.numel() > 0:
+                raise Unsupported(
+                    f"backend triton reads memory, and a {type(x).__name__} without any came (a"
+                    " wrapper, or one of torch.func); call hla.scan, which is one operator of"
+                    " torch, or use backend='array_api'"
+                )
     return found
 
 
@@ -237,7 +230,7 @@ def causal_pass(
     qc, kc : tensor, (*batch, T, C), optional
         More columns of q and k, as many as `further` says; with one part. The state has D + C rows.
     tf32 : bool
-        Multiply float32 in TF32, which is exact for what came as float16.
+        Multiply float32 in TF32, which is exact for what came as float16; not of `FEW` tokens.
     """
     gated, weights = 0, None
     if power and gate.log_gate is not None:
@@ -245,6 +238,7 @@ def causal_pass(
     elif power and gate.decay is not None:
         gated, weights = 1, gate.decay
     first, second = columns[0], columns[1] if len(columns) > 1 else None
+    tf32 = tf32 and k.shape[-2] > FEW
     written = first.end if q is None else first.o
     assert written is not None
     if shapes_alone(written):
