@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import array_api_compat as compat
@@ -132,14 +132,27 @@ def host_values(x: Array) -> np.ndarray[Any, Any] | None:
     if traced(x) or on_accelerator(x):
         return None
     if library(x) == "torch":
-        x = x.detach().resolve_neg()
-        return np.asarray(x.double() if dtype_name(x) == "bfloat16" else x)
+        with _untransformed():
+            x = x.detach().resolve_neg()
+            return np.asarray(x.double() if dtype_name(x) == "bfloat16" else x)
     if is_jax(x):
         return np.asarray(x)
     try:
         return np.from_dlpack(x)
     except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
         return None  # a library that does not share host memory: only shapes are checked
+
+
+@contextmanager
+def _untransformed() -> Iterator[None]:
+    """Context in which torch reads a tensor as itself, whatever transform or mode is active."""
+    torch = sys.modules["torch"]
+    functorch = torch._C._are_functorch_transforms_active()
+    if not functorch and not torch._C._len_torch_dispatch_stack():
+        yield
+        return
+    with torch._C._DisableFuncTorch(), torch.utils._python_dispatch._disable_current_modes():
+        yield
 
 
 def dtype_name(x: Array) -> str:
@@ -172,9 +185,14 @@ def autocast(x: Array) -> Array:
     """Cast ``x`` as torch.autocast, where it is on, casts the operands of a product."""
     if library(x) == "torch":
         torch, kind = sys.modules["torch"], x.device.type
-        if torch.is_autocast_enabled(kind) and dtype_name(x) in FLOATS[:-1]:
+        if _autocast_is_on(x) and dtype_name(x) in FLOATS[:-1]:
             return x.to(torch.get_autocast_dtype(kind))
     return x
+
+
+def _autocast_is_on(x: Array) -> bool:
+    torch, kind = sys.modules["torch"], x.device.type  # some kinds, meta among them, have none
+    return bool(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
 
 
 def exact_products(x: Array) -> AbstractContextManager[Any]:
@@ -182,7 +200,7 @@ def exact_products(x: Array) -> AbstractContextManager[Any]:
 
     In NumPy they may underflow to 0, which is then the right value.
     """
-    if library(x) == "torch" and sys.modules["torch"].is_autocast_enabled(x.device.type):
+    if library(x) == "torch" and _autocast_is_on(x):
         off: AbstractContextManager[None] = sys.modules["torch"].autocast(
             x.device.type, enabled=False
         )

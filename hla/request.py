@@ -13,7 +13,7 @@ from . import arrays
 from .core.adjoint import sum_to
 from .core.forms import FORMS
 from .core.hla2 import HLA2RidgeState, HLA2State
-from .core.namespace import Array, device, library, namespace, underflow
+from .core.namespace import Array, device, library, moveaxis, namespace, underflow
 from .core.packing import STATE_OF, pack_gradient, packed_shape, unpack_gradient
 from .core.passes import Gate, Shape, broadcast
 from .core.programs import CAUSAL, program
@@ -50,13 +50,13 @@ class Layout(NamedTuple):
         """Move the token axis to -2 (`step`: add one)."""
         if self.axis is None:
             return x[..., None, :]
-        return x if self.axis == -2 else namespace(x).moveaxis(x, self.axis, -2)
+        return x if self.axis == -2 else moveaxis(x, self.axis, -2)
 
     def tokens_out(self, x: Array) -> Array:
         """Undo `tokens_in`."""
         if self.axis is None:
             return x[..., 0, :]
-        return x if self.axis == -2 else namespace(x).moveaxis(x, -2, self.axis)
+        return x if self.axis == -2 else moveaxis(x, -2, self.axis)
 
     def gate_in(self, gate: Array, tokens: int) -> Array:
         """Move the gate's token axis to -1 and give it its full length."""
@@ -66,7 +66,7 @@ class Layout(NamedTuple):
         missing = max(0, -self.axis - 1 - gate.ndim)
         gate = xp.reshape(gate, (1,) * missing + tuple(gate.shape))
         if self.axis != -2:
-            gate = xp.moveaxis(gate, self.axis + 1, -1)
+            gate = moveaxis(gate, self.axis + 1, -1)
         return xp.broadcast_to(gate, (*gate.shape[:-1], tokens))
 
     def gate_out(self, grad: Array) -> Array:
@@ -75,7 +75,7 @@ class Layout(NamedTuple):
         if self.axis is None:
             return namespace(grad).reshape(grad[..., 0], self.gate_shape)
         if self.axis != -2:
-            grad = namespace(grad).moveaxis(grad, -1, self.axis + 1)
+            grad = moveaxis(grad, -1, self.axis + 1)
         lead = (1,) * (grad.ndim - len(self.gate_shape))
         return namespace(grad).reshape(sum_to(grad, (*lead, *self.gate_shape)), self.gate_shape)
 

@@ -9,7 +9,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from conftest import OPERATORS, close, draw, installed, load, to_numpy
+from conftest import OPERATORS, close, draw, gates, installed, load, symmetric, to_numpy
 
 import hla
 
@@ -27,6 +27,127 @@ def test_torch_func(operator):
     (f(*leaves) ** 2).sum().backward()
     for x, y in zip(each, leaves, strict=True):
         close(to_numpy(x), to_numpy(y.grad), 1e-12)
+
+
+def gradients(arguments, options, do):
+    """Truth: what NumPy's hla.vjp in float64 gives for every argument, by its name."""
+    given = {n: np.asarray(x) for n, x in arguments.items() if " " not in n}
+    fields = [np.asarray(x) for n, x in arguments.items() if " " in n]
+    start = options["kind"](*fields)
+    names = {n: x for n, x in options.items() if n != "kind"}
+    _, pullback = hla.vjp(**given, **names, initial_state=start)
+    found = pullback(np.asarray(do))._asdict()
+    state = found.pop("dinitial_state")._asdict()
+    return {n: found[f"d{n}"] for n in given} | {f"state {n}": x for n, x in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("operator", "form", "gate", "axis"),
+    [
+        ("linear", "recurrent", "decay", -2),
+        ("hla2", "associative", "log_gate", -3),
+        ("ahla", "chunked", "per_head", -3),
+        ("hla3", "dense", "log_gate", -2),
+    ],
+)
+def test_torch_func_of_every_argument(operator, form, gate, axis):
+    """Each transform of each argument alone, the others closed over; on the host and nested."""
+    torch = installed("torch")
+    grad, vmap = torch.func.grad, torch.func.vmap
+    H, T = 2, 3
+    inputs = dict(zip("qkv", draw(H, T, D=2, V=1), strict=True))
+    inputs |= {n: np.asarray(x) for n, x in gates(gate, H, T).items()}
+    if axis == -3:
+        inputs |= {n: inputs[n].swapaxes(0, 1).copy() for n in inputs if n != "decay"}
+    _, start = hla.scan(*draw(H, 4, D=2, V=1), operator=operator, decay=0.9, return_state=True)
+    inputs |= {f"state {n}": x for n, x in start._asdict().items()}
+    options = {"operator": operator, "axis": axis, "kind": type(start)}
+    do = np.random.default_rng(1).standard_normal(inputs["v"].shape)
+    want = gradients(inputs, options, do)
+    given = {n: torch.tensor(x) for n, x in inputs.items()}
+    weights = torch.tensor(do)
+
+    for name, x in given.items():
+
+        def f(x, name=name):
+            whole = given | {name: x}
+            state = type(start)(*(whole.pop(n) for n in given if " " in n))
+            return hla.scan(
+                **whole, operator=operator, axis=axis, form=form, chunk_size=2, initial_state=state
+            )
+
+        def loss(x, f=f):
+            return (f(x) * weights).sum()
+
+        first, along = torch.tensor(want[name]), torch.ones_like(x) / 3
+        bound = 1e-9 * float(abs(first).max() + abs(f(x)).max())
+
+        def agree(got, want, bound=bound):
+            torch.testing.assert_close(got, want, rtol=0, atol=bound)
+
+        def is_first(got, name=name, first=first):
+            agree(symmetric(name[-1], got), symmetric(name[-1], first))
+
+        is_first(torch.func.vjp(f, x)[1](weights)[0])
+        is_first(torch.func.jacrev(loss)(x))
+        is_first(torch.func.jacfwd(loss)(x))
+        agree(torch.func.jvp(loss, (x,), (along,))[1], (first * along).sum(), 10 * bound)
+        scaled = torch.stack([x, 0.9 * x], dim=-1)
+        both = [0.9**i * x for i in range(2)]
+        agree(vmap(f, in_dims=-1)(scaled), torch.stack([f(y) for y in both]))
+        is_first(vmap(grad(loss), in_dims=-1)(scaled)[0])
+        mapped = grad(lambda xs, f=f: (vmap(f, in_dims=-1)(xs) * weights).sum())
+        is_first(mapped(scaled)[..., 0])
+        leaf = x.clone().requires_grad_()
+        none = 0 * leaf.square().sum()  # a mass has no gradient here, some slopes are constant
+        (slope,) = torch.autograd.grad(loss(leaf) + none, leaf, create_graph=True)
+        (second,) = torch.autograd.grad((slope * along).sum() + none, leaf)
+        curved = torch.func.hessian(loss)(x).reshape(x.numel(), -1) @ along.reshape(-1)
+        agree(curved.reshape(x.shape), second, 100 * bound)
+
+
+def test_torch_func_reads_what_is_closed_over():
+    """A decay or gate on the host that no transform maps is checked, and may be a parameter."""
+    torch = installed("torch")
+    q, k, v = load("torch").arrays(*draw(2, 5))
+    decay = torch.nn.Parameter(torch.tensor([0.5, 1.0]))
+    for given in ({"decay": decay}, {"log_gate": -torch.rand(2, 5, dtype=torch.float64)}):
+        found = torch.func.grad(lambda q, given=given: hla.scan(q, k, v, **given).sum())(q)
+        leaf = q.clone().requires_grad_()
+        hla.scan(leaf, k, v, **given).sum().backward()
+        close(to_numpy(found.detach()), to_numpy(leaf.grad), 1e-12)
+    for wrong in ({"decay": decay.detach() * 2}, {"log_gate": torch.ones(2, 5)}):
+        for transform in (torch.func.grad, torch.func.hessian, torch.func.vmap):
+            with pytest.raises(ValueError, match="holds"):
+                transform(lambda q, wrong=wrong: hla.scan(q, k, v, **wrong).sum())(q)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_torch_meta_tensors_have_shapes_alone(operator):
+    torch = installed("torch")
+
+    def everything(device):
+        q, k, v = (torch.ones(2, 7, n, dtype=torch.bfloat16, device=device) for n in (4, 4, 3))
+        decay = torch.full((2,), 0.9, device=device)
+        options = {"operator": operator, "decay": decay}
+        state = hla.scan(q, k, v, return_state=True, **options)[1]
+        step = hla.step(q[:, 0], k[:, 0], v[:, 0], state, normalize=True, **options)
+        (o, end), pullback = hla.vjp(
+            q, k, v, initial_state=state, return_state=True, normalize=True, **options
+        )
+        segment = hla.summarize(q, k, v, **options)
+        joined = hla.combine(segment, segment), hla.combine(state, segment)
+        leaf = q.clone().requires_grad_()
+        log_gate = torch.full((2, 7), -0.1, dtype=q.dtype, device=device)
+        for form in ("chunked", "recurrent", "associative", "dense"):
+            hla.scan(leaf, k, v, operator=operator, log_gate=log_gate, form=form).sum().backward()
+        return torch.utils._pytree.tree_leaves(
+            (o, end, step, pullback(o, end), segment, joined, leaf.grad)
+        )
+
+    for x, y in zip(everything("meta"), everything("cpu"), strict=True):
+        if y is not None:
+            assert (x.shape, x.dtype, x.device.type) == (y.shape, y.dtype, "meta")
 
 
 def test_torch_layouts_and_tensors_that_need_gradients():

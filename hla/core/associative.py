@@ -6,7 +6,7 @@ from typing import Any
 
 from . import ahla, hla2, hla3, linear, programs, scans
 from .algebra import Algebra
-from .namespace import Array, device, fold, namespace
+from .namespace import Array, device, fold, moveaxis, namespace
 from .passes import Gate, Shape, broadcast, started
 from .programs import PAPER, final_states
 from .request import Request
@@ -118,7 +118,7 @@ def scan(
 
     def inside(xs: tuple[Array, ...]) -> tuple[Array, Any, Any]:
         """Return queries, and the segments before and at each token of a chunk; tokens first."""
-        q, k, v, rho = (xp.moveaxis(x, -2, 0) for x in xs)
+        q, k, v, rho = (moveaxis(x, -2, 0) for x in xs)
         token = algebra.lift(q, k, v, rho[..., 0])
         return q, exclusive(token), token
 
@@ -130,7 +130,7 @@ def scan(
         q, prefix, token = inside(xs[:4])
         states = algebra.extend(algebra.extend(type(start)(*xs[4:]), prefix), token)
         num, den = algebra.read(states, q, request.ridge)
-        return None, (xp.moveaxis(xp.concat([num, den[..., None]], axis=-1), 0, -2),)
+        return None, (moveaxis(xp.concat([num, den[..., None]], axis=-1), 0, -2),)
 
     _, summaries = fold(summary_of, None, xs, axes=tuple(-x.ndim for x in xs), out_axis=0)
     summary = algebra.segment(*summaries)
@@ -149,7 +149,7 @@ def _chunked(x: Array, batch: Shape, w: int, fill: float) -> Array:
     if pad:
         head = xp.full((*batch, pad, F), fill, dtype=x.dtype, device=device(x))
         x = xp.concat([head, x], axis=-2)
-    return xp.moveaxis(xp.reshape(x, (*batch, (T + pad) // w, w, F)), -3, 0)
+    return moveaxis(xp.reshape(x, (*batch, (T + pad) // w, w, F)), -3, 0)
 
 
 def _token_rho(q: Array, gate: Gate) -> Array:

@@ -89,11 +89,18 @@ def underflow(x: Array) -> AbstractContextManager[Any]:
     return nullcontext() if library(x) in ("torch", "jax") else np.errstate(under="ignore")
 
 
+def moveaxis(x: Array, source: int, destination: int) -> Array:
+    """Move one axis; torch by its movedim, since ``torch.func.vmap`` knows no moveaxis."""
+    if library(x) == "torch":
+        return x.movedim(source, destination)
+    return namespace(x).moveaxis(x, source, destination)
+
+
 def unstack(x: Array, axis: int) -> tuple[Array, ...]:
     """Split along one axis into its slices.
 
     Not by indexing, whose gradient is a whole array of zeros a slice; and torch by its own unbind,
-    which unlike array-api-compat's moveaxis works under ``torch.func.vmap``.
+    since array-api-compat's unstack is made of `moveaxis`.
     """
     if library(x) == "torch":
         return tuple(x.unbind(axis))
@@ -136,9 +143,9 @@ def fold(
         jax = sys.modules["jax"]
         # the gradient computes a turn again: its residuals would be larger and slower than its sums
         repeated = jax.checkpoint(body, prevent_cse=False)
-        leading = tuple(xp.moveaxis(x, axis, 0) for x, axis in zip(xs, axes, strict=True))
+        leading = tuple(moveaxis(x, axis, 0) for x, axis in zip(xs, axes, strict=True))
         carry, ys = jax.lax.scan(repeated, carry, leading, reverse=reverse)
-        return carry, tuple(xp.moveaxis(y, 0, out_axis) for y in ys)
+        return carry, tuple(moveaxis(y, 0, out_axis) for y in ys)
     out = []
     turns = list(zip(*(unstack(x, axis) for x, axis in zip(xs, axes, strict=True)), strict=True))
     for turn in reversed(turns) if reverse else turns:
