@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import arrays, dispatch
 from .core.forms import Gradients
@@ -12,6 +14,7 @@ from .core.packing import STATE_OF
 from .core.request import Inputs, Request
 from .cotangents import cotangents
 from .dispatch import Backend, Explanation
+from .errors import Unsupported
 from .joining import as_before, stretches
 from .request import Layout, flag, ordered, prepare
 
@@ -133,9 +136,12 @@ def _node(name: str) -> Any:
     return getattr(graph, name)
 
 
-def _scan(q: Array, k: Array, v: Array, backend: Backends, **options: Any) -> Any:
+def _scan(
+    q: Array, k: Array, v: Array, backend: Backends, *, node: bool = False, **options: Any
+) -> Any:
     request, inputs, layout = prepare(q, k, v, **options)
-    o, state, _ = dispatch.choose(request, backend, autograd=True).forward(request, inputs)
+    chosen = dispatch.choose(request, backend, autograd=True, node=node)
+    o, state, _ = chosen.forward(request, inputs)
     o = layout.tokens_out(o)
     return (o, layout.state_out(state)) if request.return_state else o
 
@@ -207,14 +213,22 @@ def step(
 
 
 def _step(
-    q: Array, k: Array, v: Array, state: Any, backend: Backends, donate: bool, **options: Any
+    q: Array,
+    k: Array,
+    v: Array,
+    state: Any,
+    backend: Backends,
+    donate: bool,
+    *,
+    node: bool = False,
+    **options: Any,
 ) -> tuple[Array, Any]:
     ordered(options["mask"], "steps")
     flag("donate", donate)
     request, inputs, layout = prepare(
         q, k, v, one_token=True, initial_state=state, return_state=True, **options
     )
-    chosen = dispatch.choose(request, backend, autograd=True)
+    chosen = dispatch.choose(request, backend, autograd=True, node=node)
     o, new = chosen.step(request, inputs, bool(donate))
     return layout.tokens_out(o), layout.state_out(new)
 
@@ -250,19 +264,27 @@ def summarize(
         As in `scan`.
     """
     ordered(mask, "segments")
-    request, inputs, _ = prepare(
+    run = _node("summarize") if arrays.compiling() else _summarize
+    return run(
         q,
         k,
         v,
+        backend,
         operator=operator,
         mask=mask,
         decay=decay,
         log_gate=log_gate,
         scale=scale,
         axis=axis,
-        return_state=True,
     )
-    return dispatch.choose(request, backend, summarize=True).summarize(request, inputs)
+
+
+def _summarize(
+    q: Array, k: Array, v: Array, backend: Backends, *, node: bool = False, **options: Any
+) -> Any:
+    request, inputs, _ = prepare(q, k, v, return_state=True, **options)
+    chosen = dispatch.choose(request, backend, autograd=node, node=node, summarize=True)
+    return chosen.summarize(request, inputs)
 
 
 def combine(left: Any, right: Any) -> Any:
@@ -351,48 +373,64 @@ return_state, form, chunk_size, convention, backend
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
-    request, inputs, layout = prepare(
-        q,
-        k,
-        v,
-        operator=operator,
-        mask=mask,
-        decay=decay,
-        log_gate=log_gate,
-        scale=scale,
-        normalize=normalize,
-        eps=eps,
-        ridge=ridge,
-        axis=axis,
-        initial_state=initial_state,
-        return_state=return_state,
-        form=form,
-        chunk_size=chunk_size,
-        convention=convention,
-        gradient=True,
-    )
-    chosen = dispatch.choose(request, backend)
-    o, state, saved = chosen.forward(request, inputs)
-    o = layout.tokens_out(o)
+    options = {
+        "operator": operator,
+        "mask": mask,
+        "decay": decay,
+        "log_gate": log_gate,
+        "scale": scale,
+        "normalize": normalize,
+        "eps": eps,
+        "ridge": ridge,
+        "axis": axis,
+        "initial_state": initial_state,
+        "return_state": return_state,
+        "form": form,
+        "chunk_size": chunk_size,
+        "convention": convention,
+    }
+    if arrays.compiling():
+        o, state, saved = _node("forward")(q, k, v, backend, **options)
+        pull = functools.partial(_node("backward"), q, k, v, backend, **options)
+    else:
+        call = _prepared(q, k, v, backend, **options)
+        o, state, saved = _forward(call)
+        pull = functools.partial(_pull, call)
 
     def pullback(do: Array | None, dstate: Any = None) -> Gradients:
         """Gradients of every array input from those of the outputs."""
-        return _pull(chosen, request, inputs, layout, saved, o.shape, do, dstate)
+        found: Gradients = pull(o, saved, do, dstate)
+        return found
 
-    return ((o, layout.state_out(state)) if return_state else o), pullback
+    return ((o, state) if return_state else o), pullback
 
 
-def _pull(
-    chosen: Any,
-    request: Request,
-    inputs: Inputs,
-    layout: Layout,
-    saved: Any,
-    shape: tuple[int, ...],
-    do: Array | None,
-    dstate: Any,
-) -> Gradients:
-    do, dstate = cotangents(request, inputs, layout, shape, do, dstate)
+class _Call(NamedTuple):
+    """A checked call and what runs it."""
+
+    chosen: Any
+    request: Request
+    inputs: Inputs
+    layout: Layout
+
+
+def _prepared(
+    q: Array, k: Array, v: Array, backend: Backends, *, node: bool = False, **options: Any
+) -> _Call:
+    request, inputs, layout = prepare(q, k, v, gradient=True, **options)
+    chosen = dispatch.choose(request, backend, autograd=True, node=node)
+    return _Call(chosen, request, inputs, layout)
+
+
+def _forward(call: _Call) -> tuple[Array, Any, Any]:
+    o, state, saved = call.chosen.forward(call.request, call.inputs)
+    return call.layout.tokens_out(o), call.layout.state_out(state), saved
+
+
+def _pull(call: _Call, o: Array, saved: Any, do: Array | None, dstate: Any) -> Gradients:
+    chosen, request, inputs, layout = call
+    do, dstate = cotangents(request, inputs, layout, tuple(o.shape), do, dstate)
+    _not_traced(chosen, request, (do, *(dstate or ())))
     grads: Gradients = chosen.backward(request, inputs, saved, do, dstate)
     ddecay, dlog_gate = grads.ddecay, grads.dlog_gate
     return Gradients(
@@ -403,6 +441,15 @@ def _pull(
         None if dlog_gate is None else layout.gate_out(dlog_gate),
         layout.dstate_out(grads.dinitial_state),
     )
+
+
+def _not_traced(chosen: Any, request: Request, given: Sequence[Array | None]) -> None:
+    """Refuse gradients that are traced where the backend, called outside of it, refuses a trace."""
+    if not request.traced and any(x is not None and arrays.traced(x) for x in given):
+        supports = getattr(chosen, "supports", None)  # torch's operators take them
+        why = supports and supports(dataclasses.replace(request, traced=True))
+        if why:
+            raise Unsupported(f"the gradient given to the pullback cannot be pulled back: {why}")
 
 
 def available() -> tuple[Backend, ...]:

@@ -128,16 +128,18 @@ def choose(
     *,
     autograd: bool = False,
     summarize: bool = False,
+    node: bool = False,
 ) -> Any:
     """Pick a backend (see `pick`) and load it; warn where it is the slow path.
 
-    With ``autograd`` it is returned as the array library's own autograd can differentiate it.
+    With ``autograd`` it is returned as the array library's own transforms can take it, with
+    ``node`` as operators of the library whatever it is.
     """
     name, reasons = pick(request, backend, summarize=summarize)
     if backend is None and name == "array_api" and request.accelerator:
         _warn_slow(request, reasons)
     module = load(name)
-    return autodiff.seen_by(request.library, name, module) if autograd else module
+    return autodiff.seen_by(request.library, name, module, node) if autograd else module
 
 
 def pick(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator as operators
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -174,12 +175,15 @@ def prepare(
         kind = _state_type(state_name, initial_state, default, float(ridge))
     given_gate = layout.decay_shape is not None or layout.gate_shape is not None
     gates = (*(None if x is None else x.shape for x in (decay, log_gate)), given_gate)
+    others = [x for x in (decay, log_gate, *(initial_state or ())) if library(x)]
     tf32 = arrays.tf32_allowed(q)
-    whole = None if key is None or arrays.transformed(q) else (key, gates, kind, tf32)
+    types = tuple(map(type, others))
+    whole = None if key is None or arrays.transformed(q) else (key, gates, kind, types, tf32)
     request = _requests.get(whole)
     if request is None:
         request = describe(
             inputs,
+            others,
             operator=operator,
             mask=mask,
             convention=convention,
@@ -203,13 +207,17 @@ def prepare(
     return request, inputs, layout
 
 
-def describe(inputs: Inputs, *, state_type: type[Any] | None, **options: Any) -> Request:
+def describe(
+    inputs: Inputs, others: Sequence[Array], *, state_type: type[Any] | None, **options: Any
+) -> Request:
     """Describe a call: its options as given, the rest read off its arrays.
 
     Parameters
     ----------
     inputs : Inputs
         Checked arrays.
+    others : sequence of array
+        The gate and the fields of the state, as far as there are any.
     state_type : type or None
         Of the incoming state, or else of the outgoing one.
     **options
@@ -228,7 +236,7 @@ def describe(inputs: Inputs, *, state_type: type[Any] | None, **options: Any) ->
         device=arrays.device_name(q),
         dtype=arrays.dtype_name(q),
         accelerator=arrays.on_accelerator(q),
-        traced=any(arrays.traced(x) for x in (q, k, v)),
+        traced=any(arrays.traced(x) for x in (q, k, v, *others)),
         **options,
     )
 

@@ -180,7 +180,7 @@ LAST = float(np.finfo(np.float32).min)
 def test_jax_meets_no_nan_on_the_way_from_finite_input(name, values):
     """By its own check of every value, compiled, through the gradients."""
     lib = load("jax")
-    jax = pytest.importorskip("jax")
+    jax = installed("jax")
     given = lib.arrays(*draw(2, 5), np.array(values), dtype="float32")
 
     def loss(q, k, v, gate):

@@ -8,17 +8,17 @@ import functools
 
 import numpy as np
 import pytest
-from conftest import close, draw, to_numpy
+from conftest import close, draw, installed, to_numpy
 from tensors import DEVICE, ENTRY, poison_empty, tensor
 
 import hla
 
-torch = pytest.importorskip("torch")
+torch = installed("torch")
 pytestmark = pytest.mark.skipif(not ENTRY.available, reason=ENTRY.reason)
-TwoTensor = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
-fake_tensor = pytest.importorskip("torch._subclasses.fake_tensor")
+TwoTensor = installed("torch.testing._internal.two_tensor").TwoTensor
+fake_tensor = installed("torch._subclasses.fake_tensor")
 FakeTensor, FakeTensorMode = fake_tensor.FakeTensor, fake_tensor.FakeTensorMode
-make_fx = pytest.importorskip("torch.fx.experimental.proxy_tensor").make_fx
+make_fx = installed("torch.fx.experimental.proxy_tensor").make_fx
 H, T, D, V = 1, 5, 4, 3
 
 

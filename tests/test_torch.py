@@ -257,6 +257,54 @@ def test_vmap_over_states():
     agree(torch.func.vmap(gradient)(*tensors.values()), gradient(*tensors.values()), 1e-6)
 
 
+def test_torch_func_of_one_argument_alone():
+    """A transform may see the decay, the gate or the state and not q, k or v."""
+    for gate in ("per_head", "resets"):
+        tensors, f = call("hla2", "causal", gate, True)
+        names = [n for n in tensors if n not in "qkv"]
+        whole = leaves(tensors)
+        want = dict(zip(tensors, torch.autograd.grad(loss(f(*whole)), whole), strict=True))
+        for name in names:
+
+            def g(x, name=name, f=f, tensors=tensors):
+                return loss(f(*(tensors | {name: x}).values()))
+
+            x = tensors[name]
+            agree([torch.func.grad(g)(x)], [want[name]], 1e-6)
+            both = torch.func.vmap(torch.func.grad(g))(torch.stack([x, x]))
+            agree(both, [want[name], want[name]], 1e-6)
+            with pytest.raises(hla.Unsupported, match=r"(?s)triton.*forward-mode.*array_api"):
+                torch.func.hessian(g)(x)
+
+
+def test_pullbacks_under_torch_func():
+    """What `hla.vjp` gives can be mapped, and differentiated again."""
+    q, k, v = call()[0].values()
+    v = torch.stack([v, -v])  # with an axis that q, k and the state of the keys lack
+    _, start = hla.scan(q, k, v, decay=0.9, return_state=True, backend="triton")
+    decay = tensor([0.5, 0.9])
+    given = {"decay": decay, "initial_state": start, "return_state": True, "backend": "triton"}
+    (o, end), pullback = hla.vjp(q, k, v, **given)
+
+    def scaled(s):
+        *grads, _, dstate = pullback(o * s, type(end)(*(x * s for x in end)))
+        return (*grads, *dstate)
+
+    scales = tensor([1.0, 2.0])
+    mapped = torch.func.vmap(scaled)(scales)
+    for i, s in enumerate(scales):
+        agree([x[i] for x in mapped], scaled(s), 1e-6)
+
+    def squared(q, backend):
+        o, pullback = hla.vjp(q, k, v, decay=decay, backend=backend)
+        return (pullback(o).dk ** 2).sum()
+
+    leaf = q.clone().requires_grad_()
+    (eager,) = torch.autograd.grad(squared(leaf, "triton"), leaf)
+    agree([eager], [torch.func.grad(squared)(q, "triton")], 1e-6)
+    agree([eager], [torch.func.grad(squared)(q, "array_api")], 1e-5)
+
+
 @pytest.mark.parametrize("options", CALLS, ids=NAMES)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile(options, dynamic):

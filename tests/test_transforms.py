@@ -340,6 +340,31 @@ def test_jax_tracers_skip_value_checks(jax):
         f(np.ones(9))
 
 
+def test_jax_hands_no_tracer_to_another_library(jax):
+    """A traced gate, state or cotangent counts as a traced q does: the named backend refuses."""
+    if not next(x for x in hla.available() if x.name == "triton").available:
+        pytest.skip("Triton is not here")
+    q, k, v = load("jax").arrays(*draw(2, 9), dtype="float32")
+    decay, log_gate = load("jax").arrays(np.full(2, 0.9), np.full((2, 9), -0.1), dtype="float32")
+    (o, state), pullback = hla.vjp(q, k, v, return_state=True, backend="triton")
+
+    def scan(**given):
+        return hla.scan(q, k, v, **given, backend="triton")
+
+    for name, x in (("decay", decay), ("log_gate", log_gate), ("initial_state", state)):
+        with pytest.raises(hla.Unsupported, match="traced JAX array"):
+            jax.jit(lambda x, name=name: scan(**{name: x}))(x)
+        with pytest.raises(hla.Unsupported, match="traced JAX array"):
+            jax.grad(lambda x, name=name: scan(**{name: x}).sum())(x)
+    with pytest.raises(hla.Unsupported, match="traced JAX array"):
+        jax.jit(lambda s: hla.step(q[:, 0], k[:, 0], v[:, 0], s, backend="triton"))(state)
+    for given in ((o, None), (None, state)):
+        with pytest.raises(hla.Unsupported, match="traced JAX array"):
+            jax.jit(pullback)(*given)
+    fallen = jax.jit(lambda d: hla.scan(q, k, v, decay=d, backend=["triton", "array_api"]))(decay)
+    close(to_numpy(fallen), to_numpy(scan(decay=decay)), 1e-5)
+
+
 def test_jax_without_x64():
     """JAX as it comes: float32 throughout, and nothing asks for a float64 that it would not get."""
     code = """

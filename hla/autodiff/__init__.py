@@ -1,4 +1,4 @@
-"""Backends that an array library's own differentiation cannot see through, made one call of it."""
+"""Backends as single operators of an array library, for what cannot see through them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from types import SimpleNamespace
 from typing import Any
 
 RULES = {"torch": "hla.autodiff.torch"}  # array library: how it differentiates any backend
+CALLS = ("forward", "backward", "step", "summarize")
 
 
-def seen_by(library: str, name: str, backend: Any) -> Any:
-    """Return a backend with ``forward`` and ``step`` as a library's autograd can take them."""
-    if library not in RULES or not getattr(backend, "OPAQUE", False):
+def seen_by(library: str, name: str, backend: Any, node: bool) -> Any:
+    """Return a backend as a library's transforms can take it; with ``node`` always as operators."""
+    opaque = getattr(backend, "OPAQUE", False)
+    if library not in RULES or not (opaque or (node and hasattr(backend, "empty"))):
         return backend
-    return _wrapped(library, name)
+    return _wrapped(library, name, node)
 
 
 @functools.cache
-def _wrapped(library: str, name: str) -> Any:
+def _wrapped(library: str, name: str, node: bool) -> Any:
     rules = importlib.import_module(RULES[library])
-    return SimpleNamespace(
-        forward=functools.partial(rules.forward, name), step=functools.partial(rules.step, name)
-    )
+    calls = {x: functools.partial(getattr(rules, x), name, node) for x in CALLS}
+    return SimpleNamespace(**calls, __name__=name)

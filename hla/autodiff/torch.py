@@ -1,9 +1,11 @@
-"""A backend as operators of torch, hla::scan and hla::scan_backward.
+"""A backend as operators of torch: hla::scan, hla::scan_backward and hla::summarize.
 
 An operator is one node for autograd, torch.compile, torch.export, torch.func and CUDA graphs; the
-backend behind it stays a pure function. Its arguments are tensors and plain options, from which the
-Request is made again, so that symbolic shapes stay symbolic. Second derivatives are those of the
-generic code: right, to any order, and slower.
+backend behind it stays a pure function. An opaque backend runs as one wherever torch must look at a
+call. One whose code torch sees runs as one where torch compiles or exports, which would unroll the
+code. Second derivatives are those of the generic code: right, to any order, and slower.
+
+A new process imports this module before `torch.export.load`: it has what the program names.
 """
 
 from __future__ import annotations
@@ -11,108 +13,136 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import _register_namedtuple
 
 from .. import dispatch, states
+from ..arrays import traced
+from ..core.associative import ALGEBRA
+from ..core.forms import Gradients, shapes
 from ..core.request import Inputs, Request
 from ..core.states import rank
-from ..errors import Unsupported
-from ..request import describe
+from .torch_operator import (
+    OPTIONS,
+    Options,
+    apart,
+    inputs_of,
+    like,
+    moved,
+    no_forward_mode,
+    operator,
+    options_of,
+    plain,
+    present,
+    request_of,
+)
 
 GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? log_gate, Tensor[] state"
 
-
-class Options(NamedTuple):
-    """The plain arguments of an operator, in its order."""
-
-    backend: str
-    operator: str
-    mask: str
-    convention: str
-    normalize: bool
-    eps: float
-    scale: float
-    ridge: float
-    return_state: bool
-    state_type: str  # its name, "" for none
-    gate_given: bool
-    tf32: bool
-
-    @property
-    def kind(self) -> Any:
-        """Type of the state."""
-        return getattr(states, self.state_type) if self.state_type else None
+for _kind in (*(getattr(states, name) for name in states.__all__), Gradients):
+    # so that an exported program that takes or returns one can be saved and loaded
+    _register_namedtuple(_kind, serialized_type_name=f"hla.{_kind.__name__}")
+    torch.serialization.add_safe_globals([_kind])
 
 
-SHARED = [name for name in Options._fields if name not in ("backend", "state_type")]
-OPTIONS = ", ".join(f"{kind.__name__} {name}" for name, kind in get_type_hints(Options).items())
-
-
-class Rule(NamedTuple):
-    """An operator with its gradient, as the dispatcher and as torch.func take it."""
-
-    op: Any
-    setup: Callable[[Any, Sequence[Any], Sequence[Tensor]], None]
-    pull: Callable[[Any, Sequence[Tensor | None]], tuple[Any, ...]]
-
-    def __call__(self, *args: Any) -> list[Tensor]:
-        """Call the operator; torch.func cannot see its gradient, but that of a Function."""
-        if not torch._C._are_functorch_transforms_active():
-            found: list[Tensor] = self.op(*args)
-            return found
-        flat, tree = tree_flatten(list(args))
-        return list(_function(self).apply(tree, *flat))
-
-
-@functools.cache
-def _function(rule: Rule) -> Any:
-    class Function(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(tree: Any, *flat: Any) -> tuple[Tensor, ...]:
-            return tuple(rule.op(*tree_unflatten(flat, tree)))
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            rule.setup(ctx, tree_unflatten(inputs[1:], inputs[0]), output)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return (None, *tree_flatten(list(rule.pull(ctx, grads)))[0])
-
-    return Function
-
-
-def forward(backend: str, request: Request, inputs: Inputs) -> tuple[Tensor, Any, None]:
-    """Return (o, state, None) of a request, differentiable."""
+def forward(
+    backend: str, node: bool, request: Request, inputs: Inputs
+) -> tuple[Tensor, Any, Sequence[Tensor]]:
+    """Return (o, state, what `backward` needs where the request asks for it)."""
     state = [] if inputs.state is None else list(inputs.state)
-    tensors = [x for x in (*inputs[:5], *state) if x is not None]
-    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
-        raise Unsupported(
-            f"backend {backend} has no forward-mode derivative; use backend='array_api'"
-        )
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    as_node = request.traced or _get_current_dispatch_mode() is not None
-    if not (keep or as_node):
-        return dispatch.load(backend).forward(request, inputs)  # type: ignore[no-any-return]
-    if not as_node:  # a gate without a gradient saves a sum in every pass of the adjoint
-        request = _keeping(request, any(x is not None and x.requires_grad for x in inputs[3:5]))
-    kind: Any = request.state_type
-    shared = {name: getattr(request, name) for name in SHARED}
-    options = Options(backend, state_type="" if kind is None else kind.__name__, **shared)
-    if as_node:
-        o, *rest = SCAN(*inputs[:5], state, *options, keep or request.traced)
+    tensors = present(*inputs[:5], state)
+    module = _in_forward_mode(backend, tensors)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    node = node or _looked_at(request) or (learns and request.gradient)
+    if module is None and not (learns or node):
+        module = dispatch.load(backend)
+    if module is not None:
+        return module.forward(request, inputs)  # type: ignore[no-any-return]
+    if node:  # a transform's tensors do not say whether they need gradients
+        keep = learns or request.gradient or torch._C._are_functorch_transforms_active()
+        options = options_of(backend, request)
+        o, *rest = SCAN(*inputs[:5], state, *options, keep)
     else:  # the same without the dispatcher, which takes longer than a short pass
+        # a gate without a gradient saves a sum in every pass of the adjoint
+        request = _keeping(request, any(x is not None and x.requires_grad for x in inputs[3:5]))
+        options = options_of(backend, request)
         o, *rest = Eager.apply(request, options, *inputs[:5], *state)
-    return o, kind(*rest[: len(kind._fields)]) if request.return_state else None, None
+    if not request.return_state:
+        return o, None, rest
+    fields = len(options.kind._fields)
+    return o, options.kind(*rest[:fields]), rest[fields:]
+
+
+def backward(
+    backend: str,
+    node: bool,
+    request: Request,
+    inputs: Inputs,
+    saved: Sequence[Tensor],
+    do: Tensor | None,
+    dstate: Any,
+) -> Gradients:
+    """Return the gradients of `forward`, differentiable."""
+    tensors = present(*inputs, list(saved), do, dstate)
+    module = _in_forward_mode(backend, tensors)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if module is None and not (node or learns or _looked_at(request) or any(map(traced, tensors))):
+        module = dispatch.load(backend)
+    if module is not None:
+        return module.backward(request, inputs, saved, do, dstate)  # type: ignore[no-any-return]
+    ends, full = [], request.state_shapes()
+    for field, x in () if dstate is None else dstate._asdict().items():
+        dtype = getattr(torch, request.accumulate)
+        ends.append(inputs.q.new_zeros(full[field], dtype=dtype) if x is None else x)
+    options, state = options_of(backend, request), list(inputs.state or ())
+    found = SCAN_BACKWARD(*inputs[:5], state, list(saved), do, ends, *options)
+    dq, dk, dv, ddecay, dlog_gate, starts = _by_argument(found, inputs[:5], options)
+    dinitial = None if inputs.state is None else type(inputs.state)(*starts)
+    return Gradients(dq, dk, dv, ddecay, dlog_gate, dinitial)
+
+
+def step(
+    backend: str, node: bool, request: Request, inputs: Inputs, donate: bool
+) -> tuple[Tensor, Any]:
+    """Return (o, state) of one token, differentiable."""
+    o, state, _ = forward(backend, node, request, inputs)
+    return o, state
+
+
+def summarize(backend: str, node: bool, request: Request, inputs: Inputs) -> Any:
+    """Return the segment of a whole sequence, differentiable."""
+    if not node or _in_forward_mode("array_api", present(*inputs[:5])):
+        return dispatch.load(backend).summarize(request, inputs)
+    kind, options = ALGEBRA[request.operator, request.mask].segment, options_of(backend, request)
+    return kind(*plain("summarize", _segment, _empty_segment, inputs[:5], [], options))
+
+
+def _in_forward_mode(backend: str, tensors: Sequence[Tensor]) -> Any:
+    """Return the backend itself where forward mode differentiates its code; refuse if opaque."""
+    has_tangent = forward_ad._current_level >= 0 and any(map(_has_tangent, tensors))
+    module = dispatch.load(backend)
+    if not getattr(module, "OPAQUE", False):
+        levels = torch._C._functorch.get_interpreter_stack() or ()
+        inside = any(x.key() == torch._C._functorch.TransformType.Jvp for x in levels)
+        return module if inside or has_tangent else None
+    if has_tangent:
+        raise no_forward_mode(backend)
+    return None
+
+
+def _looked_at(request: Request) -> bool:
+    """Whether torch must look at a call: tensors stand for others, or a mode or transform sees."""
+    return (
+        request.traced
+        or _get_current_dispatch_mode() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _has_tangent(x: Tensor) -> bool:
@@ -156,42 +186,35 @@ def _keeping(request: Request, gate: bool) -> Request:
     return dataclasses.replace(request, gradient=True, gate_given=gate)
 
 
-def step(backend: str, request: Request, inputs: Inputs, donate: bool) -> tuple[Tensor, Any]:
-    """Return (o, state) of one token, differentiable."""
-    o, state, _ = forward(backend, request, inputs)
-    return o, state
-
-
-def _inputs(options: Options, arrays: Sequence[Any], state: Sequence[Any]) -> Inputs:
-    q, k, v, decay, log_gate = arrays
-    return Inputs(q, k, v, decay, log_gate, options.kind(*state) if state else None)
-
-
-def _described(inputs: Inputs, options: Options, keep: bool) -> Request:
-    shared = {name: getattr(options, name) for name in SHARED}
-    return describe(inputs, state_type=options.kind, gradient=keep, **shared)
-
-
-def _scan(*args: Any, request: Request | None = None) -> list[Tensor]:
+def _scan(*args: Any, request: Request | None = None, fake: bool = False) -> list[Tensor]:
     """Return o, the state where asked, and with ``keep`` what `scan_backward` needs."""
-    *arrays, state = args[:6]
-    options = Options(*args[6:-1])
-    inputs = _inputs(options, arrays, state)
-    request = request or _described(inputs, options, args[-1])
-    o, end, saved = dispatch.load(options.backend).forward(request, inputs)
-    return [o, *(end if request.return_state else ()), *saved]
+    given, options = [*args[:5], *args[5]], Options(*args[6:-1])
+    inputs = inputs_of(options, given)
+    request = request or request_of(inputs, options, args[-1])
+    module = dispatch.load(options.backend)
+    told = hasattr(module, "empty")  # without being run; others launch nothing on fake tensors
+    o, end, saved = (module.empty if fake and told else module.forward)(request, inputs)
+    found = [o, *(end if request.return_state else ()), *saved]
+    return apart(found, given) if told and not fake else found
 
 
-def _scan_backward(*args: Any, request: Request | None = None) -> list[Tensor]:
+def _scan_backward(*args: Any, request: Request | None = None, fake: bool = False) -> list[Tensor]:
     """Return gradients of q, k, v, of the gate where given as an array, and of the state."""
-    arrays, (state, saved, do, dstate), options = args[:5], args[5:9], Options(*args[9:])
-    inputs = _inputs(options, arrays, state)
-    request = request or _described(inputs, options, True)
+    given, (saved, do, dstate) = [*args[:5], *args[5]], args[6:9]
+    options = Options(*args[9:])
+    module = dispatch.load(options.backend)
+    told = hasattr(module, "empty")
+    if fake and told:
+        return like([given[i] for i in moved(given, options)])
+    inputs = inputs_of(options, given)
+    request = request or request_of(inputs, options, True)
     dstate = options.kind(*dstate) if dstate else None
-    grads = dispatch.load(options.backend).backward(request, inputs, tuple(saved), do, dstate)
+    grads = module.backward(request, inputs, tuple(saved), do, dstate)
     gate = [x for x in (grads.ddecay, grads.dlog_gate) if x is not None]
-    starts = [x.clone() for x in grads.dinitial_state or ()]  # parts of one array as yet
-    return [*grads[:3], *gate, *starts]
+    found = [*grads[:3], *gate, *(grads.dinitial_state or ())]
+    if told:
+        return apart(found, args[:9])
+    return [*found[: 3 + len(gate)], *(x.clone() for x in found[3 + len(gate) :])]  # parts of one
 
 
 def _setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
@@ -241,103 +264,99 @@ def _by_argument(found: Sequence[Any], given: Sequence[Any], options: Options) -
 def _setup_twice(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     given, state, saved, do, dstate = inputs[:5], inputs[5], inputs[6], inputs[7], inputs[8]
     ctx.options = Options(*inputs[9:])
-    ctx.sizes = len(state), len(saved), len(dstate)
+    ctx.fields, ctx.saved = len(state), len(saved)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*given, *state, do, *dstate)
 
 
 def _pull_twice(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    options, (fields, saved, ends) = ctx.options, ctx.sizes
-    tensors = ctx.saved_tensors
-    given, state, (do, *dstate) = tensors[:5], tensors[5 : 5 + fields], tensors[5 + fields :]
-    gate = [x for x in given[3:] if x is not None and options.gate_given]
-    inputs = (*given[:3], *gate, *state)
-
-    def outputs(*inputs: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, decay, log_gate, state = _by_argument(inputs, given, options)
-        if not options.gate_given:
-            decay, log_gate = given[3:]
-        whole = _inputs(options, (q, k, v, decay, log_gate), state)
-        request = _described(whole, options, False)
-        o, end, _ = dispatch.load("array_api").forward(request, whole)
-        return (o, *(end if options.return_state else ()))
-
-    def first(*both: Tensor) -> tuple[Tensor, ...]:
-        found, pullback = torch.func.vjp(outputs, *both[: len(inputs)])
-        cotangents = both[len(inputs) :]
-        if do is None:
-            cotangents = (torch.zeros_like(found[0]), *cotangents)
-        missing = (torch.zeros_like(x) for x in found[len(cotangents) :])
-        return tuple(pullback((*cotangents, *missing)))
-
-    cotangents = (*(() if do is None else (do,)), *dstate)
-    found, pullback = torch.func.vjp(first, *inputs, *cotangents)
-    given_back = (
-        torch.zeros_like(x) if g is None else g for x, g in zip(found, grads, strict=True)
+    options, tensors, n = ctx.options, ctx.saved_tensors, 5 + ctx.fields
+    found = plain(
+        "generic_scan", _generic, _generic, [*tensors, *grads], [n, len(tensors)], options
     )
-    twice = list(pullback(tuple(given_back)))
-    ddo = None if do is None else twice[len(inputs)]
-    rest = (*[[None] * saved, ddo], twice[len(twice) - ends :])
-    return (*_by_argument(twice[: len(inputs)], given, options), *rest, *(None,) * len(options))
+    twice = dict(zip(moved(tensors, options), found, strict=True))
+    arguments = [twice.get(i) for i in range(len(tensors))]
+    given, (do, *dstate) = arguments[:n], arguments[n:]
+    rest = [[None] * ctx.saved, do, dstate]
+    return (*given[:5], given[5:], *rest, *(None,) * len(options))
+
+
+def _generic(options: Options, tensors: Sequence[Any]) -> Sequence[Tensor]:
+    inputs = inputs_of(options, tensors)
+    request = request_of(inputs, options, False)
+    o, end, _ = dispatch.load("array_api").forward(request, inputs)
+    return (o, *(end if options.return_state else ()))
+
+
+def _segment(options: Options, tensors: Sequence[Any]) -> Sequence[Tensor]:
+    inputs = inputs_of(options, tensors)
+    request = request_of(inputs, options, False)
+    return tuple(dispatch.load(options.backend).summarize(request, inputs))
+
+
+def _empty_segment(options: Options, tensors: Sequence[Any]) -> Sequence[Tensor]:
+    """Return a segment of one token: no shape depends on the number of tokens."""
+    q, k, v, decay, log_gate = tensors
+    q, k, v = (x.new_empty((*x.shape[:-2], 1, x.shape[-1])) for x in (q, k, v))
+    if log_gate is not None:
+        log_gate = log_gate.new_empty((*log_gate.shape[:-1], 1))
+    return _segment(options, (q, k, v, decay, log_gate))
 
 
 def _vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[list[Tensor], list[int]]:
     """Take a mapped axis as one more batch axis, in front of all."""
-    rows = max(x.ndim - (d is not None) for x, d in zip(args[:3], in_dims[:3], strict=True))
+    ranks = [x.ndim - (d is not None) for x, d in zip(args[:3], in_dims[:3], strict=True)]
     back = len(args) - 9 == len(Options._fields)
     options = Options(*(args[9:] if back else args[6:-1]))
     fields = [rank(name) for name in options.kind._fields] if options.kind else []
 
-    def front(x: Tensor | None, dim: int | None, own: int | None = None) -> Tensor | None:
-        """Move the mapped axis to the front; with ``own``, behind it come all batch axes."""
+    def front(x: Tensor | None, dim: int | None, own: int) -> Tensor | None:
+        """Move the mapped axis to the front; behind it come all batch axes, then its own."""
         if x is None:
             return None
         x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        missing = 0 if own is None else rows - 2 + own - (x.ndim - 1)
+        missing = max(ranks) - 2 + own - (x.ndim - 1)
         return x.reshape(x.shape[0], *(1,) * missing, *x.shape[1:])
 
+    def fronts(i: int, ranks: Sequence[int]) -> list[Tensor | None]:
+        return [front(x, d, own) for x, d, own in zip(args[i], in_dims[i], ranks, strict=True)]
+
     given = [front(args[i], in_dims[i], own) for i, own in enumerate((2, 2, 2, 0, 1))]
-    state = [front(x, d, own) for x, d, own in zip(args[5], in_dims[5], fields, strict=False)]
-    rest: list[Any] = []
+    state, rest = fronts(5, fields if args[5] else []), []
     if back:
-        saved, dstate = (
-            [front(x, d) for x, d in zip(args[i], in_dims[i], strict=True)] for i in (6, 8)
-        )
-        rest = [saved, front(args[7], in_dims[7]), dstate]
+        do, ends = front(args[7], in_dims[7], 2), fields if args[8] else []
+        rest = [fronts(6, [2] * len(args[6])), do, fronts(8, ends)]
     out = (SCAN_BACKWARD if back else SCAN).op(*given, state, *rest, *args[6 + len(rest) :])
-    if back:  # without the batch axes that an input lacks
-        inputs = zip((*args[:5], *args[5]), (*in_dims[:5], *in_dims[5]), strict=True)
-        shapes = [
-            x.shape if d is None else (*x.shape[:d], *x.shape[d + 1 :])
-            for i, (x, d) in enumerate(inputs)
-            if x is not None and (i not in (3, 4) or options.gate_given)
-        ]
-        out = [x.reshape(x.shape[0], *n) for x, n in zip(out, shapes, strict=True)]
+    # of one entry: without the batch axes that only the others have
+    inputs = [
+        x if x is None or d is None else x.select(d, 0)
+        for x, d in zip((*args[:5], *args[5]), (*in_dims[:5], *in_dims[5]), strict=True)
+    ]
+    if back:
+        one = [inputs[i].shape for i in moved(inputs, options)]
+    else:
+        o, full, _ = shapes(request_of(inputs_of(options, inputs), options, False))
+        one = [o, *full]
+    out = [x.reshape(x.shape[0], *one[i]) if i < len(one) else x for i, x in enumerate(out)]
     return out, [0] * len(out)
 
 
-def _operator(
-    name: str, function: Any, schema: str, setup: Any, pull: Any, needed: Any = None
-) -> Rule:
-    op = torch.library.custom_op(f"hla::{name}", function, mutates_args=(), schema=schema)
-    op.register_fake(function)  # a backend launches nothing on fake tensors
-    op.register_autograd(needed or pull, setup_context=setup)
-    op.register_vmap(_vmap)
-    return Rule(op, setup, pull)
-
-
-SCAN = _operator(
+SCAN = operator(
     "scan",
-    _scan,
     f"({GIVEN}, {OPTIONS}, bool keep) -> Tensor[]",
+    _scan,
+    functools.partial(_scan, fake=True),
     _setup,
     _pull,
-    _pull_needed,  # torch.func's tensors do not say
+    _vmap,
+    backward=_pull_needed,  # torch.func's tensors do not say
 )
-SCAN_BACKWARD = _operator(
+SCAN_BACKWARD = operator(
     "scan_backward",
-    _scan_backward,
     f"({GIVEN}, Tensor[] saved, Tensor? do, Tensor[] dstate, {OPTIONS}) -> Tensor[]",
+    _scan_backward,
+    functools.partial(_scan_backward, fake=True),
     _setup_twice,
     _pull_twice,
+    _vmap,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import array_api_compat
 
@@ -10,7 +10,8 @@ from .. import arrays
 from ..core import forms
 from ..core.adjoint import ONE_TOKEN
 from ..core.forms import Gradients
-from ..core.namespace import Array
+from ..core.namespace import Array, device, namespace
+from ..core.passes import Shape
 from ..core.request import Inputs, Request
 from ..dispatch import Info
 
@@ -20,18 +21,44 @@ def supports(request: Request) -> str | None:
     return None
 
 
-def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, Any]:
+def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
     """Return (o, state, what `backward` needs)."""
-    o, state, trace = arrays.call(forms.forward, request, inputs.q, inputs)
-    return o, state, trace
+    found: tuple[Array, Any, tuple[Array, ...]] = arrays.call(_forward, request, inputs.q, inputs)
+    return found
+
+
+def _forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
+    o, state, trace = forms.forward(request, inputs)
+    return o, state, forms.saved(request, trace)
+
+
+def empty(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
+    """Return what `forward` does, of the same shapes and dtypes and of any values."""
+    q, kind = inputs.q, cast("Any", request.state_type)
+    xp = namespace(q)
+    o, fields, saved = forms.shapes(request)
+
+    def sums(shape: Shape) -> Array:
+        return xp.empty(shape, dtype=getattr(xp, request.accumulate), device=device(q))
+
+    state = kind(*map(sums, fields)) if request.return_state else None
+    return xp.empty(o, dtype=q.dtype, device=device(q)), state, tuple(map(sums, saved))
 
 
 def backward(
     request: Request, inputs: Inputs, saved: Any, do: Array | None, dstate: Any
 ) -> Gradients:
     """Return the gradients of `forward`."""
-    grads: Gradients = arrays.call(forms.backward, request, inputs.q, inputs, saved, do, dstate)
+    given = inputs, saved, do, dstate
+    grads: Gradients = arrays.call(_backward, request, inputs.q, *given)
     return grads
+
+
+def _backward(
+    request: Request, inputs: Inputs, saved: Any, do: Array | None, dstate: Any
+) -> Gradients:
+    trace = forms.restored(request, inputs, saved)
+    return forms.backward(request, inputs, trace, do, dstate)
 
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:

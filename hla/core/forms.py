@@ -7,13 +7,14 @@ two-level exclusive scan (its Algorithms 1 and 4) with the operator's own combin
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from . import associative
 from .adjoint import CORE, Engine
 from .namespace import Array, namespace
-from .passes import CHUNK, Gate
-from .programs import Trace, final_states, summed, with_ones
+from .passes import CHUNK, Gate, Shape, broadcast
+from .programs import Trace, all_shapes, final_states, summed, with_ones
 from .request import Inputs, Request
 from .states import Keyed, gradient_fields, joined, split
 
@@ -90,6 +91,38 @@ def _run(request: Request, inputs: Inputs, engine: Engine) -> tuple[Array, Trace
     return engine.run(
         request.program, values, gate, initial, chunk=width(request), keep=request.gradient
     )
+
+
+def saved(request: Request, trace: Trace | None) -> tuple[Array, ...]:
+    """Return what `backward` needs of a trace beside the inputs; `restored` undoes it."""
+    if trace is None or not request.gradient:
+        return ()
+    assert not trace.kept, "core's engine keeps nothing else"
+    return tuple(trace.values[s.out] for s in request.program.steps)
+
+
+def restored(request: Request, inputs: Inputs, saved: Sequence[Array]) -> Trace | None:
+    """Return the trace that was `saved`."""
+    if not saved:
+        return None
+    steps = request.program.steps
+    values, _, _ = accumulated(request, inputs)
+    return Trace(values | {s.out: x for s, x in zip(steps, saved, strict=True)}, ())
+
+
+def shapes(request: Request) -> tuple[Shape, tuple[Shape, ...], tuple[Shape, ...]]:
+    """Shapes of the output, of the state's fields where asked, and of what is `saved`."""
+    kind: Any = request.state_type
+    given = [request.q_shape, request.k_shape, request.v_shape]
+    o = (*broadcast(*(x[:-2] for x in given)), request.tokens, request.v_shape[-1])
+    fields = request.state_shapes()
+    state = tuple(fields[x] for x in kind._fields) if request.return_state else ()
+    if request.form == "associative" or not request.gradient:
+        return o, state, ()
+    given[2] = (*given[2][:-1], given[2][-1] + request.mass)
+    named = dict(zip("qkv", given, strict=True))
+    values, _ = all_shapes(request.program, named, request.gate_batch)
+    return o, state, tuple(values[s.out] for s in request.program.steps)
 
 
 def _finish(request: Request, inputs: Inputs, out: Array) -> Array:

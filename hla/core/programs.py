@@ -196,7 +196,14 @@ def run_passes(
 
 
 def step_states(program: Program, shapes: Mapping[str, Shape], gate: Shape) -> list[Shape]:
-    """Full shape of the state of each step: the broadcast of just the inputs it is made of.
+    """Full shape of the state of each step, the broadcast of just the inputs it is made of."""
+    return all_shapes(program, shapes, gate)[1]
+
+
+def all_shapes(
+    program: Program, shapes: Mapping[str, Shape], gate: Shape
+) -> tuple[dict[str, Shape], list[Shape]]:
+    """Full shape of every named value, and of the state of each step.
 
     Parameters
     ----------
@@ -214,7 +221,7 @@ def step_states(program: Program, shapes: Mapping[str, Shape], gate: Shape) -> l
         found.append((*held, k[-1], v[-1]))
         if s.q:
             shapes[s.out] = (*broadcast(held, shapes[s.q][:-2]), *k[-2:-1], v[-1])
-    return found
+    return shapes, found
 
 
 def summed(program: Program, env: Mapping[str, Array]) -> Array | None:
