@@ -83,6 +83,30 @@ def test_operator_table_is_the_programs(page, column, table):
         assert table[row[0]].outputs == ((1, "o"),)
 
 
+def test_the_layer_of_the_tour_survives_casts():
+    """No cast of the layer touches its decays; torch.func takes it as it comes."""
+    torch = pytest.importorskip("torch")
+    code = next(c for _, _, c in blocks(ROOT / "docs" / "tour.md") if "class Mixer" in c)
+    namespace = {"torch": torch, "hla": hla}
+    exec(compile(code, "tour", "exec"), namespace)
+    layer, x = namespace["Mixer"](48, 12), torch.randn(2, 6, 48)
+    want, decay = layer(x), layer.options(x)["decay"]
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    found = torch.func.grad(loss)(parameters)
+    slopes = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    torch.testing.assert_close(list(found.values()), list(slopes))
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
+        narrow = layer.to(dtype)
+        assert (narrow.options(x)["decay"] == decay).all()
+        o = narrow(x.to(dtype))
+        assert o.dtype == narrow.step(x[:, 0].to(dtype))[0].dtype == dtype
+        assert (o.float() - want).norm() < 0.1 * want.norm()
+
+
 def test_readme_has_the_two_commands():
     commands = [code.strip() for language, _, code in blocks(README) if language == "bash"]
     assert commands == [
