@@ -11,6 +11,7 @@ from conftest import (
     Row,
     close,
     draw,
+    installed,
     load,
     numpy_dtype,
     rows,
