@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import installed
 
 import hla
 from hla import bench
@@ -85,7 +86,7 @@ def test_operator_table_is_the_programs(page, column, table):
 
 def test_the_layer_of_the_tour_survives_casts():
     """No cast of the layer touches its decays; torch.func takes it as it comes."""
-    torch = pytest.importorskip("torch")
+    torch = installed("torch")
     code = next(c for _, _, c in blocks(ROOT / "docs" / "tour.md") if "class Mixer" in c)
     namespace = {"torch": torch, "hla": hla}
     exec(compile(code, "tour", "exec"), namespace)

@@ -45,10 +45,10 @@ def gate_kernel(  # type: ignore[no-untyped-def]
                 S = tl.load(p_S + at + d[:, None] * V + v[None, :], mask=m, other=0.0)
                 R = tl.load(p_R + at + v[None, :] * D + d[:, None], mask=m, other=0.0)
                 B += tl.sum(tl.sum((S * R).to(tl.float64), 1), 0)
-    total = tl.full([], 0.0, tl.float64)
+    log_g = tl.full([], 0.0, tl.float64)
     if not LOG:
         g = tl.load(p_gate + head).to(tl.float64)
-        total = tl.exp(tl.log(tl.where(g < LEAST, LEAST, g)) * power * W)
+        log_g = tl.log(tl.where(g < LEAST, LEAST, g))
     first = part.to(tl.int64) * PERIOD
     for i in range(tl.cdiv(tl.minimum(T - first, PERIOD), W)):
         t = first + i * W + tl.arange(0, W)
@@ -58,7 +58,9 @@ def gate_kernel(  # type: ignore[no-untyped-def]
         pairs = tl.load(p_writes + (2 * head + 1) * T + t, mask=m, other=0.0).to(tl.float64)
         if LOG:
             a = tl.load(p_gate + head * T + t, mask=m, other=0.0).to(tl.float64)
-            total = tl.exp(tl.sum(a, 0) * power)
+        else:
+            a = tl.where(m, log_g, 0.0)
+        total = tl.exp(tl.sum(a, 0) * power)
         read, written = tl.sum(c, 0), tl.sum(d, 0)
         through = tl.where(total < FORGOTTEN, 0.0, B - read)
         G = through + (read - tl.cumsum(c, 0)) + (tl.cumsum(d, 0) - d) + pairs
