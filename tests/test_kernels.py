@@ -25,9 +25,8 @@ triton = importlib.import_module("triton")
 SPILLS = {
     "two values, decay": 24,
     "both, decay": 128,
-    "adjoint": 40,
-    "adjoint, decay": 112,
-    "adjoint, both": 216,
+    "adjoint, decay": 80,
+    "adjoint, both": 88,
 }  # bytes a thread, at width 128; others none
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block can have
 
@@ -187,7 +186,8 @@ def compiled(kind, width, dtype, arch):
             if not present.get(name, True):
                 signature[name], constants[name] = "constexpr", None
             else:
-                signature[name] = "*fp32" if name in states + masses else "*" + dtype
+                wide = "*fp64" if (name, dtype) == ("p_dots", "fp32") else "*fp32"
+                signature[name] = wide if name in states + masses else "*" + dtype
         elif name in ("read", "write"):
             signature[name] = "fp32"
         elif re.fullmatch(r"s(?:[qkvox]|v2|o2|qc|kc)d|s[se]2?v", name):  # the innermost stride

@@ -219,12 +219,12 @@ def causal_pass(
         Add to what ``o`` holds.
     both : bool
         Add the pass with k and v exchanged, which reads the same state; with one part, D = V.
-    x, dots : tensor, (*batch, T, V), and float32, (*batch, `value_tiles`, 1 or 2, T), optional
-        With one part and a gate: write into ``dots``, contiguous, the part of sum_v o x that the
-        state gives, token by token, a row a tile.
+    x, dots : tensor, (*batch, T, V), and (*batch, `value_tiles`, T or 3 T), optional
+        With one part and a gate: write into ``dots``, contiguous, float32 or float64, the part of
+        sum_v o x that the state gives, token by token, a row a tile.
     pairs : bool
-        With ``reverse`` and ``dots`` of two rows: write into the second the sum of the pairs of
-        its chunk that lie across each token, of q_t.k_j times v_t.x_j.
+        With ``reverse`` and ``dots`` of 3 T: write behind it, of q_t.k_j times v_t.x_j over the
+        pairs of its chunk but those of a token with itself, each token's sum as t and then as j.
     states : tensor, float32, (*batch, `between`, V, D), optional
         Of contiguous rows and batch axes: write the state before every `period` but the first.
     qc, kc : tensor, (*batch, T, C), optional

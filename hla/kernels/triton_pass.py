@@ -84,21 +84,6 @@ def _pairs(
 
 
 @triton.jit
-def _crossing(A, dA, m_pair, STRICT: tl.constexpr):
-    """Sum A' * dA' over the pairs of a reversed chunk that lie across each token, [W].
-
-    Token s has before it what earlier keys sum over all queries, less what earlier queries sum over
-    all keys: the same products, which leave nothing of the rest behind in float64.
-    """
-    M = tl.where(m_pair, A * dA, 0.0).to(tl.float64)  # [W query, W key]
-    query, key = tl.sum(M, 1), tl.sum(M, 0)
-    read = tl.cumsum(query, 0)
-    if not STRICT:
-        read -= query
-    return (tl.cumsum(key, 0) - key - read).to(tl.float32)
-
-
-@triton.jit
 def _read(b_o, b_v, A, UPDATE: tl.constexpr, PRECISION: tl.constexpr):
     """Return O' = S' Q' + V' A', [BV, W], from S' Q' as the gate weighs it."""
     if UPDATE:
@@ -165,7 +150,7 @@ def pass_kernel(
     TWO: tl.constexpr,  # values v2 go with v
     BOTH: tl.constexpr,  # add the pass with k and v exchanged; D = V
     DOT: tl.constexpr,  # write sum_v x (a_t q_t S) token by token, a row a tile of values
-    PAIRS: tl.constexpr,  # and, in a second row, what `_crossing` gives for pairs of k and x
+    PAIRS: tl.constexpr,  # and of the pairs of q, k and v, x: see `triton_gate`
     EVERY: tl.constexpr,  # also write the state before every so many chunks but the first; 0: not
     V_IS_K: tl.constexpr,
     ROW: tl.constexpr,  # stride between rows of the states that are kept
@@ -211,7 +196,9 @@ def pass_kernel(
             )
     if DOT:
         p_x += i_0 * sx0 + i_1 * sx1 + i_2 * sx2 + t64[:, None] * sxt + v64[None, :] * sxd
-        p_dots += (i_head.to(tl.int64) * tiles + i_v) * (2 if PAIRS else 1) * T + t64
+        i_row = i_head.to(tl.int64) * tiles + i_v
+        T64 = T.to(tl.int64)
+        p_dots += i_row * (3 * T64 if PAIRS else T64) + t64
     if EVERY:
         p_states += i_head.to(tl.int64) * sa0 + i_v.to(tl.int64) * BV * ROW
     if GATE != 0:
@@ -301,29 +288,35 @@ def pass_kernel(
                     A = _add_product(A, b_kc, b_qc, PRECISION)
                 pairs, A = _pairs(A, m_pair, w_pair, write, GATE, WRITE, OPERAND, PRECISION)
                 a_v = b_v
+            if DOT:
+                b_x = tl.load(p_x + row64 * sxt, mask=m_tv, other=0.0)  # [W, BV]
+            if PAIRS:
+                if BOTH:
+                    M = _product(b_v, b_q, PRECISION)
+                else:
+                    M = _product(b_v, _operand(b_x, OPERAND, PRECISION), PRECISION)
+                m_apart = m_pair & (t[:, None] != t[None, :])
+                M = tl.where(m_apart, tl.fma(pairs * read, M, 0.0), 0.0)  # [W query, W key]
+                M = M.to(
+                    p_dots.dtype.element_ty
+                )  # in float64 the two sums are of the same products
+                tl.store(p_dots + T64 + row64, tl.sum(M, 1), mask=m_t)
+                tl.store(p_dots + 2 * T64 + row64, tl.sum(M, 0), mask=m_t)
             b_o = _product(_operand(S, OPERAND, PRECISION), b_q, PRECISION)
             if BC:
                 b_o = _add_product(b_o, _operand(Sc, OPERAND, PRECISION), b_qc, PRECISION)
             if GATE != 0:
                 b_o *= w_in[None, :]
             if DOT:
-                b_x = tl.load(p_x + row64 * sxt, mask=m_tv, other=0.0)
                 # Products rounded before they are added: fused with the add of another lane's
                 # they would leave the lanes of a row with different sums, and all store theirs.
-                dots = tl.fma(tl.trans(b_o * read), b_x.to(tl.float32), 0.0)  # [W, BV]
-                tl.store(p_dots + row64, tl.sum(dots, 1), mask=m_t)
+                dots = tl.fma(b_o * read, tl.trans(b_x).to(tl.float32), 0.0)  # [BV, W]
+                tl.store(p_dots + row64, tl.sum(dots, 0), mask=m_t)
             b_o = _read(b_o, a_v, A, UPDATE, PRECISION)
             if BOTH:
                 B = _product(b_v, b_q, PRECISION)
-                if PAIRS:
-                    cross = _crossing(pairs, B, m_pair, STRICT) * read
-                    tl.store(p_dots + T.to(tl.int64) + row64, cross, mask=m_t)
                 _, B = _pairs(B, m_pair, w_pair, write, GATE, WRITE, OPERAND, PRECISION)
                 b_o = tl.dot(tl.trans(b_k), B, b_o, input_precision=PRECISION, out_dtype=tl.float32)
-            elif PAIRS:
-                dA = _product(b_v, _operand(b_x, OPERAND, PRECISION), PRECISION)
-                cross = _crossing(pairs, dA, m_pair, STRICT) * read
-                tl.store(p_dots + T.to(tl.int64) + row64, cross, mask=m_t)
             b_o = tl.trans(b_o * read)  # [W, BV]
             if ADD:
                 b_o += tl.load(p_o + row64 * sot, mask=m_tv, other=0.0).to(tl.float32)

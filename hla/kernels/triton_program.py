@@ -189,12 +189,12 @@ def run_pass(
     Returns
     -------
     tensor or None
-        The sums with x, float32, (*batch, 1, T), or (*batch, 2, T) with pairs.
+        The sums with x, (*batch, T), or (*batch, 3 T) with pairs.
     """
     full = kind == "full"
     gate, device = Gate() if full else call.gate, k[0].device
     if k[0].shape[-2] == 0:
-        return None if x is None else torch.zeros((*columns[0].batch, 1 + pairs, 0), device=device)
+        return None if x is None else torch.zeros((*columns[0].batch, 0), device=device)
     options: dict[str, Any] = {
         "gate": gate, "power": power, "strict": kind == "strict", "reverse": reverse,
         "write": write, "tf32": call.tf32,
@@ -219,8 +219,10 @@ def run_pass(
             dot, xi, kept = None, None, None
             if x is not None:
                 F = int(here[0].v.shape[-1])
-                xi, shape = x[i], (*batch, value_tiles(F), 1 + pairs, b.shape[-2])
-                dot = torch.empty(shape, dtype=torch.float32, device=device)
+                length = b.shape[-2] * (3 if pairs else 1)
+                xi, shape = x[i], (*batch, value_tiles(F), length)
+                exact = torch.float32 if call.dtype == torch.bfloat16 else torch.float64
+                dot = torch.empty(shape, dtype=exact, device=device)
                 if states is not None:
                     first_column = width(tuple(c.v for c in columns[:i]))
                     kept = states[..., first_column : first_column + F, rows]
@@ -229,7 +231,8 @@ def run_pass(
                 qc=qc, kc=kc, add=not first, both=both, pairs=pairs, states=kept, **options,
             )  # fmt: skip
             if dot is not None:
-                dots = dot.sum(-3) if dots is None else dots + dot.sum(-3)
+                dot = dot.sum(-2) if dot.shape[-2] > 1 else dot[..., 0, :]
+                dots = dot if dots is None else dots + dot
         first = False
     if sums is not columns:
         for c, total in zip(columns, sums, strict=True):
@@ -426,15 +429,13 @@ def adjoint(
         )
         mirrored = s.k == s.v and s.kind != "full" and s.state not in initial
         mirrored &= call.gate.log_gate is None  # there two launches are faster
-        border = None  # <state, its gradient> at the first token
+        border, halved = None, False  # <state, its gradient> at the first token
         if mirrored and len(do) == 1 and width(q) <= widest(call.dtype):
             both = None if end is None else end + end.mT  # k and v: one gradient, one state
             _, writes = back(
                 s.k, v, do, q, start=both, keep_state=False, both=True, x=x_v, states=R
             )
-            if writes is not None:
-                writes = writes * writes.new_tensor([[0.5], [1.0]])
-                R = None if R is None else R / 2
+            halved = with_gate
         else:
             back_k = functools.partial(back, pairs=False)
             back_k(s.k, v, do, q, start=None if end is None else end.mT, keep_state=False)
@@ -450,10 +451,11 @@ def adjoint(
                 if start is not None and with_gate:
                     border = (start.mT * dstate0).sum((-2, -1), dtype=torch.float64)
         if with_gate:
-            dlog = _gate_gradient(call, s, reads, writes, border, S, R)
-            dgate = dlog if dgate is None else dgate + dlog
+            factor = 0.5 if halved else 1.0  # of what was written for k and v alike
+            term = _gate_gradient(call, s, reads, writes, border, S, R, factor)
+            dgate = term if dgate is None else dgate + term
     if dgate is not None and call.gate.decay is not None:
-        dgate = dgate.sum(-1, dtype=torch.float64) / call.gate.decay.clamp(min=LEAST.value)
+        dgate = dgate[..., 0] / call.gate.decay.clamp(min=LEAST.value)
     first = {name: grads[name][0] for name in "qkv"}
     return Adjoint(first, dinitial, dgate)
 
@@ -466,12 +468,13 @@ def _gate_gradient(
     border: torch.Tensor | None,
     S: torch.Tensor | None,
     R: torch.Tensor | None,
+    factor: float,
 ) -> torch.Tensor:
-    """Gradient of the log gate by one pass, (*gate's batch, T)."""
+    """Gradient of the log gate by one pass, (*gate's batch, T), or of log(decay), (*batch, 1)."""
     gate, log = call.gate.decay, call.gate.log_gate is not None
     dlog = gate_gradient(
         reads, writes, call.gate.log_gate if log else gate, border, S, R, power=s.power,
-        strict=s.kind == "strict", log=log, least=LEAST.value, period=period(call.dtype),
-        chunk=DOTTED,
+        factor=factor, strict=s.kind == "strict", log=log, least=LEAST.value,
+        period=period(call.dtype), chunk=DOTTED,
     )  # fmt: skip
     return sum_to(dlog, (*call.gate.batch, dlog.shape[-1]))
