@@ -191,6 +191,31 @@ def test_opcheck():
         assert set(torch.library.opcheck(function, fresh).values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("T", [0, 1, 9])
+def test_what_is_told_of_strides_is_so(T):
+    """Also of one token, of one head and of nothing, where torch calls many strides contiguous."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from hla import graph
+
+    def results(take):
+        q, k, v = (take(torch.ones(1, 1, T, n)) for n in (4, 4, 3))
+        options = {"operator": "hla2", "mask": "causal", "decay": None, "log_gate": None}
+        options |= {"scale": 0.5, "return_state": True}
+        o, state, saved = graph.forward(q, k, v, None, **options)
+        return leaves_of((o, state, saved, graph.backward(q, k, v, None, o, saved, o, state,
+                                                          **options)))  # fmt: skip
+
+    real = results(lambda x: x)
+    with FakeTensorMode() as mode:
+        fake = results(mode.from_tensor)
+    for x, y in zip(fake, real, strict=True):
+        if y is not None:
+            assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+    memory = [x.data_ptr() for x in real if x is not None and x.numel()]
+    assert len(set(memory)) == len(memory)
+
+
 SHAPES = {  # of the batch: q, k, v
     "one head": ((), (), ()),
     "shared keys": ((2, 3), (3,), (2, 1)),

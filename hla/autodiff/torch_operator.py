@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
@@ -158,13 +159,13 @@ def like(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def apart(found: Sequence[Tensor], *given: Any) -> list[Tensor]:
-    """Each result whole and in memory of its own, as torch takes what an operator returns."""
+    """Each result whole, as `like` has it, and in memory of its own: what torch asks for."""
     taken = {x.untyped_storage().data_ptr() for x in present(given)}
     out = []
     for x in found:
-        x = x.contiguous()
-        if x.untyped_storage().data_ptr() in taken:
-            x = x.clone()
+        strides = [math.prod(max(n, 1) for n in x.shape[i + 1 :]) for i in range(x.ndim)]
+        if list(x.stride()) != strides or x.untyped_storage().data_ptr() in taken:
+            x = x.new_empty(x.shape).copy_(x)
         taken.add(x.untyped_storage().data_ptr())
         out.append(x)
     return out
