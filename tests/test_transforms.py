@@ -122,7 +122,7 @@ def test_torch_func_reads_what_is_closed_over():
                 transform(lambda q, wrong=wrong: hla.scan(q, k, v, **wrong).sum())(q)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", ["hla2", "hla3"])
 def test_torch_meta_tensors_have_shapes_alone(operator):
     torch = installed("torch")
 
