@@ -5,6 +5,7 @@ Where they lie, whether they are there yet, and what the switches of their libra
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
-from .core.namespace import Array, device, is_jax, library, underflow
+from .core.namespace import Array, device, is_jax, library, symbolic, underflow
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -214,11 +215,33 @@ def exact_products(x: Array) -> AbstractContextManager[Any]:
 
 @functools.cache
 def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
-    jitted: Callable[..., Any] = sys.modules["jax"].jit(function, static_argnums=0)
+    def run(request: Any, numbers: dict[str, Any], *args: Any) -> Any:
+        return function(dataclasses.replace(request, **numbers), *args)
+
+    jitted: Callable[..., Any] = sys.modules["jax"].jit(run, static_argnums=0)
     return jitted
 
 
+@functools.lru_cache(maxsize=1024)
+def _without_numbers(request: Any) -> tuple[Any, dict[str, float]]:
+    """Split a request into what a program hangs on, and the numbers that it may be run with."""
+    numbers = {"eps": request.eps}
+    if request.scaled:
+        numbers["scale"] = request.scale
+    if request.ridged:
+        numbers["ridge"] = request.ridge
+    return dataclasses.replace(request, **dict.fromkeys(numbers)), numbers
+
+
 def call(function: Callable[..., Any], request: Any, x: Array, *args: Any) -> Any:
-    """Run ``function(request, *args)``; under JAX as one compiled call, ``request`` static."""
+    """Run ``function(request, *args)``; under JAX as one compiled call, ``request`` static.
+
+    Its numbers are operands of the call: another scale compiles nothing.
+    """
     with exact_products(x):
-        return (_jitted(function) if is_jax(x) else function)(request, *args)
+        if not is_jax(x):
+            return function(request, *args)
+        if any(symbolic(n) for n in (*request.q_shape, *request.k_shape, *request.v_shape)):
+            return function(request, *args)  # part of a larger program; symbols are no keys
+        static, numbers = _without_numbers(request)
+        return _jitted(function)(static, numbers, *args)

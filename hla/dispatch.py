@@ -14,6 +14,7 @@ from . import autodiff, contract
 from .contract import Info as Info
 from .core import forms
 from .core.associative import algebra_of
+from .core.namespace import symbolic
 from .core.request import Request
 from .errors import SlowPathWarning, Unsupported, kind_of
 
@@ -203,6 +204,8 @@ def _no_form(request: Request) -> str | None:
     """Return why no backend can run the form asked for, or None."""
     if request.mask == "none" and request.form in ("recurrent", "associative"):
         return f"mask='none' sees every token at once and has no {request.form} form; use 'chunked'"
+    if request.form == "associative" and symbolic(request.tokens):
+        return "form='associative' is a tree that grows with T, here a symbol; use form='chunked'"
     if request.form == "associative" and algebra_of(request) is None:
         return (
             "convention='paper' is not an associative scan: its decayed hla2 operator is not "

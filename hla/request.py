@@ -154,7 +154,9 @@ def prepare(
         given = dict(zip(Layout(axis, None, None).names, (q, k, v), strict=True))
         q, k, v, axis = _arrays(given, axis)
         layout, chunk_size = Layout(axis, None, None), _chunk(chunk_size)
-        default = None if mask == "none" else program(operator, mask, convention, ridge, None).state
+        default = (
+            None if mask == "none" else program(operator, mask, convention, bool(ridge), None).state
+        )
         known = _remember(_known, key, (layout, _shapes(given, layout), chunk_size, default))
     layout, batch, chunk_size, default = known
     if mask == "none":

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .namespace import Array, fold, namespace
+from .namespace import Array, fold, namespace, triangle
 from .passes import (
     CHUNK,
     Fields,
@@ -20,13 +20,15 @@ from .passes import (
     Shape,
     Weights,
     begun,
+    cut_short,
     pieces,
+    rows,
     slopes,
     token_pass,
     weights,
     weights_adjoint,
 )
-from .programs import Program, RunPass, Trace, run, run_passes
+from .programs import Program, RunPass, Trace, run, run_passes, weighted
 
 
 class Adjoint(NamedTuple):
@@ -96,32 +98,40 @@ def pull_pass(
         R = q.mT @ do
         return Pulled(do @ (k.mT @ v).mT, v @ R.mT, k @ R, None, None)
     xp, S, R = namespace(q), begun(start, k, v, gate), begun(end, q, do, gate)
-    with_gate = with_gate and s.power > 0
-    legal = functools.partial(xp.tril, k=-1 if s.kind == "strict" else 0)
+    with_gate, each, T = with_gate and s.power > 0, (s.power, s.kind), k.shape[-2]
+    late = -1 if s.kind == "strict" else 0
     given = [q, k, v, do]
     if gate.log_gate is not None:
         given.append(gate.log_gate[..., None])
-    cuts = pieces(k.shape[-2], chunk)
-
-    each = (s.power, s.kind)
-    fixed = {W: weights(gate, *each, W, like=k) for *_, W in cuts if gate.log_gate is None}
+    cuts, ends = pieces(given, chunk)
+    widths = {cut[0].shape[-2] for cut in cuts}
+    fixed = {W: weights(gate, *each, W, like=k) for W in widths if gate.log_gate is None}
     slope = {W: slopes(gate, *each, W, like=k) for W in fixed if with_gate}
 
-    def weighed(W: int, a: Sequence[Array]) -> Weights:
-        return weights(Gate(log_gate=a[0][..., 0]), *each, W, like=k) if a else fixed[W]
+    def legal(x: Array) -> Array:
+        return triangle(x, late, upper=False)
 
-    def ahead(S: Array, xs: tuple[Array, ...], W: int) -> tuple[Array, tuple[Array, ...]]:
-        q, k, v, do, *a = xs
-        w = weighed(W, a)
+    def weighed(xs: Sequence[Array]) -> tuple[Weights, Weights | None]:
+        W = xs[0].shape[-2]
+        w = fixed[W] if fixed else weights(Gate(log_gate=xs[4][..., 0]), *each, W, like=k)
+        if ends is None:
+            return w, slope.get(W)
+        tokens = xs[-1][0, 0]
+        short = slopes(gate, *each, W, like=k, tokens=tokens) if with_gate else None
+        return cut_short(w, gate, s.power, tokens), short
+
+    def ahead(S: Array, xs: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        q, k, v, do = xs[:4]
+        w, _ = weighed(xs)
         into = do @ S.mT  # [W, D]
         dq = legal(_times(do @ v.mT, w.pair)) @ k + _times(into, w.query)
         kept = (xp.sum(q * into, axis=-1, keepdims=True), S) if with_gate else ()
         return _times(S, w.total) + _times(k, w.key).mT @ v, (dq, *kept)
 
-    def back(R: Array, xs: tuple[Array, ...], W: int) -> tuple[Array, tuple[Array, ...]]:
-        q, k, v, do, *rest = xs
-        query, S = (rest.pop(), rest.pop())[::-1] if with_gate else (None, None)
-        w = weighed(W, rest)
+    def back(R: Array, xs: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        (query, S), xs = (xs[:2], xs[2:]) if with_gate else ((None, None), xs)
+        q, k, v, do = xs[:4]
+        w, short = weighed(xs)
         A, dA, into = q @ k.mT, do @ v.mT, v @ R.mT
         dk = legal(_times(dA, w.pair)).mT @ q + _times(into, w.key)
         dv = legal(_times(A, w.pair)).mT @ do + _times(k, w.key) @ R
@@ -130,45 +140,32 @@ def pull_pass(
             key = xp.sum(k * into, axis=-1, keepdims=True)
             total = xp.sum(S * R, axis=(-2, -1), keepdims=True)
             dw = Weights(w.mask, legal(A * dA), query, key, total)
-            d = weights_adjoint(*each, w, slope.get(W), dw)
+            d = weights_adjoint(*each, w, short, dw)
             grads = (dk, dv, sum_to(d, (*gate.batch, *d.shape[-2:])))
         return _times(R, w.total) + _times(q, w.query).mT @ do, grads
 
+    more = () if ends is None else (ends,)
     kept: list[tuple[Array, ...]] = []
     for cut in cuts:
-        xs = tuple(_chunks(x, *cut) for x in given)
-        body = functools.partial(ahead, W=cut[2])
-        S, outs = fold(body, S, xs, axes=(-3,) * len(xs), out_axis=-3)
+        xs = (*cut, *more)
+        S, outs = fold(ahead, S, xs, axes=(-3,) * len(xs), out_axis=-3)
         kept.append(outs)
     pulled: list[tuple[Array, ...]] = []
-    for cut, (_, *more) in zip(reversed(cuts), reversed(kept), strict=True):
-        xs = (*(_chunks(x, *cut) for x in given), *more)
-        body = functools.partial(back, W=cut[2])
-        R, outs = fold(body, R, xs, axes=(-3,) * len(xs), out_axis=-3, reverse=True)
+    for cut, (_, *read) in zip(reversed(cuts), reversed(kept), strict=True):
+        xs = (*read, *cut, *more)
+        R, outs = fold(back, R, xs, axes=(-3,) * len(xs), out_axis=-3, reverse=True)
         pulled.append(outs)
-    dq = _rows([x[0] for x in kept])
-    dk, dv, *dgate = (_rows(x) for x in zip(*reversed(pulled), strict=True))
-    if not with_gate:
-        return Pulled(dq, dk, dv, R, None)
-    (d,) = dgate
-    return Pulled(dq, dk, dv, R, xp.sum(d, axis=(-2, -1)) if gate.log_gate is None else d[..., 0])
+    dq = rows([x[0] for x in kept], T)
+    dk, dv, *dgate = zip(*reversed(pulled), strict=True)
+    dgates = [rows(x) for x in dgate]  # of a decay one of each chunk
+    if dgates:
+        (d,) = dgates
+        d = xp.sum(d, axis=(-2, -1)) if gate.log_gate is None else d[..., :T, 0]
+    return Pulled(dq, rows(dk, T), rows(dv, T), R, d if dgates else None)
 
 
 def _times(x: Array, weight: Array | None) -> Array:
     return x if weight is None else x * weight
-
-
-def _chunks(x: Array, start: int, turns: int, W: int) -> Array:
-    """Return ``turns`` chunks of W tokens, (..., turns, W, features)."""
-    rows = x[..., start : start + turns * W, :]
-    return namespace(x).reshape(rows, (*rows.shape[:-2], turns, W, rows.shape[-1]))
-
-
-def _rows(parts: Sequence[Array]) -> Array:
-    """Undo `_chunks` of every part, and put them one after the other."""
-    xp = namespace(parts[0])
-    flat = [xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1])) for x in parts]
-    return flat[0] if len(flat) == 1 else xp.concat(flat, axis=-2)
 
 
 def adjoint(
@@ -206,7 +203,7 @@ def adjoint(
     dinitial: dict[Fields, Array] = {}
     dgate, pending, xp = None, dict(dfinal), namespace(do)
     for coefficient, name in program.outputs:
-        dout = do if coefficient == 1 else coefficient * do
+        dout = weighted(coefficient, do)
         grads[name] = sum_to(dout, trace.values[name].shape)  # a term may have fewer batch axes
     for s in reversed(program.steps):
         dout, dstate = grads.pop(s.out, None), pending.pop(s.state, None)
@@ -232,7 +229,7 @@ def shared_out(dstate: Array | None, out: Shape) -> Array | None:
     """Share a state's gradient among the batch entries that the state was broadcast to."""
     if dstate is None:
         return None
-    copies = math.prod(out[:-2]) // max(1, math.prod(dstate.shape[:-2]))
+    copies = math.prod(out[:-2]) // (math.prod(dstate.shape[:-2]) or 1)
     return dstate / copies if copies > 1 else dstate
 
 

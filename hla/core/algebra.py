@@ -68,12 +68,12 @@ class Algebra(NamedTuple):
         """Continue a state by a segment; the state keeps its type."""
         return type(state)(**join(self.states, fields_of(state), self.view(right), right.rho))
 
-    def read(self, state: Any, q: Array, ridge: float = 0.0) -> tuple[Array, Array]:
+    def read(self, state: Any, q: Array, ridge: float | None = None) -> tuple[Array, Array]:
         """Return numerator and denominator; a ridge adds ridge (q'C, q'm)."""
         parts = _parts(fields_of(state))
         num: Array = 0.0
         den: Array = 0.0
-        for sign, names in (*self.reads, *(((ridge, ("C",)),) if ridge else ())):
+        for sign, names in (*self.reads, *(() if ridge is None else ((ridge, ("C",)),))):
             row, last = q[..., None, :], parts[names[-1]]
             for name in names[:-1]:
                 row = row @ parts[name][0]
@@ -123,7 +123,10 @@ def _fields(parts: Parts) -> dict[str, Array]:
 
 def _scaled(r: Array, power: int, x: Array) -> Array:
     """``r**power * x`` with r's batch shape."""
-    return (r**power)[..., None, None] * x if power else x
+    if not power:
+        return x
+    missing = (None,) * (x.ndim - 2 - r.ndim)  # axes that the broadcast would add
+    return (r**power)[(*missing, ..., None, None)] * x
 
 
 def _product(factors: Sequence[Array]) -> Array:

@@ -6,7 +6,7 @@ from typing import Any
 
 from . import ahla, hla2, hla3, linear, programs, scans
 from .algebra import Algebra
-from .namespace import Array, device, fold, moveaxis, namespace
+from .namespace import Array, device, expand, fold, laid, moveaxis, namespace, padded, powers
 from .passes import Gate, Shape, broadcast, started
 from .programs import PAPER, final_states
 from .request import Request
@@ -48,7 +48,9 @@ def segment(
     program = programs.segment_program(request.operator, request.mask)
     _, trace = programs.run(program, values, gate, {}, chunk=chunk)
     fields = split(final_states(program, trace), request.state_shapes(segment=True))
-    fields = algebra.moments(fields) | {"rho": _attenuation(values["k"], gate)}
+    rho = _attenuation(values["k"], gate)
+    rho = namespace(rho).reshape(rho, request.gate_batch)  # without axes that were added
+    fields = algebra.moments(fields) | {"rho": rho}
     return algebra.segment(**_aligned(fields))
 
 
@@ -69,8 +71,8 @@ def _attenuation(k: Array, gate: Gate) -> Array:
     xp = namespace(k)
     if gate.log_gate is not None:
         return xp.exp(xp.sum(gate.log_gate, axis=-1))
-    length = xp.asarray(float(k.shape[-2]), dtype=k.dtype, device=device(k))
-    return xp.ones_like(length) if gate.decay is None else gate.decay**length
+    one = xp.ones((), dtype=k.dtype, device=device(k))
+    return one if gate.decay is None else powers(gate.decay, one * k.shape[-2])
 
 
 def scan(
@@ -104,13 +106,15 @@ def scan(
     q, k, v = (values[x] for x in "qkv")
     xp, T, V = namespace(q), request.tokens, v.shape[-1]
     batch = broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2], gate.batch)
-    start = _started(request, q, state, batch)
+    everything = (q, k, v, *gate.arrays)
+    start = _started(request, everything, gate, state, batch)
     if T == 0:
         empty = xp.zeros((*batch, 0, V + 1), dtype=q.dtype, device=device(q))
         return empty, _owned(start, request)
     w = min(width, T)
     given = [(q, 0.0), (k, 0.0), (v, 0.0), (_token_rho(q, gate), 1.0)]
-    xs = tuple(_chunked(x, batch, w, fill) for x, fill in given)
+    whole = [(laid(expand(x, (*batch, *x.shape[-2:])), everything), fill) for x, fill in given]
+    xs = tuple(_chunked(x, w, fill) for x, fill in whole)
 
     def exclusive(segments: Any) -> Any:
         one = algebra.identity(scans.element(segments, 0))
@@ -128,13 +132,14 @@ def scan(
 
     def output_of(_: None, xs: tuple[Array, ...]) -> tuple[None, tuple[Array]]:
         q, prefix, token = inside(xs[:4])
-        states = algebra.extend(algebra.extend(type(start)(*xs[4:]), prefix), token)
-        num, den = algebra.read(states, q, request.ridge)
+        carried = scans.single(type(start)(*xs[4:]))
+        states = algebra.extend(algebra.extend(carried, prefix), token)
+        num, den = algebra.read(states, q, request.ridge if request.ridged else None)
         return None, (moveaxis(xp.concat([num, den[..., None]], axis=-1), 0, -2),)
 
     _, summaries = fold(summary_of, None, xs, axes=tuple(-x.ndim for x in xs), out_axis=0)
     summary = algebra.segment(*summaries)
-    carries = algebra.extend(start, exclusive(summary))
+    carries = algebra.extend(scans.single(start), exclusive(summary))
     final = algebra.extend(scans.element(carries, -1), scans.element(summary, -1))
     xs = (*xs, *carries)
     _, (out,) = fold(output_of, None, xs, axes=tuple(-x.ndim for x in xs), out_axis=-3)
@@ -142,13 +147,11 @@ def scan(
     return xp.reshape(out, (*batch, rows, V + 1))[..., rows - T :, :], _owned(final, request)
 
 
-def _chunked(x: Array, batch: Shape, w: int, fill: float) -> Array:
-    """[*b, T, F] -> [chunks, *batch, w, F], padded at the front."""
-    xp, (T, F) = namespace(x), x.shape[-2:]
-    x, pad = xp.broadcast_to(x, (*batch, T, F)), -T % w
-    if pad:
-        head = xp.full((*batch, pad, F), fill, dtype=x.dtype, device=device(x))
-        x = xp.concat([head, x], axis=-2)
+def _chunked(x: Array, w: int, fill: float) -> Array:
+    """[*batch, T, F] -> [chunks, *batch, w, F], padded at the front."""
+    xp, (*batch, T, F) = namespace(x), x.shape
+    pad = -T % w
+    x = padded(x, -2, before=pad, fill=fill) if pad else x
     return moveaxis(xp.reshape(x, (*batch, (T + pad) // w, w, F)), -3, 0)
 
 
@@ -156,17 +159,23 @@ def _token_rho(q: Array, gate: Gate) -> Array:
     """Attenuation of each token, (*gate's batch, T, 1)."""
     if gate.log_gate is not None:
         return namespace(q).exp(gate.log_gate)[..., None]
-    ones = namespace(q).ones((q.shape[-2], 1), dtype=q.dtype, device=device(q))
-    return ones if gate.decay is None else gate.decay[..., None, None] * ones
+    if gate.decay is None:
+        return namespace(q).ones((q.shape[-2], 1), dtype=q.dtype, device=device(q))
+    return expand(gate.decay[..., None, None], (*gate.decay.shape, q.shape[-2], 1))
 
 
-def _started(request: Request, q: Array, state: Any, batch: Shape) -> Any:
+def _started(
+    request: Request, made_of: tuple[Array, ...], gate: Gate, state: Any, batch: Shape
+) -> Any:
     """Incoming state, or zeros, broadcast to the whole batch."""
     fields, kind = {}, request.state_type
     assert kind is not None
     for field, shape in request.state_shapes().items():
-        full = (*batch, *shape[len(shape) - rank(field) :])
-        fields[field] = started(None if state is None else getattr(state, field), full, q)
+        x, mass = None if state is None else getattr(state, field), rank(field) == 1
+        own = (*shape[-1:], 1) if mass else shape[-2:]
+        x = x[..., None] if mass and x is not None else x
+        x = started(x, (*batch, *own), made_of, gate)
+        fields[field] = x[..., 0] if mass else x
     return kind(**fields)
 
 

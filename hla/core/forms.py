@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from . import associative
-from .adjoint import CORE, Engine
-from .namespace import Array, namespace
+from .adjoint import CORE, Engine, sum_to
+from .namespace import Array, is_jax, laid_back, namespace
 from .passes import CHUNK, Gate, Shape, broadcast
 from .programs import Trace, all_shapes, final_states, summed, with_ones
 from .request import Inputs, Request
-from .states import Keyed, gradient_fields, joined, split
+from .states import Keyed, aligned, gradient_fields, joined, split
 
 FORMS = ("chunked", "recurrent", "associative", "dense")
 
@@ -34,8 +34,8 @@ class Gradients(NamedTuple):
 
 def width(request: Request) -> int:
     """Return the tokens in a chunk."""
-    widths = {"recurrent": 1, "dense": request.tokens}
-    return max(1, widths.get(request.form or "chunked", request.chunk_size or CHUNK))
+    widths = {"recurrent": 1, "dense": request.tokens or 1}
+    return widths.get(request.form or "chunked", request.chunk_size or CHUNK)
 
 
 def accumulated(request: Request, inputs: Inputs) -> tuple[dict[str, Array], Gate, Keyed]:
@@ -43,10 +43,14 @@ def accumulated(request: Request, inputs: Inputs) -> tuple[dict[str, Array], Gat
     xp = namespace(inputs.q)
     dtype = getattr(xp, request.accumulate)
     q, k, v = (xp.astype(x, dtype, copy=False) for x in inputs[:3])
-    if request.scale != 1.0:
+    if request.scaled:
         q = q * request.scale
+    gate = Gate(inputs.decay, inputs.log_gate)
+    if is_jax(q):
+        q, k, v, *given = aligned(request, (q, k, v, *gate.arrays))
+        gate = gate.of(given)
     values = {"q": q, "k": k, "v": with_ones(v) if request.mass else v}
-    return values, Gate(inputs.decay, inputs.log_gate), joined(request, inputs.state)
+    return values, gate, joined(request, inputs.state)
 
 
 def forward(
@@ -165,13 +169,23 @@ def backward(
     options = {"with_gate": request.gate_given, "chunk": width(request)}
     grads = engine.adjoint(request.program, trace, gate, initial, dout, dfinal, **options)
     dq, dk, dv = (grads.values[x] for x in "qkv")
-    if request.scale != 1.0:
+    if request.scaled:
         dq = dq * request.scale
     dv = dv[..., :-1] if request.mass else dv
-    given = zip((dq, dk, dv), inputs, strict=False)
-    dq, dk, dv = (xp.astype(grad, x.dtype, copy=False) for grad, x in given)
+    gates = gate_gradients(gate, grads.gate)
     dinitial = gradient_fields(request, inputs.state, grads.states)
-    return Gradients(dq, dk, dv, *gate_gradients(gate, grads.gate), dinitial)
+    return Gradients(
+        *(_of_input(*x) for x in zip((dq, dk, dv, *gates, dinitial), inputs, strict=True))
+    )
+
+
+def _of_input(grad: Any, x: Any) -> Any:
+    """Return the gradient of an input from that of the input as `accumulated` brings it."""
+    if grad is None:
+        return None
+    if isinstance(x, tuple):
+        return type(x)(*map(_of_input, grad, x))
+    return laid_back(namespace(x).astype(sum_to(grad, x.shape), x.dtype, copy=False), x)
 
 
 def gate_gradients(gate: Gate, grad: Array | None) -> tuple[Array | None, Array | None]:

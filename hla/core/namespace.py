@@ -5,8 +5,10 @@ The only file of the core that knows array libraries by name, through array-api-
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -94,6 +96,94 @@ def moveaxis(x: Array, source: int, destination: int) -> Array:
     if library(x) == "torch":
         return x.movedim(source, destination)
     return namespace(x).moveaxis(x, source, destination)
+
+
+def symbolic(size: Any) -> bool:
+    """Whether a size is a symbol of `jax.export`, of which no comparison is known."""
+    export = sys.modules.get("jax.export")
+    return export is not None and bool(export.is_symbolic_dim(size))
+
+
+def padded(x: Array, axis: int, *, before: int = 0, after: int = 0, fill: float = 0.0) -> Array:
+    """Lengthen ``x`` along a negative axis by so many entries of ``fill``."""
+    xp = namespace(x)
+    if is_jax(x):  # its concat refuses what does not lie on a mesh as x does
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (before, after)
+        return xp.pad(x, widths, constant_values=fill)
+
+    def more(count: int) -> list[Array]:
+        shape = (*x.shape[:axis], count, *x.shape[x.ndim + axis + 1 :])
+        return [xp.full(shape, fill, dtype=x.dtype, device=device(x))] if count else []
+
+    return xp.concat([*more(before), x, *more(after)], axis=axis)
+
+
+def powers(x: Array, n: Array) -> Array:
+    """Raise ``x`` to whole powers n >= 0, with its derivatives of any order also where x is 0."""
+    if not is_jax(x):
+        return x**n
+    return _powers()(x, namespace(n).reshape(n, (1,) * (x.ndim - n.ndim) + n.shape))
+
+
+@functools.cache
+def _powers() -> Any:
+    """Return the power of JAX whose derivative at n = 0 is 0, not 0 / x."""
+
+    def tangent(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+        (x, n), (dx, _) = primals, tangents
+        return power(x, n), n * power(x, namespace(n).clip(n - 1, min=0)) * dx
+
+    power = sys.modules["jax"].custom_jvp(operator.pow)
+    power.defjvp(tangent)
+    return power
+
+
+def triangle(x: Array, k: int, *, upper: bool) -> Array:
+    """Clear ``x`` below (else above) the diagonal k of its last two axes."""
+    xp = namespace(x)
+    cut = xp.triu if upper else xp.tril
+    if not explicit(x):
+        return cut(x, k=k)
+    zeros = xp.zeros_like(x)  # JAX before 0.8 chooses only by what is split alike
+    legal = expand(cut(xp.ones(x.shape[-2:], dtype=x.dtype), k=k), x.shape)
+    return xp.where(zeros + legal > 0, x, zeros)
+
+
+def on_mesh(x: Array) -> bool:
+    """Whether the type of ``x`` says how it lies on a mesh of devices, as JAX's do."""
+    return is_jax(x) and not sys.modules["jax"].typeof(x).sharding.mesh.empty
+
+
+def explicit(x: Array) -> bool:
+    """Whether the type of ``x`` says along which axes it is split among devices."""
+    if not on_mesh(x):
+        return False
+    jax = sys.modules["jax"]
+    return jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def laid(x: Array, like: Sequence[Array]) -> Array:
+    """Lay ``x`` on a mesh as all of ``like`` together; arrays (*batch, X, Y).
+
+    A sum with zeros of theirs varies over the same axes of the mesh (`jax.shard_map`) and is split
+    along the same (explicit axes). Only types are read: under jit the zeros are no work.
+    """
+    return x + nothing(like) if any(map(on_mesh, like)) else x
+
+
+def laid_back(grad: Array, x: Array) -> Array:
+    """Return the gradient of x from that of x as `laid`: a sum over the devices that share it."""
+    if not (on_mesh(grad) or on_mesh(x)):
+        return grad
+    _, pullback = sys.modules["jax"].vjp(lambda x: x + namespace(grad).zeros_like(grad), x)
+    return pullback(grad)[0]
+
+
+def nothing(xs: Sequence[Array]) -> Array:
+    """Return zeros (*batch, 1, 1) that lie on a mesh as all of ``xs`` (*batch, X, Y) together."""
+    sums = (namespace(x).sum(x, axis=(-2, -1), keepdims=True) for x in xs)
+    return functools.reduce(operator.add, (namespace(x).zeros_like(x) for x in sums))
 
 
 def unstack(x: Array, axis: int) -> tuple[Array, ...]:

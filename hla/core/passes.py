@@ -17,7 +17,19 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .namespace import Array, device, expand, fold, namespace
+from .namespace import (
+    Array,
+    device,
+    expand,
+    fold,
+    laid,
+    namespace,
+    on_mesh,
+    padded,
+    powers,
+    symbolic,
+    triangle,
+)
 
 Shape = tuple[int, ...]
 Fields = tuple[str, ...]
@@ -50,6 +62,19 @@ class Gate(NamedTuple):
             return tuple(self.decay.shape)
         return () if self.log_gate is None else tuple(self.log_gate.shape[:-1])
 
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """What there is of the two, with two axes after the batch."""
+        if self.decay is not None:
+            return (self.decay[..., None, None],)
+        return () if self.log_gate is None else (self.log_gate[..., None],)
+
+    def of(self, arrays: Sequence[Array]) -> Gate:
+        """Return a gate of the same kind from what `arrays` gave."""
+        if self.decay is not None:
+            return Gate(decay=arrays[0][..., 0, 0])
+        return self if self.log_gate is None else Gate(log_gate=arrays[0][..., 0])
+
 
 class Weights(NamedTuple):
     """What the gate does within a chunk, shaped to multiply (..., W, features)."""
@@ -70,7 +95,7 @@ def broadcast(*shapes: Shape) -> Shape:
     """Return the common shape of ``shapes``, whose sizes a compiler may have made symbols."""
     try:
         return _broadcast(*shapes)
-    except TypeError:  # a symbol has no hash
+    except (TypeError, ValueError):  # symbols have no hash, or are not compared with others
         return _broadcast.__wrapped__(*shapes)
 
 
@@ -101,10 +126,10 @@ def weights(gate: Gate, power: int, kind: str, W: int, *, like: Array) -> Weight
         g = gate.decay[..., None, None]
         return Weights(
             mask,
-            g ** (power * xp.where(mask, span, zero)),
-            g ** (power * (t if strict else t + 1))[:, None],
-            g ** (power * (W - 1 - t))[:, None],
-            g ** (zero + power * W),
+            powers(g, power * xp.where(mask, span, zero)),
+            powers(g, (power * (t if strict else t + 1))[:, None]),
+            powers(g, (power * (W - 1 - t))[:, None]),
+            powers(g, zero + power * W),
         )
     if not power or gate.log_gate is None:
         return Weights(mask)
@@ -120,20 +145,27 @@ def weights(gate: Gate, power: int, kind: str, W: int, *, like: Array) -> Weight
     return Weights(mask, pair, xp.exp(upto), key[..., None], total[..., None, None])
 
 
-def slopes(gate: Gate, power: int, kind: str, W: int, *, like: Array) -> Weights | None:
-    """Return the derivatives of `weights` by the decay, right at 0 too; None without a decay."""
+def slopes(
+    gate: Gate, power: int, kind: str, W: int, *, like: Array, tokens: Any = None
+) -> Weights | None:
+    """Return the derivatives of `weights` by the decay, right at 0 too; None without a decay.
+
+    ``tokens`` as in `cut_short`.
+    """
     if gate.decay is None:
         return None
     xp, late = namespace(like), int(kind == "strict")
     t = xp.arange(W, dtype=like.dtype, device=device(like))
     span = t[:, None] - t[None, :] - late
     zero, g = xp.zeros_like(span[..., :1, :1]), gate.decay[..., None, None]
+    tokens = W if tokens is None else tokens
 
     def slope(n: Array) -> Array:
-        n = power * xp.maximum(n, zero)
-        return n * g ** xp.maximum(n - 1, zero)
+        n = power * xp.where(n > 0, n, xp.zeros_like(n))
+        n = xp.reshape(n, (*(1,) * (g.ndim - 2), *n.shape))
+        return n * powers(g, xp.where(n > 1, n - 1, xp.zeros_like(n)))
 
-    counts = (span, (t + 1 - late)[:, None], (W - 1 - t)[:, None], zero + W)
+    counts = (span, (t + 1 - late)[:, None], (tokens - 1 - t)[:, None], zero + tokens)
     return Weights(span >= 0, *(slope(n) for n in counts))
 
 
@@ -165,15 +197,64 @@ def weights_adjoint(power: int, kind: str, w: Weights, slope: Weights | None, dw
         return sum(xp.sum(x, axis=(-2, -1), keepdims=True) for x in parts)
     pair, query, key, total = parts
     ones = xp.ones(w.mask.shape, dtype=pair.dtype, device=device(pair))
+    ones = xp.reshape(ones, (*(1,) * (pair.ndim - 2), *ones.shape))
     before, after = xp.tril(ones, k=-1), xp.triu(ones, k=int(kind == "strict"))
-    pairs = xp.sum(xp.tril(after @ pair, k=-1), axis=-1, keepdims=True)
+    pairs = xp.sum(triangle(after @ pair, k=-1, upper=False), axis=-1, keepdims=True)
     return power * (pairs + after @ query + before @ key + total)
 
 
-def pieces(T: int, chunk: int) -> list[tuple[int, int, int]]:
-    """Cut T tokens into whole chunks and a rest: (start, chunks, tokens of each)."""
-    cuts = [(0, T // chunk, chunk), (T - T % chunk, 1, T % chunk)]
-    return [x for x in cuts if x[1] and (x[2] or T == 0)]  # of no tokens there is one chunk of none
+def cut_short(w: Weights, gate: Gate, power: int, tokens: Array) -> Weights:
+    """Weights of a chunk whose first ``tokens`` decay; zeros after them fill it up."""
+    if w.key is None or gate.decay is None:
+        return w
+    xp, g = namespace(tokens), gate.decay[..., None, None]
+    t = xp.arange(w.mask.shape[-1], dtype=tokens.dtype)
+    after = xp.clip(tokens - 1 - t, min=0)[:, None]
+    return w._replace(key=powers(g, power * after), total=powers(g, power * tokens))
+
+
+def pieces(xs: Sequence[Array], chunk: int) -> tuple[list[tuple[Array, ...]], Array | None]:
+    """Cut arrays into whole chunks and a rest.
+
+    Parameters
+    ----------
+    xs : sequence of array, (..., T, features)
+        Of one length T.
+    chunk : int
+        Tokens in a chunk.
+
+    Returns
+    -------
+    pieces : list of tuple of array, (..., chunks, W, features)
+        Chunks of one width; of no tokens there is one chunk of none.
+    ends : array, (chunks, 1, 1), or None
+        Where T is a symbol, and zeros fill the last chunk: the tokens in each.
+    """
+    xp, T = namespace(xs[0]), xs[0].shape[-2]
+    turns, rest = T // chunk, T % chunk
+
+    def blocks(x: Array, turns: int, W: int) -> Array:
+        return xp.reshape(x, (*x.shape[:-2], turns, W, x.shape[-1]))
+
+    if symbolic(T):  # any part may be empty: JAX must see a chunk
+        filled = [padded(x, -2, after=chunk - rest) for x in xs]
+        left = xp.clip(T - chunk * xp.arange(turns + 1), max=chunk)
+        ends = xp.astype(left, xs[0].dtype)[:, None, None]
+        return [tuple(blocks(x, turns + 1, chunk) for x in filled)], ends
+    cuts = []
+    if turns:
+        cuts.append(tuple(blocks(x[..., : turns * chunk, :], turns, chunk) for x in xs))
+    if rest or T == 0:
+        cuts.append(tuple(blocks(x[..., turns * chunk :, :], 1, rest) for x in xs))
+    return cuts, None
+
+
+def rows(parts: Sequence[Array], T: int | None = None) -> Array:
+    """Undo `pieces` of one array, of T tokens where that is a symbol."""
+    xp = namespace(parts[0])
+    flat = [xp.reshape(x, (*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1])) for x in parts]
+    whole = flat[0] if len(flat) == 1 else xp.concat(flat, axis=-2)
+    return whole[..., :T, :] if symbolic(T) else whole
 
 
 def sweep(
@@ -211,7 +292,7 @@ def sweep(
     states : tuple of array
     """
     carry, like, given = tuple(states), next(iter(values.values())), dict(values)
-    xp, T = namespace(like), like.shape[-2]
+    T = like.shape[-2]
     if gate.log_gate is not None:
         given["gate"] = gate.log_gate[..., None]
 
@@ -219,29 +300,29 @@ def sweep(
         kinds = {(s.power, s.kind) for s in steps}
         return {key: weights(gate, *key, W, like=like) for key in kinds}
 
+    cuts, ends = pieces(tuple(given.values()), chunk)
     parts: list[tuple[Array, ...]] = []
-    cuts = pieces(T, chunk)
-    for start, turns, W in reversed(cuts) if reverse else cuts:
+    for xs in reversed(cuts) if reverse else cuts:
+        W = xs[0].shape[-2]
         fixed = weighed(gate, W) if gate.log_gate is None else None
 
         def body(
             carry: tuple[Array, ...], xs: tuple[Array, ...], W: int = W, fixed: Any = fixed
         ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-            local = dict(zip(given, xs, strict=True))
+            local = dict(zip(given, xs, strict=False))
             ws = fixed or weighed(Gate(log_gate=local["gate"][..., 0]), W)
+            if ends is not None:
+                ws = {key: cut_short(w, gate, key[0], xs[-1][0, 0]) for key, w in ws.items()}
             after = _chunk(steps, local, ws, carry, reverse)
             return after, tuple(local[name] for name in outputs)
 
-        rows = (x[..., start : start + turns * W, :] for x in given.values())
-        xs = tuple(xp.reshape(x, (*x.shape[:-2], turns, W, x.shape[-1])) for x in rows)
+        xs = xs if ends is None else (*xs, ends)
         axes = (-3,) * len(xs)
         carry, outs = fold(body, carry, xs, axes=axes, out_axis=-3, reverse=reverse)
-        parts.append(tuple(xp.reshape(o, (*o.shape[:-3], turns * W, o.shape[-1])) for o in outs))
+        parts.append(outs)
     if reverse:
         parts.reverse()
-    whole = (
-        parts[0] if len(parts) == 1 else (xp.concat(p, axis=-2) for p in zip(*parts, strict=True))
-    )
+    whole = (rows(x, T) for x in zip(*parts, strict=True))
     return dict(zip(outputs, whole, strict=True)), carry
 
 
@@ -258,33 +339,36 @@ def _chunk(
     for s, S in zip(steps, carry, strict=True):
         w, k, v = ws[s.power, s.kind], local[s.k], local[s.v]
         w = w.reversed() if reverse else w
-        xp = namespace(k)
         if s.q:
             q, key = local[s.q], (s.q, s.k, s.power, s.kind)
             if key not in pairs:
                 pair = q @ k.mT  # [..., W, W]
                 pair = pair if w.pair is None else pair * w.pair
                 # not a product with the mask: an overflowing future would reach the past as 0 * inf
-                strict = s.kind == "strict"
-                pairs[key] = xp.triu(pair, k=+strict) if reverse else xp.tril(pair, k=-strict)
+                strict = int(s.kind == "strict")
+                pairs[key] = triangle(pair, strict if reverse else -strict, upper=reverse)
             local[s.out] = pairs[key] @ v + (q if w.query is None else q * w.query) @ S
         kv = (k if w.key is None else k * w.key).mT @ v
         after.append(kv + (S if w.total is None else S * w.total))
     return tuple(after)
 
 
-def started(state: Array | None, shape: Shape, like: Array) -> Array:
-    """Return the state that a pass starts from, of its full shape: as given, or zeros."""
-    xp = namespace(like)
+def started(state: Array | None, shape: Shape, made_of: Sequence[Array], gate: Gate) -> Array:
+    """Return the state that a pass starts from, of its full shape: as given, or zeros.
+
+    On a mesh it lies as what will be added to it does: the type of a loop's carry must not change.
+    """
+    like, xp = made_of[0], namespace(made_of[0])
     if state is None:
         state = xp.zeros((), dtype=like.dtype, device=device(like))
-    return expand(state, shape)
+    state = expand(state, shape)
+    return laid(state, (*made_of, *gate.arrays)) if any(map(on_mesh, made_of)) else state
 
 
 def begun(state: Array | None, k: Array, v: Array, gate: Gate) -> Array:
     """Return the state that a pass of these keys and values starts from, of its full shape."""
     lead = broadcast(k.shape[:-2], v.shape[:-2], gate.batch)
-    return started(state, (*lead, k.shape[-1], v.shape[-1]), k)
+    return started(state, (*lead, k.shape[-1], v.shape[-1]), (k, v), gate)
 
 
 def causal_pass(

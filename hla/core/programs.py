@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from . import ahla, hla2, hla3, linear
 from .algebra import MASS
-from .namespace import Array, device, namespace
+from .namespace import Array, padded
 from .passes import (
     CHUNK,
     Fields,
@@ -92,15 +92,15 @@ RIDGE = Pass("ridge", "q", "q", "v", C)
 
 
 @functools.cache
-def program(operator: str, mask: str, convention: str, ridge: float, state: Any) -> Program:
-    """Return the program of one request.
+def program(operator: str, mask: str, convention: str, ridge: bool, state: Any) -> Program:
+    """Return the program of one request, that of the ridge with the coefficient 1.
 
     Parameters
     ----------
     operator, mask, convention : str
         As in `hla.scan`.
-    ridge : float
-        Weight of the pass (q, q, v); hla2 only.
+    ridge : bool
+        Whether there is the pass (q, q, v); hla2 only.
     state : type, optional
         Type of the incoming state; `HLA2RidgeState` keeps C and m going also where ridge is 0.
     """
@@ -111,7 +111,7 @@ def program(operator: str, mask: str, convention: str, ridge: float, state: Any)
     chosen = table[operator]
     if ridge or state is hla2.HLA2RidgeState:
         keeps = hla2.HLA2RidgeState if chosen.state is hla2.HLA2State else chosen.state
-        outputs = (*chosen.outputs, (ridge, "ridge")) if ridge else chosen.outputs
+        outputs = (*chosen.outputs, (1, "ridge")) if ridge else chosen.outputs
         chosen = Program((*chosen.steps, RIDGE), keeps, outputs)
     if mask == "none":
         steps = tuple(step._replace(kind="full") for step in chosen.steps)
@@ -169,8 +169,10 @@ def run(
     env = dict(values)
     needed = [s.out for s in program.steps if s.out] if keep else [x for _, x in program.outputs]
     shapes = step_states(program, {n: tuple(x.shape) for n, x in values.items()}, gate.batch)
-    pairs = zip(program.steps, shapes, strict=True)
-    begin = [started(initial.get(s.state), shape, values["k"]) for s, shape in pairs]
+    begin, given = [], dict[Any, Array](values) | dict(initial)
+    for s, shape, names in zip(program.steps, shapes, _ingredients(program.steps), strict=True):
+        made_of = [given[name] for name in names if name in given]
+        begin.append(started(initial.get(s.state), shape, made_of, gate))
     outs, ends = sweep(program.steps, values, gate, begin, chunk=chunk, outputs=needed)
     env.update(outs)
     return summed(program, env), Trace(env, ends)
@@ -224,13 +226,30 @@ def all_shapes(
     return shapes, found
 
 
+@functools.lru_cache(maxsize=1024)
+def _ingredients(steps: tuple[Pass, ...]) -> tuple[tuple[str | Fields, ...], ...]:
+    """Names of the inputs and of the incoming states that the state of each step is made of."""
+    found: list[dict[str | Fields, None]] = []  # dicts, which unlike sets have an order
+    of: dict[str, dict[str | Fields, None]] = {x: {x: None} for x in "qkv"}
+    for s in steps:
+        found.append({**of[s.k], **of[s.v], s.state: None})
+        if s.q:
+            of[s.out] = {**of[s.q], **found[-1]}
+    return tuple(map(tuple, found))
+
+
 def summed(program: Program, env: Mapping[str, Array]) -> Array | None:
     """Return the signed sum of a program's outputs."""
     o = None
     for coefficient, name in program.outputs:
-        term = env[name] if coefficient == 1 else coefficient * env[name]
+        term = weighted(coefficient, env[name])
         o = term if o is None else o + term
     return o
+
+
+def weighted(coefficient: float, x: Array) -> Array:
+    """Multiply ``x`` by a program's coefficient, which a tracer may stand for."""
+    return x if isinstance(coefficient, int) and coefficient == 1 else coefficient * x
 
 
 def final_states(program: Program, trace: Trace) -> dict[Fields, Array]:
@@ -240,9 +259,7 @@ def final_states(program: Program, trace: Trace) -> dict[Fields, Array]:
 
 def with_ones(v: Array) -> Array:
     """Append the column of ones that carries every mass: [v | 1]."""
-    xp = namespace(v)
-    ones = xp.ones((*v.shape[:-1], 1), dtype=v.dtype, device=device(v))
-    return xp.concat([v, ones], axis=-1)
+    return padded(v, -1, after=1, fill=1.0)
 
 
 def state_shapes(program: Program, q: Shape, k: Shape, v: Shape, gate: Shape) -> dict[str, Shape]:

@@ -70,7 +70,20 @@ class Request:
     def program(self) -> Program:
         """The passes that compute this request."""
         kind: Any = self.state_type
-        return program(self.operator, self.mask, self.convention, self.ridge, kind)
+        found = program(self.operator, self.mask, self.convention, self.ridged, kind)
+        if not self.ridged:
+            return found
+        return found._replace(outputs=(*found.outputs[:-1], (self.ridge, "ridge")))
+
+    @property
+    def ridged(self) -> bool:
+        """Whether there is a ridge; one that a tracer stands for is not 0."""
+        return not isinstance(self.ridge, float) or self.ridge != 0.0
+
+    @property
+    def scaled(self) -> bool:
+        """Whether q is scaled; a scale that a tracer stands for is not 1."""
+        return not isinstance(self.scale, float) or self.scale != 1.0
 
     def state_shapes(self, *, segment: bool = False) -> dict[str, Shape]:
         """Full shape of each field of the state or segment."""

@@ -26,6 +26,11 @@ def element(xs: Any, i: int | slice) -> Any:
     return _map(lambda x: x[i, ...], xs)
 
 
+def single(x: Any) -> Any:
+    """Make a sequence of one element."""
+    return _map(lambda leaf: leaf[None, ...], x)
+
+
 def stacked(elements: list[Any]) -> Any:
     """Make one sequence of single elements."""
     return _map(lambda *leaves: namespace(leaves[0]).stack(leaves, axis=0), *elements)
@@ -63,7 +68,7 @@ def blelloch(combine: Combine, xs: Any, identity: Any) -> Any:
     """
     n = _length(xs)
     if n == 1:
-        return _map(lambda x: x[None, ...], identity)
+        return single(identity)
     if n % 2:
         xs = _map(_append, xs, identity)
     even, odd = element(xs, slice(0, None, 2)), element(xs, slice(1, None, 2))

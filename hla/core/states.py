@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .adjoint import sum_to
-from .namespace import Array, expand, namespace
+from .namespace import Array, expand, explicit, is_jax, namespace, nothing
 from .passes import Shape
 from .request import Request
 
 Fields = tuple[str, ...]
 Keyed = dict[Fields, Array]
+
+
+def aligned(request: Request, xs: Sequence[Array]) -> list[Array]:
+    """Give arrays (*batch, X, Y) all batch axes of the request, and on a mesh one split of them.
+
+    JAX may be told to refuse a broadcast to more axes (jax_numpy_rank_promotion), and multiplies
+    only what is split alike.
+    """
+    if not is_jax(xs[0]):
+        return list(xs)
+    axes = max(map(len, (request.q_shape, request.k_shape, request.v_shape)))
+    xs = [namespace(x).reshape(x, (1,) * (axes - x.ndim) + x.shape) for x in xs]
+    if not any(map(explicit, xs)):
+        return xs
+    zeros = nothing(xs)
+    return [x + sum_to(zeros, (*x.shape[:-2], 1, 1)) for x in xs]
 
 
 def rank(field: str) -> int:
@@ -43,7 +59,7 @@ def columns(
         full = shapes[key[0]]
         found = [expand(parts[0], full)]
         if len(parts) == 2 and request.mass:
-            copies = math.prod(full[:-1]) // max(1, math.prod(shapes[key[1]]))
+            copies = math.prod(full[:-1]) // (math.prod(shapes[key[1]]) or 1)
             mass = parts[1] / copies if gradient and copies > 1 else parts[1]
             found.append(expand(mass, full[:-1])[..., None])
         out[key] = tuple(found)
@@ -54,7 +70,8 @@ def joined(request: Request, state: Any, *, gradient: bool = False) -> Keyed:
     """Give the `columns` of each pass side by side."""
     return {
         key: x[0] if len(x) == 1 else namespace(x[0]).concat(x, axis=-1)
-        for key, x in columns(request, state, gradient=gradient).items()
+        for key, parts in columns(request, state, gradient=gradient).items()
+        if (x := aligned(request, parts))
     }
 
 
@@ -72,6 +89,10 @@ def split(
 
 def own(x: Array, shape: Shape) -> Array:
     """Copy ``x`` without the equal copies along axes where ``shape`` has 1 or no axis."""
+    if explicit(x):  # one of equal copies is not taken from the device that has it
+        extra = len(x.shape) - len(shape)
+        alike = tuple(i for i in range(len(x.shape)) if i < extra or shape[i - extra] == 1)
+        return namespace(x).reshape(namespace(x).max(x, axis=alike), shape)
     for _ in range(len(x.shape) - len(shape)):
         x = x[0, ...]
     index = tuple(slice(0, 1) if n == 1 else slice(None) for n in shape)
