@@ -237,7 +237,7 @@ def pieces(xs: Sequence[Array], chunk: int) -> tuple[list[tuple[Array, ...]], Ar
         return xp.reshape(x, (*x.shape[:-2], turns, W, x.shape[-1]))
 
     if symbolic(T):  # any part may be empty: JAX must see a chunk
-        filled = [padded(x, -2, after=chunk - rest) for x in xs]
+        filled = [padded(x, -2, after=(turns + 1) * chunk - T) for x in xs]
         left = xp.clip(T - chunk * xp.arange(turns + 1), max=chunk)
         ends = xp.astype(left, xs[0].dtype)[:, None, None]
         return [tuple(blocks(x, turns + 1, chunk) for x in filled)], ends
