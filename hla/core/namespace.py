@@ -111,12 +111,12 @@ def padded(x: Array, axis: int, *, before: int = 0, after: int = 0, fill: float 
         widths = [(0, 0)] * x.ndim
         widths[axis] = (before, after)
         return xp.pad(x, widths, constant_values=fill)
-
-    def more(count: int) -> list[Array]:
-        shape = (*x.shape[:axis], count, *x.shape[x.ndim + axis + 1 :])
-        return [xp.full(shape, fill, dtype=x.dtype, device=device(x))] if count else []
-
-    return xp.concat([*more(before), x, *more(after)], axis=axis)
+    parts = [x]
+    for count, place in ((before, 0), (after, 2)):
+        if count:
+            shape = (*x.shape[:axis], count, *x.shape[len(x.shape) + axis + 1 :])
+            parts.insert(place, xp.full(shape, fill, dtype=x.dtype, device=device(x)))
+    return xp.concat(parts, axis=axis)
 
 
 def powers(x: Array, n: Array) -> Array:
@@ -152,15 +152,18 @@ def triangle(x: Array, k: int, *, upper: bool) -> Array:
 
 def on_mesh(x: Array) -> bool:
     """Whether the type of ``x`` says how it lies on a mesh of devices, as JAX's do."""
-    return is_jax(x) and not sys.modules["jax"].typeof(x).sharding.mesh.empty
+    return is_jax(x) and not _mesh(x).empty
+
+
+def _mesh(x: Array) -> Any:
+    return sys.modules["jax"].typeof(x).sharding.mesh
 
 
 def explicit(x: Array) -> bool:
     """Whether the type of ``x`` says along which axes it is split among devices."""
-    if not on_mesh(x):
+    if not is_jax(x):
         return False
-    jax = sys.modules["jax"]
-    return jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+    return sys.modules["jax"].sharding.AxisType.Explicit in _mesh(x).axis_types
 
 
 def laid(x: Array, like: Sequence[Array]) -> Array:

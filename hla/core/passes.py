@@ -22,9 +22,9 @@ from .namespace import (
     device,
     expand,
     fold,
+    is_jax,
     laid,
     namespace,
-    on_mesh,
     padded,
     powers,
     symbolic,
@@ -362,7 +362,7 @@ def started(state: Array | None, shape: Shape, made_of: Sequence[Array], gate: G
     if state is None:
         state = xp.zeros((), dtype=like.dtype, device=device(like))
     state = expand(state, shape)
-    return laid(state, (*made_of, *gate.arrays)) if any(map(on_mesh, made_of)) else state
+    return laid(state, (*made_of, *gate.arrays)) if is_jax(like) else state
 
 
 def begun(state: Array | None, k: Array, v: Array, gate: Gate) -> Array:

@@ -70,8 +70,9 @@ class Request:
     def program(self) -> Program:
         """The passes that compute this request."""
         kind: Any = self.state_type
-        found = program(self.operator, self.mask, self.convention, self.ridged, kind)
-        if not self.ridged:
+        ridged = self.ridged
+        found = program(self.operator, self.mask, self.convention, ridged, kind)
+        if not ridged:
             return found
         return found._replace(outputs=(*found.outputs[:-1], (self.ridge, "ridge")))
 
