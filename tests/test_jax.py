@@ -92,7 +92,7 @@ def test_a_mesh_keeps_its_devices(jax):
             m = mesh(kind)
             x = jax.device_put(jnp.ones((2, 9, 4)), NamedSharding(m, P("b")))
             before = jax.config.values.copy(), np.geterr(), set(m.devices.flat)
-            for _ in range(5):
+            for _ in range(2):
                 o, state = hla.scan(x, x, x, decay=jnp.full(2, 0.5), return_state=True)
                 hla.step(x[:, 0], x[:, 0], x[:, 0], state)
                 hla.vjp(x, x, x)[1](o)
@@ -259,7 +259,7 @@ def test_symbolic_sizes(jax, operator, form, kind):
     for _ in range(2):  # symbols of one export are not compared with those of another
         full, token, gate, state = symbols()
         exported = export.export(jax.jit(pulled))(*full, gate, state)
-    for T in (1, 63, 64, 65, 200) if form == "chunked" else (1, 5):
+    for T in (1, 63, 64, 65, 200) if operator == "hla2" else (5,):
         given = inputs(T, batch=2)
         got = exported.call(*jax.tree.map(jax.numpy.asarray, given))
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(pulled(*given)), strict=True):
@@ -273,7 +273,6 @@ def test_symbolic_sizes(jax, operator, form, kind):
     ("operator", "options"),
     [
         ("linear", {"form": "recurrent"}),
-        ("linear", {"form": "associative"}),
         ("hla2", {}),
         ("hla2", {"convention": "paper"}),
         ("ahla", {"mask": "prefix"}),
