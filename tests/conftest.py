@@ -20,8 +20,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the test processes share the cores: n
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 import hla
+
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+SUITE = {"deadline": None, "suppress_health_check": SLOW}  # no verdict by the clock
+settings.register_profile("suite", derandomize=True, database=None, **SUITE)
+settings.register_profile("long", max_examples=10_000, print_blob=True, **SUITE)
+settings.load_profile("suite")
 
 OPERATORS = ("linear", "hla2", "ahla", "hla3")
 MASKS = ("causal", "prefix", "none")
