@@ -10,7 +10,7 @@ import textwrap
 import literal
 import numpy as np
 import pytest
-from conftest import OPERATORS, close, draw, load, to_numpy
+from conftest import OPERATORS, close, draw, installed, load, to_numpy
 
 import hla
 
@@ -18,7 +18,7 @@ import hla
 @pytest.fixture(scope="module")
 def jax():
     load("jax")
-    return pytest.importorskip("jax")
+    return installed("jax")
 
 
 PREAMBLE = """
