@@ -69,8 +69,10 @@ class Call:
         )
         self.start, self.last = inputs.get("initial_state"), (*given, None)[1]
         names = (options["operator"], options.get("mask", "causal"))
-        more = options.get("convention", "exact"), options.get("ridge", 0.0)
-        self.program = program(*names, *more, None if self.start is None else type(self.start))
+        ridge, kind = options.get("ridge", 0.0), None if self.start is None else type(self.start)
+        found = program(*names, options.get("convention", "exact"), bool(ridge), kind)
+        outputs = [(ridge if name == "ridge" else c, name) for c, name in found.outputs]
+        self.program = found._replace(outputs=tuple(outputs))
         self.scale = options.get("scale", 1.0)
         self.values = {"q": q * self.scale, "k": k}
         self.values["v"] = np.concatenate([v, np.ones((*v.shape[:-1], 1))], -1)

@@ -343,9 +343,9 @@ LACKING += [
 def test_batch_axes_that_some_inputs_lack(row: Row, convention, shapes):
     """Passes that share queries and keys need not share the batch; outputs, states, gradients."""
     rng, T = np.random.default_rng(2), 5
-    given = zip("qkv", shapes, (4, 4, 3), strict=False)
+    given = zip("qkv", shapes, (16, 16, 3), strict=False)  # a mass of fewer cancels by chance
     inputs = {n: rounded(rng.standard_normal((*x, T, m))) for n, x, m in given}
-    options = {"operator": row.operator, "mask": row.mask, "scale": 0.5, "convention": convention}
+    options = {"operator": row.operator, "mask": row.mask, "scale": 0.25, "convention": convention}
     if row.mask != "none":
         options["return_state"] = True
         if shapes[3] is not None:

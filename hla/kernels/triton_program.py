@@ -231,7 +231,7 @@ def run_pass(
                 qc=qc, kc=kc, add=not first, both=both, pairs=pairs, states=kept, **options,
             )  # fmt: skip
             if dot is not None:
-                dot = dot.sum(-2) if dot.shape[-2] > 1 else dot[..., 0, :]
+                dot = dot[..., 0, :] if dot.shape[-2] == 1 else dot.sum(-2)
                 dots = dot if dots is None else dots + dot
         first = False
     if sums is not columns:
