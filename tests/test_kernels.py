@@ -45,12 +45,12 @@ KINDS = {
     "both": (0, 0, {"REVERSE": True, "BOTH": True}),
     "further keys": (0, 0, {"REVERSE": True, "BC": 16}),
     "further keys, decay": (0, 1, {"BC": 16}),
-    "further keys, log gate": (0, 2, {"BC": 16, "DOT": True, "EVERY": 32}),
-    "gradient": (0, 2, {"DOT": True, "START": True, "EVERY": 32, "WRITE": True}),
-    "gradient, decay": (0, 1, {"DOT": True, "EVERY": 32}),
-    "adjoint": (0, 2, ADJOINT | {"START": True, "END": True, "EVERY": 32}),
+    "further keys, log gate": (0, 2, {"BC": 16, "DOT": True, "EVERY": 8}),
+    "gradient": (0, 2, {"DOT": True, "START": True, "EVERY": 8, "WRITE": True}),
+    "gradient, decay": (0, 1, {"DOT": True, "EVERY": 8}),
+    "adjoint": (0, 2, ADJOINT | {"START": True, "END": True, "EVERY": 8}),
     "adjoint, decay": (0, 1, ADJOINT),
-    "adjoint, both": (0, 1, ADJOINT | {"BOTH": True, "EVERY": 32}),
+    "adjoint, both": (0, 1, ADJOINT | {"BOTH": True, "EVERY": 8}),
 }
 CASES = [
     (kind, width, dtype, arch)

@@ -17,6 +17,7 @@ from ..errors import Unsupported
 from .triton_pass import pass_kernel
 
 DOTTED = 32  # tokens in a chunk of launches that serve a gate's gradient
+PERIOD = 256  # tokens between the states that they keep for it
 FEW = 16  # tokens that are multiplied exactly: their one or two terms can cancel to the roundings
 WIDEST = 128  # a float32 state of 128 x 128 takes half of the registers of 8 warps
 
@@ -115,14 +116,9 @@ def value_tiles(n: int) -> int:
     return -(-n // tile(n))
 
 
-def period(dtype: torch.dtype) -> int:
-    """Tokens between states that are kept for a gate's gradient, a multiple of its chunk."""
-    return 1024 if dtype == torch.bfloat16 else 256
-
-
-def between(T: int, dtype: torch.dtype) -> int:
+def between(T: int) -> int:
     """Count the states kept: those before each period but the first."""
-    return max(0, T - 1) // period(dtype)
+    return max(0, T - 1) // PERIOD
 
 
 def in_one(k: torch.Tensor, first: Columns, second: Columns) -> bool:
@@ -226,7 +222,7 @@ def causal_pass(
         With ``reverse`` and ``dots`` of 3 T: write behind it, of q_t.k_j times v_t.x_j over the
         pairs of its chunk but those of a token with itself, each token's sum as t and then as j.
     states : tensor, float32, (*batch, `between`, V, D), optional
-        Of contiguous rows and batch axes: write the state before every `period` but the first.
+        Of contiguous rows and batch axes: write the state before every `PERIOD` but the first.
     qc, kc : tensor, (*batch, T, C), optional
         More columns of q and k, as many as `further` says; with one part. The state has D + C rows.
     tf32 : bool
@@ -304,7 +300,7 @@ def causal_pass(
         "GATE": gated, "WRITE": write != 1.0, "ADD": add,
         "START": first.start is not None, "END": first.end is not None,
         "TWO": second is not None, "BOTH": both, "DOT": dots is not None, "PAIRS": pairs,
-        "EVERY": 0 if states is None else period(k.dtype) // chosen.W, "ROW": row,
+        "EVERY": 0 if states is None else PERIOD // chosen.W, "ROW": row,
         "V_IS_K": v_is_k,
         "BD": BD, "BC": BC, "BV": BV, "BV2": BV2, "W": chosen.W,
         "WHOLE_D": D == BD, "WHOLE_V": V % BV == 0, "WHOLE_V2": V2 == BV2,

@@ -20,12 +20,12 @@ from ..core.programs import Program
 from .triton_gate import gate_gradient
 from .triton_launch import (
     DOTTED,
+    PERIOD,
     Columns,
     between,
     causal_pass,
     further,
     in_one,
-    period,
     value_tiles,
     widest,
 )
@@ -417,7 +417,7 @@ def adjoint(
         back = functools.partial(once, reverse=True, read=one_kv, write=one_q, pairs=with_gate)
         x_q, x_v, S, R = None, None, None, None
         if with_gate:
-            x_q, x_v, n = q, v, between(k[0].shape[-2], call.dtype)
+            x_q, x_v, n = q, v, between(k[0].shape[-2])
             heads, sizes = do[0].shape[:-2], (width(k), width(v))
             if n:
                 S, R = (
@@ -475,6 +475,6 @@ def _gate_gradient(
     dlog = gate_gradient(
         reads, writes, call.gate.log_gate if log else gate, border, S, R, power=s.power,
         factor=factor, strict=s.kind == "strict", log=log, least=LEAST.value,
-        period=period(call.dtype), chunk=DOTTED,
+        period=PERIOD, chunk=DOTTED,
     )  # fmt: skip
     return sum_to(dlog, (*call.gate.batch, dlog.shape[-1]))
