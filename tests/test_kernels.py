@@ -25,6 +25,7 @@ triton = importlib.import_module("triton")
 SPILLS = {
     "two values, decay": 24,
     "both, decay": 128,
+    "adjoint": 16,
     "adjoint, decay": 80,
     "adjoint, both": 88,
 }  # bytes a thread, at width 128; others none

@@ -249,7 +249,7 @@ def pass_kernel(
         if EVERY and not REVERSE:
             _keep(p_states, saa, S, m_S, i, EVERY, ROW)
             if BC:
-                _keep(p_states + D, saa, Sc, m_Sc, i, EVERY, ROW)
+                _keep(p_states + D.to(tl.int64), saa, Sc, m_Sc, i, EVERY, ROW)
         m_tk, m_tv, m_tv2 = m_t[:, None] & m_d, m_t[:, None] & m_v, m_t[:, None] & m_v2
         w_pair, w_in, w_out, w_total = 1.0, 1.0, 1.0, 1.0
         if GATE == 1:
@@ -343,7 +343,7 @@ def pass_kernel(
             if EVERY and REVERSE:
                 _keep(p_states, saa, S, m_S, chunks - 1 - i, EVERY, ROW)
                 if BC:
-                    _keep(p_states + D, saa, Sc, m_Sc, chunks - 1 - i, EVERY, ROW)
+                    _keep(p_states + D.to(tl.int64), saa, Sc, m_Sc, chunks - 1 - i, EVERY, ROW)
 
     if END:  # of the heads that share a state, those along an axis of stride 0, the first writes it
         later = tl.where(se0 == 0, i_0, 0) + tl.where(se1 == 0, i_1, 0) + tl.where(se2 == 0, i_2, 0)
