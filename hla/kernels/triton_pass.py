@@ -297,9 +297,7 @@ def pass_kernel(
                     M = _product(b_v, _operand(b_x, OPERAND, PRECISION), PRECISION)
                 m_apart = m_pair & (t[:, None] != t[None, :])
                 M = tl.where(m_apart, tl.fma(pairs * read, M, 0.0), 0.0)  # [W query, W key]
-                M = M.to(
-                    p_dots.dtype.element_ty
-                )  # in float64 the two sums are of the same products
+                M = M.to(p_dots.dtype.element_ty)  # float64: both sums are of the same products
                 tl.store(p_dots + T64 + row64, tl.sum(M, 1), mask=m_t)
                 tl.store(p_dots + 2 * T64 + row64, tl.sum(M, 0), mask=m_t)
             b_o = _product(_operand(S, OPERAND, PRECISION), b_q, PRECISION)
