@@ -2,7 +2,7 @@
 
 from . import states
 from .api import available, combine, explain, scan, step, summarize, vjp
-from .core.forms import Gradients
+from .core.reference import Gradients
 from .errors import SlowPathWarning, Unsupported
 
 __version__ = "0.1.0"

@@ -7,16 +7,17 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from . import arrays, dispatch
-from .core.forms import Gradients
+from . import dispatch
+from .arguments import Layout, flag, ordered, prepare
 from .core.namespace import Array
-from .core.packing import STATE_OF
+from .core.reference import Gradients
 from .core.request import Inputs, Request
+from .core.triangle import STATE_OF
 from .cotangents import cotangents
 from .dispatch import Backend, Explanation
 from .errors import Unsupported
 from .joining import as_before, stretches
-from .request import Layout, flag, ordered, prepare
+from .libraries import facts
 
 Backends = str | Sequence[str] | None
 
@@ -107,7 +108,7 @@ def scan(
     >>> hla.scan(q, k, v)[:, 0]
     array([1., 3., 6.])
     """
-    run = _node("scan") if arrays.compiling() else _scan
+    run = _node("scan") if facts.compiling() else _scan
     return run(
         q,
         k,
@@ -131,9 +132,10 @@ def scan(
 
 
 def _node(name: str) -> Any:
-    from . import graph  # torch's compiler really imports it, and so finds the nodes made
+    # torch's compiler really imports it, and so finds the nodes made
+    from .libraries import torch_graph
 
-    return getattr(graph, name)
+    return getattr(torch_graph, name)
 
 
 def _scan(
@@ -192,7 +194,7 @@ def step(
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
-    run = _node("step") if arrays.compiling() else _step
+    run = _node("step") if facts.compiling() else _step
     return run(
         q_t,
         k_t,
@@ -264,7 +266,7 @@ def summarize(
         As in `scan`.
     """
     ordered(mask, "segments")
-    run = _node("summarize") if arrays.compiling() else _summarize
+    run = _node("summarize") if facts.compiling() else _summarize
     return run(
         q,
         k,
@@ -313,13 +315,13 @@ def combine(left: Any, right: Any) -> Any:
     Unsupported
         ``left`` is a state of the paper's own recurrences, which no segment continues.
     """
-    run = _node("combine") if arrays.compiling() else _combine
+    run = _node("combine") if facts.compiling() else _combine
     return run(left, right)
 
 
 def _combine(left: Any, right: Any) -> Any:
     algebra = stretches(left, right)
-    with arrays.exact_products(right.rho):
+    with facts.exact_products(right.rho):
         if type(left) is algebra.segment:
             return algebra.combine(left, right)
         packed = type(left) in STATE_OF
@@ -389,7 +391,7 @@ return_state, form, chunk_size, convention, backend
         "chunk_size": chunk_size,
         "convention": convention,
     }
-    if arrays.compiling():
+    if facts.compiling():
         o, state, saved = _node("forward")(q, k, v, backend, **options)
         pull = functools.partial(_node("backward"), q, k, v, backend, **options)
     else:
@@ -445,7 +447,7 @@ def _pull(call: _Call, o: Array, saved: Any, do: Array | None, dstate: Any) -> G
 
 def _not_traced(chosen: Any, request: Request, given: Sequence[Array | None]) -> None:
     """Refuse gradients that are traced where the backend, called outside of it, refuses a trace."""
-    if not request.traced and any(x is not None and arrays.traced(x) for x in given):
+    if not request.traced and any(x is not None and facts.traced(x) for x in given):
         supports = getattr(chosen, "supports", None)  # torch's operators take them
         why = supports and supports(dataclasses.replace(request, traced=True))
         if why:

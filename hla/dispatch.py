@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from . import autodiff, contract
+from . import contract, libraries
 from .contract import Info as Info
-from .core import forms
+from .core import reference
 from .core.associative import algebra_of
 from .core.namespace import symbolic
 from .core.request import Request
@@ -140,7 +140,7 @@ def choose(
     if backend is None and name == "array_api" and request.accelerator:
         _warn_slow(request, reasons)
     module = load(name)
-    return autodiff.seen_by(request.library, name, module, node) if autograd else module
+    return libraries.seen_by(request.library, name, module, node) if autograd else module
 
 
 def pick(
@@ -254,10 +254,11 @@ def _callers_level() -> int:
 def plan(request: Request) -> str:
     """Say in words how the request is computed."""
     if request.form == "associative":
-        return f"exclusive Blelloch scans within and across chunks of {forms.width(request)} tokens"
+        width = reference.width(request)
+        return f"exclusive Blelloch scans within and across chunks of {width} tokens"
     if request.mask == "none":
         return f"{len(request.program.steps)} full passes"
-    return f"{len(request.program.steps)} passes in chunks of {forms.width(request)} tokens"
+    return f"{len(request.program.steps)} passes in chunks of {reference.width(request)} tokens"
 
 
 def explain(request: Request, backend: str | Sequence[str] | None) -> Explanation:

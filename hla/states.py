@@ -17,7 +17,7 @@ from .core.hla3 import (
     HLA3State,
 )
 from .core.linear import LinearSegment, LinearState
-from .core.packing import packed_type
+from .core.triangle import packed_type
 
 AHLAPrefixPackedState = packed_type(AHLAPrefixState)
 AHLAPackedState = packed_type(AHLAState)

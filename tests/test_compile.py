@@ -8,9 +8,9 @@ import pytest
 from conftest import MASKS, OPERATORS, draw, gates, installed
 
 import hla
+from hla.arguments import prepare
 from hla.backends import array_api
-from hla.core import forms
-from hla.request import prepare
+from hla.core import reference
 
 torch = installed("torch")
 aot_autograd = installed("torch._dynamo.backends.common").aot_autograd
@@ -168,7 +168,7 @@ def test_export_saves_a_program_with_a_state(strict):
 
 def test_opcheck():
     """Schema, autograd, fake tensors and dynamic shapes of the operators over generic code."""
-    from hla import graph
+    from hla.libraries import torch_graph
 
     class Seen(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -179,8 +179,8 @@ def test_opcheck():
     calls, options = {}, {"operator": "hla2", "mask": "causal", "decay": None, "scale": 0.5}
     *qkv, log_gate = (x.requires_grad_() for x in tensors(9).values())
     with Seen():
-        o, state = graph.scan(*qkv, None, log_gate=log_gate, return_state=True, **options)
-        segment = graph.summarize(*qkv, None, log_gate=log_gate, **options)
+        o, state = torch_graph.scan(*qkv, None, log_gate=log_gate, return_state=True, **options)
+        segment = torch_graph.summarize(*qkv, None, log_gate=log_gate, **options)
         sum(x.sum() for x in (o, *state, *segment)).backward()
     names = {x._schema.name for x in calls}
     assert names == {"hla::scan", "hla::scan_backward", "hla::summarize", "hla::summarize_backward"}
@@ -196,14 +196,14 @@ def test_what_is_told_of_strides_is_so(T):
     """Also of one token, of one head and of nothing, where torch calls many strides contiguous."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from hla import graph
+    from hla.libraries import torch_graph
 
     def results(take):
         q, k, v = (take(torch.ones(1, 1, T, n)) for n in (4, 4, 3))
         options = {"operator": "hla2", "mask": "causal", "decay": None, "log_gate": None}
         options |= {"scale": 0.5, "return_state": True}
-        o, state, saved = graph.forward(q, k, v, None, **options)
-        return leaves_of((o, state, saved, graph.backward(q, k, v, None, o, saved, o, state,
+        o, state, saved = torch_graph.forward(q, k, v, None, **options)
+        return leaves_of((o, state, saved, torch_graph.backward(q, k, v, None, o, saved, o, state,
                                                           **options)))  # fmt: skip
 
     real = results(lambda x: x)
@@ -226,7 +226,7 @@ SHAPES = {  # of the batch: q, k, v
 
 @pytest.mark.parametrize("batches", SHAPES.values(), ids=SHAPES)
 def test_shapes_are_told_from_the_request(batches):
-    """What an operator says of its results without running: `forms.shapes` is what comes."""
+    """What an operator says of its results without running: `reference.shapes` is what comes."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.random((*b, 6, n)) for b, n in zip(batches, (D, D, V), strict=True))
     for operator, mask, form in itertools.product(OPERATORS, MASKS, (None, "associative")):
@@ -244,7 +244,7 @@ def test_shapes_are_told_from_the_request(batches):
                 )  # fmt: skip
                 o, end, saved = array_api.forward(request, inputs)
                 want = o.shape, tuple(x.shape for x in end or ()), tuple(x.shape for x in saved)
-                assert forms.shapes(request) == want
+                assert reference.shapes(request) == want
                 told = leaves_of(array_api.empty(request, inputs))
                 for x, y in zip(told, leaves_of((o, end, saved)), strict=True):
                     assert y is None or (x.shape, x.dtype) == (y.shape, y.dtype)

@@ -13,7 +13,8 @@ import hla
 from hla.core import programs
 from hla.core.passes import Gate, Pass
 from hla.core.programs import Program
-from hla.kernels import numpy_program, numpy_threads
+from hla.kernels.numpy import program as numpy_program
+from hla.kernels.numpy import threads as numpy_threads
 
 STREAMING = ("causal", "prefix")
 

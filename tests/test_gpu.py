@@ -252,7 +252,7 @@ def test_triton_repeats_to_the_bit(operator, dtype):
 @pytest.mark.parametrize("operator", ["hla2", "hla3"])
 def test_triton_bits_hang_on_no_other_head(operator):
     """From one head to forty, alone or with others, by the same kernels; float32 and bfloat16."""
-    from hla.kernels import triton_launch
+    from hla.kernels.triton import launch as triton_launch
 
     for dtype in ("bfloat16", "float32"):
         arrays = as_tensors(inputs_of(500, "per_head", dtype, D=64, V=64, heads=40), dtype)
@@ -402,22 +402,22 @@ def test_triton_on_arrays_of_other_libraries(library, dtype):
         mine = [xp.dlpack.from_dlpack(x) for x in torch_arrays]
         pointers = [x.unsafe_buffer_pointer() for x in mine]
     seen = []
-    from hla import interop
+    from hla.libraries import exchange
 
-    real = interop.to_torch
+    real = exchange.to_torch
 
     def spy(x):
         y = real(x)
         seen.append(y.data_ptr())
         return y
 
-    interop.to_torch = spy
+    exchange.to_torch = spy
     try:
         q, k, v, do, gate = mine
         (o, state), pullback = hla.vjp(q, k, v, log_gate=gate, return_state=True, backend="triton")
         gradients = pullback(do, state)
     finally:
-        interop.to_torch = real
+        exchange.to_torch = real
     assert set(pointers) <= set(seen)  # no copy on the way in
     q, k, v, do, gate = torch_arrays
     want = everything({"q": q, "k": k, "v": v, "log_gate": gate}, do)

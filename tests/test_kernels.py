@@ -146,8 +146,8 @@ def compiled(kind, width, dtype, arch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hla.kernels import triton_launch
-    from hla.kernels.triton_pass import pass_kernel as kernel
+    from hla.kernels.triton import launch as triton_launch
+    from hla.kernels.triton.causal import pass_kernel as kernel
 
     names = kernel.arg_names
     more, gated, options = (KINDS | KINDS_OF_RACES | UNALIGNED)[kind]

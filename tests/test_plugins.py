@@ -13,8 +13,9 @@ from conftest import installed
 from test_docs import ROOT, blocks
 
 import hla
-from hla import arrays, dispatch
+from hla import dispatch
 from hla.bench import workloads
+from hla.libraries import facts
 
 PLUGIN = """
     from hla.backends import array_api
@@ -247,7 +248,7 @@ def test_the_slow_path_is_said_once_per_reason(monkeypatch):
     """As on an accelerator that no kernel serves."""
     x = np.ones((3, 2))
     monkeypatch.setattr(dispatch, "_warned", set())
-    monkeypatch.setattr(arrays, "on_accelerator", lambda x: True)
+    monkeypatch.setattr(facts, "on_accelerator", lambda x: True)
     with pytest.warns(hla.SlowPathWarning, match="no kernel backend for numpy"):
         hla.scan(x, x, x)
     hla.scan(x, x, x)  # a second warning would be an error here
@@ -256,7 +257,7 @@ def test_the_slow_path_is_said_once_per_reason(monkeypatch):
 
 
 def test_the_slow_path_warning_points_at_the_callers_line(monkeypatch):
-    monkeypatch.setattr(arrays, "on_accelerator", lambda x: True)
+    monkeypatch.setattr(facts, "on_accelerator", lambda x: True)
     x, first = np.ones((3, 2)), sys._getframe().f_lineno
     calls = (
         lambda: hla.scan(x, x, x),
@@ -273,7 +274,7 @@ def test_the_slow_path_warning_points_at_the_callers_line(monkeypatch):
 
 def test_the_slow_path_warning_of_a_compiled_call_is_the_users(monkeypatch):
     torch = installed("torch")
-    monkeypatch.setattr(arrays, "on_accelerator", lambda x: True)
+    monkeypatch.setattr(facts, "on_accelerator", lambda x: True)
     monkeypatch.setattr(dispatch, "_warned", set())
     compiled = torch.compile(lambda x: hla.scan(x, x, x), backend="eager")
     with pytest.warns(hla.SlowPathWarning) as found:

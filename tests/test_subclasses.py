@@ -77,7 +77,7 @@ def plain(operator):
 @pytest.mark.parametrize("kind", KINDS)
 def test_subclasses_and_negated_views_are_read(kind, name, monkeypatch):
     """As any argument: the values of plain tensors, in the type that torch's own functions give."""
-    from hla.kernels import triton_program
+    from hla.kernels.triton import program as triton_program
 
     launch, make = triton_program.causal_pass, KINDS[kind]
     operator = "ahla" if name == "v" else "hla2"
@@ -157,15 +157,15 @@ def test_what_has_no_memory_is_refused_or_right(caller, call, normalize):
 
 
 def test_only_what_is_not_there_counts_as_traced():
-    from hla import arrays
+    from hla.libraries import facts
 
     x = torch.ones(2, 3)
     for make in (torch.nn.Parameter, torch.nn.Buffer, *KINDS.values()):
-        assert not arrays.traced(make(x))
+        assert not facts.traced(make(x))
     seen = []
-    torch.func.vmap(lambda y: seen.append(arrays.traced(y)) or y)(x)
-    torch.jit.trace(lambda y: seen.append(arrays.traced(y)) or y, x, check_trace=False)
+    torch.func.vmap(lambda y: seen.append(facts.traced(y)) or y)(x)
+    torch.jit.trace(lambda y: seen.append(facts.traced(y)) or y, x, check_trace=False)
     for y in (x.to("meta"), FakeTensorMode().from_tensor(x), TwoTensor(x, x)):
-        seen.append(arrays.traced(y))
+        seen.append(facts.traced(y))
     assert seen == [True] * 5
-    assert np.asarray(arrays.host_values(KINDS["tag of a negated"](x))).sum() == 6
+    assert np.asarray(facts.host_values(KINDS["tag of a negated"](x))).sum() == 6

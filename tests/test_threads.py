@@ -11,8 +11,8 @@ import pytest
 from conftest import installed
 
 import hla
-from hla.kernels import numpy_threads
-from hla.kernels.numpy_threads import SPREAD, spread
+from hla.kernels.numpy import threads as numpy_threads
+from hla.kernels.numpy.threads import SPREAD, spread
 
 HEADS, CORES = 24, 8
 controller = numpy_threads._controller
@@ -132,7 +132,7 @@ def script(body):
         import atexit, os, sys, threading
         import numpy as np
         import hla
-        from hla.kernels import numpy_threads
+        from hla.kernels.numpy import threads as numpy_threads
         numpy_threads._processors, numpy_threads._controller = lambda: 3, lambda: None
         q, k, v = np.random.default_rng(0).standard_normal((3, 6, 200, 32))
         want = hla.scan(q, k, v)

@@ -14,7 +14,7 @@ import hla
 
 torch = installed("torch")
 installed("triton")
-triton_program = installed("hla.kernels.triton_program")
+triton_program = installed("hla.kernels.triton.program")
 TorchDispatchMode = installed("torch.utils._python_dispatch").TorchDispatchMode
 tree_flatten = installed("torch.utils._pytree").tree_flatten
 tree_map_only = installed("torch.utils._pytree").tree_map_only

@@ -133,7 +133,7 @@ def test_widths_and_lengths(T, D, V, operator):
 )  # fmt: skip
 def test_further_columns_of_keys(D, V, operator, mask, gate, monkeypatch):
     """One launch for a tile and up to 16 columns beyond, as with bfloat16; masses' adjoint too."""
-    from hla.kernels import triton_program
+    from hla.kernels.triton import program as triton_program
 
     monkeypatch.setattr(triton_program, "further", lambda dtype: 16)
     options = {"operator": operator, "mask": mask, "scale": D**-0.5}

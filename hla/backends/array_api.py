@@ -6,14 +6,14 @@ from typing import Any, cast
 
 import array_api_compat
 
-from .. import arrays
-from ..core import forms
+from ..core import reference
 from ..core.adjoint import ONE_TOKEN
-from ..core.forms import Gradients
 from ..core.namespace import Array, device, namespace
 from ..core.passes import Shape
+from ..core.reference import Gradients
 from ..core.request import Inputs, Request
 from ..dispatch import Info
+from ..libraries import facts
 
 
 def supports(request: Request) -> str | None:
@@ -23,20 +23,20 @@ def supports(request: Request) -> str | None:
 
 def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
     """Return (o, state, what `backward` needs)."""
-    found: tuple[Array, Any, tuple[Array, ...]] = arrays.call(_forward, request, inputs.q, inputs)
+    found: tuple[Array, Any, tuple[Array, ...]] = facts.call(_forward, request, inputs.q, inputs)
     return found
 
 
 def _forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
-    o, state, trace = forms.forward(request, inputs)
-    return o, state, forms.saved(request, trace)
+    o, state, trace = reference.forward(request, inputs)
+    return o, state, reference.saved(request, trace)
 
 
 def empty(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
     """Return what `forward` does, of the same shapes and dtypes and of any values."""
     q, kind = inputs.q, cast("Any", request.state_type)
     xp = namespace(q)
-    o, fields, saved = forms.shapes(request)
+    o, fields, saved = reference.shapes(request)
 
     def sums(shape: Shape) -> Array:
         return xp.empty(shape, dtype=getattr(xp, request.accumulate), device=device(q))
@@ -50,31 +50,31 @@ def backward(
 ) -> Gradients:
     """Return the gradients of `forward`."""
     given = inputs, saved, do, dstate
-    grads: Gradients = arrays.call(_backward, request, inputs.q, *given)
+    grads: Gradients = facts.call(_backward, request, inputs.q, *given)
     return grads
 
 
 def _backward(
     request: Request, inputs: Inputs, saved: Any, do: Array | None, dstate: Any
 ) -> Gradients:
-    trace = forms.restored(request, inputs, saved)
-    return forms.backward(request, inputs, trace, do, dstate)
+    trace = reference.restored(request, inputs, saved)
+    return reference.backward(request, inputs, trace, do, dstate)
 
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
     """Return (o, state) of one token; never donates."""
-    o, state, _ = arrays.call(_one_token, request, inputs.q, inputs)
+    o, state, _ = facts.call(_one_token, request, inputs.q, inputs)
     return o, state
 
 
 def _one_token(request: Request, inputs: Inputs) -> tuple[Array, Any, Any]:
-    o, state, _ = forms.forward(request, inputs, ONE_TOKEN)
+    o, state, _ = reference.forward(request, inputs, ONE_TOKEN)
     return o, state, None
 
 
 def summarize(request: Request, inputs: Inputs) -> Any:
     """Return the segment of a whole sequence."""
-    return arrays.call(forms.summarize, request, inputs.q, inputs)
+    return facts.call(reference.summarize, request, inputs.q, inputs)
 
 
 def info() -> Info:
@@ -85,6 +85,6 @@ def info() -> Info:
         device="that of the arrays",
         version=f"array-api-compat {array_api_compat.__version__}",
         operators=("linear", "hla2", "ahla", "hla3"),
-        dtypes=arrays.FLOATS,
+        dtypes=facts.FLOATS,
         gradients=True,
     )

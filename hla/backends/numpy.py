@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays
-from ..core import forms
+from ..core import reference
 from ..core.adjoint import CORE, ONE_TOKEN, Engine
-from ..core.forms import Gradients
 from ..core.namespace import Array
+from ..core.reference import Gradients
 from ..core.request import Inputs, Request
 from ..dispatch import Info
-from ..kernels import numpy_program
+from ..kernels.numpy import program
+from ..libraries import facts
 
-SWEEP = Engine(numpy_program.run, numpy_program.adjoint)
+SWEEP = Engine(program.run, program.adjoint)
 
 
 def supports(request: Request) -> str | None:
@@ -46,8 +46,8 @@ def _rows(x: Array) -> Array:
 
 def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, Any]:
     """Return (o, state, what `backward` needs)."""
-    o, state, trace = arrays.call(
-        forms.forward, request, inputs.q, _readable(inputs), _engine(request)
+    o, state, trace = facts.call(
+        reference.forward, request, inputs.q, _readable(inputs), _engine(request)
     )
     return o, state, trace
 
@@ -58,19 +58,19 @@ def backward(
     """Return the gradients of `forward`."""
     do = None if do is None else _rows(do)
     given = (_readable(inputs), saved, do, dstate, _engine(request))
-    grads: Gradients = arrays.call(forms.backward, request, inputs.q, *given)
+    grads: Gradients = facts.call(reference.backward, request, inputs.q, *given)
     return grads
 
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
     """Return (o, state) of one token; never donates."""
-    o, state, _ = arrays.call(forms.forward, request, inputs.q, inputs, ONE_TOKEN)
+    o, state, _ = facts.call(reference.forward, request, inputs.q, inputs, ONE_TOKEN)
     return o, state
 
 
 def summarize(request: Request, inputs: Inputs) -> Any:
     """Return the segment of a whole sequence."""
-    return arrays.call(forms.summarize, request, inputs.q, inputs)
+    return facts.call(reference.summarize, request, inputs.q, inputs)
 
 
 def info() -> Info:
@@ -81,6 +81,6 @@ def info() -> Info:
         device="cpu",
         version=f"numpy {np.__version__}",
         operators=("linear", "hla2", "ahla", "hla3"),
-        dtypes=arrays.FLOATS,
+        dtypes=facts.FLOATS,
         gradients=True,
     )

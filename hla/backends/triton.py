@@ -10,14 +10,14 @@ import functools
 import importlib.util
 from typing import Any
 
-from .. import interop
-from ..core.forms import Gradients
 from ..core.namespace import Array
+from ..core.reference import Gradients
 from ..core.request import Inputs, Request
 from ..dispatch import Info
+from ..libraries import exchange
 from . import array_api
 
-OPAQUE = True  # to the array library's autograd: `hla.autodiff` wraps it
+OPAQUE = True  # to the array library's autograd: `hla.libraries` wraps it
 DTYPES = ("float16", "bfloat16", "float32")
 LIBRARIES = ("torch", "cupy", "jax")
 
@@ -41,7 +41,7 @@ def _missing() -> str:
 def _interpreted() -> bool:
     from triton.runtime import JITFunction
 
-    from ..kernels.triton_pass import pass_kernel
+    from ..kernels.triton.causal import pass_kernel
 
     return not isinstance(pass_kernel, JITFunction)
 
@@ -82,7 +82,7 @@ def supports(request: Request) -> str | None:
 
 def plan(request: Request) -> str:
     """Say in words how the request is computed."""
-    from ..kernels.triton_program import sharing
+    from ..kernels.triton.program import sharing
 
     launches = [" and ".join(s.out for s in steps) for steps in sharing(request.program.steps)]
     return f"{len(launches)} launches of the causal pass: {'; '.join(launches)}"
@@ -90,12 +90,12 @@ def plan(request: Request) -> str:
 
 def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
     """Return (o, state, what `backward` needs)."""
-    from ..kernels import triton_scan
+    from ..kernels.triton import scan
 
     if request.library == "torch":
-        return interop.on_memory(functools.partial(triton_scan.forward, request), inputs)
-    with interop.torch_for(request.library) as (into, back):
-        o, state, saved = triton_scan.forward(request, into(inputs))
+        return exchange.on_memory(functools.partial(scan.forward, request), inputs)
+    with exchange.torch_for(request.library) as (into, back):
+        o, state, saved = scan.forward(request, into(inputs))
         return back(o), back(state), saved
 
 
@@ -103,14 +103,14 @@ def backward(
     request: Request, inputs: Inputs, saved: Any, do: Array | None, dstate: Any
 ) -> Gradients:
     """Return the gradients of `forward`."""
-    from ..kernels import triton_scan
+    from ..kernels.triton import scan
 
     if request.library == "torch":
-        pull = functools.partial(triton_scan.backward, request)
-        return interop.on_memory(pull, inputs, saved, do, dstate)
-    with interop.torch_for(request.library) as (into, back):
+        pull = functools.partial(scan.backward, request)
+        return exchange.on_memory(pull, inputs, saved, do, dstate)
+    with exchange.torch_for(request.library) as (into, back):
         given = into(inputs), saved, into(do), into(dstate)
-        grads: Gradients = back(triton_scan.backward(request, *given))
+        grads: Gradients = back(scan.backward(request, *given))
         return grads
 
 

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import exact_products
 from ..core.programs import CAUSAL
+from ..libraries.facts import exact_products
 from .libraries import Array, Arrays, Call, Host, load
 from .workloads import DECAY, Case, Work, against_truth, inputs, sample
 

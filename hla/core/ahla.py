@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .algebra import Algebra, Cross, Join, inner, outer
 from .namespace import Array
-from .packing import pack
+from .triangle import pack
 
 
 class AHLAState(NamedTuple):

@@ -6,11 +6,11 @@ from typing import Any
 
 from . import ahla, hla2, hla3, linear, programs, scans
 from .algebra import Algebra
+from .fields import batch_rank, own, rank, split
 from .namespace import Array, device, expand, fold, laid, moveaxis, namespace, padded, powers
 from .passes import Gate, Shape, broadcast, started
 from .programs import PAPER, final_states
 from .request import Request
-from .states import batch_rank, own, rank, split
 
 ALGEBRA: dict[tuple[str, str], Algebra] = {
     (name, mask): getattr(module, mask.upper())

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from .algebra import Algebra, Cross, Join, dot, outer
 from .namespace import Array, namespace, underflow
-from .packing import pack
+from .triangle import pack
 
 
 class HLA2State(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from .algebra import Algebra, Join, outer
 from .namespace import Array
-from .packing import pack
+from .triangle import pack
 
 
 class LinearState(NamedTuple):

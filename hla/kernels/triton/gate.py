@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_launch import addresses, shapes_alone
+from .launch import addresses, shapes_alone
 
 FORGOTTEN = tl.constexpr(2.0**-24)  # of a product: below what float32 sums of it resolve
 

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from . import arrays
 from .core.adjoint import sum_to
-from .core.forms import FORMS
 from .core.hla2 import HLA2RidgeState, HLA2State
 from .core.namespace import Array, device, library, moveaxis, namespace, underflow
-from .core.packing import STATE_OF, pack_gradient, packed_shape, unpack_gradient
 from .core.passes import Gate, Shape, broadcast
 from .core.programs import CAUSAL, program
+from .core.reference import FORMS
 from .core.request import Inputs, Request
+from .core.triangle import STATE_OF, pack_gradient, packed_shape, unpack_gradient
 from .errors import kind_of
+from .libraries import facts
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "operator": tuple(CAUSAL),
@@ -144,8 +144,8 @@ def prepare(
     if axis is None:
         raise TypeError("axis is None; expected an integer, such as -2 or -3")
     axis = None if one_token else axis
-    scale, eps, ridge = (arrays.concrete(x) for x in (scale, eps, ridge))
-    q, k, v = (arrays.autocast(arrays.in_memory(x)) for x in (q, k, v))
+    scale, eps, ridge = (facts.concrete(x) for x in (scale, eps, ridge))
+    q, k, v = (facts.autocast(facts.in_memory(x)) for x in (q, k, v))
     options = (operator, mask, convention, form, scale, eps, ridge, normalize, return_state)
     key = _key((q, k, v), (*options, axis, chunk_size, gradient))
     known = _known.get(key)
@@ -178,9 +178,9 @@ def prepare(
     given_gate = layout.decay_shape is not None or layout.gate_shape is not None
     gates = (*(None if x is None else x.shape for x in (decay, log_gate)), given_gate)
     others = [x for x in (decay, log_gate, *(initial_state or ())) if library(x)]
-    tf32 = arrays.tf32_allowed(q)
+    tf32 = facts.tf32_allowed(q)
     types = tuple(map(type, others))
-    whole = None if key is None or arrays.transformed(q) else (key, gates, kind, types, tf32)
+    whole = None if key is None or facts.transformed(q) else (key, gates, kind, types, tf32)
     request = _requests.get(whole)
     if request is None:
         request = describe(
@@ -235,10 +235,10 @@ def describe(
         gate_batch=Gate(decay, log_gate).batch,
         state_type=state_type,
         library=library(q) or "",
-        device=arrays.device_name(q),
-        dtype=arrays.dtype_name(q),
-        accelerator=arrays.on_accelerator(q),
-        traced=any(arrays.traced(x) for x in (q, k, v, *others)),
+        device=facts.device_name(q),
+        dtype=facts.dtype_name(q),
+        accelerator=facts.on_accelerator(q),
+        traced=any(facts.traced(x) for x in (q, k, v, *others)),
         **options,
     )
 
@@ -261,7 +261,7 @@ def _key(given: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     Types too: as a key True is 1, and here it is no number.
     """
     if any(
-        (library(x) != "torch" and type(x) is not np.ndarray) or arrays.irregular(x) for x in given
+        (library(x) != "torch" and type(x) is not np.ndarray) or facts.irregular(x) for x in given
     ):
         return None
     key = (
@@ -375,7 +375,7 @@ def array(
             " another library of the Array API standard. Convert lists; compute Dask arrays, make"
             " sparse ones dense, fill masked ones"
         )
-    irregular = arrays.irregular(x)
+    irregular = facts.irregular(x)
     if irregular is not None:
         what, remedy = irregular
         raise TypeError(f"{name} {what}; expected a plain array. Convert it: {remedy}")
@@ -385,19 +385,19 @@ def array(
             raise TypeError(
                 f"{name} is an array of {found}; expected {expected} like {like_name}. Convert it"
             )
-        if not arrays.same_device(x, like):
+        if not facts.same_device(x, like):
             raise ValueError(
-                f"{name} is on device {arrays.device_name(x)}; expected"
-                f" {arrays.device_name(like)} like {like_name}. Move it first"
+                f"{name} is on device {facts.device_name(x)}; expected"
+                f" {facts.device_name(like)} like {like_name}. Move it first"
             )
-    return np.asarray(x) if found == "numpy" else arrays.in_memory(x)
+    return np.asarray(x) if found == "numpy" else facts.in_memory(x)
 
 
 def floating(name: str, x: Array) -> Array:
     """Check that an array has a dtype that is computed with."""
-    if arrays.dtype_name(x) not in arrays.FLOATS:
+    if facts.dtype_name(x) not in facts.FLOATS:
         raise TypeError(
-            f"{name} has dtype {x.dtype}; expected one of {', '.join(arrays.FLOATS)}. Cast it"
+            f"{name} has dtype {x.dtype}; expected one of {', '.join(facts.FLOATS)}. Cast it"
         )
     return x
 
@@ -499,9 +499,9 @@ def _gate(
     """Check the decay or the log gate and bring it to the accumulation dtype."""
     if decay is not None and log_gate is not None:
         raise ValueError("decay and log_gate were both given; expected one (log_gate = log(decay))")
-    decay, log_gate = arrays.concrete(decay), arrays.concrete(log_gate)
+    decay, log_gate = facts.concrete(decay), facts.concrete(log_gate)
     xp, like = namespace(q), {"device": device(q)}
-    dtype = xp.float64 if arrays.dtype_name(q) == "float64" else xp.float32
+    dtype = xp.float64 if facts.dtype_name(q) == "float64" else xp.float32
     if decay is not None:
         if _is_number(decay):
             if not 0 < decay <= 1:
@@ -509,14 +509,14 @@ def _gate(
             constant = None if decay == 1 else xp.full((), float(decay), dtype=dtype, **like)
             return constant, None, layout
         decay = array("decay", decay, q, layout.names[0], number="a number in (0, 1] or ")
-        if arrays.dtype_name(decay) not in ("float32", "float64"):
+        if facts.dtype_name(decay) not in ("float32", "float64"):
             raise TypeError(
                 f"decay has dtype {decay.dtype}; expected float32 or float64, made so and not cast"
                 " from less (bfloat16(0.999) is 1)"
             )
         what = f"the batch shape of {', '.join(layout.names)}. A decay of each token is a log_gate"
         _broadcasts("decay", decay.shape, batch, what)
-        values = arrays.host_values(decay)
+        values = facts.host_values(decay)
         if values is not None and not ((values > 0) & (values <= 1)).all():
             wrong = values[~((values > 0) & (values <= 1))].flat[0]
             raise ValueError(f"decay holds {wrong}; expected values in (0, 1]. Clip it")
@@ -538,7 +538,7 @@ def _gate(
     full = batch if layout.axis is None else _with_tokens(batch, tokens, layout.axis)
     what = f"{layout.names[0]} without its features. It has one number for all of them"
     _broadcasts("log_gate", log_gate.shape, full, what)
-    values = arrays.host_values(log_gate)
+    values = facts.host_values(log_gate)
     if values is not None and not (values <= 0).all():
         raise ValueError(
             f"log_gate holds {values[~(values <= 0)].flat[0]}; expected values <= 0 (-inf forgets)."
@@ -606,7 +606,7 @@ def _state(name: str, request: Request, q: Array, state: Any) -> Any:
         except TypeError as error:
             raise ValueError(str(error)) from None
         floating(label, x)
-        if arrays.dtype_name(x) == "float64" and request.accumulate != "float64":
+        if facts.dtype_name(x) == "float64" and request.accumulate != "float64":
             raise ValueError(
                 f"{label} has dtype {x.dtype}; expected {request.accumulate} or lower. Cast it"
             )

@@ -15,7 +15,7 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
-from .core.namespace import Array, device, is_jax, library, symbolic, underflow
+from ..core.namespace import Array, device, is_jax, library, symbolic, underflow
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.passes import Gate, Shape
+from ...core.passes import Gate, Shape
 
 Array = np.ndarray[Any, Any]
 

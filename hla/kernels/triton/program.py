@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..core.adjoint import Adjoint, shared_out, sum_to
-from ..core.passes import Fields, Gate, Pass, Shape, broadcast
-from ..core.programs import Program
-from .triton_gate import gate_gradient
-from .triton_launch import (
+from ...core.adjoint import Adjoint, shared_out, sum_to
+from ...core.passes import Fields, Gate, Pass, Shape, broadcast
+from ...core.programs import Program
+from .causal import LEAST
+from .gate import gate_gradient
+from .launch import (
     DOTTED,
     PERIOD,
     Columns,
@@ -29,7 +30,6 @@ from .triton_launch import (
     value_tiles,
     widest,
 )
-from .triton_pass import LEAST
 
 Value = tuple[torch.Tensor, ...]
 

@@ -7,7 +7,7 @@ import importlib
 from types import SimpleNamespace
 from typing import Any
 
-RULES = {"torch": "hla.autodiff.torch"}  # array library: how it differentiates any backend
+RULES = {"torch": "hla.libraries.torch_rule"}  # array library: how it differentiates any backend
 CALLS = ("forward", "backward", "step", "summarize")
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from .core.namespace import Array, library
+from ..core.namespace import Array, library
 
 Result = TypeVar("Result")
 Convert = Callable[[Any], Any]

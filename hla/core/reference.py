@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from . import associative
 from .adjoint import CORE, Engine, sum_to
+from .fields import Keyed, aligned, gradient_fields, joined, split
 from .namespace import Array, is_jax, laid_back, namespace
 from .passes import CHUNK, Gate, Shape, broadcast
 from .programs import Trace, all_shapes, final_states, summed, with_ones
 from .request import Inputs, Request
-from .states import Keyed, aligned, gradient_fields, joined, split
 
 FORMS = ("chunked", "recurrent", "associative", "dense")
 

@@ -32,10 +32,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.adjoint import Adjoint, shared_out, sum_to
-from ..core.passes import CHUNK, Fields, Gate, Pass, Shape, Weights, broadcast, weights
-from ..core.programs import Program, Trace
-from .numpy_threads import Part, spread
+from ...core.adjoint import Adjoint, shared_out, sum_to
+from ...core.passes import CHUNK, Fields, Gate, Pass, Shape, Weights, broadcast, weights
+from ...core.programs import Program, Trace
+from .threads import Part, spread
 
 Array = np.ndarray[Any, Any]
 Buffers = dict[tuple[str, Shape], Array]

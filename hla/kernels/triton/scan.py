@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from ..core.forms import Gradients, gate_gradients
-from ..core.passes import Gate, broadcast
-from ..core.programs import Program, summed
-from ..core.request import Inputs, Request
-from ..core.states import columns, gradient_fields, joined, own
-from . import triton_normalize, triton_program
-from .triton_program import Call, Value
+from ...core.fields import columns, gradient_fields, joined, own
+from ...core.passes import Gate, broadcast
+from ...core.programs import Program, summed
+from ...core.reference import Gradients, gate_gradients
+from ...core.request import Inputs, Request
+from . import normalize
+from .program import Call, Value, adjoint, run
 
 
 def _call(request: Request, inputs: Inputs) -> tuple[Call, dict[str, Value]]:
@@ -42,7 +42,7 @@ def forward(request: Request, inputs: Inputs) -> tuple[Any, Any, tuple[Any, ...]
     call, values = _call(request, inputs)
     program, dtype = request.program, inputs.v.dtype
     plain = len(program.outputs) == 1 and not request.normalize
-    values, states = triton_program.run(
+    values, states = run(
         call, program, values, columns(request, inputs.state),
         keep_states=request.return_state, last=dtype if plain else torch.float32,
     )  # fmt: skip
@@ -50,7 +50,7 @@ def forward(request: Request, inputs: Inputs) -> tuple[Any, Any, tuple[Any, ...]
     o = out[0]
     if request.normalize:
         o, den = out
-        o = triton_normalize.normalize(o, den, request.eps, dtype)
+        o = normalize.normalize(o, den, request.eps, dtype)
     state, saved = None, ()
     if request.return_state:
         assert request.state_type is not None
@@ -100,7 +100,7 @@ def backward(request: Request, inputs: Inputs, saved: Any, do: Any, dstate: Any)
             batch = broadcast(*read, () if s.kind == "full" else call.gate.batch)
             values[s.out] = tuple(x.new_zeros(()).expand(*batch, *x.shape[-2:]) for x in dout)
     initial = joined(request, inputs.state)
-    grads = triton_program.adjoint(
+    grads = adjoint(
         call, program, values, initial, dout, joined(request, dstate, gradient=True),
         with_gate=request.gate_given,
     )  # fmt: skip
@@ -118,7 +118,7 @@ def _unfinish(
     """Gradient of the program's output from that of o; with a column of masses where it matters."""
     if request.normalize:
         num, den = _sum(request.program, values)
-        return triton_normalize.adjoint(num, den, request.eps, do)
+        return normalize.adjoint(num, den, request.eps, do)
     if request.mass and masses:
         return do, do.new_zeros(()).expand(*do.shape[:-1], 1)
     return (do,)

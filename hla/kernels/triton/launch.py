@@ -12,9 +12,9 @@ import triton.language as tl
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..core.passes import Gate, Shape, broadcast
-from ..errors import Unsupported
-from .triton_pass import pass_kernel
+from ...core.passes import Gate, Shape, broadcast
+from ...errors import Unsupported
+from .causal import pass_kernel
 
 DOTTED = 32  # tokens in a chunk of launches that serve a gate's gradient
 PERIOD = 256  # tokens between the states that they keep for it

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_launch import addresses, shapes_alone
-from .triton_program import laid_out_like, strides_like
+from .launch import addresses, shapes_alone
+from .program import laid_out_like, strides_like
 
 TILE = 4096  # values a program holds of each array
 

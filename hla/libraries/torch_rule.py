@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import _register_namedtuple
 
 from .. import dispatch, states
-from ..arrays import traced
 from ..core.associative import ALGEBRA
-from ..core.forms import Gradients, shapes
+from ..core.fields import rank
+from ..core.reference import Gradients, shapes
 from ..core.request import Inputs, Request
-from ..core.states import rank
+from .facts import traced
 from .torch_operator import (
     OPTIONS,
     Options,

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .. import states
+from ..arguments import describe
 from ..core.request import Inputs, Request
 from ..errors import Unsupported
-from ..request import describe
 
 
 class Options(NamedTuple):

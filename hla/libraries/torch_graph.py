@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import api
+from .. import api
 
 
 def _in_graph(function: Callable[..., Any]) -> Any:

@@ -1,0 +1,1 @@
+"""Kernels of the Triton backend, and what launches them."""
