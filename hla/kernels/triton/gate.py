@@ -7,13 +7,15 @@ The gate of token s multiplies every product that crosses it (derivations 5). In
 
 where c_t is read from earlier chunks, d_j is written to later ones, r_t and w_j sum the chunk's
 own pairs j < t by query and by key, and B and E are what crosses its start and what crosses all of
-it. B starts as <S, R>, the state and its gradient, at every period of tokens, and E is 0 in a
-chunk whose gate leaves nothing: so differences, which lose digits, are taken of no more than the
-chunks of a period. Of a decay the sum of G over all tokens is asked, in which each product counts
-by the gates that it crosses.
+it. B is <S, R>, the state and its gradient, at both borders of every period of tokens. From the
+first the chunks carry it on, and what is then missing at the second is added along the way in equal
+parts: c and d round S and R each by itself, and most of what that adds up to grows evenly. E is 0
+in a chunk whose gate leaves nothing. So differences, which lose digits, are taken of no more than
+the chunks of a period. Of a decay the sum of G over all tokens is asked, in which each product
+counts by the gates that it crosses.
 
-One program a head and period. Bytes a token and head: 24 (float64: 40), of a decay 16 (32),
-and 8 D V a period.
+One program a head and period. Bytes a token and head: 32 (float64: 56), of a decay 24 (48), and
+8 D V (bfloat16: 4 D V) a period, which the two programs that it borders read.
 """
 
 from __future__ import annotations
@@ -27,47 +29,83 @@ from .launch import addresses, shapes_alone
 FORGOTTEN = tl.constexpr(2.0**-24)  # of a product: below what float32 sums of it resolve
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _border(p_S, p_R, D, V, BD: tl.constexpr, BV: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return <S, R> of contiguous (D, V) and (V, D)."""
+    B = tl.full([], 0.0, tl.float64)
+    for i in range(0, D, BD):
+        d = i + tl.arange(0, BD)
+        for j in range(0, V, BV):
+            v = j + tl.arange(0, BV)
+            m = (d < D)[:, None] & (v < V)[None, :]
+            S = tl.load(p_S + d[:, None] * V + v[None, :], mask=m, other=0.0).to(tl.float32)
+            R = tl.load(p_R + v[None, :] * D + d[:, None], mask=m, other=0.0).to(tl.float32)
+            B += tl.sum(tl.sum((S * R).to(tl.float64), 1), 0)
+    return B
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _carried(  # type: ignore[no-untyped-def]
+    B, p_reads, p_writes, p_gate, t, T, power, factor, log_g, LOG: tl.constexpr
+):
+    """Return c and d of a chunk, the log gate's factor, E, and whether its gate leaves nothing."""
+    m = t < T
+    c = tl.load(p_reads + t, mask=m, other=0.0).to(tl.float64)
+    d = tl.load(p_writes + t, mask=m, other=0.0).to(tl.float64) * factor
+    a = tl.load(p_gate + t, mask=m, other=0.0).to(tl.float64) if LOG else tl.where(m, log_g, 0.0)
+    forgets = tl.exp(tl.sum(a, 0) * power) < FORGOTTEN
+    return c, d, tl.where(forgets, 0.0, B - tl.sum(c, 0)), forgets
+
+
 @triton.jit(do_not_specialize=["power", "T", "D", "V"])  # type: ignore[untyped-decorator]
 def gate_kernel(  # type: ignore[no-untyped-def]
     p_reads, p_writes, p_gate, p_border, p_S, p_R, p_o, power, factor, T, D, V,
     PERIOD: tl.constexpr, W: tl.constexpr, LOG: tl.constexpr, STRICT: tl.constexpr,
+    ENDS: tl.constexpr,  # no gradient comes from after the last token
     LEAST: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of the log gate, or its sum, over one period of one head."""
-    head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    B = tl.full([], 0.0, tl.float64)
+    parts = tl.cdiv(T, PERIOD)
+    part, head = tl.program_id(0) % parts, (tl.program_id(0) // parts).to(tl.int64)
+    B, after = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
+    at = (head * (parts - 1) + part) * D * V
     if part == 0:
         if p_border is not None:
             B += tl.load(p_border + head)
     elif p_S is not None:
-        at = (head * (tl.num_programs(1) - 1) + part - 1) * D * V
-        for i in range(0, D, BD):
-            d = i + tl.arange(0, BD)
-            for j in range(0, V, BV):
-                v = j + tl.arange(0, BV)
-                m = (d < D)[:, None] & (v < V)[None, :]
-                S = tl.load(p_S + at + d[:, None] * V + v[None, :], mask=m, other=0.0)
-                R = tl.load(p_R + at + v[None, :] * D + d[:, None], mask=m, other=0.0)
-                B += tl.sum(tl.sum((S * R).to(tl.float64), 1), 0) * factor
+        B += _border(p_S + at - D * V, p_R + at - D * V, D, V, BD, BV) * factor
+    if part < parts - 1:  # noqa: SIM102 the second is known to the compiler
+        if p_S is not None:
+            after += _border(p_S + at, p_R + at, D, V, BD, BV) * factor
     log_g, whole = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
-    if not LOG:
+    if LOG:
+        p_gate += head * T
+    else:
         g = tl.load(p_gate + head).to(tl.float64)
         log_g = tl.log(tl.where(g < LEAST, LEAST, g))
     p_reads += head * T
     p_writes += head * 3 * T
     first, i_t = part.to(tl.int64) * PERIOD, tl.arange(0, W)
-    for i in range(tl.cdiv(tl.minimum(T - first, PERIOD), W)):
+    chunks = tl.cdiv(tl.minimum(T - first, PERIOD), W)
+
+    # What is missing at the border behind, and over which chunks it came to miss.
+    carried, begin = B, tl.full([], 0.0, tl.float64)
+    for i in range(chunks):
+        c, d, E, forgets = _carried(
+            carried, p_reads, p_writes, p_gate, first + i * W + i_t, T, power, factor, log_g, LOG
+        )
+        carried = E + tl.sum(d, 0)
+        begin = tl.where(forgets, i + 0.5, begin)
+    missing = (after - carried) / (chunks - begin)
+    if not ENDS:
+        missing = tl.where(part < parts - 1, missing, 0.0)
+
+    for i in range(chunks):
         t = first + i * W + i_t
         m = t < T
-        c = tl.load(p_reads + t, mask=m, other=0.0).to(tl.float64)
-        d = tl.load(p_writes + t, mask=m, other=0.0).to(tl.float64) * factor
-        if LOG:
-            a = tl.load(p_gate + head * T + t, mask=m, other=0.0).to(tl.float64)
-        else:
-            a = tl.where(m, log_g, 0.0)
-        total = tl.exp(tl.sum(a, 0) * power)
-        through = tl.where(total < FORGOTTEN, 0.0, B - tl.sum(c, 0))
-        B = through + tl.sum(d, 0)
+        c, d, E, forgets = _carried(B, p_reads, p_writes, p_gate, t, T, power, factor, log_g, LOG)
+        B = E + tl.sum(d, 0)
+        through = E + tl.where(i + 0.5 > begin, missing * (i + 0.5 - begin), 0.0)
         query = tl.load(p_writes + T + t, mask=m, other=0.0).to(tl.float64)
         key = tl.load(p_writes + 2 * T + t, mask=m, other=0.0).to(tl.float64)
         if LOG:
@@ -82,7 +120,7 @@ def gate_kernel(  # type: ignore[no-untyped-def]
             crossed = (upto + 1) * c + (n - 1 - i_t) * d + upto * query - i_t * key
             whole += tl.sum(crossed, 0) + n * through
     if not LOG:
-        tl.store(p_o + head * tl.num_programs(1) + part, whole * power)
+        tl.store(p_o + head * parts + part, whole * power)
 
 
 def gate_gradient(
@@ -97,6 +135,7 @@ def gate_gradient(
     factor: float,
     strict: bool,
     log: bool,
+    ends: bool,
     least: float,
     period: int,
     chunk: int,
@@ -110,14 +149,16 @@ def gate_gradient(
     gate : tensor, float32, (*batch, T), or (*batch) for a decay
     border : tensor, float64, (*batch), or None
         <S, R> at the first token; None for 0.
-    S, R : tensor, float32, (*batch, N, D, V) and (*batch, N, V, D), contiguous, or None
-        States and their gradients at the N later periods.
+    S, R : tensor, (*batch, N, D, V) and (*batch, N, V, D), contiguous, or None
+        States and their gradients at the N later periods, float32 or bfloat16.
     power, strict
         Of the pass.
     factor : float
         Of d and R.
     log : bool
         Whether the gate is the log gate.
+    ends : bool
+        Whether no gradient comes from after the last token, that of its state.
     least : float
         What stands for a smaller decay.
     period, chunk : int
@@ -136,10 +177,10 @@ def gate_gradient(
         given = (reads, writes, gate, border, S, R)
         operands = [None if x is None else x.contiguous() for x in given]
         addresses(operands)
-        grid = (reads.numel() // T, triton.cdiv(T, period))
+        grid = (reads.numel() // T * triton.cdiv(T, period),)
         with torch.cuda.device_of(o):
             gate_kernel[grid](
                 *operands, o, power, factor, T, D, V, PERIOD=period, W=chunk, LOG=log,
-                STRICT=strict, LEAST=least, BD=32, BV=32, num_warps=1,
+                STRICT=strict, ENDS=ends, LEAST=least, BD=64, BV=64, num_warps=4,
             )  # fmt: skip
     return o if log else o.sum(-1, keepdim=True)

@@ -16,7 +16,6 @@ from ...core.passes import Gate, Shape, broadcast
 from ...errors import Unsupported
 from .causal import pass_kernel
 
-DOTTED = 32  # tokens in a chunk of launches that serve a gate's gradient
 PERIOD = 256  # tokens between the states that they keep for it
 FEW = 16  # tokens that are multiplied exactly: their one or two terms can cancel to the roundings
 WIDEST = 128  # a float32 state of 128 x 128 takes half of the registers of 8 warps
@@ -39,13 +38,13 @@ def config(
     written: bool,
     mirrored: bool,
     major: int = 9,
-    dotted: bool = False,
+    chunk: int = 0,
 ) -> Config:
     """Launch settings by tiles, what is multiplied, the weights of k v, and architecture.
 
     They fix the order of every sum, so they depend on nothing that varies from call to call. What a
-    gate's gradient is made of (``dotted``) counts by chunks, so all such launches have the same.
-    Timed on an H100; for other architectures what compiles and spills least, not timed.
+    gate's gradient is made of counts by the same ``chunk`` in all its launches. Timed on an H100;
+    for other architectures what compiles and spills least, not timed.
 
     On Hopper Triton lets a chunk's last product run on into the next chunk. Of an operand that is
     also read from registers, for a product of 32 tokens or to be weighed, it then holds one copy
@@ -55,8 +54,8 @@ def config(
     tests/test_kernels.py looks for such loads. On Blackwell a scaled accumulator that another
     product reads is not safe with loads ahead either (10993).
     """
-    if dotted:
-        return config(D, V, V2, operand, gated, written, mirrored, major)._replace(W=DOTTED)
+    if chunk:
+        return config(D, V, V2, operand, gated, written, mirrored, major)._replace(W=chunk)
     large, shared = D * V >= 128 * 64, mirrored and (gated > 0 or written)
     warps = 8 if large and max(V, V2) > 64 else 4  # of 16 rows of the state each
     if major != 9:
@@ -68,6 +67,15 @@ def config(
     if gated == 2 or V2 or shared or (gated and large):
         return Config(32, warps, 4)
     return Config(64, warps, 3)
+
+
+def gate_chunk(D: int, V: int, narrow: bool, decay: bool, mirrored: bool, major: int = 9) -> int:
+    """Tokens in a chunk of the launches that serve a gate's gradient, by the widths of k and v.
+
+    As `config` has it for the passes of dq and dv alike; sums of pairs add registers to theirs.
+    """
+    small = tile(D) * tile(V) < 128 * 64
+    return 64 if major == 9 and narrow and decay and small and not mirrored else 32
 
 
 @functools.cache
@@ -189,6 +197,7 @@ def causal_pass(
     dots: torch.Tensor | None = None,
     pairs: bool = False,
     states: torch.Tensor | None = None,
+    chunk: int = 0,
     tf32: bool = False,
 ) -> None:
     """Launch one pass, which writes what its columns name.
@@ -221,8 +230,10 @@ def causal_pass(
     pairs : bool
         With ``reverse`` and ``dots`` of 3 T: write behind it, of q_t.k_j times v_t.x_j over the
         pairs of its chunk but those of a token with itself, each token's sum as t and then as j.
-    states : tensor, float32, (*batch, `between`, V, D), optional
+    states : tensor, (*batch, `between`, V, D), optional
         Of contiguous rows and batch axes: write the state before every `PERIOD` but the first.
+    chunk : int
+        Tokens in a chunk, with ``dots``.
     qc, kc : tensor, (*batch, T, C), optional
         More columns of q and k, as many as `further` says; with one part. The state has D + C rows.
     tf32 : bool
@@ -248,7 +259,7 @@ def causal_pass(
     if first.start is None and first.end is None and states is None:  # the pass is linear in k v
         read, write = read * write, 1.0
     v_is_k = first.v is k and gated < 2  # weighed by tokens: slower than loading the same lines
-    flags = (gated, strict, reverse, update, write != 1.0, add, both, tf32, v_is_k, pairs)
+    flags = (gated, strict, reverse, update, write != 1.0, add, both, tf32, v_is_k, pairs, chunk)
     key = (batch, k.device, flags, *seen)
     if key in _launches:
         kernel, grid, rest = _launches[key]
@@ -277,7 +288,7 @@ def causal_pass(
                 batch=batch[1:], power=power, strict=strict, reverse=reverse, update=update,
                 read=read, write=write, add=add, both=both, x=x_i, qc=qc_i, kc=kc_i,
                 dots=None if dots is None else dots[i], pairs=pairs,
-                states=None if states is None else states[i], tf32=tf32,
+                states=None if states is None else states[i], chunk=chunk, tf32=tf32,
             )  # fmt: skip
         return
     T, D, V = k.shape[-2], k.shape[-1], first.v.shape[-1]
@@ -290,7 +301,7 @@ def causal_pass(
     # three bfloat16 parts take half as many such steps as those of two TF32 parts, and err half.
     exact = "bf16x6" if k.device.type == "cuda" else "ieee"  # which the interpreter has not
     weighed = gated, write != 1.0, both or v_is_k
-    chosen = config(BD, BV, V2, operand, *weighed, capability(k.device), dots is not None)
+    chosen = config(BD, BV, V2, operand, *weighed, capability(k.device), chunk)
     grid = (math.prod(sizes) * value_tiles(V), 1, 1)
     if not grid[0]:
         return

@@ -20,12 +20,13 @@ from ...core.programs import Program
 from .causal import LEAST
 from .gate import gate_gradient
 from .launch import (
-    DOTTED,
     PERIOD,
     Columns,
     between,
+    capability,
     causal_pass,
     further,
+    gate_chunk,
     in_one,
     value_tiles,
     widest,
@@ -162,6 +163,7 @@ def run_pass(
     x: Value | None = None,
     pairs: bool = False,
     states: torch.Tensor | None = None,
+    chunk: int = 0,
 ) -> torch.Tensor | None:
     """Run one pass over all its parts.
 
@@ -183,7 +185,7 @@ def run_pass(
         Add the pass with k and v exchanged; for one part of each that fits a tile.
     x : tuple of tensor, optional
         Ask for the sums of `triton_launch.causal_pass`, token by token.
-    pairs, states
+    pairs, states, chunk
         As there, states with all columns and all rows.
 
     Returns
@@ -228,7 +230,8 @@ def run_pass(
                     kept = states[..., first_column : first_column + F, rows]
             causal_pass(
                 query, b, here, batch=batch, update=not full, read=read, x=xi, dots=dot,
-                qc=qc, kc=kc, add=not first, both=both, pairs=pairs, states=kept, **options,
+                qc=qc, kc=kc, add=not first, both=both, pairs=pairs, states=kept,
+                chunk=0 if dot is None else chunk, **options,
             )  # fmt: skip
             if dot is not None:
                 dot = dot[..., 0, :] if dot.shape[-2] == 1 else dot.sum(-2)
@@ -413,15 +416,19 @@ def adjoint(
         start = initial[s.state][..., : width(v)].mT if s.state in initial else None
         end = shared_out(dstate, values[s.out][0].shape)
         one_q, one_kv = call.factor(s.q), call.factor(s.k) * call.factor(s.v)
-        once = functools.partial(give, power=s.power, kind=s.kind)
-        back = functools.partial(once, reverse=True, read=one_kv, write=one_q, pairs=with_gate)
         x_q, x_v, S, R = None, None, None, None
+        chunk = gate_chunk(
+            width(k), width(v), call.dtype == torch.bfloat16, call.gate.decay is not None,
+            s.k == s.v, capability(k[0].device),
+        )  # fmt: skip
+        once = functools.partial(give, power=s.power, kind=s.kind, chunk=chunk)
+        back = functools.partial(once, reverse=True, read=one_kv, write=one_q, pairs=with_gate)
         if with_gate:
             x_q, x_v, n = q, v, between(k[0].shape[-2])
             heads, sizes = do[0].shape[:-2], (width(k), width(v))
             if n:
                 S, R = (
-                    torch.empty((*heads, n, *x), dtype=torch.float32, device=k[0].device)
+                    torch.empty((*heads, n, *x), dtype=call.dtype, device=k[0].device)
                     for x in (sizes, sizes[::-1])
                 )
         _, reads = once(
@@ -452,7 +459,7 @@ def adjoint(
                     border = (start.mT * dstate0).sum((-2, -1), dtype=torch.float64)
         if with_gate:
             factor = 0.5 if halved else 1.0  # of what was written for k and v alike
-            term = _gate_gradient(call, s, reads, writes, border, S, R, factor)
+            term = _gate_gradient(call, s, reads, writes, border, S, R, factor, end is None, chunk)
             dgate = term if dgate is None else dgate + term
     if dgate is not None and call.gate.decay is not None:
         dgate = dgate[..., 0] / call.gate.decay.clamp(min=LEAST.value)
@@ -469,12 +476,14 @@ def _gate_gradient(
     S: torch.Tensor | None,
     R: torch.Tensor | None,
     factor: float,
+    ends: bool,
+    chunk: int,
 ) -> torch.Tensor:
     """Gradient of the log gate by one pass, (*gate's batch, T), or of log(decay), (*batch, 1)."""
     gate, log = call.gate.decay, call.gate.log_gate is not None
     dlog = gate_gradient(
         reads, writes, call.gate.log_gate if log else gate, border, S, R, power=s.power,
-        factor=factor, strict=s.kind == "strict", log=log, least=LEAST.value,
-        period=PERIOD, chunk=DOTTED,
+        factor=factor, strict=s.kind == "strict", log=log, ends=ends, least=LEAST.value,
+        period=PERIOD, chunk=chunk,
     )  # fmt: skip
     return sum_to(dlog, (*call.gate.batch, dlog.shape[-1]))
