@@ -16,6 +16,7 @@ from .core import reference
 from .core.associative import algebra_of
 from .core.namespace import symbolic
 from .core.request import Request
+from .empty import Filled
 from .errors import SlowPathWarning, Unsupported, kind_of
 
 GROUP = "hla.backends"  # entry points: name = a module with what `Row` says a backend has
@@ -140,7 +141,9 @@ def choose(
     if backend is None and name == "array_api" and request.accelerator:
         _warn_slow(request, reasons)
     module = load(name)
-    return libraries.seen_by(request.library, name, module, node) if autograd else module
+    if autograd:
+        module = libraries.seen_by(request.library, name, module, node)
+    return Filled(module) if request.empty else module
 
 
 def pick(

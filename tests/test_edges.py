@@ -1,12 +1,14 @@
 """Odd but valid input: memory layouts, empty axes, huge and tiny values, long sequences."""
 
 import functools
+import itertools
 
 import literal
 import numpy as np
 import pytest
 from conftest import (
     EXACT,
+    FORMS,
     OPERATORS,
     Row,
     close,
@@ -97,6 +99,119 @@ def test_empty_axes_of_step_and_gradients(operator):
         for got, x in zip(gradients[:3], (q, k, v), strict=True):
             assert got.shape == x.shape
             assert not got.any()
+
+
+@pytest.mark.parametrize("name", ["array_api_strict", "torch"])
+@pytest.mark.parametrize(
+    ("operator", "convention"),
+    [*((x, "exact") for x in OPERATORS), ("hla2", "paper"), ("hla3", "paper")],
+)
+def test_no_tokens_leave_the_state_as_it_was(name, operator, convention):
+    """In every form and library; of the state alone come gradients, of torch's own too."""
+    library = load(name)
+    shared = {"operator": operator, "convention": convention, "return_state": True}
+    gates = {"decay": np.array(0.5)}, {"decay": np.array([0.5])}, {"log_gate": np.zeros((1, 0))}
+    none = library.arrays(*draw(2, 0))
+    for gate, form in itertools.product(gates, FORMS):
+        if form == "associative" and convention == "paper":
+            continue
+        options = shared | {"form": form}
+        options |= {n: library.array(x, "float64") for n, x in gate.items()}
+        start = hla.scan(*library.arrays(*draw(2, T)), **options | {"log_gate": None})[1]
+        for state in (None, start):
+            (o, last), pullback = hla.vjp(*none, initial_state=state, **options)
+            assert o.shape == (2, 0, 3)
+            grads = pullback(o, last)
+            for n in gate:
+                assert not to_numpy(library.numpy(getattr(grads, "d" + n))).any()
+            if state is not None:
+                for x, y, z in zip(start, last, grads.dinitial_state, strict=True):
+                    close(library.numpy(y), library.numpy(x))
+                    close(library.numpy(z), library.numpy(x))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_follows_calls_of_no_tokens(operator, form):
+    torch = installed("torch")
+    q, k, v = (x.requires_grad_() for x in load("torch").arrays(*draw(2, 0)))
+    o, state = hla.scan(q, k, v, operator=operator, form=form, return_state=True)
+    for x, y in zip(
+        (q, k, v), torch.autograd.grad(o.sum() + state[-1].sum(), (q, k, v)), strict=True
+    ):
+        assert x.shape == y.shape
+
+
+@pytest.mark.parametrize("row", rows(masks=("causal", "prefix")))
+@pytest.mark.parametrize("split", ["q", "k", "v", "kv", "qkv"])
+def test_what_no_batch_entries_share_is_what_one_does(row: Row, split):
+    """States and the gradients that come from them, of one entry and of none."""
+    rng = np.random.default_rng(0)
+    one = {n: x if n in split else x[0] for n, x in zip("qkv", draw(1, T), strict=True)}
+    none = {n: x[:0] if n in split else x for n, x in one.items()}
+    gate = {"decay": np.asarray(0.8)} if len(split) % 2 else {"log_gate": -rng.random(T)}
+    options = row.options | gate | {"return_state": True, "normalize": True, "eps": 0.0}
+    kept = [x.shape for x in hla.scan(**none, **options)[1]]
+
+    def cut(state):
+        fields = zip(state, kept, strict=True)
+        return type(state)(*(x[tuple(map(slice, shape))] for x, shape in fields))
+
+    like = hla.scan(**one, **options)[1]
+    start, dstate = (type(like)(*(rng.standard_normal(x.shape) for x in like)) for _ in range(2))
+    within = type(like)(*(0 not in shape for shape in kept))
+    dstate = type(like)(*(x * here for x, here in zip(dstate, within, strict=True)))
+    (o, want), pullback = hla.vjp(**one, initial_state=start, **options)
+    wanted = pullback(None, dstate)
+    (o, got), pullback = hla.vjp(**none, initial_state=cut(start), **options)
+    assert o.shape == (0, T, o.shape[-1])
+    found = pullback(o, cut(dstate))
+    for x, y in zip(got, cut(want), strict=True):
+        close(x, y, EXACT)
+    for n, x, y in zip(("q", "k", "v"), found, wanted, strict=False):
+        close(x, y[:0] if n in split else y, EXACT)
+    for name in gate:
+        close(getattr(found, "d" + name), getattr(wanted, "d" + name), EXACT)
+    for x, y in zip(found.dinitial_state, cut(wanted.dinitial_state), strict=True):
+        close(x, y, EXACT)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_steps_and_segments_of_no_batch_entries(operator):
+    q, k, v = draw(1, T)
+    none = q[:0], k[0], v
+    segment = hla.summarize(*none, operator=operator, decay=0.8)
+    whole = hla.summarize(q, k[0], v, operator=operator, decay=0.8)
+    for x, y in zip(segment, whole, strict=True):
+        assert x.ndim == y.ndim
+        close(x, y[tuple(map(slice, x.shape))], EXACT)
+    tokens = [x[..., 0, :] for x in (q, k[0], v)]
+    _, want = hla.step(*tokens, operator=operator)
+    o, got = hla.step(tokens[0][:0], *tokens[1:], operator=operator)
+    assert o.shape == (0, v.shape[-1])
+    for x, y in zip(got, want, strict=True):
+        close(x, y[tuple(map(slice, x.shape))], EXACT)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_torch_reaches_what_an_empty_batch_shares(operator):
+    """Through its own derivatives; the gradient of what is empty is empty."""
+    torch = installed("torch")
+    q, k, v = (x.requires_grad_() for x in load("torch").arrays(*draw(1, T)))
+    found = []
+    for queries in (q, q[:0].detach().requires_grad_()):
+        o, state = hla.scan(queries, k, v, operator=operator, return_state=True)
+        outputs = [o, *(x for x, n in zip(state, state._fields, strict=True) if n in "SPm")]
+        dq, *rest = torch.autograd.grad(
+            sum(x.sin().sum() for x in outputs[1:]) + 0 * o.sum(),
+            (queries, k, v),
+            allow_unused=True,
+        )
+        found.append([x for x in rest if x is not None])
+    assert dq.shape == (0, T, q.shape[-1])
+    assert found[1]
+    for x, y in zip(*found, strict=True):
+        close(to_numpy(y), to_numpy(x))
 
 
 @pytest.mark.parametrize("row", rows(masks=("causal", "prefix")))

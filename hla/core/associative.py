@@ -108,10 +108,7 @@ def scan(
     batch = broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2], gate.batch)
     everything = (q, k, v, *gate.arrays)
     start = _started(request, everything, gate, state, batch)
-    if T == 0:
-        empty = xp.zeros((*batch, 0, V + 1), dtype=q.dtype, device=device(q))
-        return empty, _owned(start, request)
-    w = min(width, T)
+    w = max(1, min(width, T))
     given = [(q, 0.0), (k, 0.0), (v, 0.0), (_token_rho(q, gate), 1.0)]
     whole = [(laid(expand(x, (*batch, *x.shape[-2:])), everything), fill) for x, fill in given]
     xs = tuple(_chunked(x, w, fill) for x, fill in whole)
@@ -150,7 +147,7 @@ def scan(
 def _chunked(x: Array, w: int, fill: float) -> Array:
     """[*batch, T, F] -> [chunks, *batch, w, F], padded at the front."""
     xp, (*batch, T, F) = namespace(x), x.shape
-    pad = -T % w
+    pad = -T % w if T else w  # of no tokens there is one chunk too
     x = padded(x, -2, before=pad, fill=fill) if pad else x
     return moveaxis(xp.reshape(x, (*batch, (T + pad) // w, w, F)), -3, 0)
 

@@ -139,8 +139,7 @@ def weights(gate: Gate, power: int, kind: str, W: int, *, like: Array) -> Weight
     upto = xp.cumulative_sum(a, axis=-1)[..., None]  # [..., W, 1]
     key, total = xp.exp(xp.sum(after, axis=-2)), xp.exp(xp.sum(a, axis=-1))
     if strict:
-        between = xp.concat([xp.zeros_like(between[..., :1, :]), between[..., :-1, :]], axis=-2)
-        upto = xp.concat([xp.zeros_like(upto[..., :1, :]), upto[..., :-1, :]], axis=-2)
+        between, upto = (padded(x, -2, before=1)[..., :W, :] for x in (between, upto))
     pair = xp.exp(xp.where(mask, between, zero))
     return Weights(mask, pair, xp.exp(upto), key[..., None], total[..., None, None])
 
@@ -157,7 +156,7 @@ def slopes(
     xp, late = namespace(like), int(kind == "strict")
     t = xp.arange(W, dtype=like.dtype, device=device(like))
     span = t[:, None] - t[None, :] - late
-    zero, g = xp.zeros_like(span[..., :1, :1]), gate.decay[..., None, None]
+    zero, g = xp.zeros((1, 1), dtype=t.dtype, device=device(t)), gate.decay[..., None, None]
     tokens = W if tokens is None else tokens
 
     def slope(n: Array) -> Array:

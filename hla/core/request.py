@@ -86,6 +86,12 @@ class Request:
         """Whether q is scaled; a scale that a tracer stands for is not 1."""
         return not isinstance(self.scale, float) or self.scale != 1.0
 
+    @functools.cached_property
+    def empty(self) -> bool:
+        """Whether there are no batch entries, as far as sizes are no symbols."""
+        sizes = (*self.q_shape[:-2], *self.k_shape[:-2], *self.v_shape[:-2])
+        return any(isinstance(n, int) and n == 0 for n in sizes)
+
     def state_shapes(self, *, segment: bool = False) -> dict[str, Shape]:
         """Full shape of each field of the state or segment."""
         return self._shapes(segment_program(self.operator, self.mask)) if segment else self._own
