@@ -33,6 +33,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
 FORGETS = -1e4
 
 
+VANISHES = (
+    "which is 0 in float32, the dtype of sums here; expected values in (0, 1] there. A log_gate"
+    " of -inf forgets every token before; float64 arrays keep float64"
+)
+
+
 class Layout(NamedTuple):
     """How the caller lays out arrays; takes canonical results back to it."""
 
@@ -501,11 +507,14 @@ def _gate(
         raise ValueError("decay and log_gate were both given; expected one (log_gate = log(decay))")
     decay, log_gate = facts.concrete(decay), facts.concrete(log_gate)
     xp, like = namespace(q), {"device": device(q)}
-    dtype = xp.float64 if facts.dtype_name(q) == "float64" else xp.float32
+    wide = facts.dtype_name(q) == "float64"
+    dtype, least = (xp.float64, 0.0) if wide else (xp.float32, 2.0**-150)  # rounded to 0 by float32
     if decay is not None:
         if _is_number(decay):
             if not 0 < decay <= 1:
                 raise ValueError(f"decay is {decay}; expected a number in (0, 1]. None is no decay")
+            if decay <= least:
+                raise ValueError(f"decay is {decay}, {VANISHES}")
             constant = None if decay == 1 else xp.full((), float(decay), dtype=dtype, **like)
             return constant, None, layout
         decay = array("decay", decay, q, layout.names[0], number="a number in (0, 1] or ")
@@ -520,6 +529,8 @@ def _gate(
         if values is not None and not ((values > 0) & (values <= 1)).all():
             wrong = values[~((values > 0) & (values <= 1))].flat[0]
             raise ValueError(f"decay holds {wrong}; expected values in (0, 1]. Clip it")
+        if values is not None and (values <= least).any():
+            raise ValueError(f"decay holds {values[values <= least].flat[0]}, {VANISHES}")
         layout = layout._replace(decay_shape=tuple(decay.shape))
         return xp.astype(decay, dtype, copy=False), None, layout
     if log_gate is None:

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import draw, installed, load, numpy_dtype
+from conftest import close, draw, installed, load, numpy_dtype
 
 import hla
 
@@ -431,3 +431,19 @@ def test_tensors_that_are_not_plain_memory(make, remedy):
     for name, call in calls.items():
         with pytest.raises(BOTH, match=f"(?s)^{name} (is|has) .*{remedy}"):
             call()
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax", "array_api_strict"])
+def test_a_decay_that_its_one_rounding_makes_zero(name):
+    """As refused as 0 itself; what is the least of float32 is not, nor anything for float64."""
+    library = load(name)
+    x = library.array(np.ones((2, 3, 1)), "float32")
+    given = [1e-50, 2.0**-150, np.float64(1e-300), library.array([0.5, 1e-50], "float64")]
+    for decay in given:
+        with np.errstate(all="raise"), pytest.raises(ValueError, match=r"which is 0 in float32"):
+            hla.scan(x, x, x, decay=decay)
+    hla.scan(x, x, x, decay=2.0**-149)
+    hla.scan(x, x, x, decay=library.array([0.5, 1e-40], "float32"))
+    wide = library.array(np.ones((2, 3, 1)), "float64")
+    o = hla.scan(wide, wide, wide, decay=1e-50, operator="linear")
+    close(library.numpy(o), np.ones((2, 3, 1)))

@@ -508,3 +508,15 @@ def test_modules_and_hooks():
         loss(model(*given)).backward()
     assert len(seen) == 2
     agree([model.decay.grad], [seen[0] + seen[1]], 0.0)
+
+
+def test_the_second_derivative_at_a_decay_of_zero():
+    """Where values are not read: that of the generic code."""
+    x, g = torch.ones(2, 4, 1, device=DEVICE), torch.tensor([0.0, 0.5], device=DEVICE)
+
+    def last(g):  # g^3 + g^2 + g + 1
+        return hla.scan(x, x, x, operator="linear", decay=g, backend="triton")[:, -1, 0].sum()
+
+    slope = torch.func.grad(last)
+    close(to_numpy(slope(g).cpu()), [1, 2.75], 1e-5)
+    close(to_numpy(torch.func.grad(lambda g: slope(g).sum())(g).cpu()), [2, 5], 1e-5)

@@ -1,6 +1,7 @@
 """torch.func and JAX transformations: jit, vmap, grad, scan; graphs that do not grow."""
 
 import functools
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -8,6 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 from conftest import (
+    FORMS,
     OPERATORS,
     close,
     draw,
@@ -395,3 +397,22 @@ def test_jax_without_x64():
         env=environment(JAX_ENABLE_X64="0"),
         check=True,
     )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_torchs_derivatives_at_a_decay_of_zero(form):
+    """Three, of reverse and forward mode, where values are not read: of a polynomial."""
+    func = installed("torch").func
+    x = load("torch").array(np.ones((3, 4, 1)), "float64")
+    decay = np.array([0.0, 1e-200, 0.5])
+
+    def last(g):  # g^3 + g^2 + g + 1
+        o = hla.scan(x, x, x, operator="linear", decay=g, form=form, chunk_size=3)
+        return o[:, -1, 0].sum()
+
+    g, places = load("torch").array(decay, "float64"), np.arange(3)
+    for outer, inner in itertools.product((func.jacrev, func.jacfwd), repeat=2):
+        second = outer(inner(last))
+        close(np.diag(to_numpy(second(g))), 6 * decay + 2)
+        third = to_numpy(func.jacrev(second)(g))
+        close(third[places, places, places], np.full(3, 6.0))

@@ -120,10 +120,27 @@ def padded(x: Array, axis: int, *, before: int = 0, after: int = 0, fill: float 
 
 
 def powers(x: Array, n: Array) -> Array:
-    """Raise ``x`` to whole powers n >= 0, with its derivatives of any order also where x is 0."""
-    if not is_jax(x):
+    """Raise ``x`` to whole powers n >= 0, with its derivatives also where x is 0."""
+    if is_jax(x):
+        return _powers()(x, namespace(n).reshape(n, (1,) * (x.ndim - n.ndim) + n.shape))
+    if library(x) != "torch" or not _followed(x):
         return x**n
-    return _powers()(x, namespace(n).reshape(n, (1,) * (x.ndim - n.ndim) + n.shape))
+    # torch's own derivative of x^0 is 0 / x: near 0 x is multiplied, up to a power that is 0 there
+    where, near = namespace(x).where, x < 1e-3
+    found, square, left = where(near, 1.0, x) ** n, where(near, x, 0.0), n.clip(max=31)
+    product = namespace(x).ones_like(found)
+    for i in range(5):
+        product = where(left // 2**i % 2 == 1, product * square, product)
+        square = square * square
+    return where(near, product, found)
+
+
+def _followed(x: Array) -> bool:
+    """Whether torch differentiates what is made of ``x``, or may."""
+    torch = sys.modules["torch"]
+    return bool(
+        (x.requires_grad and torch.is_grad_enabled()) or torch._C._are_functorch_transforms_active()
+    )
 
 
 @functools.cache
