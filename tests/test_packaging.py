@@ -71,6 +71,18 @@ def test_a_floor_is_installed(floor):
     assert version(floor.name) in floor.specifier
 
 
+def test_the_test_extra_has_what_the_suite_skips_for(requirements):
+    """So that a new machine runs every test but those of other devices."""
+    asked = {
+        re.sub(r"\W.*", "", name)
+        for path in Path(__file__).parent.glob("test_*.py")
+        for name in re.findall(r'installed\("([\w.]+)"\)', path.read_text(encoding="utf-8"))
+    }
+    extra = {r.name.replace("-", "_") for r in requirements if 'extra == "test"' in str(r.marker)}
+    assert "threadpoolctl" in asked
+    assert asked - {"hla", "broken", "nowhere_to_be_found", "cupy"} <= extra
+
+
 def test_extras_are_those_of_a_checkout(metadata):
     """No index has hla."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in TEXTS)
