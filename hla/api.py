@@ -14,7 +14,7 @@ from .core.reference import Gradients
 from .core.request import Inputs, Request
 from .core.triangle import STATE_OF
 from .cotangents import cotangents
-from .dispatch import Backend, Explanation
+from .dispatch import Explanation, Info
 from .errors import Unsupported
 from .joining import as_before, stretches
 from .libraries import facts
@@ -448,13 +448,13 @@ def _pull(call: _Call, o: Array, saved: Any, do: Array | None, dstate: Any) -> G
 def _not_traced(chosen: Any, request: Request, given: Sequence[Array | None]) -> None:
     """Refuse gradients that are traced where the backend, called outside of it, refuses a trace."""
     if not request.traced and any(x is not None and facts.traced(x) for x in given):
-        supports = getattr(chosen, "supports", None)  # torch's operators take them
-        why = supports and supports(dataclasses.replace(request, traced=True))
+        refusal = getattr(chosen, "refusal", None)  # torch's operators take them
+        why = refusal and refusal(dataclasses.replace(request, traced=True))
         if why:
             raise Unsupported(f"the gradient given to the pullback cannot be pulled back: {why}")
 
 
-def available() -> tuple[Backend, ...]:
+def available() -> tuple[Info, ...]:
     """List the backends and whether each can run on this machine.
 
     Returns
