@@ -25,8 +25,8 @@ myst_heading_anchors = 3
 smartquotes = False  # x' is a transpose
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
+autodoc_typehints = "none"  # the signature by name, not the overloads; types are in the text
 
-DEFAULTS = {"mask": "causal", "decay": None, "log_gate": None, "scale": 1.0}
 REQUESTS = {
     "plain": {},
     "`mask='prefix'`": {"mask": "prefix"},
@@ -94,7 +94,7 @@ def answer(backend, *, width=8, tokens=8, dtype="float32", **options):
     x, can, cannot = np.zeros((tokens, width), dtype), [], {}
     library = next(iter(backend.capabilities.libraries))
     for operator in contract.OPERATORS if "ridge" not in options else ["hla2"]:
-        request, _, _ = prepare(x, x, x, operator=operator, **{**DEFAULTS, **options})
+        request, _, _ = prepare(x, x, x, operator=operator, **options)
         request = dataclasses.replace(request, library=library)
         why = contract.formless(request) or contract.refusal(backend.capabilities, request)
         if why is None:

@@ -13,13 +13,10 @@ from typing import Any, NamedTuple
 from .core import reference
 from .core.associative import algebra_of
 from .core.namespace import symbolic
-from .core.programs import CAUSAL
 from .core.request import Request
+from .options import CONVENTIONS, FORMS, MASKS, OPERATORS
 
 ANY = "any"
-OPERATORS = tuple(CAUSAL)
-MASKS = ("causal", "prefix", "none")
-CONVENTIONS = ("exact", "paper")
 GATES = ("decay", "log_gate")
 NAMES = {"numpy": "NumPy", "jax": "JAX", "cupy": "CuPy", "numba": "Numba"}  # where not as imported
 
@@ -53,7 +50,7 @@ class Capabilities(NamedTuple):
     masks: tuple[str, ...] = MASKS
     conventions: tuple[str, ...] = CONVENTIONS
     gates: tuple[str, ...] = GATES
-    forms: tuple[str, ...] = reference.FORMS
+    forms: tuple[str, ...] = FORMS
     traced: tuple[str, ...] = (ANY,)
     opaque: bool = False
     gradients: bool = True
@@ -198,7 +195,7 @@ KNOWN = {
     "masks": MASKS,
     "conventions": CONVENTIONS,
     "gates": GATES,
-    "forms": reference.FORMS,
+    "forms": FORMS,
 }
 
 
