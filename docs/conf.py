@@ -1,5 +1,6 @@
-"""Sphinx settings; capability and benchmark tables are made anew at each build."""
+"""Sphinx settings; the tables come from the backends' data and the saved benchmarks."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import hla
-from hla import dispatch
+from hla import backends, contract
+from hla.arguments import prepare
 
 project = "hla"
 author = "the hla authors"
@@ -23,6 +25,7 @@ myst_heading_anchors = 3
 smartquotes = False  # x' is a transpose
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
+autodoc_typehints = "none"  # the signature by name, not the overloads; types are in the text
 
 REQUESTS = {
     "plain": {},
@@ -56,45 +59,61 @@ def table(*rows):
     return "\n".join([head, "|---" * len(rows[0]) + "|", *rest])
 
 
-def backends():
-    """What each backend says of itself."""
-    serves = {row.name: row.serves for row in dispatch.TABLE}
-    rows = [("backend", "picked for", "here", "version", "dtypes", "gradients")]
-    for entry in hla.available():
-        pairs = serves.get(entry.name, ())
-        picked = (f"{lib} on {'an accelerator' if acc else 'the host'}" for lib, acc in pairs)
-        here = "yes" if entry.available else f"no: {entry.reason}"
-        gradients = "yes" if entry.gradients else "no"
-        name, dtypes = f"`{entry.name}`", ", ".join(entry.dtypes)
-        rows.append((name, ", ".join(picked), here, entry.version, dtypes, gradients))
+def built_in():
+    """Backends of the table, whatever this machine has."""
+    return [backends.load(name) for name in backends.TABLE]
+
+
+def capabilities():
+    """What each backend computes, as its data has it."""
+    head = (
+        "backend",
+        "picked for",
+        "libraries",
+        "traced arrays of",
+        "dtypes",
+        "forms",
+        "gradients",
+    )
+    rows = [head]
+    for backend in built_in():
+        c = backend.capabilities
+        picked = (f"{lib} on {'an accelerator' if acc else 'the host'}" for lib, acc in c.serves)
+        words = (picked, *(map(spoken, x) for x in (c.libraries, c.traced)), c.dtypes, c.forms)
+        gradients = "yes" if c.gradients else "no"
+        rows.append((f"`{backend.name}`", *map(", ".join, words), gradients))
     return table(*rows)
 
 
-def answer(name, operators, *, width=8, tokens=8, dtype="float32", **options):
+def spoken(library):
+    return contract.NAMES.get(library, library)
+
+
+def answer(backend, *, width=8, tokens=8, dtype="float32", **options):
     """Which operators a backend runs on one kind of request, and why not the others."""
-    x = np.zeros((tokens, width), dtype)
-    can, cannot = [], {}
-    for operator in operators if "ridge" not in options else ["hla2"]:
-        try:
-            hla.explain(x, x, x, operator=operator, backend=name, **options)
+    x, can, cannot = np.zeros((tokens, width), dtype), [], {}
+    library = next(iter(backend.capabilities.libraries))
+    for operator in contract.OPERATORS if "ridge" not in options else ["hla2"]:
+        request, _, _ = prepare(x, x, x, operator=operator, **options)
+        request = dataclasses.replace(request, library=library)
+        why = contract.formless(request) or contract.refusal(backend.capabilities, request)
+        if why is None:
             can.append(operator)
-        except hla.Unsupported as error:
-            why = str(error).removeprefix(f"no backend can do this request. {name}: ")
+        else:
             cannot.setdefault(why, []).append(operator)
-    said = [", ".join(can)] if can else []
-    return "; ".join(said + [f"not {', '.join(names)}: {why}" for why, names in cannot.items()])
+    runs = [", ".join(can)] if can else []
+    return "; ".join(runs + [f"not {', '.join(names)}: {why}" for why, names in cannot.items()])
 
 
 def requests():
-    """What each backend answers to each kind of request, on host arrays of NumPy."""
-    entries = [entry for entry in hla.available() if entry.available]
-    rows = [("request", *(f"`{entry.name}`" for entry in entries))]
+    """What each backend answers to each kind of request, on arrays of a library that it takes."""
+    rows = [("request", *(f"`{backend.name}`" for backend in built_in()))]
     for label, options in REQUESTS.items():
-        rows.append((label, *(answer(e.name, e.operators, **options) for e in entries)))
+        rows.append((label, *(answer(backend, **options) for backend in built_in())))
     return table(*rows)
 
 
-myst_substitutions = {"backends": backends(), "requests": requests()}
+myst_substitutions = {"backends": capabilities(), "requests": requests()}
 
 
 def benchmarks(folder):

@@ -5,44 +5,54 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, Unpack, overload
 
 from . import dispatch
-from .arguments import Layout, flag, ordered, prepare
+from .arguments import prepare
+from .arguments.cotangents import cotangents
+from .arguments.segments import as_before, stretches
 from .core.namespace import Array
 from .core.reference import Gradients
 from .core.request import Inputs, Request
 from .core.triangle import STATE_OF
-from .cotangents import cotangents
-from .dispatch import Backend, Explanation
+from .dispatch import Explanation, Info
 from .errors import Unsupported
-from .joining import as_before, stretches
+from .layout import Layout
 from .libraries import facts
+from .options import (
+    DEFAULTS,
+    OPTIONS,
+    AllScanOptions,
+    Backends,
+    ScanOptions,
+    SegmentOptions,
+    StepOptions,
+    defaults,
+    filled,
+    ordered,
+    signed,
+)
 
-Backends = str | Sequence[str] | None
+A = TypeVar("A")  # an array of any library
+S = TypeVar("S")  # a state or segment
+
+STEP, SEGMENT = defaults(StepOptions), defaults(SegmentOptions)
 
 
+@overload
 def scan(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    operator: str = "hla2",
-    mask: str = "causal",
-    decay: Any = None,
-    log_gate: Any = None,
-    scale: float = 1.0,
-    normalize: bool = False,
-    eps: float = 1e-6,
-    ridge: float = 0.0,
-    axis: int = -2,
-    initial_state: Any = None,
-    return_state: bool = False,
-    form: str | None = None,
-    chunk_size: int | None = None,
-    convention: str = "exact",
-    backend: Backends = None,
-) -> Any:
+    q: A, k: A, v: A, *, return_state: Literal[False] = ..., **options: Unpack[ScanOptions]
+) -> A: ...
+@overload
+def scan(
+    q: A, k: A, v: A, *, return_state: Literal[True], **options: Unpack[ScanOptions]
+) -> tuple[A, Any]: ...
+@overload
+def scan(
+    q: A, k: A, v: A, *, return_state: bool, **options: Unpack[ScanOptions]
+) -> A | tuple[A, Any]: ...
+@signed(AllScanOptions)
+def scan(q: Any, k: Any, v: Any, **options: Any) -> Any:
     """Higher-order linear attention over a whole sequence.
 
     Parameters
@@ -108,27 +118,9 @@ def scan(
     >>> hla.scan(q, k, v)[:, 0]
     array([1., 3., 6.])
     """
+    options = filled("scan", DEFAULTS, options)
     run = _node("scan") if facts.compiling() else _scan
-    return run(
-        q,
-        k,
-        v,
-        backend,
-        operator=operator,
-        mask=mask,
-        decay=decay,
-        log_gate=log_gate,
-        scale=scale,
-        normalize=normalize,
-        eps=eps,
-        ridge=ridge,
-        axis=axis,
-        initial_state=initial_state,
-        return_state=return_state,
-        form=form,
-        chunk_size=chunk_size,
-        convention=convention,
-    )
+    return run(q, k, v, **options)
 
 
 def _node(name: str) -> Any:
@@ -148,24 +140,14 @@ def _scan(
     return (o, layout.state_out(state)) if request.return_state else o
 
 
+@overload
 def step(
-    q_t: Array,
-    k_t: Array,
-    v_t: Array,
-    state: Any = None,
-    *,
-    operator: str = "hla2",
-    mask: str = "causal",
-    decay: Any = None,
-    log_gate: Any = None,
-    scale: float = 1.0,
-    normalize: bool = False,
-    eps: float = 1e-6,
-    ridge: float = 0.0,
-    convention: str = "exact",
-    backend: Backends = None,
-    donate: bool = False,
-) -> tuple[Array, Any]:
+    q_t: A, k_t: A, v_t: A, state: None = ..., **options: Unpack[StepOptions]
+) -> tuple[A, Any]: ...
+@overload
+def step(q_t: A, k_t: A, v_t: A, state: S, **options: Unpack[StepOptions]) -> tuple[A, S]: ...
+@signed(StepOptions)
+def step(q_t: Any, k_t: Any, v_t: Any, state: Any = None, **options: Any) -> Any:
     """Take one token: update the state, then read it.
 
     Parameters
@@ -194,24 +176,9 @@ def step(
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
+    options = filled("step", STEP, options)
     run = _node("step") if facts.compiling() else _step
-    return run(
-        q_t,
-        k_t,
-        v_t,
-        state,
-        backend,
-        donate,
-        operator=operator,
-        mask=mask,
-        decay=decay,
-        log_gate=log_gate,
-        scale=scale,
-        normalize=normalize,
-        eps=eps,
-        ridge=ridge,
-        convention=convention,
-    )
+    return run(q_t, k_t, v_t, state, **options)
 
 
 def _step(
@@ -226,28 +193,17 @@ def _step(
     **options: Any,
 ) -> tuple[Array, Any]:
     ordered(options["mask"], "steps")
-    flag("donate", donate)
+    donate = OPTIONS["donate"].check("donate", donate)
     request, inputs, layout = prepare(
         q, k, v, one_token=True, initial_state=state, return_state=True, **options
     )
     chosen = dispatch.choose(request, backend, autograd=True, node=node)
-    o, new = chosen.step(request, inputs, bool(donate))
+    o, new = chosen.step(request, inputs, donate)
     return layout.tokens_out(o), layout.state_out(new)
 
 
-def summarize(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    operator: str = "hla2",
-    mask: str = "causal",
-    decay: Any = None,
-    log_gate: Any = None,
-    scale: float = 1.0,
-    axis: int = -2,
-    backend: Backends = None,
-) -> Any:
+@signed(SegmentOptions)
+def summarize(q: Any, k: Any, v: Any, **options: Unpack[SegmentOptions]) -> Any:
     """Summarize a stretch of a sequence as one segment, for `combine`.
 
     Parameters
@@ -265,20 +221,10 @@ def summarize(
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
-    ordered(mask, "segments")
+    given = filled("summarize", SEGMENT, options)
+    ordered(given["mask"], "segments")
     run = _node("summarize") if facts.compiling() else _summarize
-    return run(
-        q,
-        k,
-        v,
-        backend,
-        operator=operator,
-        mask=mask,
-        decay=decay,
-        log_gate=log_gate,
-        scale=scale,
-        axis=axis,
-    )
+    return run(q, k, v, **given)
 
 
 def _summarize(
@@ -289,7 +235,7 @@ def _summarize(
     return chosen.summarize(request, inputs)
 
 
-def combine(left: Any, right: Any) -> Any:
+def combine(left: S, right: Any) -> S:
     """Join two adjacent stretches, earlier first: the paper's associative operator.
 
     Stretches stacked along new leading axes are joined one by one.
@@ -316,7 +262,8 @@ def combine(left: Any, right: Any) -> Any:
         ``left`` is a state of the paper's own recurrences, which no segment continues.
     """
     run = _node("combine") if facts.compiling() else _combine
-    return run(left, right)
+    joined: S = run(left, right)
+    return joined
 
 
 def _combine(left: Any, right: Any) -> Any:
@@ -330,27 +277,20 @@ def _combine(left: Any, right: Any) -> Any:
     return joined.pack() if packed else joined
 
 
+@overload
 def vjp(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    operator: str = "hla2",
-    mask: str = "causal",
-    decay: Any = None,
-    log_gate: Any = None,
-    scale: float = 1.0,
-    normalize: bool = False,
-    eps: float = 1e-6,
-    ridge: float = 0.0,
-    axis: int = -2,
-    initial_state: Any = None,
-    return_state: bool = False,
-    form: str | None = None,
-    chunk_size: int | None = None,
-    convention: str = "exact",
-    backend: Backends = None,
-) -> tuple[Any, Callable[..., Gradients]]:
+    q: A, k: A, v: A, *, return_state: Literal[False] = ..., **options: Unpack[ScanOptions]
+) -> tuple[A, Callable[..., Gradients]]: ...
+@overload
+def vjp(
+    q: A, k: A, v: A, *, return_state: Literal[True], **options: Unpack[ScanOptions]
+) -> tuple[tuple[A, Any], Callable[..., Gradients]]: ...
+@overload
+def vjp(
+    q: A, k: A, v: A, *, return_state: bool, **options: Unpack[ScanOptions]
+) -> tuple[A | tuple[A, Any], Callable[..., Gradients]]: ...
+@signed(AllScanOptions)
+def vjp(q: Any, k: Any, v: Any, **options: Any) -> Any:
     """Return `scan`'s result and the function that pulls a gradient back through it.
 
     Parameters
@@ -375,22 +315,8 @@ return_state, form, chunk_size, convention, backend
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
-    options = {
-        "operator": operator,
-        "mask": mask,
-        "decay": decay,
-        "log_gate": log_gate,
-        "scale": scale,
-        "normalize": normalize,
-        "eps": eps,
-        "ridge": ridge,
-        "axis": axis,
-        "initial_state": initial_state,
-        "return_state": return_state,
-        "form": form,
-        "chunk_size": chunk_size,
-        "convention": convention,
-    }
+    options = filled("vjp", DEFAULTS, options)
+    backend = options.pop("backend")
     if facts.compiling():
         o, state, saved = _node("forward")(q, k, v, backend, **options)
         pull = functools.partial(_node("backward"), q, k, v, backend, **options)
@@ -404,7 +330,7 @@ return_state, form, chunk_size, convention, backend
         found: Gradients = pull(o, saved, do, dstate)
         return found
 
-    return ((o, state) if return_state else o), pullback
+    return ((o, state) if options["return_state"] else o), pullback
 
 
 class _Call(NamedTuple):
@@ -448,13 +374,13 @@ def _pull(call: _Call, o: Array, saved: Any, do: Array | None, dstate: Any) -> G
 def _not_traced(chosen: Any, request: Request, given: Sequence[Array | None]) -> None:
     """Refuse gradients that are traced where the backend, called outside of it, refuses a trace."""
     if not request.traced and any(x is not None and facts.traced(x) for x in given):
-        supports = getattr(chosen, "supports", None)  # torch's operators take them
-        why = supports and supports(dataclasses.replace(request, traced=True))
+        refusal = getattr(chosen, "refusal", None)  # torch's operators take them
+        why = refusal and refusal(dataclasses.replace(request, traced=True))
         if why:
             raise Unsupported(f"the gradient given to the pullback cannot be pulled back: {why}")
 
 
-def available() -> tuple[Backend, ...]:
+def available() -> tuple[Info, ...]:
     """List the backends and whether each can run on this machine.
 
     Returns
@@ -465,27 +391,8 @@ def available() -> tuple[Backend, ...]:
     return dispatch.available()
 
 
-def explain(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    operator: str = "hla2",
-    mask: str = "causal",
-    decay: Any = None,
-    log_gate: Any = None,
-    scale: float = 1.0,
-    normalize: bool = False,
-    eps: float = 1e-6,
-    ridge: float = 0.0,
-    axis: int = -2,
-    initial_state: Any = None,
-    return_state: bool = False,
-    form: str | None = None,
-    chunk_size: int | None = None,
-    convention: str = "exact",
-    backend: Backends = None,
-) -> Explanation:
+@signed(AllScanOptions)
+def explain(q: Any, k: Any, v: Any, **options: Unpack[AllScanOptions]) -> Explanation:
     """Say what `scan` would run on these arguments, and why nothing else.
 
     Parameters
@@ -504,23 +411,7 @@ return_state, form, chunk_size, convention, backend
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
-    request, _, _ = prepare(
-        q,
-        k,
-        v,
-        operator=operator,
-        mask=mask,
-        decay=decay,
-        log_gate=log_gate,
-        scale=scale,
-        normalize=normalize,
-        eps=eps,
-        ridge=ridge,
-        axis=axis,
-        initial_state=initial_state,
-        return_state=return_state,
-        form=form,
-        chunk_size=chunk_size,
-        convention=convention,
-    )
+    given = filled("explain", DEFAULTS, options)
+    backend = given.pop("backend")
+    request, _, _ = prepare(q, k, v, **given)
     return dispatch.explain(request, backend)

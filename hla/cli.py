@@ -16,6 +16,7 @@ from typing import TextIO, cast
 
 import hla
 
+from . import backends
 from .command import Stream
 
 COMMANDS = {
@@ -26,7 +27,6 @@ COMMANDS = {
 LIBRARIES = ("numpy", "array_api_compat", "ml_dtypes", "torch", "jax", "cupy", "triton", "numba")
 INTERRUPTED = 130  # by the terminal: 128 + SIGINT
 NARROWEST = 20  # characters that a text is wrapped to, whatever the terminal's width
-HOST = ("numpy", "array_api")  # backends that bring no device of their own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,14 +77,14 @@ def info() -> int:
     """Print versions, devices and the backends; imports no array library."""
     print("Versions")
     _print(_versions())
-    backends = hla.available()
+    lines = hla.available()
     cpu = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
-    others = {b.device: b.name for b in backends if b.available and b.name not in HOST}
+    others = {b.device: b.name for b in lines if b.available and _on_accelerators(b.name)}
     print("\nDevices")
     _print([("cpu", cpu), *others.items()])
     print("\nBackends")
-    wide = max((len(b.name) for b in backends), default=0)
-    for b in backends:
+    wide = max((len(b.name) for b in lines), default=0)
+    for b in lines:
         runs, why = ("yes", b.version) if b.available else ("no", b.reason)
         _print([(f"{b.name:{wide}}  {runs:3}", why or "")])
         about = {
@@ -95,6 +95,12 @@ def info() -> int:
         }
         _print([(f"  {name:9}", text) for name, text in about.items() if text])
     return 0
+
+
+def _on_accelerators(name: str) -> bool:
+    """Whether a backend is picked for arrays on accelerators alone: it then names a device."""
+    pairs = backends.load(name).capabilities.serves if name in backends.names() else ()
+    return bool(pairs) and all(accelerator for _, accelerator in pairs)
 
 
 def _versions() -> list[tuple[str, str]]:

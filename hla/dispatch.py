@@ -1,44 +1,26 @@
-"""Which backend runs a request: the table, the choice, and the reasons."""
+"""Which backend runs a request, and the reasons."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from . import contract, libraries
-from .contract import Info as Info
-from .core import reference
-from .core.associative import algebra_of
-from .core.namespace import symbolic
+from . import backends, contract, libraries
+from .backends import RESERVED, load, names
+from .contract import Machine
 from .core.request import Request
 from .empty import Filled
 from .errors import SlowPathWarning, Unsupported, kind_of
 
-GROUP = "hla.backends"  # entry points: name = a module with what `Row` says a backend has
-RESERVED = ("pallas", "cupy", "numba")  # known names, also before they are there
-ANY = "any"
+_lock = threading.Lock()
+_warned: set[str] = set()
 
 
-class Row(NamedTuple):
-    """One backend: its module and the pairs (library, on an accelerator?) it is picked for.
-
-    The module has ``supports(request) -> str | None`` (the reason for refusing), ``forward``,
-    ``backward`` and ``step`` as `hla.backends.array_api` has them, ``summarize`` where it can,
-    ``plan(request) -> str`` where it is not that of `plan`, and ``info() -> Info``.
-    ``OPAQUE = True`` says that a library's autograd cannot see through it.
-    """
-
-    name: str
-    module: str
-    serves: tuple[tuple[str, bool], ...]
-
-
-class Backend(NamedTuple):
+class Info(NamedTuple):
     """One line of `hla.available`."""
 
     name: str
@@ -64,66 +46,6 @@ class Explanation(NamedTuple):
         return "\n".join(lines + [f"not {name}: {why}" for name, why in self.reasons.items()])
 
 
-TABLE: tuple[Row, ...] = (
-    Row("numpy", "hla.backends.numpy", (("numpy", False),)),
-    Row("triton", "hla.backends.triton", (("torch", True),)),
-    Row("array_api", "hla.backends.array_api", ((ANY, False), (ANY, True))),
-)
-_lock = threading.Lock()
-_warned: set[str] = set()
-
-
-class Plugins(NamedTuple):
-    """Third parties' entry points by name and value, and why those under a taken name are none."""
-
-    points: dict[str, dict[str, Any]]
-    ignored: dict[str, str]
-
-
-@functools.cache
-def _plugins() -> Plugins:
-    from importlib import metadata  # a tenth of hla's import, and needed only past the table
-
-    points: dict[str, dict[str, Any]] = {}
-    try:
-        for point in metadata.entry_points(group=GROUP):
-            points.setdefault(point.name, {})[point.value] = point
-    except Exception as error:  # of any package at all
-        _warn(f"no plugins: the entry points here are not readable ({error!r})")
-    ignored = {}
-    for name in sorted(points.keys() & {*(row.name for row in TABLE), *RESERVED}):
-        values = ", ".join(points.pop(name))
-        ignored[name] = f"hla has the name {name!r} itself; rename the entry point of {values}"
-        _warn(f"a plugin is ignored: {ignored[name]}")
-    return Plugins(dict(sorted(points.items())), ignored)
-
-
-@functools.cache
-def load(name: str) -> Any:
-    """Import a backend; a real import error surfaces, but that of a plugin is its refusal."""
-    for row in TABLE:
-        if row.name == name:
-            return importlib.import_module(row.module)
-    points = _plugins().points[name]
-    if len(points) > 1:
-        return contract.refusing(name, f"{' and '.join(points)} have this name; uninstall one")
-    return contract.checked(name, *(point.load for point in points.values()))
-
-
-def names() -> tuple[str, ...]:
-    """Every backend there is, in the order in which they are tried; array_api is last."""
-    rows = [row.name for row in TABLE]
-    return (*rows[:-1], *_plugins().points, rows[-1])
-
-
-def _serves(name: str, request: Request) -> bool:
-    """Whether ``backend=None`` may pick this backend for the request's library and device."""
-    pairs = next((row.serves for row in TABLE if row.name == name), None)
-    if pairs is None:
-        pairs = load(name).serves
-    return any(lib in (request.library, ANY) and acc == request.accelerator for lib, acc in pairs)
-
-
 def choose(
     request: Request,
     backend: str | Sequence[str] | None,
@@ -140,10 +62,10 @@ def choose(
     name, reasons = pick(request, backend, summarize=summarize)
     if backend is None and name == "array_api" and request.accelerator:
         _warn_slow(request, reasons)
-    module = load(name)
+    chosen = load(name)
     if autograd:
-        module = libraries.seen_by(request.library, name, module, node)
-    return Filled(module) if request.empty else module
+        chosen = libraries.seen_by(request.library, name, chosen, node)
+    return Filled(chosen) if request.empty else chosen
 
 
 def pick(
@@ -165,63 +87,63 @@ def pick(
     Unsupported
         No backend asked for can do it; the message holds every reason.
     """
+    if not (backend is None or isinstance(backend, str)):
+        backend = _sequence(backend)
+    find = _pick.__wrapped__ if request.traced else _pick  # symbols of a trace are no keys
+    name, reasons = find(request, backend, summarize)
+    if name is None:
+        listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        raise Unsupported(f"no backend can do this request. {listed}")
+    return name, dict(reasons)
+
+
+def _sequence(backend: Any) -> tuple[str, ...]:
+    if not isinstance(backend, Sequence):
+        raise TypeError(
+            f"backend is {kind_of(backend)}; expected a name, names in a sequence, or None"
+        )
+    if not backend:
+        raise ValueError("backend is an empty sequence; expected a name, names, or None for any")
+    for name in backend:
+        _known(name)
+    return tuple(backend)
+
+
+def _known(name: Any) -> None:
+    if not isinstance(name, str) or name not in (*names(), *RESERVED):
+        known = ", ".join(dict.fromkeys((*names(), *RESERVED)))
+        raise ValueError(f"backend is {kind_of(name)}; expected one of {known}, or None")
+
+
+@functools.lru_cache(maxsize=4096)
+def _pick(
+    request: Request, backend: str | tuple[str, ...] | None, summarize: bool
+) -> tuple[str | None, dict[str, str]]:
+    """Return what `pick` does, None for a name where no backend can do the request."""
     reasons: dict[str, str] = {}
-    if backend is None:
-        tried = names()
-    else:
-        if not isinstance(backend, (str, Sequence)):
-            raise TypeError(
-                f"backend is {kind_of(backend)}; expected a name, names in a sequence, or None"
-            )
-        tried = (backend,) if isinstance(backend, str) else tuple(backend)
-        if not tried:
-            raise ValueError(
-                "backend is an empty sequence; expected a name, names, or None for any"
-            )
-        for name in tried:
-            if not isinstance(name, str) or name not in (*names(), *RESERVED):
-                known = ", ".join(dict.fromkeys((*names(), *RESERVED)))
-                raise ValueError(f"backend is {kind_of(name)}; expected one of {known}, or None")
-    for name in tried:
-        if backend is None and not _serves(name, request):
+    if isinstance(backend, str):
+        _known(backend)
+        backend = (backend,)
+    for name in names() if backend is None else backend:
+        if backend is None and not contract.serves(
+            load(name).capabilities, request.library, request.accelerator
+        ):
             continue
         why = refusal(name, request)
-        if why is None and summarize and not hasattr(load(name), "summarize"):
+        if why is None and summarize and load(name).summarize is None:
             why = "it does not summarize; use backend='array_api'"
         if why is None:
             return name, reasons
         reasons[name] = why
-    listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
-    raise Unsupported(f"no backend can do this request. {listed}")
+    return None, reasons
 
 
 def refusal(name: str, request: Request) -> str | None:
     """Why a backend cannot do a request, or None."""
     if name in RESERVED:
         why = f"this version of hla has no {name} backend; use backend=None or 'array_api'"
-        return "; ".join([why, *filter(None, [_plugins().ignored.get(name)])])
-    return _no_form(request) or load(name).supports(request)
-
-
-def _no_form(request: Request) -> str | None:
-    """Return why no backend can run the form asked for, or None."""
-    if request.mask == "none" and request.form in ("recurrent", "associative"):
-        return f"mask='none' sees every token at once and has no {request.form} form; use 'chunked'"
-    if request.form == "associative" and symbolic(request.tokens):
-        return "form='associative' is a tree that grows with T, here a symbol; use form='chunked'"
-    if request.form == "associative" and algebra_of(request) is None:
-        return (
-            "convention='paper' is not an associative scan: its decayed hla2 operator is not "
-            "associative and its hla3 recurrence is not the masked sum; use form='chunked'"
-        )
-    return None
-
-
-def _warn(why: str) -> None:
-    """Warn of plugins, once, also where warnings are errors."""
-    if why not in _warned:
-        _warned.add(why)
-        warnings.warn(why, stacklevel=2)
+        return "; ".join([why, *filter(None, [backends.plugins().ignored.get(name)])])
+    return contract.formless(request) or load(name).refusal(request)
 
 
 def _warn_slow(request: Request, reasons: dict[str, str]) -> None:
@@ -254,16 +176,6 @@ def _callers_level() -> int:
     return level
 
 
-def plan(request: Request) -> str:
-    """Say in words how the request is computed."""
-    if request.form == "associative":
-        width = reference.width(request)
-        return f"exclusive Blelloch scans within and across chunks of {width} tokens"
-    if request.mask == "none":
-        return f"{len(request.program.steps)} full passes"
-    return f"{len(request.program.steps)} passes in chunks of {reference.width(request)} tokens"
-
-
 def explain(request: Request, backend: str | Sequence[str] | None) -> Explanation:
     """Describe what would run, and for each other backend the reason why it would not."""
     chosen, reasons = pick(request, backend)
@@ -271,21 +183,26 @@ def explain(request: Request, backend: str | Sequence[str] | None) -> Explanatio
         if name != chosen and name not in reasons:
             other = f"{chosen} comes first" if backend is None else "not asked for"
             reasons[name] = refusal(name, request) or other
-    how = getattr(load(chosen), "plan", plan)(request)
+    how = load(chosen).plan(request)
     if request.tf32:
         how += "; float32 products in reduced precision, as the array library is set to"
     return Explanation(chosen, request.form or "chunked", how, reasons)
 
 
-def available() -> tuple[Backend, ...]:
+def available() -> tuple[Info, ...]:
     """One line per backend: whether it can run on this machine, and why not."""
     lines = []
     for name in names():
-        try:
-            info = load(name).info()
-        except Exception as error:  # a broken library is a line of the table, not the end of it
-            info = contract.unavailable(f"{type(error).__name__}: {error}")
-        lines.append(Backend(name, *info))
-    for name, why in _plugins().ignored.items():
-        lines.append(Backend(f"{name} (plugin)", *contract.unavailable(why)))
+        c, here = load(name).capabilities, _machine(name)
+        dtypes = c.dtypes if here.dtypes is None else here.dtypes
+        lines.append(Info(name, not here.reason, *here[:3], c.operators, dtypes, c.gradients))
+    for name, why in backends.plugins().ignored.items():
+        lines.append(Info(f"{name} (plugin)", False, why, "", "", (), (), False))
     return tuple(lines)
+
+
+def _machine(name: str) -> Machine:
+    try:
+        return load(name).machine()
+    except Exception as error:  # a broken library is a line of the table, not the end of it
+        return Machine(f"{type(error).__name__}: {error}")

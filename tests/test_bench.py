@@ -23,7 +23,7 @@ import pytest
 from conftest import environment, installed
 
 import hla
-from hla import bench, dispatch
+from hla import backends, bench, dispatch
 from hla.bench import libraries, measure, peers, workloads
 from hla.bench.libraries import Call, Meter
 from hla.bench.workloads import OPERATORS, WORKLOADS, Case, Target
@@ -532,11 +532,10 @@ def test_inputs_are_exact_in_their_dtype(library):
 
 def test_targets_are_those_of_the_dispatch_table(monkeypatch):
     assert [t.backend for t in workloads.targets()] == sorted(
-        (t.backend for t in workloads.targets()), key=dispatch.names().index
+        (t.backend for t in workloads.targets()), key=backends.names().index
     )
-    assert {t.backend for t in workloads.targets()} == set(dispatch.names())
-    row = dispatch.Row("new", "hla.backends.array_api", (("torch", True),))
-    monkeypatch.setattr(dispatch, "TABLE", (row, *dispatch.TABLE))
+    assert {t.backend for t in workloads.targets()} == set(backends.names())
+    monkeypatch.setattr(backends, "TABLE", {"new": "hla.backends.triton", **backends.TABLE})
     assert workloads.targets()[0] == Target("new", "torch", True)
     assert str(workloads.targets()[0]) == "new/torch/gpu"
 

@@ -1,6 +1,7 @@
 """Backends of third parties, found by their entry points."""
 
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -8,22 +9,24 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import environment, installed
+from conftest import close_fields, environment, installed
 from test_docs import ROOT, blocks
 
 import hla
-from hla import dispatch
+from hla import backends, dispatch
 from hla.bench import workloads
 from hla.libraries import facts
 
 PLUGIN = """
     from hla.backends import array_api
-    from hla.backends.array_api import backward, forward, info, step, summarize
+    from hla.backends.array_api import backward, forward, machine, step, summarize
+    from hla.contract import Capabilities
 
-    serves = (("numpy", False), ("array_api_strict", False))
-
-    def supports(request):
-        return "it does hla2 only" if request.operator != "hla2" else None
+    CAPABILITIES = Capabilities(
+        ("float32", "float64"),
+        serves=(("numpy", False), ("array_api_strict", False)),
+        operators=("hla2",),
+    )
 """
 
 
@@ -58,17 +61,26 @@ def test_a_plugin_runs_by_name_and_gives_its_reasons(tmp_path):
     )
     done = in_a_process(tmp_path, PLUGIN, code)
     assert done.returncode == 0, done.stderr
-    assert "it does hla2 only" in done.stdout
+    assert "mine: it runs operator='hla2', not 'ahla'" in done.stdout
 
 
 @pytest.fixture
-def offer(tmp_path, monkeypatch):
-    """Return a function that installs a plugin in this process, until the end of the test."""
+def forgotten():
+    """Return a function that forgets which backends there are, called once more at the end."""
 
     def forget():
-        dispatch._plugins.cache_clear()
-        dispatch.load.cache_clear()
-        sys.modules.pop("mine", None)
+        for found in (backends.plugins, backends.load, dispatch._pick):
+            found.cache_clear()
+        for name in ("mine", "hla_toy"):
+            sys.modules.pop(name, None)
+
+    yield forget
+    forget()
+
+
+@pytest.fixture
+def offer(tmp_path, monkeypatch, forgotten):
+    """Return a function that installs a plugin in this process, until the end of the test."""
 
     def offer(plugin, *points, name="mine"):
         (tmp_path / "mine.py").write_text(textwrap.dedent(plugin))
@@ -77,45 +89,53 @@ def offer(tmp_path, monkeypatch):
             "\n".join(["[hla.backends]", *(points or ["mine = mine"])])
         )
         monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setattr(dispatch, "_warned", set())
-        forget()
+        monkeypatch.setattr(backends, "warned", set())
+        forgotten()
 
-    yield offer
-    forget()
+    return offer
 
 
 STRICT = """
-    from hla.backends.array_api import backward, forward, info, step, summarize, supports
+    from hla.backends.array_api import backward, forward, machine, step, summarize
+    from hla.contract import Capabilities
 
-    given = info()
-    serves = (("array_api_strict", False),)
+    CAPABILITIES = Capabilities(("float32", "float64"), serves=(("array_api_strict", False),))
+    replace, given = CAPABILITIES._replace, machine()
 """
 BROKEN = {  # what a plugin does: what is reported of it
     "import nothing_there": "import failed: ModuleNotFoundError.*nothing_there",
     "raise SystemExit('no device')": "import failed: SystemExit: no device",
-    "del supports": "lacks functions .*: supports$",
-    "forward = None; del step": "lacks functions .*: forward, step$",
+    "forward = None; del backward": "lacks functions .*: forward, backward$",
     "del backward": "lacks functions .*: backward$",
-    "del info": "lacks functions .*: info$",
+    "forward = 3": "lacks functions .*: forward$",
+    "step = 3": "step is 3; expected a function",
+    "del CAPABILITIES": "CAPABILITIES is None; expected hla.contract.Capabilities$",
+    "CAPABILITIES = None; supports = info = len": r"CAPABILITIES is None.* \(supports, info",
+    "CAPABILITIES = replace(dtypes=None)": "dtypes None; expected a tuple of float16, ",
+    "CAPABILITIES = replace(dtypes=('int8',))": "dtypes .*int8.*; expected a tuple of float16",
+    "CAPABILITIES = replace(operators='hla2')": "operators 'hla2'; expected a tuple of linear",
+    "CAPABILITIES = replace(forms=('fast',))": "forms .*fast.*; expected a tuple of chunked, ",
+    "CAPABILITIES = replace(libraries=(float,))": "libraries .*; expected a tuple of str",
+    "CAPABILITIES = replace(opaque=1)": "opaque 1; expected True or False",
+    "CAPABILITIES = replace(opaque=True, gradients=False)": "is opaque and has no gradients",
     "summarize = 3": "summarize is 3; expected a function",
     "plan = 'passes'": "plan is 'passes'; expected a function",
-    "info = lambda: 1 / 0": "info failed: ZeroDivisionError",
-    "info = lambda: None": "info returned None; expected an hla.dispatch.Info",
-    "info = lambda: {}": "info returned {}; expected an hla.dispatch.Info",
-    "info = lambda: given._replace(reason=None)": "info has reason None; expected a str",
-    "info = lambda: given._replace(operators='hla2')": "operators 'hla2'; expected a tuple of str",
-    "info = lambda: given._replace(dtypes=(float,))": "dtypes .*; expected a tuple of str",
-    "serves = ('array_api_strict', False)": "serves is .*; expected pairs",
-    "serves = ('numpy', 'torch')": "serves is .*; expected pairs",
-    "serves = (('array_api_strict', 0),)": "serves is .*; expected pairs",
-    "serves = None": "serves is None; expected pairs",
+    "machine = lambda: 1 / 0": "machine failed: ZeroDivisionError",
+    "machine = lambda: None": "machine returned None; expected hla.contract.Machine",
+    "machine = lambda: {}": "machine returned {}; expected hla.contract.Machine",
+    "machine = lambda: given._replace(reason=None)": "machine has reason None; expected a str",
+    "machine = lambda: given._replace(dtypes=(float,))": "dtypes .*; expected a tuple of str",
+    "CAPABILITIES = replace(serves=('array_api_strict', False))": "serves .*; expected pairs",
+    "CAPABILITIES = replace(serves=('numpy', 'torch'))": "serves .*; expected pairs",
+    "CAPABILITIES = replace(serves=(('array_api_strict', 0),))": "serves .*; expected pairs",
+    "CAPABILITIES = replace(serves=None)": "serves None; expected pairs",
 }
 REFUSING = {
-    "supports = lambda request: 1 / 0": "supports failed: ZeroDivisionError",
-    "def supports(request): raise SystemExit": "supports failed: SystemExit",
-    "supports = lambda: None": "supports failed: TypeError",
-    "supports = lambda request: True": "supports returned True; expected None",
-    "supports = lambda request: ''": "supports returned ''; expected None",
+    "unable = lambda request: 1 / 0": "unable failed: ZeroDivisionError",
+    "def unable(request): raise SystemExit": "unable failed: SystemExit",
+    "unable = lambda: None": "unable failed: TypeError",
+    "unable = lambda request: True": "unable returned True; expected None",
+    "unable = lambda request: ''": "unable returned ''; expected None",
 }
 
 
@@ -160,10 +180,12 @@ def test_a_plugin_may_lack_what_can_be_left_out(offer):
         """
         from types import SimpleNamespace
         from hla.backends import array_api
+        from hla.contract import Capabilities
 
-        names = ("supports", "forward", "backward", "step", "info")
-        least = SimpleNamespace(**{name: getattr(array_api, name) for name in names})
-        some = SimpleNamespace(**vars(least), serves=[["array_api_strict", False]], plan=None)
+        names = {"forward": array_api.forward, "backward": array_api.backward}
+        dtypes, serves = ("float32", "float64"), (("array_api_strict", False),)
+        least = SimpleNamespace(**names, CAPABILITIES=Capabilities(dtypes))
+        some = SimpleNamespace(**names, CAPABILITIES=Capabilities(dtypes, serves=serves), plan=None)
         """,
         "mine = mine:least",
         "other = mine:some",
@@ -176,6 +198,10 @@ def test_a_plugin_may_lack_what_can_be_left_out(offer):
         assert hla.explain(x, x, x, backend=name).plan == hla.explain(x, x, x).plan
         with pytest.raises(hla.Unsupported, match=f"{name}: it does not summarize"):
             hla.summarize(x, x, x, backend=name)
+        token = x[0], x[0], x[0]
+        (o, state), (want, last) = hla.step(*token, backend=name), hla.step(*token)
+        np.testing.assert_allclose(o, want)
+        close_fields(state, last)
         hla.summarize(x, x, x, backend=[name, "numpy"])
     hla.summarize(y, y, y)
 
@@ -192,8 +218,8 @@ def test_a_plugin_under_a_name_of_hla_is_reported(name, offer):
     (row,) = [b for b in rows if b.name == f"{name} (plugin)"]
     assert not row.available
     assert "rename the entry point of mine" in row.reason
-    assert [b.name for b in rows].count(name) == (name not in dispatch.RESERVED)
-    if name in dispatch.RESERVED:
+    assert [b.name for b in rows].count(name) == (name not in backends.RESERVED)
+    if name in backends.RESERVED:
         with pytest.raises(hla.Unsupported, match="rename the entry point of mine"):
             hla.scan(x, x, x, backend=name)
 
@@ -215,7 +241,7 @@ def test_entry_points_that_cannot_be_read_are_reported(offer):
     x = np.ones((4, 2))
     with pytest.warns(UserWarning, match="not readable"):
         hla.scan(x, x, x)
-    assert "mine" not in dispatch.names()
+    assert "mine" not in backends.names()
     hla.scan(x, x, x)
 
 
@@ -240,6 +266,26 @@ def test_the_package_of_the_documentation_installs(tmp_path):
         assert done.returncode == 0, done.stderr
     assert "'cumsum', 'array_api'" in done.stdout
     assert {path.name for path in site.iterdir() if path.suffix == ".py"} == {"hla_cumsum.py"}
+
+
+def test_the_toy_of_the_documentation_as_a_row_of_the_table(tmp_path, monkeypatch, forgotten):
+    """One file and one row: what reports, refuses, tests and times backends then has it."""
+    code = next(c for _, caption, c in blocks(ROOT / "docs" / "backends.md") if caption)
+    (tmp_path / "hla_toy.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(backends, "TABLE", {"toy": "hla_toy", **backends.TABLE})
+    forgotten()
+    x = np.ones((4, 2))
+    assert hla.available()[0][:4] == ("toy", True, "", "cpu")
+    assert hla.explain(x, x, x).backend == "toy"
+    assert "it has no decay" in hla.explain(x, x, x, decay=0.9).reasons["toy"]
+    assert "it has no empty sequences" in hla.explain(x[:0], x[:0], x[:0]).reasons["toy"]
+    np.testing.assert_allclose(hla.scan(x, x, x), hla.scan(x, x, x, backend="numpy"))
+    hla.step(x, x, x)
+    assert workloads.targets()[0] == workloads.Target("toy", "numpy")
+    tables = runpy.run_path(str(ROOT / "docs" / "conf.py"))["myst_substitutions"]
+    assert "| `toy` | numpy on the host | NumPy | " in tables["backends"]
+    assert "it has no log_gate" in tables["requests"]
 
 
 def test_the_slow_path_is_said_once_per_reason(monkeypatch):

@@ -6,19 +6,16 @@ from typing import Any, cast
 
 import array_api_compat
 
+from ..contract import Capabilities, Machine
 from ..core import reference
 from ..core.adjoint import ONE_TOKEN
 from ..core.namespace import Array, device, namespace
 from ..core.passes import Shape
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request
-from ..dispatch import Info
 from ..libraries import facts
 
-
-def supports(request: Request) -> str | None:
-    """Return the reason for refusing ``request``, or None."""
-    return None
+CAPABILITIES = Capabilities(facts.FLOATS, serves=(("any", False), ("any", True)))
 
 
 def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
@@ -77,14 +74,8 @@ def summarize(request: Request, inputs: Inputs) -> Any:
     return facts.call(reference.summarize, request, inputs.q, inputs)
 
 
-def info() -> Info:
-    """Describe this backend on this machine."""
-    return Info(
-        available=True,
-        reason="",
-        device="that of the arrays",
-        version=f"array-api-compat {array_api_compat.__version__}",
-        operators=("linear", "hla2", "ahla", "hla3"),
-        dtypes=facts.FLOATS,
-        gradients=True,
+def machine() -> Machine:
+    """Describe what it finds here."""
+    return Machine(
+        device="that of the arrays", version=f"array-api-compat {array_api_compat.__version__}"
     )

@@ -6,25 +6,22 @@ from typing import Any
 
 import numpy as np
 
+from ..contract import Capabilities, Machine
 from ..core import reference
 from ..core.adjoint import CORE, ONE_TOKEN, Engine
 from ..core.namespace import Array
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request
-from ..dispatch import Info
 from ..kernels.numpy import program
 from ..libraries import facts
 
 SWEEP = Engine(program.run, program.adjoint)
-
-
-def supports(request: Request) -> str | None:
-    """Return the reason for refusing ``request``, or None."""
-    if request.library != "numpy":
-        return f"it runs on NumPy arrays, these are arrays of {request.library}"
-    if request.form == "associative":
-        return "it runs passes; form='associative' is done by array_api"
-    return None
+CAPABILITIES = Capabilities(
+    facts.FLOATS,
+    libraries=("numpy",),
+    serves=(("numpy", False),),
+    forms=("chunked", "recurrent", "dense"),  # associative runs no passes
+)
 
 
 def _engine(request: Request) -> Engine:
@@ -73,14 +70,6 @@ def summarize(request: Request, inputs: Inputs) -> Any:
     return facts.call(reference.summarize, request, inputs.q, inputs)
 
 
-def info() -> Info:
-    """Describe this backend on this machine."""
-    return Info(
-        available=True,
-        reason="",
-        device="cpu",
-        version=f"numpy {np.__version__}",
-        operators=("linear", "hla2", "ahla", "hla3"),
-        dtypes=facts.FLOATS,
-        gradients=True,
-    )
+def machine() -> Machine:
+    """Describe what it finds here."""
+    return Machine(device="cpu", version=f"numpy {np.__version__}")

@@ -10,16 +10,21 @@ import functools
 import importlib.util
 from typing import Any
 
+from ..contract import Capabilities, Machine
 from ..core.namespace import Array
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request
-from ..dispatch import Info
 from ..libraries import exchange
 from . import array_api
 
-OPAQUE = True  # to the array library's autograd: `hla.libraries` wraps it
-DTYPES = ("float16", "bfloat16", "float32")
-LIBRARIES = ("torch", "cupy", "jax")
+CAPABILITIES = Capabilities(
+    ("float16", "bfloat16", "float32"),
+    libraries=("torch", "cupy", "jax"),
+    serves=(("torch", True),),
+    forms=("chunked",),
+    traced=("torch",),
+    opaque=True,
+)
 
 
 @functools.cache
@@ -57,21 +62,8 @@ def _unable(device: str) -> str | None:
     return None if major >= 8 else f"it needs compute capability 8.0, {device} has {major}.{minor}"
 
 
-def supports(request: Request) -> str | None:
-    """Return the reason for refusing ``request``, or None."""
-    if request.library not in LIBRARIES:
-        return f"it runs on arrays of torch, CuPy and JAX, these are arrays of {request.library}"
-    if request.library == "jax" and request.traced:
-        return (
-            "a traced JAX array (jit, grad, vmap) has no memory that another library could read; "
-            "call it outside of the trace, with hla.vjp for gradients, or use backend='array_api'"
-        )
-    if _missing():
-        return _missing()
-    if request.form not in (None, "chunked"):
-        return f"it runs form='chunked', not {request.form!r}; use backend='array_api'"
-    if request.dtype not in DTYPES:
-        return f"it multiplies {', '.join(DTYPES)}, not {request.dtype}; use backend='array_api'"
+def unable(request: Request) -> str | None:
+    """Return why no device here takes ``request``, or None."""
     if not _interpreted():
         cuda = request.accelerator and request.library != "torch"  # JAX and CuPy name theirs apart
         return _unable("cuda" if cuda else request.device)
@@ -125,16 +117,19 @@ def summarize(request: Request, inputs: Inputs) -> Any:
     return array_api.summarize(request, inputs)
 
 
-def info() -> Info:
-    """Describe this backend on this machine."""
-    reason, device, version = _missing(), "", ""
-    if not reason:
-        import torch
-        import triton
+def machine() -> Machine:
+    """Describe what it finds here."""
+    if _missing():
+        return Machine(_missing())
+    return _found()
 
-        version = f"triton {triton.__version__}"
-        device = "Triton's interpreter" if _interpreted() else torch.cuda.get_device_name()
-    dtypes = DTYPES if reason or not _interpreted() else ("float16", "float32")
-    return Info(
-        not reason, reason, device, version, ("linear", "hla2", "ahla", "hla3"), dtypes, True
-    )
+
+@functools.cache
+def _found() -> Machine:
+    import torch
+    import triton
+
+    version = f"triton {triton.__version__}"
+    if _interpreted():
+        return Machine("", "Triton's interpreter", version, ("float16", "float32"))
+    return Machine("", torch.cuda.get_device_name(), version)

@@ -15,7 +15,8 @@ import numpy as np
 
 import hla
 
-from .. import dispatch
+from .. import backends
+from ..contract import ANY
 from .libraries import Array, Arrays, Call, Host, Library, load, to_host
 
 OPERATORS = ("hla2", "ahla", "hla3", "linear")
@@ -79,15 +80,13 @@ class Wrong(ArithmeticError):
 
 
 def targets() -> tuple[Target, ...]:
-    """Return every pair of the dispatch table, whether or not this machine can run it."""
+    """Return every pair that a backend is picked for, whether or not this machine can run it."""
     homes = [(name, False) for name in ("numpy", "torch", "jax")]
     homes += [(name, True) for name in ("torch", "jax", "cupy")]
-    served = {row.name: row.serves for row in dispatch.TABLE}
     found = []
-    for name in dispatch.names():
-        pairs = served[name] if name in served else getattr(dispatch.load(name), "serves", ())
-        for library, accelerator in pairs:
-            some = [h for h in homes if library in (h[0], dispatch.ANY) and h[1] == accelerator]
+    for name in backends.names():
+        for library, accelerator in backends.load(name).capabilities.serves:
+            some = [h for h in homes if library in (h[0], ANY) and h[1] == accelerator]
             found += [Target(name, *home) for home in some or [(library, accelerator)]]
     return tuple(found)
 

@@ -13,8 +13,8 @@ CALLS = ("forward", "backward", "step", "summarize")
 
 def seen_by(library: str, name: str, backend: Any, node: bool) -> Any:
     """Return a backend as a library's transforms can take it; with ``node`` always as operators."""
-    opaque = getattr(backend, "OPAQUE", False)
-    if library not in RULES or not (opaque or (node and hasattr(backend, "empty"))):
+    opaque = backend.capabilities.opaque
+    if library not in RULES or not (opaque or (node and backend.empty is not None)):
         return backend
     return _wrapped(library, name, node)
 

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import _register_namedtuple
 
-from .. import dispatch, states
+from .. import backends, states
 from ..core.associative import ALGEBRA
 from ..core.fields import rank
 from ..core.reference import Gradients, shapes
@@ -61,7 +61,7 @@ def forward(
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     node = node or _looked_at(request) or (learns and request.gradient)
     if module is None and not (learns or node):
-        module = dispatch.load(backend)
+        module = backends.load(backend)
     if module is not None:
         return module.forward(request, inputs)  # type: ignore[no-any-return]
     if node:  # a transform's tensors do not say whether they need gradients
@@ -93,7 +93,7 @@ def backward(
     module = _in_forward_mode(backend, tensors)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if module is None and not (node or learns or _looked_at(request) or any(map(traced, tensors))):
-        module = dispatch.load(backend)
+        module = backends.load(backend)
     if module is not None:
         return module.backward(request, inputs, saved, do, dstate)  # type: ignore[no-any-return]
     ends, full = [], request.state_shapes()
@@ -118,7 +118,7 @@ def step(
 def summarize(backend: str, node: bool, request: Request, inputs: Inputs) -> Any:
     """Return the segment of a whole sequence, differentiable."""
     if not node or _in_forward_mode("array_api", present(*inputs[:5])):
-        return dispatch.load(backend).summarize(request, inputs)
+        return backends.load(backend).summarize(request, inputs)
     kind, options = ALGEBRA[request.operator, request.mask].segment, options_of(backend, request)
     return kind(*plain("summarize", _segment, _empty_segment, inputs[:5], [], options))
 
@@ -126,8 +126,8 @@ def summarize(backend: str, node: bool, request: Request, inputs: Inputs) -> Any
 def _in_forward_mode(backend: str, tensors: Sequence[Tensor]) -> Any:
     """Return the backend itself where forward mode differentiates its code; refuse if opaque."""
     has_tangent = forward_ad._current_level >= 0 and any(map(_has_tangent, tensors))
-    module = dispatch.load(backend)
-    if not getattr(module, "OPAQUE", False):
+    module = backends.load(backend)
+    if not module.capabilities.opaque:
         levels = torch._C._functorch.get_interpreter_stack() or ()
         inside = any(x.key() == torch._C._functorch.TransformType.Jvp for x in levels)
         return module if inside or has_tangent else None
@@ -191,19 +191,19 @@ def _scan(*args: Any, request: Request | None = None, fake: bool = False) -> lis
     given, options = [*args[:5], *args[5]], Options(*args[6:-1])
     inputs = inputs_of(options, given)
     request = request or request_of(inputs, options, args[-1])
-    module = dispatch.load(options.backend)
-    told = hasattr(module, "empty")  # without being run; others launch nothing on fake tensors
-    o, end, saved = (module.empty if fake and told else module.forward)(request, inputs)
+    module = backends.load(options.backend)
+    empty = module.empty  # told without being run; others launch nothing on fake tensors
+    o, end, saved = (empty if fake and empty else module.forward)(request, inputs)
     found = [o, *(end if request.return_state else ()), *saved]
-    return apart(found, given) if told and not fake else found
+    return apart(found, given) if empty and not fake else found
 
 
 def _scan_backward(*args: Any, request: Request | None = None, fake: bool = False) -> list[Tensor]:
     """Return gradients of q, k, v, of the gate where given as an array, and of the state."""
     given, (saved, do, dstate) = [*args[:5], *args[5]], args[6:9]
     options = Options(*args[9:])
-    module = dispatch.load(options.backend)
-    told = hasattr(module, "empty")
+    module = backends.load(options.backend)
+    told = module.empty is not None
     if fake and told:
         return like([given[i] for i in moved(given, options)])
     inputs = inputs_of(options, given)
@@ -284,14 +284,14 @@ def _pull_twice(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 def _generic(options: Options, tensors: Sequence[Any]) -> Sequence[Tensor]:
     inputs = inputs_of(options, tensors)
     request = request_of(inputs, options, False)
-    o, end, _ = dispatch.load("array_api").forward(request, inputs)
+    o, end, _ = backends.load("array_api").forward(request, inputs)
     return (o, *(end if options.return_state else ()))
 
 
 def _segment(options: Options, tensors: Sequence[Any]) -> Sequence[Tensor]:
     inputs = inputs_of(options, tensors)
     request = request_of(inputs, options, False)
-    return tuple(dispatch.load(options.backend).summarize(request, inputs))
+    return tuple(backends.load(options.backend).summarize(request, inputs))
 
 
 def _empty_segment(options: Options, tensors: Sequence[Any]) -> Sequence[Tensor]:

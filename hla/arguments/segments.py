@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from .arguments import array, floating, kinds
-from .core.algebra import Algebra
-from .core.associative import ALGEBRA
-from .core.fields import batch_rank
-from .core.namespace import namespace
-from .core.passes import Shape, broadcast
-from .core.triangle import STATE_OF, packed_shape
-from .errors import Unsupported, kind_of
+from ..core.algebra import Algebra
+from ..core.associative import ALGEBRA
+from ..core.fields import batch_rank
+from ..core.namespace import namespace
+from ..core.passes import Shape, broadcast
+from ..core.triangle import STATE_OF, packed_shape
+from ..errors import Unsupported, kind_of
+from .arrays import array, floating
+from .state import kinds
 
 
 def stretches(left: Any, right: Any) -> Algebra:

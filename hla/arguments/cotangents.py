@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from .arguments import Layout, array, floating
-from .core.namespace import Array, device, namespace
-from .core.passes import Shape
-from .core.request import Inputs, Request
-from .core.triangle import PACKED_OF, packed_shape
-from .errors import kind_of
+from ..core.namespace import Array, device, namespace
+from ..core.passes import Shape
+from ..core.request import Inputs, Request
+from ..core.triangle import PACKED_OF, packed_shape
+from ..errors import kind_of
+from ..layout import Layout
+from .arrays import array, floating
 
 
 def cotangents(

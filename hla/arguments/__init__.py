@@ -1,0 +1,223 @@
+"""Every argument of the public functions is checked here, before any work is done.
+
+What the checks found of a call is remembered by what they look at: types, shapes, dtypes, devices
+and options. A call alike then costs a look-up and the checks of values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..core.namespace import Array, library
+from ..core.passes import Gate
+from ..core.programs import program
+from ..core.request import Inputs, Request
+from ..core.triangle import PACKED_OF, STATE_OF
+from ..layout import Layout
+from ..libraries import facts
+from ..options import DEFAULTS, checked
+from . import gate, state
+from .arrays import operands, shapes
+
+ARRAYS = ("decay", "log_gate", "initial_state")
+PLAIN = tuple(name for name in DEFAULTS if name not in (*ARRAYS, "backend"))
+_arrays, _plain = itemgetter(*ARRAYS), itemgetter(*PLAIN)
+
+
+class Checked(NamedTuple):
+    """What the checks of a call found, beside values."""
+
+    request: Request
+    layout: Layout
+    whole: bool  # the state is taken as it comes
+
+
+def prepare(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    one_token: bool = False,
+    gradient: bool = False,
+    **given: Any,
+) -> tuple[Request, Inputs, Layout]:
+    """Check every argument and describe the call.
+
+    Parameters
+    ----------
+    q, k, v
+        As given to `hla.scan` or, without a token axis, to `hla.step`.
+    one_token : bool
+        Whether there is no token axis.
+    gradient : bool
+        Whether the gradient will be asked, so that a backend keeps what it needs.
+    **given
+        Options of `hla.scan`, without the backend.
+
+    Returns
+    -------
+    request : Request, inputs : Inputs, layout : Layout
+    """
+    options = DEFAULTS | given
+    decay, log_gate, start = _arrays(options)
+    q, k, v = (facts.autocast(facts.in_memory(x)) for x in (q, k, v))
+    key = _key((q, k, v), decay, log_gate, start, (*_plain(options), one_token, gradient))
+    known = None if key is None else _known.get(key)
+    if known is None:
+        known, inputs = _check(q, k, v, options, one_token, gradient)
+        if key is not None:
+            if len(_known) >= MOST:
+                _known.clear()
+            _known[key] = known
+        return known.request, inputs, known.layout
+    request, layout, whole = known
+    decay, log_gate = gate.brought(q, decay, log_gate, layout)
+    if not whole:
+        start = state.brought(_state_name(one_token), request, q, start)
+    tokens_in = layout.tokens_in
+    inputs = Inputs(tokens_in(q), tokens_in(k), tokens_in(v), decay, log_gate, start)
+    return request, inputs, layout
+
+
+MOST = 4096
+_known: dict[Any, Checked] = {}
+NUMBERS = frozenset((float, int, np.float64, np.float32))
+SIMPLE = NUMBERS | {bool, np.bool_, np.int64, str, type(None)}
+
+
+def _key(
+    given: tuple[Any, ...], decay: Any, log_gate: Any, start: Any, options: tuple[Any, ...]
+) -> Any:
+    """Return what the checks see of a call beside values; None where that may not be all.
+
+    Types too: as a key True is 1, and here it is no number.
+    """
+    seen: list[Any] = [*map(_seen, given), options, *map(type, options)]
+    if not SIMPLE.issuperset(seen[4:]):
+        return None
+    for x in (decay, log_gate):
+        if type(x) in NUMBERS:
+            seen.append((type(x), x == 1))
+        elif x is not None:
+            seen.append(_seen(x))
+            if seen[-1] is None:
+                return None
+        else:
+            seen.append(0)
+    if start is not None:
+        kind = type(start)
+        if kind not in PACKED_OF and kind not in STATE_OF:
+            return None
+        seen += (kind, *map(_seen, start))
+    q = given[0]
+    if type(q) is not np.ndarray:
+        if facts.transformed(q):
+            return None
+        seen.append(facts.tf32_allowed(q))
+    return None if None in seen else tuple(seen)
+
+
+def _seen(x: Any) -> Any:
+    """Return what the checks see of an array; None where its device is no plain attribute."""
+    kind = type(x)
+    if kind is np.ndarray:
+        return x.shape, x.dtype
+    if library(x) != "torch" or facts.irregular(x) or facts.in_memory(x) is not x:
+        return None
+    key = kind, x.shape, x.dtype, x.device
+    try:
+        hash(key)
+    except TypeError:  # a symbol of torch's compiler
+        return None
+    return key
+
+
+def _state_name(one_token: bool) -> str:
+    return "state" if one_token else "initial_state"
+
+
+def _check(
+    q: Array, k: Array, v: Array, options: dict[str, Any], one_token: bool, gradient: bool
+) -> tuple[Checked, Inputs]:
+    decay, log_gate, start = _arrays(options)
+    decay, log_gate = facts.concrete(decay), facts.concrete(log_gate)
+    found = checked({name: facts.concrete(options[name]) for name in PLAIN})
+    axis = found.pop("axis")
+    layout = Layout(None if one_token else axis, None, None)
+    given = dict(zip(layout.names, (q, k, v), strict=True))
+    q, k, v, axis = operands(given, layout.axis)
+    layout = layout._replace(axis=axis, packed=type(start) in STATE_OF)
+    batch = shapes(given, layout)
+    mask, ridge = found["mask"], found["ridge"]
+    if mask == "none":
+        for name, x in zip(ARRAYS, (decay, log_gate, start), strict=True):
+            if x is not None:
+                raise ValueError(
+                    f"{name} was given with mask='none', which has no order; pass None"
+                )
+    decay, log_gate, layout = gate.checked(q, batch, decay, log_gate, layout)
+    decay, log_gate = gate.brought(q, decay, log_gate, layout)
+    kind = None
+    if mask != "none":
+        kind = program(found["operator"], mask, found["convention"], bool(ridge), None).state
+    if start is not None:
+        kind = state.state_type(_state_name(one_token), start, kind, ridge)
+    q_in, k_in, v_in = map(layout.tokens_in, (q, k, v))
+    inputs = Inputs(q_in, k_in, v_in, decay, log_gate, None)
+    request = describe(
+        inputs,
+        [x for x in (decay, log_gate, *(start or ())) if library(x)],
+        state_type=kind,
+        gradient=gradient,
+        gate_given=layout.decay_shape is not None or layout.gate_shape is not None,
+        tf32=facts.tf32_allowed(q),
+        **found,
+    )
+    whole = True
+    if start is not None:
+        inputs = inputs._replace(state=state.brought(_state_name(one_token), request, q, start))
+        layout = layout._replace(state_ranks=tuple(x.ndim for x in start))
+        whole = not layout.packed and all(map(_same, inputs.state, start))
+    return Checked(request, layout, whole), inputs
+
+
+def _same(x: Array, given: Array) -> bool:
+    return x is given
+
+
+def describe(
+    inputs: Inputs, others: Sequence[Array], *, state_type: type[Any] | None, **options: Any
+) -> Request:
+    """Describe a call: its options as given, the rest read off its arrays.
+
+    Parameters
+    ----------
+    inputs : Inputs
+        Checked arrays.
+    others : sequence of array
+        The gate and the fields of the state, as far as there are any.
+    state_type : type or None
+        Of the incoming state, or else of the outgoing one.
+    **options
+        The fields of Request that no array shows.
+    """
+    q, k, v, decay, log_gate, _ = inputs
+    kinds = {"decay": decay, "log_gate": log_gate}
+    return Request(
+        q_shape=tuple(q.shape),
+        k_shape=tuple(k.shape),
+        v_shape=tuple(v.shape),
+        gate=next((name for name, x in kinds.items() if x is not None), None),
+        gate_batch=Gate(decay, log_gate).batch,
+        state_type=state_type,
+        library=library(q) or "",
+        device=facts.device_name(q),
+        dtype=facts.dtype_name(q),
+        accelerator=facts.on_accelerator(q),
+        traced=any(facts.traced(x) for x in (q, k, v, *others)),
+        **options,
+    )
