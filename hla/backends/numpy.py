@@ -8,11 +8,11 @@ import numpy as np
 
 from ..contract import Capabilities, Machine
 from ..core import reference
-from ..core.adjoint import CORE, ONE_TOKEN, Engine
+from ..core.adjoint import CORE, Engine
 from ..core.namespace import Array
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request
-from ..kernels.numpy import program
+from ..kernels.numpy import program, token
 from ..libraries import facts
 
 SWEEP = Engine(program.run, program.adjoint)
@@ -60,9 +60,9 @@ def backward(
 
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
-    """Return (o, state) of one token; never donates."""
-    o, state, _ = facts.call(reference.forward, request, inputs.q, inputs, ONE_TOKEN)
-    return o, state
+    """Return (o, state) of one token, with ``donate`` in the given state's memory where it can."""
+    found: tuple[Array, Any] = facts.call(token.step, request, inputs.q, inputs, donate)
+    return found
 
 
 def summarize(request: Request, inputs: Inputs) -> Any:
