@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from . import backends, contract, libraries
+from . import backends, contract
 from .backends import RESERVED, load, names
 from .contract import Machine
 from .core.request import Request
 from .empty import Filled
 from .errors import SlowPathWarning, Unsupported, kind_of
+from .libraries import rules
 
 _lock = threading.Lock()
 _warned: set[str] = set()
@@ -62,9 +63,7 @@ def choose(
     name, reasons = pick(request, backend, summarize=summarize)
     if backend is None and name == "array_api" and request.accelerator:
         _warn_slow(request, reasons)
-    chosen = load(name)
-    if autograd:
-        chosen = libraries.seen_by(request.library, name, chosen, node)
+    chosen = rules.differentiable(name, request.library, node) if autograd else load(name)
     return Filled(chosen) if request.empty else chosen
 
 
