@@ -8,8 +8,10 @@ import pytest
 from conftest import close, draw, installed, load, to_numpy
 
 import hla
-from hla import dispatch
+from hla import backends, dispatch
 from hla.backends import array_api
+from hla.contract import Capabilities
+from hla.core.request import FLOATS
 from hla.libraries import exchange, rules
 
 H, T, D, V = 2, 6, 4, 3
@@ -30,17 +32,13 @@ def seen(monkeypatch):
         return call
 
     backend = SimpleNamespace(
-        OPAQUE=True,
-        NATIVE="numpy",
-        supports=array_api.supports,
-        info=array_api.info,
+        CAPABILITIES=Capabilities(FLOATS, native="numpy", opaque=True),
         empty=array_api.empty,
         **{name: spied(name) for name in found},
     )
     monkeypatch.setitem(sys.modules, "native", backend)
-    row = dispatch.Row("native", "native", ())
-    monkeypatch.setattr(dispatch, "TABLE", (row, *dispatch.TABLE))
-    caches = dispatch.load, exchange.loaded, rules.differentiable
+    monkeypatch.setattr(backends, "TABLE", {"native": "native", **backends.TABLE})
+    caches = backends.load, exchange.loaded, rules.differentiable, dispatch._pick
     for cached in caches:
         cached.cache_clear()
     yield found

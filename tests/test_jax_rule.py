@@ -1,15 +1,16 @@
 """Opaque backends of JAX arrays: what JAX cannot see through is one function that it can use."""
 
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import close, draw, installed, load, to_numpy
 
 import hla
-from hla import dispatch
+from hla import backends, dispatch
 from hla.backends import array_api
+from hla.contract import Capabilities
+from hla.core.request import FLOATS
 from hla.libraries import exchange, rules
 
 H, T, D, V = 2, 7, 4, 3
@@ -19,14 +20,11 @@ CALLS = ("plain", "hla2", "log_gate", "state")
 class Opaque:
     """The generic code, whose derivatives are all zero and whose shapes must be the request's."""
 
-    OPAQUE = True
-    NATIVE = "jax"
-    __name__ = "opaque"
+    CAPABILITIES = Capabilities(FLOATS, native="jax", opaque=True)
+    summarize = staticmethod(array_api.summarize)
 
     def __init__(self, jax):
         self.stop, self.seen = jax.lax.stop_gradient, []
-        self.supports, self.info = array_api.supports, array_api.info
-        self.summarize = array_api.summarize
 
     def forward(self, request, inputs):
         self.seen.append(("forward", request))
@@ -52,12 +50,11 @@ class Opaque:
 @pytest.fixture(scope="module")
 def installed_backend():
     backend = Opaque(installed("jax"))
-    row = dispatch.Row("opaque", "opaque", ())
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "opaque", backend)
-        patch.setattr(dispatch, "TABLE", (row, *dispatch.TABLE))
+        patch.setattr(backends, "TABLE", {"opaque": "opaque", **backends.TABLE})
         yield backend
-    for cached in (dispatch.load, exchange.loaded, rules.differentiable):
+    for cached in (backends.load, exchange.loaded, rules.differentiable, dispatch._pick):
         cached.cache_clear()
 
 
@@ -221,5 +218,5 @@ def test_a_backend_of_another_librarys_memory_is_not_wrapped(monkeypatch):
     installed("jax")
     library = rules.named("jax")
     for native, wrapped in (("jax", True), ("torch", False)):
-        assert library.wraps(SimpleNamespace(OPAQUE=True, NATIVE=native)) == wrapped
-    assert not library.wraps(SimpleNamespace(OPAQUE=False, NATIVE="jax"))
+        assert library.wraps(Capabilities(FLOATS, native=native, opaque=True)) == wrapped
+    assert not library.wraps(Capabilities(FLOATS, native="jax"))
