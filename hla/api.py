@@ -163,7 +163,9 @@ def step(q_t: Any, k_t: Any, v_t: Any, state: Any = None, **options: Any) -> Any
     log_gate : float or array <= 0, optional
         This token's log decay, broadcasts to batch.
     donate : bool
-        Let the backend update ``state`` in place; it must then not be used again.
+        Let the backend update ``state`` in place; it must then not be used again. NumPy does where
+        every field is whole, contiguous, writable, of the state's own dtype, and shares no memory;
+        elsewhere it changes nothing (under ``jax.jit`` use its ``donate_argnums``).
 
     Returns
     -------
@@ -198,7 +200,7 @@ def _step(
         q, k, v, one_token=True, initial_state=state, return_state=True, **options
     )
     chosen = dispatch.choose(request, backend, autograd=True, node=node)
-    o, new = chosen.step(request, inputs, donate)
+    o, new = chosen.step(request, inputs, donate and inputs.state is state)  # not of a copy
     return layout.tokens_out(o), layout.state_out(new)
 
 

@@ -1,5 +1,6 @@
 """Bad calls raise the right exception, name their argument and touch nothing."""
 
+import contextlib
 import functools
 import itertools
 import pathlib
@@ -10,6 +11,7 @@ import pytest
 from conftest import close, draw, installed, load, numpy_dtype
 
 import hla
+from hla import arguments
 
 H, T, D, V = 2, 7, 5, 3
 PACKAGE = pathlib.Path(hla.__file__).parent.as_posix()
@@ -447,3 +449,37 @@ def test_a_decay_that_its_one_rounding_makes_zero(name):
     wide = library.array(np.ones((2, 3, 1)), "float64")
     o = hla.scan(wide, wide, wide, decay=1e-50, operator="linear")
     close(library.numpy(o), np.ones((2, 3, 1)))
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_checks_are_remembered_by_what_they_look_at(name, monkeypatch):
+    """A call alike is only looked up, whatever its values; their range is checked all the same."""
+    lib = load(name)
+
+    def call(seed, decay, **options):
+        q, k, v = lib.arrays(*draw(H, T, seed=seed))
+        _, last = hla.scan(q, k, v, initial_state=start, return_state=True, decay=decay, **options)
+        token = [x[:, 0] for x in (q, k, v)]
+        return hla.step(*token, last, decay=decay, donate=True)
+
+    _, start = hla.scan(*lib.arrays(*draw(H, T)), return_state=True)
+    decays = lib.array(np.full(H, 0.9), "float64"), lib.array(np.full(H, 0.8), "float64")
+    for decay in (0.9, decays[0], None):
+        call(0, decay)
+        gate = lib.array(-np.ones((H, T)), "float64")
+        hla.vjp(*lib.arrays(*draw(H, T)), log_gate=gate)
+    checked = []
+    check = arguments._check
+    monkeypatch.setattr(arguments, "_check", lambda *args: checked.append(args) or check(*args))
+    for decay in (0.5, decays[1], None):
+        call(1, decay)
+        hla.vjp(*lib.arrays(*draw(H, T, seed=1)), log_gate=gate / 2)
+    assert not checked
+    for decay in (0.0, 2.0, -decays[1], 2 * decays[1]):
+        with pytest.raises(ValueError, match="decay"):
+            call(1, decay)
+    assert not checked
+    for number, options in enumerate(({"scale": 2}, {"eps": True}, {"chunk_size": 7}), 1):
+        with contextlib.suppress(TypeError):
+            call(1, 0.5, **options)
+        assert len(checked) >= number

@@ -352,6 +352,78 @@ def test_states_are_new_and_reusable():
     same_fields(moved, mine)
 
 
+@pytest.mark.parametrize("gate", ["none", "per_head", "log_gate"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("mask", ["causal", "prefix"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_donated_state_is_updated_in_its_own_memory(operator, mask, normalize, gate):
+    """NumPy's; with the bits of the same steps without donating, token by token."""
+    q, k, v = draw(H, T, positive=True)
+    options = {"operator": operator, "mask": mask, "normalize": normalize}
+    options |= {"ridge": 0.3} if operator == "hla2" else {}
+    _, state = hla.scan(*draw(H, 3), return_state=True, **options)
+    mine = memory = type(state)(*(x.copy() for x in state))
+    for t in range(T):
+        token, now = [x[:, t] for x in (q, k, v)], gates(gate, H, T)
+        now = {n: x[:, t] if n == "log_gate" else x for n, x in now.items()}
+        want, state = hla.step(*token, state, **options, **now)
+        o, mine = hla.step(*token, mine, donate=True, **options, **now)
+        same(o, want)
+        same_fields(mine, state)
+    for x, y in zip(mine, memory, strict=True):
+        assert x is y
+
+
+def shared(x):
+    return np.lib.stride_tricks.as_strided(x, x.shape, (0, *x.strides[1:]), writeable=True)
+
+
+def frozen(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+KEPT = {  # what makes of a state one that cannot be updated where it lies
+    "read-only": lambda state, q: type(state)(*map(frozen, state)),
+    "broadcast": lambda state, q: state._replace(S=np.broadcast_to(state.S[:1], state.S.shape)),
+    "shared": lambda state, q: state._replace(S=shared(state.S.copy())),
+    "fewer axes": lambda state, q: state._replace(S=state.S[0].copy(), F=state.F[:1].copy()),
+    "another dtype": lambda state, q: type(state)(*(x.astype(np.float32) for x in state)),
+    "another dtype of one field": lambda state, q: state._replace(F=state.F.astype(np.float32)),
+    "an axis more": lambda state, q: state._replace(S=state.S[None]),
+    "not contiguous": lambda state, q: state._replace(F=np.asfortranarray(state.F)),
+    "one memory for two fields": lambda state, q: state._replace(F=state.S),
+    "memory of q": lambda state, q: state._replace(eta=q),
+    "packed": lambda state, q: state.pack(),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_donating_what_cannot_be_updated_changes_nothing(kind):
+    q, k, v = (x[:, 0].copy() for x in draw(H, 1, V=5))
+    _, state = hla.scan(*draw(H, 3, V=5), return_state=True)
+    given = KEPT[kind](state, q)
+    before = [x.copy() for x in (*given, q, k, v)]
+    want, last = hla.step(q, k, v, given, decay=0.9)
+    o, after = hla.step(q, k, v, given, decay=0.9, donate=True)
+    same(o, want)
+    same_fields(after, last)
+    for x, y in zip((*given, q, k, v), before, strict=True):
+        same(x, y)
+
+
+@pytest.mark.parametrize("operator", ["hla2", "hla3"])
+def test_a_donated_state_of_the_paper_is_read_before_it_is_updated(operator):
+    q, k, v = (x[:, 0] for x in draw(H, 1))
+    options = {"operator": operator, "convention": "paper", "decay": 0.9}
+    _, state = hla.scan(*draw(H, 3), return_state=True, **options)
+    want, last = hla.step(q, k, v, state, **options)
+    o, after = hla.step(q, k, v, state, donate=True, **options)
+    same(o, want)
+    same_fields(after, last)
+
+
 @pytest.mark.parametrize("row", rows(forms=("chunked", "associative")))
 def test_a_padded_token_is_none(row: Row):
     """Zero q, k and v with a gate of 0, wherever they stand: the literal sums without them.

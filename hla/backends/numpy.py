@@ -8,11 +8,11 @@ import numpy as np
 
 from ..contract import Capabilities, Machine
 from ..core import reference
-from ..core.adjoint import CORE, ONE_TOKEN, Engine
+from ..core.adjoint import CORE, Engine
 from ..core.namespace import Array, library_of
 from ..core.reference import Gradients
 from ..core.request import FLOATS, Inputs, Request
-from ..kernels.numpy import program
+from ..kernels.numpy import program, token
 
 SWEEP = Engine(program.run, program.adjoint)
 CAPABILITIES = Capabilities(
@@ -59,9 +59,9 @@ def backward(
 
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
-    """Return (o, state) of one token; never donates."""
-    o, state, _ = library_of(inputs.q).run(reference.forward, request, inputs, ONE_TOKEN)
-    return o, state
+    """Return (o, state) of one token, with ``donate`` in the given state's memory where it can."""
+    found: tuple[Array, Any] = library_of(inputs.q).run(token.step, request, inputs, donate)
+    return found
 
 
 def summarize(request: Request, inputs: Inputs) -> Any:

@@ -53,6 +53,16 @@ class Request:
     chunk_size: int | None = None
     tf32: bool = False
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, name) for name in FIELDS))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FIELDS}  # a hash is of this process
+
     @property
     def tokens(self) -> int:
         """Length of the sequence, T."""
@@ -104,3 +114,6 @@ class Request:
 
     def _shapes(self, of: Program) -> dict[str, Shape]:
         return state_shapes(of, self.q_shape, self.k_shape, self.v_shape, self.gate_batch)
+
+
+FIELDS = tuple(x.name for x in dataclasses.fields(Request))

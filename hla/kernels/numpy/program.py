@@ -25,6 +25,7 @@ OpenBLAS starts threads of its own, which wait for ours. Work a token and head, 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,7 @@ from .threads import Part, spread
 
 Array = np.ndarray[Any, Any]
 Buffers = dict[tuple[str, Shape], Array]
+Weighed = dict[tuple[int, str], tuple[Weights, Weights]]
 GROUP = 2048  # tokens of all heads that share one call
 BLOCK = 32  # rows of a chunk in one product: what the mask clears beside them is left out
 ONE_THREAD = 2 * 64**3  # multiply-adds of a product for which OpenBLAS starts threads of its own
@@ -174,6 +176,18 @@ def _laid(w: Weights, like: Array) -> Weights:
     return w._replace(mask=bits, pair=pair, query=None if w.query is None else w.query.mT)
 
 
+def _weighed(gate: Gate, kinds: frozenset[tuple[int, str]], W: int, dtype: Any) -> Weighed:
+    """Return the weights of a chunk by power and kind, laid out, and those of the reversed map."""
+    like = np.empty(0, dtype)
+    found = {key: weights(gate, *key, W, like=like) for key in kinds}
+    return {key: (_laid(w, like), _laid(w.reversed(), like)) for key, w in found.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _ungated(kinds: frozenset[tuple[int, str]], W: int, dtype: Any) -> Weighed:
+    return _weighed(Gate(), kinds, W, dtype)
+
+
 def _rows(work: int, most: int) -> int:
     """Return the rows, of ``work`` multiply-adds each, for which BLAS needs no threads of its own.
 
@@ -214,12 +228,13 @@ class _Sweep:
 
     def turns(self, *, reverse: bool) -> Iterator[_Turn]:
         """Yield the groups of chunks, last first where ``reverse``."""
-        like, kinds = np.empty(0, self.dtype), {(s.power, s.kind) for s in self.program.steps}
+        kinds = frozenset((s.power, s.kind) for s in self.program.steps)
         each = Gate(None if self.gate.decay is None else self.gate.decay[..., None])
 
-        def weigh(gate: Gate, W: int) -> dict[tuple[int, str], tuple[Weights, Weights]]:
-            found = {key: weights(gate, *key, W, like=like) for key in kinds}
-            return {key: (_laid(w, like), _laid(w.reversed(), like)) for key, w in found.items()}
+        def weigh(gate: Gate, W: int) -> Weighed:
+            gated = gate.decay is not None or gate.log_gate is not None
+            given = (kinds, W, self.dtype)
+            return _weighed(gate, *given) if gated else _ungated(*given)
 
         for start, stop, G, W in _pieces(self.T, self.chunk, self.group)[:: -1 if reverse else 1]:
             a = self.gate.log_gate
