@@ -73,11 +73,11 @@ def brought(
                     raise ValueError(f"decay is {decay}, {VANISHES}")
                 return None if decay == 1 else xp.full((), float(decay), dtype=dtype, **like), None
             values = library.host_values(decay)
-            if values is not None and not ((values > 0) & (values <= 1)).all():
-                wrong = values[~((values > 0) & (values <= 1))].flat[0]
+            if values is not None and not ((values > least) & (values <= 1)).all():
+                wrong = values[~((values > least) & (values <= 1))].flat[0]
+                if 0 < wrong <= least:
+                    raise ValueError(f"decay holds {wrong}, {VANISHES}")
                 raise ValueError(f"decay holds {wrong}; expected values in (0, 1]. Clip it")
-            if values is not None and (values <= least).any():
-                raise ValueError(f"decay holds {values[values <= least].flat[0]}, {VANISHES}")
             return xp.astype(decay, dtype, copy=False), None
         tokens = 1 if layout.axis is None else q.shape[layout.axis]
         if is_number(log_gate):
