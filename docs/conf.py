@@ -10,7 +10,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import hla
-from hla import backends, contract
+from hla import backends, contract, dispatch
 from hla.arguments import prepare
 
 project = "hla"
@@ -96,7 +96,7 @@ def answer(backend, *, width=8, tokens=8, dtype="float32", **options):
     for operator in contract.OPERATORS if "ridge" not in options else ["hla2"]:
         request, _, _ = prepare(x, x, x, operator=operator, **options)
         request = dataclasses.replace(request, library=library)
-        why = contract.formless(request) or contract.refusal(backend.capabilities, request)
+        why = dispatch.formless(request) or contract.refusal(backend.capabilities, request)
         if why is None:
             can.append(operator)
         else:

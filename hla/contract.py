@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .core import reference
-from .core.associative import algebra_of
-from .core.namespace import symbolic
-from .core.request import Request
 from .options import CONVENTIONS, FORMS, MASKS, OPERATORS
+
+if TYPE_CHECKING:
+    from .core.request import Request
 
 ANY = "any"
 GATES = ("decay", "log_gate")
@@ -96,8 +95,8 @@ class Backend(NamedTuple):
         (request, inputs) to a segment.
     machine : callable
         () to `Machine`.
-    plan : callable
-        (request) to what `hla.explain` says of how it runs.
+    plan : callable, optional
+        (request) to what `hla.explain` says of how it runs, where the generic words are not true.
     empty : callable, optional
         As ``forward``, with nothing computed.
     """
@@ -110,7 +109,7 @@ class Backend(NamedTuple):
     step: Callable[..., Any]
     summarize: Any
     machine: Callable[[], Machine]
-    plan: Callable[[Request], str]
+    plan: Callable[[Request], str] | None
     empty: Callable[..., Any] | None
 
 
@@ -144,20 +143,6 @@ def refusal(capabilities: Capabilities, request: Request) -> str | None:
     return None
 
 
-def formless(request: Request) -> str | None:
-    """Why no backend can run the requested form, or None."""
-    if request.mask == "none" and request.form in ("recurrent", "associative"):
-        return f"mask='none' sees every token at once and has no {request.form} form; use 'chunked'"
-    if request.form == "associative" and symbolic(request.tokens):
-        return "form='associative' is a tree that grows with T, here a symbol; use form='chunked'"
-    if request.form == "associative" and algebra_of(request) is None:
-        return (
-            "convention='paper' is not an associative scan: its decayed hla2 operator is not "
-            "associative and its hla3 recurrence is not the masked sum; use form='chunked'"
-        )
-    return None
-
-
 def serves(capabilities: Capabilities, library: str, accelerator: bool) -> bool:
     """Whether ``backend=None`` may pick it for arrays of a library there."""
     return any(x in (library, ANY) and y == accelerator for x, y in capabilities.serves)
@@ -176,16 +161,6 @@ def listed(words: Sequence[str], last: str) -> str:
 def spoken(libraries: Sequence[str]) -> str:
     """Names of libraries in a sentence."""
     return listed([NAMES.get(x, x) for x in libraries], "and")
-
-
-def plan(request: Request) -> str:
-    """Describe in words how the generic code computes a request."""
-    if request.form == "associative":
-        width = reference.width(request)
-        return f"exclusive Blelloch scans within and across chunks of {width} tokens"
-    if request.mask == "none":
-        return f"{len(request.program.steps)} full passes"
-    return f"{len(request.program.steps)} passes in chunks of {reference.width(request)} tokens"
 
 
 class Fault(Exception):
@@ -207,8 +182,8 @@ def made(name: str, module: Any, *, guarded: bool = False) -> Backend:
     """Return the backend that a module, or any object with its attributes, describes.
 
     It has ``CAPABILITIES``, ``forward``, and ``backward`` unless its capabilities have no
-    gradients. The rest may be left out: ``step`` is then `forward` of one token, ``plan`` the
-    generic words, ``unable`` and ``machine`` refuse nothing, and it does not ``summarize``.
+    gradients. The rest may be left out: ``step`` is then `forward` of one token, ``unable`` and
+    ``machine`` refuse nothing, and it does not ``summarize``.
 
     Parameters
     ----------
@@ -234,12 +209,12 @@ def made(name: str, module: Any, *, guarded: bool = False) -> Backend:
         if function is not None and not callable(function):
             raise Fault(f"its plugin's {n} is {function!r}; expected a function, or none")
     has["step"] = has["step"] or functools.partial(_step, has["forward"])
-    unable, defaults = has.pop("unable"), {"machine": Machine, "plan": plan}
-    has |= {n: has[n] or default for n, default in defaults.items()}
+    has["machine"] = has["machine"] or Machine
+    unable = has.pop("unable")
     if guarded:
         _machine(has["machine"])
         unable = unable and functools.partial(_guarded_unable, unable)
-        has["plan"] = functools.partial(_guarded_plan, has["plan"])
+        has["plan"] = has["plan"] and functools.partial(_guarded_plan, has["plan"])
         has["machine"] = functools.partial(_guarded_machine, has["machine"])
 
     def refused(request: Request) -> str | None:
@@ -272,7 +247,7 @@ def refusing(name: str, reason: str) -> Backend:
         step=never,
         summarize=never,
         machine=lambda: Machine(reason),
-        plan=plan,
+        plan=None,
         empty=None,
     )
 

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 from . import backends, contract
 from .backends import RESERVED, load, names
 from .contract import Machine
+from .core import reference
+from .core.associative import algebra_of
+from .core.namespace import symbolic
 from .core.request import Request
 from .empty import Filled
 from .errors import SlowPathWarning, Unsupported, kind_of
@@ -142,7 +145,21 @@ def refusal(name: str, request: Request) -> str | None:
     if name in RESERVED:
         why = f"this version of hla has no {name} backend; use backend=None or 'array_api'"
         return "; ".join([why, *filter(None, [backends.plugins().ignored.get(name)])])
-    return contract.formless(request) or load(name).refusal(request)
+    return formless(request) or load(name).refusal(request)
+
+
+def formless(request: Request) -> str | None:
+    """Why no backend can run the requested form, or None."""
+    if request.mask == "none" and request.form in ("recurrent", "associative"):
+        return f"mask='none' sees every token at once and has no {request.form} form; use 'chunked'"
+    if request.form == "associative" and symbolic(request.tokens):
+        return "form='associative' is a tree that grows with T, here a symbol; use form='chunked'"
+    if request.form == "associative" and algebra_of(request) is None:
+        return (
+            "convention='paper' is not an associative scan: its decayed hla2 operator is not "
+            "associative and its hla3 recurrence is not the masked sum; use form='chunked'"
+        )
+    return None
 
 
 def _warn_slow(request: Request, reasons: dict[str, str]) -> None:
@@ -175,6 +192,16 @@ def _callers_level() -> int:
     return level
 
 
+def plan(request: Request) -> str:
+    """Describe in words how the generic code computes a request."""
+    if request.form == "associative":
+        width = reference.width(request)
+        return f"exclusive Blelloch scans within and across chunks of {width} tokens"
+    if request.mask == "none":
+        return f"{len(request.program.steps)} full passes"
+    return f"{len(request.program.steps)} passes in chunks of {reference.width(request)} tokens"
+
+
 def explain(request: Request, backend: str | Sequence[str] | None) -> Explanation:
     """Describe what would run, and for each other backend the reason why it would not."""
     chosen, reasons = pick(request, backend)
@@ -182,7 +209,7 @@ def explain(request: Request, backend: str | Sequence[str] | None) -> Explanatio
         if name != chosen and name not in reasons:
             other = f"{chosen} comes first" if backend is None else "not asked for"
             reasons[name] = refusal(name, request) or other
-    how = load(chosen).plan(request)
+    how = (load(chosen).plan or plan)(request)
     if request.tf32:
         how += "; float32 products in reduced precision, as the array library is set to"
     return Explanation(chosen, request.form or "chunked", how, reasons)
