@@ -117,7 +117,7 @@ def test_the_defaults_name_few_rows_and_named_operators_are_in_every_table():
         ("forward + backward", "hla2"),
         ("step", "hla2"),
     ]
-    assert [c.tokens for _, c in plan[-2:]] == [1024, 16384]
+    assert [c.tokens for _, c in plan[-3:]] == [64, 1024, 16384]
     words = "--operator hla3 ahla --operator hla3 --tokens 9"
     named = list(bench._plan(parsed(*words.split())))
     assert [(w, c.operator) for w, c in named] == list(
