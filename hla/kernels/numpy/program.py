@@ -43,6 +43,7 @@ Buffers = dict[tuple[str, Shape], Array]
 Weighed = dict[tuple[int, str], tuple[Weights, Weights]]
 GROUP = 2048  # tokens of all heads that share one call
 BLOCK = 32  # rows of a chunk in one product: what the mask clears beside them is left out
+KEPT = 1 << 16  # numbers in weights that are kept from call to call
 ONE_THREAD = 2 * 64**3  # multiply-adds of a product for which OpenBLAS starts threads of its own
 
 
@@ -183,9 +184,13 @@ def _weighed(gate: Gate, kinds: frozenset[tuple[int, str]], W: int, dtype: Any) 
     return {key: (_laid(w, like), _laid(w.reversed(), like)) for key, w in found.items()}
 
 
-@functools.lru_cache(maxsize=64)
-def _ungated(kinds: frozenset[tuple[int, str]], W: int, dtype: Any) -> Weighed:
-    return _weighed(Gate(), kinds, W, dtype)
+@functools.lru_cache(maxsize=16)
+def _constant(
+    kinds: frozenset[tuple[int, str]], W: int, dtype: Any, shape: Shape, values: bytes | None
+) -> Weighed:
+    """Return the weights of a constant decay or of none; making them can take longer than sums."""
+    g = None if values is None else np.frombuffer(values, dtype).reshape(shape)
+    return _weighed(Gate(g), kinds, W, dtype)
 
 
 def _rows(work: int, most: int) -> int:
@@ -232,9 +237,11 @@ class _Sweep:
         each = Gate(None if self.gate.decay is None else self.gate.decay[..., None])
 
         def weigh(gate: Gate, W: int) -> Weighed:
-            gated = gate.decay is not None or gate.log_gate is not None
-            given = (kinds, W, self.dtype)
-            return _weighed(gate, *given) if gated else _ungated(*given)
+            g = gate.decay
+            if gate.log_gate is not None or W * W * (1 if g is None else g.size) > KEPT:
+                return _weighed(gate, kinds, W, self.dtype)
+            known = ((), None) if g is None else (g.shape, g.tobytes())
+            return _constant(kinds, W, self.dtype, *known)
 
         for start, stop, G, W in _pieces(self.T, self.chunk, self.group)[:: -1 if reverse else 1]:
             a = self.gate.log_gate
