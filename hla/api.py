@@ -18,7 +18,7 @@ from .core.triangle import STATE_OF
 from .dispatch import Explanation, Info
 from .errors import Unsupported
 from .layout import Layout
-from .libraries import facts
+from .libraries import NODES, compiling, library_of
 from .options import (
     DEFAULTS,
     OPTIONS,
@@ -119,7 +119,7 @@ def scan(q: Any, k: Any, v: Any, **options: Any) -> Any:
     array([1., 3., 6.])
     """
     options = filled("scan", DEFAULTS, options)
-    run = _node("scan") if facts.compiling() else _scan
+    run = _node("scan") if compiling() else _scan
     return run(q, k, v, **options)
 
 
@@ -127,7 +127,7 @@ def _node(name: str) -> Any:
     # torch's compiler really imports it, and so finds the nodes made
     from .libraries import torch_graph
 
-    return getattr(torch_graph, name)
+    return torch_graph.nodes[name]
 
 
 def _scan(
@@ -179,7 +179,7 @@ def step(q_t: Any, k_t: Any, v_t: Any, state: Any = None, **options: Any) -> Any
         As in `scan`.
     """
     options = filled("step", STEP, options)
-    run = _node("step") if facts.compiling() else _step
+    run = _node("step") if compiling() else _step
     return run(q_t, k_t, v_t, state, **options)
 
 
@@ -225,7 +225,7 @@ def summarize(q: Any, k: Any, v: Any, **options: Unpack[SegmentOptions]) -> Any:
     """
     given = filled("summarize", SEGMENT, options)
     ordered(given["mask"], "segments")
-    run = _node("summarize") if facts.compiling() else _summarize
+    run = _node("summarize") if compiling() else _summarize
     return run(q, k, v, **given)
 
 
@@ -263,14 +263,14 @@ def combine(left: S, right: Any) -> S:
     Unsupported
         ``left`` is a state of the paper's own recurrences, which no segment continues.
     """
-    run = _node("combine") if facts.compiling() else _combine
+    run = _node("combine") if compiling() else _combine
     joined: S = run(left, right)
     return joined
 
 
 def _combine(left: Any, right: Any) -> Any:
     algebra = stretches(left, right)
-    with facts.exact_products(right.rho):
+    with library_of(right.rho).exact_products(right.rho):
         if type(left) is algebra.segment:
             return algebra.combine(left, right)
         packed = type(left) in STATE_OF
@@ -319,7 +319,7 @@ return_state, form, chunk_size, convention, backend
     """
     options = filled("vjp", DEFAULTS, options)
     backend = options.pop("backend")
-    if facts.compiling():
+    if compiling():
         o, state, saved = _node("forward")(q, k, v, backend, **options)
         pull = functools.partial(_node("backward"), q, k, v, backend, **options)
     else:
@@ -373,9 +373,29 @@ def _pull(call: _Call, o: Array, saved: Any, do: Array | None, dstate: Any) -> G
     )
 
 
+def _forward_anew(*args: Any, **options: Any) -> tuple[Array, Any, Any]:
+    return _forward(_prepared(*args, node=True, **options))
+
+
+def _pull_anew(
+    q: Array, k: Array, v: Array, backend: Backends, *given: Any, **options: Any
+) -> Gradients:
+    return _pull(_prepared(q, k, v, backend, node=True, **options), *given)
+
+
+NODES |= {
+    "scan": functools.partial(_scan, node=True),
+    "step": functools.partial(_step, node=True),
+    "summarize": functools.partial(_summarize, node=True),
+    "combine": _combine,
+    "forward": _forward_anew,
+    "backward": _pull_anew,
+}
+
+
 def _not_traced(chosen: Any, request: Request, given: Sequence[Array | None]) -> None:
     """Refuse gradients that are traced where the backend, called outside of it, refuses a trace."""
-    if not request.traced and any(x is not None and facts.traced(x) for x in given):
+    if not request.traced and any(x is not None and library_of(x).traced(x) for x in given):
         refusal = getattr(chosen, "refusal", None)  # torch's operators take them
         why = refusal and refusal(dataclasses.replace(request, traced=True))
         if why:

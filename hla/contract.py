@@ -29,6 +29,9 @@ class Capabilities(NamedTuple):
         Of q, k and v: "float16", "bfloat16", "float32", "float64".
     libraries : tuple of str
         Array libraries whose arrays it takes; ("any",) for every one.
+    native : str
+        The library whose arrays its functions are given: those of others are handed over, without a
+        copy, by DLPack. "" where they are given as they come.
     serves : tuple of (str, bool)
         Pairs (library, on an accelerator?) that ``backend=None`` picks it for.
     operators, masks, conventions, gates, forms : tuple of str
@@ -44,6 +47,7 @@ class Capabilities(NamedTuple):
 
     dtypes: tuple[str, ...]
     libraries: tuple[str, ...] = (ANY,)
+    native: str = ""
     serves: tuple[tuple[str, bool], ...] = ()
     operators: tuple[str, ...] = OPERATORS
     masks: tuple[str, ...] = MASKS
@@ -263,6 +267,8 @@ def _check_capabilities(module: Any, found: Any) -> None:
     for field, value in found._asdict().items():
         if field in ("opaque", "gradients"):
             good, expected = isinstance(value, bool), "True or False"
+        elif field == "native":
+            good, expected = isinstance(value, str), "the name of a library"
         elif field == "serves":
             good = _pairs(value)
             expected = 'pairs (library, on an accelerator?) such as (("numpy", False),)'

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from . import backends, contract, libraries
+from . import backends, contract
 from .backends import RESERVED, load, names
 from .contract import Machine
 from .core import reference
@@ -18,6 +18,7 @@ from .core.namespace import symbolic
 from .core.request import Request
 from .empty import Filled
 from .errors import SlowPathWarning, Unsupported, kind_of
+from .libraries import rules
 
 _lock = threading.Lock()
 _warned: set[str] = set()
@@ -65,9 +66,7 @@ def choose(
     name, reasons = pick(request, backend, summarize=summarize)
     if backend is None and name == "array_api" and request.accelerator:
         _warn_slow(request, reasons)
-    chosen = load(name)
-    if autograd:
-        chosen = libraries.seen_by(request.library, name, chosen, node)
+    chosen = rules.differentiable(name, request.library, node) if autograd else load(name)
     return Filled(chosen) if request.empty else chosen
 
 

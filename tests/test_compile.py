@@ -2,6 +2,11 @@
 
 import io
 import itertools
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -168,7 +173,7 @@ def test_export_saves_a_program_with_a_state(strict):
 
 def test_opcheck():
     """Schema, autograd, fake tensors and dynamic shapes of the operators over generic code."""
-    from hla.libraries import torch_graph
+    from hla.libraries.torch_graph import nodes
 
     class Seen(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -179,8 +184,8 @@ def test_opcheck():
     calls, options = {}, {"operator": "hla2", "mask": "causal", "decay": None, "scale": 0.5}
     *qkv, log_gate = (x.requires_grad_() for x in tensors(9).values())
     with Seen():
-        o, state = torch_graph.scan(*qkv, None, log_gate=log_gate, return_state=True, **options)
-        segment = torch_graph.summarize(*qkv, None, log_gate=log_gate, **options)
+        o, state = nodes["scan"](*qkv, None, log_gate=log_gate, return_state=True, **options)
+        segment = nodes["summarize"](*qkv, None, log_gate=log_gate, **options)
         sum(x.sum() for x in (o, *state, *segment)).backward()
     names = {x._schema.name for x in calls}
     assert names == {"hla::scan", "hla::scan_backward", "hla::summarize", "hla::summarize_backward"}
@@ -196,14 +201,14 @@ def test_what_is_told_of_strides_is_so(T):
     """Also of one token, of one head and of nothing, where torch calls many strides contiguous."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from hla.libraries import torch_graph
+    from hla.libraries.torch_graph import nodes
 
     def results(take):
         q, k, v = (take(torch.ones(1, 1, T, n)) for n in (4, 4, 3))
         options = {"operator": "hla2", "mask": "causal", "decay": None, "log_gate": None}
         options |= {"scale": 0.5, "return_state": True}
-        o, state, saved = torch_graph.forward(q, k, v, None, **options)
-        return leaves_of((o, state, saved, torch_graph.backward(q, k, v, None, o, saved, o, state,
+        o, state, saved = nodes["forward"](q, k, v, None, **options)
+        return leaves_of((o, state, saved, nodes["backward"](q, k, v, None, o, saved, o, state,
                                                           **options)))  # fmt: skip
 
     real = results(lambda x: x)
@@ -248,3 +253,22 @@ def test_shapes_are_told_from_the_request(batches):
                 told = leaves_of(array_api.empty(request, inputs))
                 for x, y in zip(told, leaves_of((o, end, saved)), strict=True):
                     assert y is None or (x.shape, x.dtype) == (y.shape, y.dtype)
+
+
+def test_the_first_call_of_a_process_may_be_compiled():
+    """The compiler reads how the library of an array is found: by what it can run."""
+    code = """
+        import torch, hla
+        S, F, eta = torch.ones(2, 4, 4), torch.ones(2, 4, 3), torch.ones(2, 4)
+        f = lambda state: state.pack().unpack().S + 1
+        compiled = torch.compile(f, backend="eager", fullgraph=True)
+        assert (compiled(hla.states.HLA2State(S, F, eta)) == S + 1).all()
+        o = torch.compile(hla.scan, backend="eager", fullgraph=True)(S, S, F)
+        assert torch.allclose(o, hla.scan(S, S, F))
+    """
+    root = str(pathlib.Path(hla.__file__).parent.parent)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        env=os.environ | {"PYTHONPATH": root},
+        check=True,
+    )

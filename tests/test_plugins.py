@@ -13,9 +13,10 @@ from conftest import close_fields, environment, installed
 from test_docs import ROOT, blocks
 
 import hla
-from hla import backends, dispatch
+from hla import arguments, backends, dispatch
 from hla.bench import workloads
-from hla.libraries import facts
+from hla.libraries import library_of
+from hla.libraries.generic import Generic
 
 PLUGIN = """
     from hla.backends import array_api
@@ -288,11 +289,18 @@ def test_the_toy_of_the_documentation_as_a_row_of_the_table(tmp_path, monkeypatc
     assert "it has no log_gate" in tables["requests"]
 
 
+def as_on_accelerator(monkeypatch):
+    monkeypatch.setattr(arguments, "_known", {})
+    real = Generic.facts
+    monkeypatch.setattr(Generic, "facts", lambda *x: real(*x)._replace(accelerator=True))
+    monkeypatch.setattr(library_of(np.ones(1)), "_facts", {})
+
+
 def test_the_slow_path_is_said_once_per_reason(monkeypatch):
     """As on an accelerator that no kernel serves."""
     x = np.ones((3, 2))
     monkeypatch.setattr(dispatch, "_warned", set())
-    monkeypatch.setattr(facts, "on_accelerator", lambda x: True)
+    as_on_accelerator(monkeypatch)
     with pytest.warns(hla.SlowPathWarning, match="no kernel backend for numpy"):
         hla.scan(x, x, x)
     hla.scan(x, x, x)  # a second warning would be an error here
@@ -301,7 +309,7 @@ def test_the_slow_path_is_said_once_per_reason(monkeypatch):
 
 
 def test_the_slow_path_warning_points_at_the_callers_line(monkeypatch):
-    monkeypatch.setattr(facts, "on_accelerator", lambda x: True)
+    as_on_accelerator(monkeypatch)
     x, first = np.ones((3, 2)), sys._getframe().f_lineno
     calls = (
         lambda: hla.scan(x, x, x),
@@ -318,7 +326,7 @@ def test_the_slow_path_warning_points_at_the_callers_line(monkeypatch):
 
 def test_the_slow_path_warning_of_a_compiled_call_is_the_users(monkeypatch):
     torch = installed("torch")
-    monkeypatch.setattr(facts, "on_accelerator", lambda x: True)
+    as_on_accelerator(monkeypatch)
     monkeypatch.setattr(dispatch, "_warned", set())
     compiled = torch.compile(lambda x: hla.scan(x, x, x), backend="eager")
     with pytest.warns(hla.SlowPathWarning) as found:

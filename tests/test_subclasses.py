@@ -6,12 +6,12 @@ or has no memory either.
 
 import functools
 
-import numpy as np
 import pytest
 from conftest import close, draw, installed, to_numpy
 from tensors import DEVICE, ENTRY, poison_empty, tensor
 
 import hla
+from hla.libraries import library_of
 
 torch = installed("torch")
 pytestmark = pytest.mark.skipif(not ENTRY.available, reason=ENTRY.reason)
@@ -157,15 +157,14 @@ def test_what_has_no_memory_is_refused_or_right(caller, call, normalize):
 
 
 def test_only_what_is_not_there_counts_as_traced():
-    from hla.libraries import facts
-
     x = torch.ones(2, 3)
     for make in (torch.nn.Parameter, torch.nn.Buffer, *KINDS.values()):
-        assert not facts.traced(make(x))
+        assert not library_of(x).traced(make(x))
     seen = []
-    torch.func.vmap(lambda y: seen.append(facts.traced(y)) or y)(x)
-    torch.jit.trace(lambda y: seen.append(facts.traced(y)) or y, x, check_trace=False)
+    torch.func.vmap(lambda y: seen.append(library_of(y).traced(y)) or y)(x)
+    torch.jit.trace(lambda y: seen.append(library_of(y).traced(y)) or y, x, check_trace=False)
     for y in (x.to("meta"), FakeTensorMode().from_tensor(x), TwoTensor(x, x)):
-        seen.append(facts.traced(y))
+        seen.append(library_of(y).traced(y))
     assert seen == [True] * 5
-    assert np.asarray(facts.host_values(KINDS["tag of a negated"](x))).sum() == 6
+    negated = KINDS["tag of a negated"](x)
+    assert library_of(negated).host_values(negated).sum() == 6

@@ -22,6 +22,7 @@ from conftest import (
 )
 
 import hla
+from hla.libraries import library_of
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -280,9 +281,10 @@ def test_torch_compiles_what_takes_packed_states():
 def test_packing_copies_constants_from_the_host_once(monkeypatch):
     """As a CUDA graph needs, which is captured after one run; what a trace makes is not kept."""
     torch = installed("torch")
-    namespace = installed("hla.core.namespace")
-    monkeypatch.setattr(namespace, "_kept", {})
     _, state = hla.scan(*load("torch").arrays(*draw(2, 9)), return_state=True)
+    library = library_of(state.S)
+    monkeypatch.setattr(library, "_kept", {})
+    monkeypatch.setattr(library, "_placed", {})
     torch.func.vmap(lambda S: state._replace(S=S).pack().unpack().S)(state.S)
     torch.func.grad(lambda S: state._replace(S=S).pack().unpack().S.sum())(state.S)
     with torch.inference_mode():
@@ -291,7 +293,7 @@ def test_packing_copies_constants_from_the_host_once(monkeypatch):
     def copied(*args, **kwargs):
         raise AssertionError
 
-    monkeypatch.setattr(namespace.namespace(state.S), "asarray", copied)
+    monkeypatch.setattr(library.xp, "asarray", copied)
     S = state.S.clone().requires_grad_()
     state._replace(S=S).pack().unpack().S.sum().backward()
     close(to_numpy(S.grad[0]), np.triu(np.full((5, 5), 2.0)) - np.eye(5))

@@ -6,19 +6,18 @@ and options. A call alike then costs a look-up and the checks of values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.namespace import Array, library
-from ..core.passes import Gate
+from ..core.namespace import Array
 from ..core.programs import program
 from ..core.request import Inputs, Request
 from ..core.triangle import PACKED_OF, STATE_OF
 from ..layout import Layout
-from ..libraries import facts
+from ..libraries import library_of
+from ..libraries.describe import describe
 from ..options import DEFAULTS, checked
 from . import gate, state
 from .arrays import operands, shapes
@@ -64,7 +63,7 @@ def prepare(
     """
     options = DEFAULTS | given
     decay, log_gate, start = _arrays(options)
-    q, k, v = (facts.autocast(facts.in_memory(x)) for x in (q, k, v))
+    q, k, v = (library_of(x).operand(x) for x in (q, k, v))
     key = _key((q, k, v), decay, log_gate, start, (*_plain(options), one_token, gradient))
     known = None if key is None else _known.get(key)
     if known is None:
@@ -116,27 +115,13 @@ def _key(
         if kind not in PACKED_OF and kind not in STATE_OF:
             return None
         seen += (kind, *map(_seen, start))
-    q = given[0]
-    if type(q) is not np.ndarray:
-        if facts.transformed(q):
-            return None
-        seen.append(facts.tf32_allowed(q))
-    return None if None in seen else tuple(seen)
+    library = library_of(given[0])
+    seen.append(library.tf32())
+    return None if None in seen or library.transformed() else tuple(seen)
 
 
 def _seen(x: Any) -> Any:
-    """Return what the checks see of an array; None where its device is no plain attribute."""
-    kind = type(x)
-    if kind is np.ndarray:
-        return x.shape, x.dtype
-    if library(x) != "torch" or facts.irregular(x) or facts.in_memory(x) is not x:
-        return None
-    key = kind, x.shape, x.dtype, x.device
-    try:
-        hash(key)
-    except TypeError:  # a symbol of torch's compiler
-        return None
-    return key
+    return library_of(x).key(x)
 
 
 def _state_name(one_token: bool) -> str:
@@ -147,8 +132,9 @@ def _check(
     q: Array, k: Array, v: Array, options: dict[str, Any], one_token: bool, gradient: bool
 ) -> tuple[Checked, Inputs]:
     decay, log_gate, start = _arrays(options)
-    decay, log_gate = facts.concrete(decay), facts.concrete(log_gate)
-    found = checked({name: facts.concrete(options[name]) for name in PLAIN})
+    concrete = library_of(q).concrete
+    decay, log_gate = concrete(decay), concrete(log_gate)
+    found = checked({name: concrete(options[name]) for name in PLAIN})
     axis = found.pop("axis")
     layout = Layout(None if one_token else axis, None, None)
     given = dict(zip(layout.names, (q, k, v), strict=True))
@@ -173,11 +159,10 @@ def _check(
     inputs = Inputs(q_in, k_in, v_in, decay, log_gate, None)
     request = describe(
         inputs,
-        [x for x in (decay, log_gate, *(start or ())) if library(x)],
+        [x for x in (decay, log_gate, *(start or ())) if library_of(x).name],
         state_type=kind,
         gradient=gradient,
         gate_given=layout.decay_shape is not None or layout.gate_shape is not None,
-        tf32=facts.tf32_allowed(q),
         **found,
     )
     whole = True
@@ -187,37 +172,3 @@ def _check(
         whole = not layout.packed and all(x is y for x, y in zip(found_state, start, strict=True))
         inputs = inputs._replace(state=start if whole else found_state)
     return Checked(request, layout, whole), inputs
-
-
-def describe(
-    inputs: Inputs, others: Sequence[Array], *, state_type: type[Any] | None, **options: Any
-) -> Request:
-    """Describe a call: its options as given, the rest read off its arrays.
-
-    Parameters
-    ----------
-    inputs : Inputs
-        Checked arrays.
-    others : sequence of array
-        The gate and the fields of the state, as far as there are any.
-    state_type : type or None
-        Of the incoming state, or else of the outgoing one.
-    **options
-        The fields of Request that no array shows.
-    """
-    q, k, v, decay, log_gate, _ = inputs
-    kinds = {"decay": decay, "log_gate": log_gate}
-    return Request(
-        q_shape=tuple(q.shape),
-        k_shape=tuple(k.shape),
-        v_shape=tuple(v.shape),
-        gate=next((name for name, x in kinds.items() if x is not None), None),
-        gate_batch=Gate(decay, log_gate).batch,
-        state_type=state_type,
-        library=library(q) or "",
-        device=facts.device_name(q),
-        dtype=facts.dtype_name(q),
-        accelerator=facts.on_accelerator(q),
-        traced=any(facts.traced(x) for x in (q, k, v, *others)),
-        **options,
-    )

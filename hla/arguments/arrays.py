@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from ..core.namespace import Array, library
+from ..core.namespace import Array
 from ..core.passes import Shape, broadcast
+from ..core.request import FLOATS
 from ..errors import kind_of
 from ..layout import Layout
-from ..libraries import facts
+from ..libraries import library_of
 
 
 def array(
@@ -20,37 +19,36 @@ def array(
 
     ``number`` says what else would have done.
     """
-    found = library(x)
-    if found is None:
+    library = library_of(x)
+    if not library.name:
         raise TypeError(
             f"{name} is {kind_of(x)}; expected {number}an array of NumPy, torch, JAX, CuPy or"
             " another library of the Array API standard. Convert lists; compute Dask arrays, make"
             " sparse ones dense, fill masked ones"
         )
-    irregular = facts.irregular(x)
+    irregular = library.irregular(x)
     if irregular is not None:
         what, remedy = irregular
         raise TypeError(f"{name} {what}; expected a plain array. Convert it: {remedy}")
     if like is not None:
-        expected = library(like)
-        if found != expected:
+        expected = library_of(like)
+        if library is not expected:
             raise TypeError(
-                f"{name} is an array of {found}; expected {expected} like {like_name}. Convert it"
+                f"{name} is an array of {library.name}; expected {expected.name} like {like_name}."
+                " Convert it"
             )
-        if not facts.same_device(x, like):
+        if not library.same_device(x, like):
             raise ValueError(
-                f"{name} is on device {facts.device_name(x)}; expected"
-                f" {facts.device_name(like)} like {like_name}. Move it first"
+                f"{name} is on device {library.device_name(x)}; expected"
+                f" {library.device_name(like)} like {like_name}. Move it first"
             )
-    return np.asarray(x) if found == "numpy" else facts.in_memory(x)
+    return library.plain(x)
 
 
 def floating(name: str, x: Array) -> Array:
     """Check that an array has a dtype that is computed with."""
-    if facts.dtype_name(x) not in facts.FLOATS:
-        raise TypeError(
-            f"{name} has dtype {x.dtype}; expected one of {', '.join(facts.FLOATS)}. Cast it"
-        )
+    if library_of(x).dtype_name(x) not in FLOATS:
+        raise TypeError(f"{name} has dtype {x.dtype}; expected one of {', '.join(FLOATS)}. Cast it")
     return x
 
 

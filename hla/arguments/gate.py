@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..core.namespace import Array, device, namespace, underflow
+from ..core.namespace import Array, device, namespace
 from ..core.passes import Shape
 from ..layout import Layout
-from ..libraries import facts
+from ..libraries import library_of
 from ..options import is_number
 from .arrays import array, broadcasts, floating
 
@@ -29,7 +29,7 @@ def checked(
     first = layout.names[0]
     if decay is not None and not is_number(decay):
         decay = array("decay", decay, q, first, number="a number in (0, 1] or ")
-        if facts.dtype_name(decay) not in ("float32", "float64"):
+        if library_of(decay).dtype_name(decay) not in ("float32", "float64"):
             raise TypeError(
                 f"decay has dtype {decay.dtype}; expected float32 or float64, made so and not cast"
                 " from less (bfloat16(0.999) is 1)"
@@ -59,10 +59,10 @@ def brought(
     """
     if decay is None and log_gate is None:
         return None, None
-    xp, like = namespace(q), {"device": device(q)}
-    wide = facts.dtype_name(q) == "float64"
+    library, xp, like = library_of(q), namespace(q), {"device": device(q)}
+    wide = library.dtype_name(q) == "float64"
     dtype, least = (xp.float64, 0.0) if wide else (xp.float32, 2.0**-150)  # rounded to 0 by float32
-    with underflow(q):
+    with library.underflow():
         if decay is not None:
             if is_number(decay):
                 if not 0 < decay <= 1:
@@ -72,7 +72,7 @@ def brought(
                 if decay <= least:
                     raise ValueError(f"decay is {decay}, {VANISHES}")
                 return None if decay == 1 else xp.full((), float(decay), dtype=dtype, **like), None
-            values = facts.host_values(decay)
+            values = library.host_values(decay)
             if values is not None and not ((values > least) & (values <= 1)).all():
                 wrong = values[~((values > least) & (values <= 1))].flat[0]
                 if 0 < wrong <= least:
@@ -88,7 +88,7 @@ def brought(
                 )
             value = float(log_gate) if log_gate >= FORGETS else -math.inf
             return None, layout.gate_in(xp.full((), value, dtype=dtype, **like), tokens)
-        values = facts.host_values(log_gate)
+        values = library.host_values(log_gate)
         if values is not None and not (values <= 0).all():
             raise ValueError(
                 f"log_gate holds {values[~(values <= 0)].flat[0]}; expected values <= 0 (-inf"

@@ -9,7 +9,7 @@ from ..core.namespace import Array, namespace
 from ..core.request import Request
 from ..core.triangle import STATE_OF, packed_shape
 from ..errors import kind_of
-from ..libraries import facts
+from ..libraries import library_of
 from .arrays import array, broadcasts, floating
 
 
@@ -52,7 +52,7 @@ def brought(name: str, request: Request, q: Array, state: Any) -> Any:
         except TypeError as error:
             raise ValueError(str(error)) from None
         floating(label, x)
-        if facts.dtype_name(x) == "float64" and request.accumulate != "float64":
+        if library_of(x).dtype_name(x) == "float64" and request.accumulate != "float64":
             raise ValueError(
                 f"{label} has dtype {x.dtype}; expected {request.accumulate} or lower. Cast it"
             )

@@ -9,18 +9,18 @@ import array_api_compat
 from ..contract import Capabilities, Machine
 from ..core import reference
 from ..core.adjoint import ONE_TOKEN
-from ..core.namespace import Array, device, namespace
+from ..core.namespace import Array, device, library_of, namespace
 from ..core.passes import Shape
 from ..core.reference import Gradients
-from ..core.request import Inputs, Request
-from ..libraries import facts
+from ..core.request import FLOATS, Inputs, Request
 
-CAPABILITIES = Capabilities(facts.FLOATS, serves=(("any", False), ("any", True)))
+CAPABILITIES = Capabilities(FLOATS, serves=(("any", False), ("any", True)))
 
 
 def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
     """Return (o, state, what `backward` needs)."""
-    found: tuple[Array, Any, tuple[Array, ...]] = facts.call(_forward, request, inputs.q, inputs)
+    found: tuple[Array, Any, tuple[Array, ...]]
+    found = library_of(inputs.q).run(_forward, request, inputs)
     return found
 
 
@@ -47,7 +47,7 @@ def backward(
 ) -> Gradients:
     """Return the gradients of `forward`."""
     given = inputs, saved, do, dstate
-    grads: Gradients = facts.call(_backward, request, inputs.q, *given)
+    grads: Gradients = library_of(inputs.q).run(_backward, request, *given)
     return grads
 
 
@@ -60,7 +60,7 @@ def _backward(
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
     """Return (o, state) of one token; never donates."""
-    o, state, _ = facts.call(_one_token, request, inputs.q, inputs)
+    o, state, _ = library_of(inputs.q).run(_one_token, request, inputs)
     return o, state
 
 
@@ -71,7 +71,7 @@ def _one_token(request: Request, inputs: Inputs) -> tuple[Array, Any, Any]:
 
 def summarize(request: Request, inputs: Inputs) -> Any:
     """Return the segment of a whole sequence."""
-    return facts.call(reference.summarize, request, inputs.q, inputs)
+    return library_of(inputs.q).run(reference.summarize, request, inputs)
 
 
 def machine() -> Machine:

@@ -9,15 +9,14 @@ import numpy as np
 from ..contract import Capabilities, Machine
 from ..core import reference
 from ..core.adjoint import CORE, Engine
-from ..core.namespace import Array
+from ..core.namespace import Array, library_of
 from ..core.reference import Gradients
-from ..core.request import Inputs, Request
+from ..core.request import FLOATS, Inputs, Request
 from ..kernels.numpy import program, token
-from ..libraries import facts
 
 SWEEP = Engine(program.run, program.adjoint)
 CAPABILITIES = Capabilities(
-    facts.FLOATS,
+    FLOATS,
     libraries=("numpy",),
     serves=(("numpy", False),),
     forms=("chunked", "recurrent", "dense"),  # associative runs no passes
@@ -43,8 +42,8 @@ def _rows(x: Array) -> Array:
 
 def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, Any]:
     """Return (o, state, what `backward` needs)."""
-    o, state, trace = facts.call(
-        reference.forward, request, inputs.q, _readable(inputs), _engine(request)
+    o, state, trace = library_of(inputs.q).run(
+        reference.forward, request, _readable(inputs), _engine(request)
     )
     return o, state, trace
 
@@ -55,19 +54,19 @@ def backward(
     """Return the gradients of `forward`."""
     do = None if do is None else _rows(do)
     given = (_readable(inputs), saved, do, dstate, _engine(request))
-    grads: Gradients = facts.call(reference.backward, request, inputs.q, *given)
+    grads: Gradients = library_of(inputs.q).run(reference.backward, request, *given)
     return grads
 
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
     """Return (o, state) of one token, with ``donate`` in the given state's memory where it can."""
-    found: tuple[Array, Any] = facts.call(token.step, request, inputs.q, inputs, donate)
+    found: tuple[Array, Any] = library_of(inputs.q).run(token.step, request, inputs, donate)
     return found
 
 
 def summarize(request: Request, inputs: Inputs) -> Any:
     """Return the segment of a whole sequence."""
-    return facts.call(reference.summarize, request, inputs.q, inputs)
+    return library_of(inputs.q).run(reference.summarize, request, inputs)
 
 
 def machine() -> Machine:

@@ -14,12 +14,12 @@ from ..contract import Capabilities, Machine
 from ..core.namespace import Array
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request
-from ..libraries import exchange
 from . import array_api
 
 CAPABILITIES = Capabilities(
     ("float16", "bfloat16", "float32"),
     libraries=("torch", "cupy", "jax"),
+    native="torch",
     serves=(("torch", True),),
     forms=("chunked",),
     traced=("torch",),
@@ -84,11 +84,7 @@ def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, 
     """Return (o, state, what `backward` needs)."""
     from ..kernels.triton import scan
 
-    if request.library == "torch":
-        return exchange.on_memory(functools.partial(scan.forward, request), inputs)
-    with exchange.torch_for(request.library) as (into, back):
-        o, state, saved = scan.forward(request, into(inputs))
-        return back(o), back(state), saved
+    return scan.forward(request, inputs)
 
 
 def backward(
@@ -97,13 +93,7 @@ def backward(
     """Return the gradients of `forward`."""
     from ..kernels.triton import scan
 
-    if request.library == "torch":
-        pull = functools.partial(scan.backward, request)
-        return exchange.on_memory(pull, inputs, saved, do, dstate)
-    with exchange.torch_for(request.library) as (into, back):
-        given = into(inputs), saved, into(do), into(dstate)
-        grads: Gradients = back(scan.backward(request, *given))
-        return grads
+    return scan.backward(request, inputs, saved, do, dstate)
 
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.programs import CAUSAL
-from ..libraries.facts import exact_products
+from ..libraries import library_of
 from .libraries import Array, Arrays, Call, Host, load
 from .workloads import DECAY, Case, Work, against_truth, inputs, sample
 
@@ -323,7 +323,9 @@ def floor(dtype: str, library: str = "numpy", accelerator: bool = False) -> Floo
     a, b = (lib.array(x, dtype) for x in draws)
 
     def multiply(a: Array, b: Array) -> Arrays:
-        with exact_products(a):  # float32 rows must be held against the rate of float32
+        with library_of(a).exact_products(
+            a
+        ):  # float32 rows must be held against the rate of float32
             return (a @ b,)
 
     product = lib.compile(multiply)

@@ -7,7 +7,17 @@ from typing import Any
 from . import ahla, hla2, hla3, linear, programs, scans
 from .algebra import Algebra
 from .fields import batch_rank, own, rank, split
-from .namespace import Array, device, expand, fold, laid, moveaxis, namespace, padded, powers
+from .namespace import (
+    Array,
+    device,
+    expand,
+    fold,
+    library_of,
+    moveaxis,
+    namespace,
+    padded,
+    powers,
+)
 from .passes import Gate, Shape, broadcast, started
 from .programs import PAPER, final_states
 from .request import Request
@@ -110,6 +120,7 @@ def scan(
     start = _started(request, everything, gate, state, batch)
     w = max(1, min(width, T))
     given = [(q, 0.0), (k, 0.0), (v, 0.0), (_token_rho(q, gate), 1.0)]
+    laid = library_of(q).laid
     whole = [(laid(expand(x, (*batch, *x.shape[-2:])), everything), fill) for x, fill in given]
     xs = tuple(_chunked(x, w, fill) for x, fill in whole)
 

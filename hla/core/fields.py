@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .adjoint import sum_to
-from .namespace import Array, expand, explicit, is_jax, namespace, nothing
+from .namespace import Array, expand, library_of, namespace
 from .passes import Shape
 from .request import Request
 
@@ -16,19 +16,12 @@ Keyed = dict[Fields, Array]
 
 
 def aligned(request: Request, xs: Sequence[Array]) -> list[Array]:
-    """Give arrays (*batch, X, Y) all batch axes of the request, and on a mesh one split of them.
-
-    JAX may be told to refuse a broadcast to more axes (jax_numpy_rank_promotion), and multiplies
-    only what is split alike.
-    """
-    if not is_jax(xs[0]):
+    """Give arrays (*batch, X, Y) all batch axes of the request, where their library asks for it."""
+    library = library_of(xs[0])
+    if not library.meshes:
         return list(xs)
     axes = max(map(len, (request.q_shape, request.k_shape, request.v_shape)))
-    xs = [namespace(x).reshape(x, (1,) * (axes - x.ndim) + x.shape) for x in xs]
-    if not any(map(explicit, xs)):
-        return xs
-    zeros = nothing(xs)
-    return [x + sum_to(zeros, (*x.shape[:-2], 1, 1)) for x in xs]
+    return library.aligned(xs, axes)
 
 
 def rank(field: str) -> int:
@@ -89,7 +82,7 @@ def split(
 
 def own(x: Array, shape: Shape) -> Array:
     """Copy ``x`` without the equal copies along axes where ``shape`` has 1 or no axis."""
-    if explicit(x):  # one of equal copies is not taken from the device that has it
+    if library_of(x).explicit(x):  # one of equal copies is not taken from the device that has it
         extra = len(x.shape) - len(shape)
         alike = tuple(i for i in range(len(x.shape)) if i < extra or shape[i - extra] == 1)
         return namespace(x).reshape(namespace(x).max(x, axis=alike), shape)

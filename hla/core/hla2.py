@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .algebra import Algebra, Cross, Join, dot, outer
-from .namespace import Array, namespace, underflow
+from .namespace import Array, library_of, namespace
 from .triangle import pack
 
 
@@ -77,7 +77,7 @@ class HLA2Segment(NamedTuple):
 
     def to_state(self) -> HLA2RidgeState:
         """Return the state after this segment, started empty; it serves any ridge."""
-        with underflow(self.S):
+        with library_of(self.S).underflow():
             return HLA2RidgeState(**{x: view(self)[x] for x in HLA2RidgeState._fields})
 
 

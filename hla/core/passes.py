@@ -22,8 +22,7 @@ from .namespace import (
     device,
     expand,
     fold,
-    is_jax,
-    laid,
+    library_of,
     namespace,
     padded,
     powers,
@@ -235,7 +234,7 @@ def pieces(xs: Sequence[Array], chunk: int) -> tuple[list[tuple[Array, ...]], Ar
     def blocks(x: Array, turns: int, W: int) -> Array:
         return xp.reshape(x, (*x.shape[:-2], turns, W, x.shape[-1]))
 
-    if symbolic(T):  # any part may be empty: JAX must see a chunk
+    if symbolic(T):  # any part may be empty, and a loop needs a chunk
         filled = [padded(x, -2, after=(turns + 1) * chunk - T) for x in xs]
         left = xp.clip(T - chunk * xp.arange(turns + 1), max=chunk)
         ends = xp.astype(left, xs[0].dtype)[:, None, None]
@@ -361,7 +360,8 @@ def started(state: Array | None, shape: Shape, made_of: Sequence[Array], gate: G
     if state is None:
         state = xp.zeros((), dtype=like.dtype, device=device(like))
     state = expand(state, shape)
-    return laid(state, (*made_of, *gate.arrays)) if is_jax(like) else state
+    library = library_of(like)
+    return library.laid(state, (*made_of, *gate.arrays)) if library.meshes else state
 
 
 def begun(state: Array | None, k: Array, v: Array, gate: Gate) -> Array:

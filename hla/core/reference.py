@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from . import associative
 from .adjoint import CORE, Engine, sum_to
 from .fields import Keyed, aligned, gradient_fields, joined, split
-from .namespace import Array, is_jax, laid_back, namespace
+from .namespace import Array, library_of, namespace
 from .passes import CHUNK, Gate, Shape, broadcast
 from .programs import Trace, all_shapes, final_states, summed, with_ones
 from .request import Inputs, Request
@@ -46,7 +46,7 @@ def accumulated(request: Request, inputs: Inputs) -> tuple[dict[str, Array], Gat
     if request.scaled:
         q = q * request.scale
     gate = Gate(inputs.decay, inputs.log_gate)
-    if is_jax(q):
+    if library_of(q).meshes:
         q, k, v, *given = aligned(request, (q, k, v, *gate.arrays))
         gate = gate.of(given)
     values = {"q": q, "k": k, "v": with_ones(v) if request.mass else v}
@@ -185,7 +185,8 @@ def _of_input(grad: Any, x: Any) -> Any:
         return None
     if isinstance(x, tuple):
         return type(x)(*map(_of_input, grad, x))
-    return laid_back(namespace(x).astype(sum_to(grad, x.shape), x.dtype, copy=False), x)
+    grad = namespace(x).astype(sum_to(grad, x.shape), x.dtype, copy=False)
+    return library_of(x).laid_back(grad, x)
 
 
 def gate_gradients(gate: Gate, grad: Array | None) -> tuple[Array | None, Array | None]:

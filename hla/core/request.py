@@ -10,6 +10,8 @@ from .namespace import Array
 from .passes import Shape
 from .programs import Program, program, segment_program, state_shapes
 
+FLOATS = ("float16", "bfloat16", "float32", "float64")  # dtypes that are computed with
+
 
 class Inputs(NamedTuple):
     """Arrays of one call; token axis at -2 (for the gate at -1), dtypes as the caller gave them."""

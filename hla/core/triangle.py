@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .namespace import Array, beside, device, namespace
+from .namespace import Array, device, library_of, namespace
 
 PACKED_OF: dict[type[Any], Any] = {}  # packed type by state type; `hla.states` names each
 STATE_OF: dict[type[Any], Any] = {}  # and back
@@ -96,7 +96,7 @@ def _with_zero(x: Array) -> Array:
 
 
 def _take(x: Array, D: int, places: str) -> Array:
-    index = beside(x, (D, places), lambda: _triangle(D)[places])
+    index = library_of(x).constants(x, (D, places), lambda: _triangle(D)[places])
     return namespace(x).take(x, index, axis=-1)
 
 

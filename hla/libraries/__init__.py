@@ -1,26 +1,62 @@
-"""Backends as single operators of an array library, for what cannot see through them."""
+"""Array libraries: a class for each, which knows what the standard does not say of its arrays."""
 
 from __future__ import annotations
 
 import functools
-import importlib
-from types import SimpleNamespace
-from typing import Any
+import sys
+from collections.abc import Callable
+from typing import Any, cast
 
-RULES = {"torch": "hla.libraries.torch_rule"}  # array library: how it differentiates any backend
-CALLS = ("forward", "backward", "step", "summarize")
-
-
-def seen_by(library: str, name: str, backend: Any, node: bool) -> Any:
-    """Return a backend as a library's transforms can take it; with ``node`` always as operators."""
-    opaque = backend.capabilities.opaque
-    if library not in RULES or not (opaque or (node and backend.empty is not None)):
-        return backend
-    return _wrapped(library, name, node)
+from ..core import namespace
+from ..core.namespace import Array
+from .generic import Generic
+from .numba import Numba
 
 
-@functools.cache
-def _wrapped(library: str, name: str, node: bool) -> Any:
-    rules = importlib.import_module(RULES[library])
-    calls = {x: functools.partial(getattr(rules, x), name, node) for x in CALLS}
-    return SimpleNamespace(**calls, __name__=name)
+# By import statements, which torch's compiler runs where it reads a call of theirs.
+def _numpy(*_: Any) -> Generic:
+    from .numpy import NUMPY
+
+    return NUMPY
+
+
+def _torch(*_: Any) -> Generic:
+    from .torch import TORCH
+
+    return TORCH
+
+
+def _jax(*_: Any) -> Generic:
+    from .jax import JAX
+
+    return JAX
+
+
+def _cupy(*_: Any) -> Generic:
+    from .cupy import CUPY
+
+    return CUPY
+
+
+namespace.ADAPTERS |= {
+    "": functools.cache(Generic),
+    "numpy": _numpy,
+    "torch": _torch,
+    "jax": _jax,
+    "cupy": _cupy,
+    "numba": functools.cache(Numba),
+}
+NODES: dict[str, Callable[..., Any]] = {}  # what a compiler takes as one node of its graph
+
+library_of = cast("Callable[[Array], Generic]", namespace.library_of)  # it finds these classes
+
+
+def named(name: str) -> Generic:
+    """Return a library by its name; what is known of others, but not their namespace."""
+    return cast("Generic", namespace.adapter(name, None))
+
+
+def compiling() -> bool:
+    """Whether torch.compile or a strict torch.export reads the code that is running."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_compiling())

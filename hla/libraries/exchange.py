@@ -1,114 +1,108 @@
-"""Arrays of one library as those of another, without a copy, on the caller's stream."""
+"""Backends that read the memory of one library's arrays, called with those of any.
+
+Arrays change hands by DLPack, without a copy, on the caller's current stream. A library that has
+streams of its own (JAX) has each side wait for what it is handed; its inputs are kept until they
+are read, since it may give the memory of a deleted array to a computation that does not wait.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import sys
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
-from ..core.namespace import Array, library
+from ..backends import load
+from ..contract import Backend
+from ..core.namespace import Array
+from ..core.reference import Gradients
+from ..core.request import Inputs, Request
+from . import library_of, named
+from .generic import Generic
 
-Result = TypeVar("Result")
 Convert = Callable[[Any], Any]
-_in_use: list[tuple[Any, list[Array]]] = []  # events, and what must stay until they are reached
+_in_use: list[tuple[Callable[[], bool], list[Array]]] = []  # what must stay until this is true
 
 
-def each(f: Callable[[Array], Array], tree: Any) -> Any:
-    """Apply ``f`` to an array, or to each in a NamedTuple of arrays, None and NamedTuples."""
+@functools.cache
+def loaded(name: str) -> Backend:
+    """Load a backend, as one that takes arrays of any library that lends it their memory."""
+    backend = load(name)
+    native = backend.capabilities.native
+    if not native:
+        return backend
+
+    def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, Any]:
+        own: list[Any] = []
+        wrapped = library_of(inputs.q).wraps(backend.capabilities)
+
+        def run(inputs: Inputs) -> tuple[Array, Any, Any]:
+            o, state, saved = backend.forward(request, inputs)
+            if wrapped:
+                return o, state, saved  # kept as arrays of the library
+            own.append(saved)
+            return o, state, None
+
+        o, state, saved = _on_native(native, run, inputs)
+        return o, state, own[0] if own else saved
+
+    def backward(request: Request, inputs: Inputs, *given: Any) -> Gradients:
+        pull = functools.partial(backend.backward, request)
+        found: Gradients = _on_native(native, pull, inputs, *given)
+        return found
+
+    def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
+        found: tuple[Array, Any]
+        found = _on_native(native, lambda inputs: backend.step(request, inputs, donate), inputs)
+        return found
+
+    return backend._replace(forward=forward, backward=backward, step=step)
+
+
+def _on_native(native: str, function: Callable[..., Any], inputs: Inputs, *more: Any) -> Any:
+    """Call a function of the native library's arrays with those of the library of ``inputs``."""
+    source = library_of(inputs.q)
+    if source.name == native:
+        return source.on_memory(function, inputs, *more)
+
+    def run(*trees: Any) -> Any:
+        with _handed_over(source, named(native), trees[0].q) as (into, back):
+            return back(function(*map(into, trees)))
+
+    return source.on_memory(run, inputs, *more)
+
+
+def _each(f: Callable[[Array], Array], tree: Any) -> Any:
+    """Apply ``f`` to an array, or to each in tuples of arrays, None and tuples."""
     if tree is None:
         return None
     if isinstance(tree, tuple):
-        return type(tree)(*(each(f, x) for x in tree))
+        found = (_each(f, x) for x in tree)
+        return type(tree)(*found) if hasattr(tree, "_fields") else tuple(found)
     return f(tree)
 
 
-def on_memory(function: Callable[..., Result], *trees: Any) -> Result:
-    """Call a function of torch tensors that reads their memory, as torch calls its own functions.
-
-    A subclass is asked by its ``__torch_function__``, which says what type the results have. The
-    function itself sees memory that holds the values: no sign that is pending, no implied zeros.
-
-    Parameters
-    ----------
-    function : callable
-        Of ``trees``; returns a tree.
-    *trees
-        Tensors, None and tuples of them.
-    """
-    if all(_is_memory(tree) for tree in trees):
-        return function(*trees)
-    from torch import _C, Tensor
-    from torch.overrides import handle_torch_function, has_torch_function
-    from torch.utils._pytree import tree_flatten, tree_unflatten
-
-    flat, spec = tree_flatten(trees)
-    specs: list[Any] = []
-
-    def run(*flat: Any) -> Any:
-        with _C.DisableTorchFunctionSubclass():
-            there = [_values(x) if isinstance(x, Tensor) else x for x in flat]
-            found, after = tree_flatten(function(*tree_unflatten(there, spec)))
-        specs.append(after)
-        return found
-
-    asked = has_torch_function(flat)
-    found = handle_torch_function(run, flat, *flat) if asked else run(*flat)
-    result: Result = tree_unflatten(found, specs[-1])
-    return result
-
-
-def _is_memory(tree: Any) -> bool:
-    if tree is None:
-        return True
-    if isinstance(tree, tuple):
-        return all(_is_memory(x) for x in tree)
-    torch = sys.modules["torch"]
-    plain = type(tree) in (torch.Tensor, torch.nn.Parameter)
-    return plain and not tree.is_neg() and not tree._is_zerotensor()
-
-
-def _values(x: Array) -> Array:
-    return x.clone() if x._is_zerotensor() else x.resolve_neg()
-
-
-@contextlib.contextmanager
-def torch_for(name: str) -> Iterator[tuple[Convert, Convert]]:
-    """Yield the ways from a library's arrays to torch tensors of the same memory, and back.
-
-    Within the context torch works on CuPy's current stream. JAX has streams of its own: DLPack has
-    each side wait for what it is handed, and inputs are kept until torch has read them, since JAX
-    may give the memory of a deleted array to a computation that does not wait.
-    """
-    import torch
-
+@contextmanager
+def _handed_over(
+    source: Generic, native: Generic, like: Array
+) -> Iterator[tuple[Convert, Convert]]:
+    """Yield the ways from a caller's arrays to those of another library, and back."""
     taken: list[Array] = []
 
     def into(x: Array) -> Array:
-        taken.append(to_torch(x))
+        if library_of(x) is native:
+            return x  # what a forward has saved
+        taken.append(native.take(source.lend(x, native.strided)))
         return taken[-1]
 
-    with contextlib.ExitStack() as stack:
-        if name == "cupy":
-            stream = importlib.import_module("cupy").cuda.get_current_stream().ptr
-            stack.enter_context(torch.cuda.stream(torch.cuda.ExternalStream(stream)))
-        yield (lambda tree: each(into, tree)), (lambda tree: each(_back_to(name), tree))
-    if name == "jax" and any(x.is_cuda for x in taken):
-        _in_use[:] = [(event, kept) for event, kept in _in_use if not event.query()]
-        _in_use.append((torch.cuda.current_stream(taken[0].device).record_event(), taken))
+    def back(x: Array) -> Array:
+        return source.take(native.lend(x, source.strided))
 
-
-def to_torch(x: Array) -> Array:
-    """Return a torch tensor of x's memory (of a copy where a stride is negative)."""
-    import torch
-
-    if library(x) == "cupy" and any(stride < 0 for stride in x.strides):
-        x = x.copy()  # torch.from_dlpack would end the process
-    return torch.from_dlpack(x)
-
-
-def _back_to(name: str) -> Callable[[Array], Array]:
-    if name == "cupy":
-        return lambda x: importlib.import_module("cupy").from_dlpack(x)
-    return lambda x: importlib.import_module("jax.numpy").from_dlpack(x.contiguous())
+    stream = source.stream(like)
+    with nullcontext() if stream is None else native.on_stream(stream):
+        yield (lambda tree: _each(into, tree)), (lambda tree: _each(back, tree))
+    if stream is None and taken:
+        _in_use[:] = [(done, kept) for done, kept in _in_use if not done()]
+        done = native.done(taken[0])
+        if not done():
+            _in_use.append((done, taken))

@@ -1,6 +1,6 @@
-"""The public functions as single nodes of torch's graph, which its compiler runs and does not read.
+"""Functions as single nodes of torch's graph, which its compiler runs and does not read.
 
-Imported by `hla.api` when it finds itself being compiled.
+Imported when such a function finds itself being compiled: the compiler really imports it.
 """
 
 from __future__ import annotations
@@ -10,44 +10,15 @@ from typing import Any
 
 import torch
 
-from .. import api
+from . import NODES
 
 
-def _in_graph(function: Callable[..., Any]) -> Any:
-    return torch.compiler.allow_in_graph(function)
+def _in_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    def node(*args: Any, **options: Any) -> Any:
+        return function(*args, **options)
+
+    found: Callable[..., Any] = torch.compiler.allow_in_graph(node)
+    return found
 
 
-@_in_graph
-def scan(*args: Any, **options: Any) -> Any:
-    """Return what `hla.scan` does, by an operator."""
-    return api._scan(*args, node=True, **options)
-
-
-@_in_graph
-def step(*args: Any, **options: Any) -> Any:
-    """Return what `hla.step` does, by an operator."""
-    return api._step(*args, node=True, **options)
-
-
-@_in_graph
-def summarize(*args: Any, **options: Any) -> Any:
-    """Return what `hla.summarize` does, by an operator."""
-    return api._summarize(*args, node=True, **options)
-
-
-@_in_graph
-def combine(left: Any, right: Any) -> Any:
-    """Return what `hla.combine` does: a few products, whatever the lengths."""
-    return api._combine(left, right)
-
-
-@_in_graph
-def forward(*args: Any, **options: Any) -> Any:
-    """Return what `hla.vjp` computes of a call, and what `backward` needs."""
-    return api._forward(api._prepared(*args, node=True, **options))
-
-
-@_in_graph
-def backward(q: Any, k: Any, v: Any, backend: Any, *given: Any, **options: Any) -> Any:
-    """Return the gradients that the pullback of `hla.vjp` gives."""
-    return api._pull(api._prepared(q, k, v, backend, node=True, **options), *given)
+nodes = {name: _in_graph(function) for name, function in NODES.items()}

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .. import states
-from ..arguments import describe
 from ..core.request import Inputs, Request
 from ..errors import Unsupported
+from .describe import describe
+from .torch_tracing import transforming
 
 
 class Options(NamedTuple):
@@ -82,7 +83,7 @@ class Rule(NamedTuple):
 
     def __call__(self, *args: Any) -> list[Tensor]:
         """Call the operator; torch.func cannot see its gradient, but that of a Function."""
-        if not torch._C._are_functorch_transforms_active():
+        if not transforming():
             found: list[Tensor] = self.op(*args)
             return found
         flat, tree = tree_flatten(list(args), is_leaf=_plain_list)

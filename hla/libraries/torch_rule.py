@@ -17,17 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import _register_namedtuple
 
-from .. import backends, states
+from .. import states
 from ..core.associative import ALGEBRA
 from ..core.fields import rank
 from ..core.reference import Gradients, shapes
 from ..core.request import Inputs, Request
-from .facts import traced
+from . import torch_tracing as tracing
+from .exchange import loaded
 from .torch_operator import (
     OPTIONS,
     Options,
@@ -61,11 +59,11 @@ def forward(
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     node = node or _looked_at(request) or (learns and request.gradient)
     if module is None and not (learns or node):
-        module = backends.load(backend)
+        module = loaded(backend)
     if module is not None:
         return module.forward(request, inputs)  # type: ignore[no-any-return]
     if node:  # a transform's tensors do not say whether they need gradients
-        keep = learns or request.gradient or torch._C._are_functorch_transforms_active()
+        keep = learns or request.gradient or tracing.transforming()
         options = options_of(backend, request)
         o, *rest = SCAN(*inputs[:5], state, *options, keep)
     else:  # the same without the dispatcher, which takes longer than a short pass
@@ -92,8 +90,9 @@ def backward(
     tensors = present(*inputs, list(saved), do, dstate)
     module = _in_forward_mode(backend, tensors)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    if module is None and not (node or learns or _looked_at(request) or any(map(traced, tensors))):
-        module = backends.load(backend)
+    node = node or learns or _looked_at(request) or any(map(tracing.traced, tensors))
+    if module is None and not node:
+        module = loaded(backend)
     if module is not None:
         return module.backward(request, inputs, saved, do, dstate)  # type: ignore[no-any-return]
     ends, full = [], request.state_shapes()
@@ -118,19 +117,17 @@ def step(
 def summarize(backend: str, node: bool, request: Request, inputs: Inputs) -> Any:
     """Return the segment of a whole sequence, differentiable."""
     if not node or _in_forward_mode("array_api", present(*inputs[:5])):
-        return backends.load(backend).summarize(request, inputs)
+        return loaded(backend).summarize(request, inputs)
     kind, options = ALGEBRA[request.operator, request.mask].segment, options_of(backend, request)
     return kind(*plain("summarize", _segment, _empty_segment, inputs[:5], [], options))
 
 
 def _in_forward_mode(backend: str, tensors: Sequence[Tensor]) -> Any:
     """Return the backend itself where forward mode differentiates its code; refuse if opaque."""
-    has_tangent = forward_ad._current_level >= 0 and any(map(_has_tangent, tensors))
-    module = backends.load(backend)
+    has_tangent = tracing.in_forward_mode(tensors)
+    module = loaded(backend)
     if not module.capabilities.opaque:
-        levels = torch._C._functorch.get_interpreter_stack() or ()
-        inside = any(x.key() == torch._C._functorch.TransformType.Jvp for x in levels)
-        return module if inside or has_tangent else None
+        return module if has_tangent or tracing.in_jvp() else None
     if has_tangent:
         raise no_forward_mode(backend)
     return None
@@ -138,25 +135,7 @@ def _in_forward_mode(backend: str, tensors: Sequence[Tensor]) -> Any:
 
 def _looked_at(request: Request) -> bool:
     """Whether torch must look at a call: tensors stand for others, or a mode or transform sees."""
-    return (
-        request.traced
-        or _get_current_dispatch_mode() is not None
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-def _has_tangent(x: Tensor) -> bool:
-    """Whether forward mode follows ``x``, at any level of torch.func's transforms."""
-    functorch = torch._C._functorch
-    top = functorch.peek_interpreter_stack()
-    if top is None:
-        return forward_ad.unpack_dual(x).tangent is not None
-    own = functorch.maybe_get_level(x) == top.level()
-    forward = own and top.key() == functorch.TransformType.Jvp
-    if forward and forward_ad.unpack_dual(x).tangent is not None:
-        return True
-    with temporarily_pop_interpreter_stack():
-        return _has_tangent(functorch.get_unwrapped(x) if own else x)
+    return request.traced or tracing.watched()
 
 
 class Eager(torch.autograd.Function):
@@ -191,7 +170,7 @@ def _scan(*args: Any, request: Request | None = None, fake: bool = False) -> lis
     given, options = [*args[:5], *args[5]], Options(*args[6:-1])
     inputs = inputs_of(options, given)
     request = request or request_of(inputs, options, args[-1])
-    module = backends.load(options.backend)
+    module = loaded(options.backend)
     empty = module.empty  # told without being run; others launch nothing on fake tensors
     o, end, saved = (empty if fake and empty else module.forward)(request, inputs)
     found = [o, *(end if request.return_state else ()), *saved]
@@ -202,7 +181,7 @@ def _scan_backward(*args: Any, request: Request | None = None, fake: bool = Fals
     """Return gradients of q, k, v, of the gate where given as an array, and of the state."""
     given, (saved, do, dstate) = [*args[:5], *args[5]], args[6:9]
     options = Options(*args[9:])
-    module = backends.load(options.backend)
+    module = loaded(options.backend)
     told = module.empty is not None
     if fake and told:
         return like([given[i] for i in moved(given, options)])
@@ -284,14 +263,14 @@ def _pull_twice(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 def _generic(options: Options, tensors: Sequence[Any]) -> Sequence[Tensor]:
     inputs = inputs_of(options, tensors)
     request = request_of(inputs, options, False)
-    o, end, _ = backends.load("array_api").forward(request, inputs)
+    o, end, _ = loaded("array_api").forward(request, inputs)
     return (o, *(end if options.return_state else ()))
 
 
 def _segment(options: Options, tensors: Sequence[Any]) -> Sequence[Tensor]:
     inputs = inputs_of(options, tensors)
     request = request_of(inputs, options, False)
-    return tuple(backends.load(options.backend).summarize(request, inputs))
+    return tuple(loaded(options.backend).summarize(request, inputs))
 
 
 def _empty_segment(options: Options, tensors: Sequence[Any]) -> Sequence[Tensor]:

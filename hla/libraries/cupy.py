@@ -1,0 +1,54 @@
+"""CuPy's arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import cupy
+import numpy as np
+from array_api_compat import cupy as xp
+
+from ..core.namespace import Array
+from .generic import Generic
+
+
+class CuPy(Generic):
+    """CuPy, whose arrays are on a GPU."""
+
+    def on_accelerator(self, x: Array) -> bool:
+        """Return True."""
+        return True
+
+    def host_values(self, x: Array) -> np.ndarray[Any, Any] | None:
+        """Return None: reading would wait for the device."""
+        return None
+
+    def lend(self, x: Array, strided: bool) -> Array:
+        """Copy what has a negative stride, which would end the process of `torch.from_dlpack`."""
+        if any(stride < 0 for stride in x.strides):
+            return x.copy()
+        return x if strided else self.xp.ascontiguousarray(x)
+
+    def stream(self, x: Array) -> int | None:
+        """Return the current stream."""
+        stream: int = cupy.cuda.get_current_stream().ptr
+        return stream
+
+    def on_stream(self, stream: int) -> AbstractContextManager[Any]:
+        """Context in which CuPy works on a stream."""
+        context: AbstractContextManager[Any] = cupy.cuda.ExternalStream(stream)
+        return context
+
+    def done(self, x: Array) -> Callable[[], bool]:
+        """Return what tells whether the work queued until now is done."""
+        event = cupy.cuda.get_current_stream().record()
+        return lambda: bool(event.done)
+
+    def underflow(self) -> AbstractContextManager[Any]:
+        """Return no context: a GPU does not tell."""
+        return nullcontext()
+
+
+CUPY = CuPy("cupy", xp)

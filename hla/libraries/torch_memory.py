@@ -1,0 +1,56 @@
+"""Functions of memory, called as torch calls its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import _C, Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+Result = TypeVar("Result")
+
+
+def on_memory(function: Callable[..., Result], *trees: Any) -> Result:
+    """Call a function of torch tensors that reads their memory, as torch calls its own functions.
+
+    A subclass is asked by its ``__torch_function__``, which says what type the results have. The
+    function itself sees memory that holds the values: no sign that is pending, no implied zeros.
+
+    Parameters
+    ----------
+    function : callable
+        Of ``trees``; returns a tree.
+    *trees
+        Tensors, None and tuples of them.
+    """
+    if all(_is_memory(tree) for tree in trees):
+        return function(*trees)
+    flat, spec = tree_flatten(trees)
+    specs: list[Any] = []
+
+    def run(*flat: Any) -> Any:
+        with _C.DisableTorchFunctionSubclass():
+            there = [_values(x) if isinstance(x, Tensor) else x for x in flat]
+            found, after = tree_flatten(function(*tree_unflatten(there, spec)))
+        specs.append(after)
+        return found
+
+    asked = has_torch_function(flat)
+    found = handle_torch_function(run, flat, *flat) if asked else run(*flat)
+    result: Result = tree_unflatten(found, specs[-1])
+    return result
+
+
+def _is_memory(tree: Any) -> bool:
+    if tree is None:
+        return True
+    if isinstance(tree, tuple):
+        return all(_is_memory(x) for x in tree)
+    plain = type(tree) in (Tensor, nn.Parameter)
+    return plain and not tree.is_neg() and not tree._is_zerotensor()
+
+
+def _values(x: Tensor) -> Tensor:
+    return x.clone() if x._is_zerotensor() else x.resolve_neg()
