@@ -13,12 +13,13 @@ import torch
 from . import NODES
 
 
-def _in_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+def _in_graph(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def node(*args: Any, **options: Any) -> Any:
         return function(*args, **options)
 
+    node.__name__ = node.__qualname__ = name  # by which a graph shows it
     found: Callable[..., Any] = torch.compiler.allow_in_graph(node)
     return found
 
 
-nodes = {name: _in_graph(function) for name, function in NODES.items()}
+nodes = {name: _in_graph(name, function) for name, function in NODES.items()}
