@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, cast
 
 from ..core import namespace
 from ..core.namespace import Array
 from .generic import Generic
+from .generic import compiling as compiling
 from .numba import Numba
 
 
@@ -54,9 +54,3 @@ library_of = cast("Callable[[Array], Generic]", namespace.library_of)  # it find
 def named(name: str) -> Generic:
     """Return a library by its name; what is known of others, but not their namespace."""
     return cast("Generic", namespace.adapter(name, None))
-
-
-def compiling() -> bool:
-    """Whether torch.compile or a strict torch.export reads the code that is running."""
-    torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.compiler.is_compiling())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -11,6 +12,12 @@ import numpy as np
 
 from ..contract import Capabilities
 from ..core.namespace import Array, Library
+
+
+def compiling() -> bool:
+    """Whether torch.compile or a strict torch.export reads the code that is running."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_compiling())
 
 
 class Facts(NamedTuple):

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..contract import Capabilities
 from ..core.namespace import Array
-from . import compiling
 from . import torch_tracing as tracing
-from .generic import Generic
+from .generic import Generic, compiling
 from .torch_memory import on_memory
 
 HALF = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts

@@ -1,6 +1,6 @@
 """Whether torch is compiling, tracing, transforming or following: each question, answered here.
 
-And `hla.libraries.compiling`, which must not import torch.
+But `compiling`, which must not import torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
-from . import compiling
+from .generic import compiling
 
 functorch = torch._C._functorch
 
