@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import math
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,6 +55,13 @@ def installed(name):
     if importlib.util.find_spec(name.partition(".")[0]) is None:
         pytest.skip(f"{name} is not installed", allow_module_level=True)
     return importlib.import_module(name)
+
+
+def environment(*folders, **variables) -> dict[str, str]:
+    """Environment of a child process: the caller's, these folders and hla's before its own path."""
+    kept = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    path = [*folders, pathlib.Path(hla.__file__).parents[1], *map(os.path.abspath, kept)]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))} | variables
 
 
 def usable(entry) -> bool:

@@ -1,6 +1,5 @@
 """Which backend runs and why; light imports that no framework can break."""
 
-import os
 import pathlib
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import FLOATS, OPERATORS, draw, installed, load, refusal, same
+from conftest import FLOATS, OPERATORS, draw, environment, installed, load, refusal, same
 
 import hla
 
@@ -104,11 +103,11 @@ def test_the_dtypes_that_a_backend_claims_are_those_that_it_runs(name):
     assert all(d in why for d, why in refused.items() if why)  # the reason names the dtype
 
 
-def run(code, **environment):
+def run(code, *folders):
     """A fresh interpreter in the source tree's parent, the tree itself on its path."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env=environment(*folders),
         cwd=ROOT.parent,
         capture_output=True,
         text=True,
@@ -154,7 +153,7 @@ def test_runs_uninstalled_from_the_source_tree(tmp_path):
         import numpy as np, hla
         print(hla.__file__, hla.scan(np.ones((3, 2)), np.ones((3, 2)), np.ones((3, 1)))[-1, 0])
         """,
-        PYTHONPATH=str(tmp_path),
+        tmp_path,
     )
     file, value = out.split()
     assert file.startswith(str(tmp_path))
@@ -170,7 +169,7 @@ def test_broken_frameworks_do_no_harm(tmp_path):
         x = np.ones((3, 2))
         print(len(hla.available()), hla.scan(x, x, x).sum())
         """,
-        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
+        tmp_path,
     )
     assert int(out.split()[0]) >= 2
 
@@ -193,5 +192,5 @@ def test_a_broken_library_of_a_backend_is_its_reason(tmp_path):
         else:
             raise AssertionError
         """,
-        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
+        tmp_path,
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import installed
+from conftest import environment, installed
 
 import hla
 from hla import bench, dispatch
@@ -275,7 +275,8 @@ def test_bad_options_stop_the_parser(words, capsys):
 def test_the_import_loads_no_library():
     lazy = {"torch", "jax", "cupy", "rich", "matplotlib"}
     code = f"import sys, hla.bench; print(sorted({lazy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command, env = [sys.executable, "-c", code], environment()
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import environment
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 
 import hla
@@ -19,8 +20,14 @@ from hla.cli import COMMANDS, main
 from hla.command import prepare_files, save
 
 
+def python(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words], env=environment(), capture_output=True, text=True, check=False
+    )
+
+
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return python("-c", code)
 
 
 def test_info_prints_versions_and_every_backend(capsys):
@@ -69,9 +76,7 @@ def test_info_loads_no_framework_but_torch():
 
 
 def test_runs_as_a_module():
-    done = subprocess.run(
-        [sys.executable, "-m", "hla", "--version"], capture_output=True, text=True, check=False
-    )
+    done = python("-m", "hla", "--version")
     assert (done.returncode, done.stdout) == (0, f"hla {hla.__version__}\n")
 
 
@@ -121,8 +126,8 @@ def test_a_closed_pipe_ends_no_command_and_says_nothing(monkeypatch, capsys):
 @pytest.mark.parametrize("words", [["--help"], ["bench", "--help"]])
 def test_nothing_is_said_of_a_closed_pipe_when_the_interpreter_ends(words):
     with closed_pipe() as pipe:
-        command = [sys.executable, "-m", "hla", *words]
-        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, check=False)
+        command, env = [sys.executable, "-m", "hla", *words], environment()
+        done = subprocess.run(command, env=env, stdout=pipe, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
 
 

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import installed
+from conftest import environment, installed
 
 import hla
 from hla import bench
@@ -35,7 +35,7 @@ def blocks(page):
 def test_code_runs(page, tmp_path, monkeypatch):
     """Python blocks run in order in one namespace; a captioned block is a file beside them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(hla.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     namespace = {"__name__": page.stem}
     for language, caption, code in blocks(page):
         if caption:

@@ -1,15 +1,13 @@
 """What a token and a head may touch: nothing earlier and no other head, to the bit."""
 
 import itertools
-import os
-import pathlib
 import subprocess
 import sys
 import textwrap
 
 import numpy as np
 import pytest
-from conftest import OPERATORS, Row, draw, rows
+from conftest import OPERATORS, Row, draw, environment, rows
 
 import hla
 
@@ -108,10 +106,9 @@ def test_bits_hold_with_threads_in_blas():
                 np.testing.assert_array_equal(again, whole)
                 np.testing.assert_array_equal(one, whole[2:3])
     """
-    free = {n: x for n, x in os.environ.items() if not n.endswith("_NUM_THREADS")}
-    root = str(pathlib.Path(hla.__file__).parent.parent)
+    free = {n: x for n, x in environment().items() if not n.endswith("_NUM_THREADS")}
     subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env=free | {"PYTHONPATH": root},
+        env=free,
         check=True,
     )

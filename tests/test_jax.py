@@ -2,7 +2,6 @@
 
 import functools
 import os
-import pathlib
 import subprocess
 import sys
 import textwrap
@@ -10,7 +9,7 @@ import textwrap
 import literal
 import numpy as np
 import pytest
-from conftest import OPERATORS, close, draw, installed, load, to_numpy
+from conftest import OPERATORS, close, draw, environment, installed, load, to_numpy
 
 import hla
 
@@ -75,11 +74,10 @@ PREAMBLE = """
 
 def on_four_devices(code):
     """Run code after PREAMBLE in a process whose host is four devices for JAX."""
-    root = str(pathlib.Path(hla.__file__).parent.parent)
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PREAMBLE) + textwrap.dedent(code)],
-        env=os.environ | devices | {"PYTHONPATH": root},
+        env=environment(XLA_FLAGS=flags, JAX_PLATFORMS="cpu"),
         check=True,
         timeout=240,
     )

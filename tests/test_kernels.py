@@ -8,15 +8,13 @@ through many compiled kernels take minutes: marked `aot`, they run by `pytest -m
 import importlib
 import importlib.util
 import json
-import os
 import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
-
-import hla
+from conftest import environment
 
 for name in ("torch", "triton"):
     if importlib.util.find_spec(name) is None:
@@ -241,15 +239,10 @@ def compiled(kind, width, dtype, arch):
 def compiled_apart(cases, cache):
     """Compile cases in one process that is not interpreted; return what is found, by case."""
     code = f"import json, test_kernels as t; print(json.dumps([t.compiled(*c) for c in {cases!r}]))"
-    path = [str(pathlib.Path(hla.__file__).parent.parent), str(pathlib.Path(__file__).parent)]
-    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    environment |= {
-        "PYTHONPATH": os.pathsep.join(path),
-        "TRITON_CACHE_DIR": str(cache),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    variables = environment(pathlib.Path(__file__).parent, TRITON_CACHE_DIR=str(cache))
+    variables.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True))
 

@@ -1,6 +1,5 @@
 """Backends of third parties, found by their entry points."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import installed
+from conftest import environment, installed
 from test_docs import ROOT, blocks
 
 import hla
@@ -33,10 +32,9 @@ def in_a_process(tmp_path, plugin, code):
     (tmp_path / "mine.py").write_text(textwrap.dedent(plugin))
     (tmp_path / "mine-1.dist-info").mkdir()
     (tmp_path / "mine-1.dist-info" / "entry_points.txt").write_text("[hla.backends]\nmine = mine\n")
-    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     return subprocess.run(
         [sys.executable, "-c", "import numpy as np, hla\nx = np.ones((3, 2))\n" + code],
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(tmp_path),
         capture_output=True,
         text=True,
     )
@@ -235,7 +233,7 @@ def test_the_package_of_the_documentation_installs(tmp_path):
         done = subprocess.run(
             [sys.executable, *command],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])},
+            env=environment(site),
             capture_output=True,
             text=True,
         )

@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import installed
+from conftest import environment, installed
 
 import hla
 from hla.kernels.numpy import threads as numpy_threads
@@ -138,7 +138,7 @@ def script(body):
         want = hla.scan(q, k, v)
     """
     code = textwrap.dedent(begin) + textwrap.dedent(body)
-    clean = {n: x for n, x in os.environ.items() if n not in numpy_threads.LIMITS}
+    clean = {n: x for n, x in environment().items() if n not in numpy_threads.LIMITS}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

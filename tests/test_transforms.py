@@ -1,15 +1,23 @@
 """torch.func and JAX transformations: jit, vmap, grad, scan; graphs that do not grow."""
 
 import functools
-import os
-import pathlib
 import subprocess
 import sys
 import textwrap
 
 import numpy as np
 import pytest
-from conftest import OPERATORS, close, draw, gates, installed, load, symmetric, to_numpy
+from conftest import (
+    OPERATORS,
+    close,
+    draw,
+    environment,
+    gates,
+    installed,
+    load,
+    symmetric,
+    to_numpy,
+)
 
 import hla
 
@@ -382,9 +390,8 @@ def test_jax_without_x64():
         jax.grad(lambda q: hla.scan(q, k, v, decay=0.9).sum())(q)
         hla.scan(*(x.astype(jnp.bfloat16) for x in (q, k, v)), decay=np.float64(0.9))
     """
-    root = str(pathlib.Path(hla.__file__).parent.parent)
     subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
-        env=os.environ | {"PYTHONPATH": root, "JAX_ENABLE_X64": "0"},
+        env=environment(JAX_ENABLE_X64="0"),
         check=True,
     )
