@@ -16,9 +16,9 @@ from .core import reference
 from .core.associative import algebra_of
 from .core.namespace import symbolic
 from .core.request import Request
-from .empty import Filled
 from .errors import SlowPathWarning, Unsupported, kind_of
 from .libraries import rules
+from .libraries.empty import Filled
 
 _lock = threading.Lock()
 _warned: set[str] = set()

@@ -1,4 +1,7 @@
-"""Array libraries, the rows of the parametrised tests, and the comparison with its error budget."""
+"""Array libraries, the rows of the parametrised tests, and the comparison with its error budget.
+
+Rows follow from the table of backends: a new one, a plugin's too, has rows in every suite.
+"""
 
 import functools
 import importlib
@@ -12,7 +15,7 @@ from typing import Any, NamedTuple
 
 if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not any(
     os.path.exists(f"/dev/{name}") for name in ("nvidia0", "nvidiactl", "dxg")
-):  # no GPU: Triton interprets; it reads this when it is first imported
+):  # no GPU: interpreters stand in; they are chosen by what is set at their first import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX leaves the GPU some memory
 if "PYTEST_XDIST_WORKER" in os.environ:  # the test processes share the cores: no threads that spin
@@ -24,6 +27,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import hla
+from hla import backends
+from hla.contract import ANY
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 SUITE = {"deadline": None, "suppress_health_check": SLOW}  # no verdict by the clock
@@ -38,8 +43,9 @@ SERIAL = ("recurrent", "associative")  # what mask none does not have
 LIBRARIES = ("numpy", "torch", "jax", "array_api_strict", "cupy")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 DTYPES = dict.fromkeys(LIBRARIES, FLOATS) | {"array_api_strict": FLOATS[2:]}
-HOME = {"numpy": ("numpy",), "triton": ("torch",), "array_api": LIBRARIES}  # backend: libraries
-ON_HOST = {"triton": ("float16", "float32")}  # its interpreter has no bfloat16: that is test_gpu's
+ACCELERATORS = {"torch": "cuda", "jax": "cuda", "cupy": "cuda", "numba": "cuda"}  # by library
+BUILT_IN = [*backends.TABLE]
+INTERPRETERS = {"triton": "TRITON_INTERPRET"}  # backend: what is 1 where it needs no device
 
 # Error budget: unit roundoff of the wide types, RMS of one rounding of the narrow ones; the same on
 # every machine. The core keeps intermediates in float32, so only the output is rounded (1.2).
@@ -64,14 +70,34 @@ def environment(*folders, **variables) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))} | variables
 
 
+@functools.cache
+def serves(name) -> tuple[tuple[str, bool], ...]:
+    """Pairs (library, on an accelerator?) that a backend is picked for; () of what is none."""
+    return backends.load(name).capabilities.serves if name in backends.names() else ()
+
+
+def homes(name) -> tuple[str, ...]:
+    """Libraries whose arrays a backend is picked for."""
+    found = dict(serves(name))
+    return LIBRARIES if ANY in found else tuple(found)
+
+
+def of_a_device(name) -> tuple[str, ...]:
+    """Libraries of the accelerators that a backend has kernels for.
+
+    Kernels have their own chunks, and round what they hand on to a narrow dtype.
+    """
+    return tuple(x for x, accelerated in serves(name) if accelerated and x != ANY)
+
+
 def usable(entry) -> bool:
     """Whether a backend can be tested here; fails where what it needs is there and is broken."""
-    needs = (HOME[entry.name][0], entry.name)
+    needs = (*homes(entry.name)[:1], entry.name)
     if entry.available or not all(importlib.util.find_spec(name) for name in needs):
         return entry.available
     for name in needs:
         importlib.import_module(name)
-    if os.environ.get("TRITON_INTERPRET") == "1":  # needs no device
+    if os.environ.get(INTERPRETERS.get(entry.name, "")) == "1":  # needs no device
         raise RuntimeError(f"{entry.name} is installed and does not run: {entry.reason}")
     return False
 
@@ -88,47 +114,55 @@ class Row(NamedTuple):
         return self._asdict()
 
 
-@functools.cache
-def refusal(backend, form, operator, mask, dtype="float64", device="cpu") -> str:
-    """Why a backend does not run such a call on arrays of its own library; "" where it does."""
-    given = load(HOME[backend][0]).arrays(*draw(2), dtype=dtype)
-    if device != "cpu":
-        given = [x.to(device) for x in given]
+def refused(arrays, **options) -> str:
+    """Why a named backend does not do a call; "" where it does."""
     try:
-        hla.explain(*given, backend=backend, form=form, operator=operator, mask=mask)
+        hla.explain(*arrays, **options)
     except hla.Unsupported as error:
         return str(error)
     return ""
 
 
-def rows(
-    operators=OPERATORS,
-    masks=MASKS,
-    forms=FORMS,
-    library="numpy",
-    dtype="float64",
-    backends=None,
-    device="cpu",
-) -> list:
-    """Every backend x form x operator x mask that runs on some machine on one library's arrays.
+@functools.cache
+def place(name, library=None) -> str:
+    """Where a backend's arrays of a library lie: on the host if it takes them there."""
+    library = library or homes(name)[0]
+    if not {(library, False), (ANY, False)}.isdisjoint(serves(name)):
+        return "cpu"
+    host = load(library).arrays(*draw(2), dtype="float32")  # which an interpreter takes too
+    return ACCELERATORS[library] if refused(host, backend=name) else "cpu"
 
-    Where a backend refuses the device its rows are skipped, with what it says.
+
+@functools.cache
+def refusal(backend, form, operator, mask, dtype="float64", gate="none") -> str:
+    """Why a backend does not run such a call on arrays of its own library; "" where it does."""
+    library = load(homes(backend)[0], place(backend))
+    given = {n: library.array(x, "float32") for n, x in gates(gate, 1, 2).items() if np.ndim(x)}
+    return refused(
+        library.arrays(*draw(1, 2), dtype=dtype),
+        **gates(gate, 1, 2) | given, backend=backend, form=form, operator=operator, mask=mask,
+    )  # fmt: skip
+
+
+def rows(
+    operators=OPERATORS, masks=MASKS, forms=FORMS, library="numpy", dtype="float64", backends=None
+) -> list:
+    """Every backend x form x operator x mask that runs here on one library's arrays.
+
+    Those on an accelerator are marked gpu.
     """
     found = []
     for entry in hla.available():
         if backends is not None and entry.name not in backends:
             continue
-        if library not in HOME.get(entry.name, ()) or not usable(entry):
+        if library not in homes(entry.name) or not usable(entry) or dtype not in entry.dtypes:
             continue
-        if dtype not in ON_HOST.get(entry.name, entry.dtypes):
-            continue
-        unable = refusal(entry.name, "chunked", "linear", "causal", dtype, device)
-        marks = [pytest.mark.skipif(bool(unable), reason=unable)] if unable else []
+        marks = [pytest.mark.gpu] if place(entry.name, library) != "cpu" else []
         for operator, mask, form in itertools.product(operators, masks, forms):
             row = Row(entry.name, form, operator, mask)
-            if form == "chunked" if unable else not refusal(*row, dtype, device):
+            if not refusal(*row, dtype):
                 found.append(pytest.param(row, id="-".join(row), marks=marks))
-            else:  # no backend may refuse what all must do
+            elif entry.name in BUILT_IN:  # none of these may refuse what all must do
                 assert operator in entry.operators
                 assert mask == "none" or form in ("associative", "dense", "recurrent")
                 assert entry.name != "array_api" or (mask == "none" and form in SERIAL)
@@ -137,12 +171,14 @@ def rows(
 
 
 def gated(kinds, **selection) -> list:
-    """Every row with every kind of gate that its mask allows."""
+    """Every row with every kind of gate that its mask and backend allow."""
     return [
         pytest.param(*row.values, kind, id=f"{row.id}-{kind}", marks=row.marks)
         for row in rows(**selection)
         for kind in kinds
         if kind == "none" or row.values[0].mask != "none"
+        if row.values[0].backend in BUILT_IN
+        or not refusal(*row.values[0], selection.get("dtype", "float64"), kind)
     ]
 
 
@@ -167,21 +203,21 @@ def to_numpy(x):
 
 
 @functools.cache
-def load(name) -> Library:
-    """The adapter of one array library; skips with the reason where it is not installed."""
+def load(name, place="cpu") -> Library:
+    """The adapter of one array library at a place; skips with the reason where it is missing."""
     xp = installed(name)
     if name == "numpy":
         return Library(name, lambda x, d: np.asarray(x, numpy_dtype(d)), to_numpy, np.ndarray)
     if name == "torch":
         return Library(
             name,
-            lambda x, d: xp.tensor(np.asarray(x), dtype=getattr(xp, d)),
+            lambda x, d: xp.tensor(np.asarray(x), dtype=getattr(xp, d), device=place),
             lambda x: x.detach().to(xp.float64).cpu().numpy(),
             xp.Tensor,
         )
     if name == "jax":
         xp.config.update("jax_enable_x64", True)
-        jnp, host = importlib.import_module("jax.numpy"), xp.devices("cpu")[0]
+        jnp, host = importlib.import_module("jax.numpy"), xp.devices(place)[0]
         return Library(
             name, lambda x, d: jnp.asarray(x, getattr(jnp, d), device=host), to_numpy, xp.Array
         )
@@ -204,6 +240,16 @@ def poisoned(empty):
         return x
 
     return allocate
+
+
+@pytest.fixture
+def quick_jax():
+    """JAX that spends less on compiling what runs a few times."""
+    load("jax")
+    jax = installed("jax")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield jax
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

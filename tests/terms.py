@@ -141,7 +141,7 @@ class Call:
 
 
 def parts(inputs, options, given):
-    """Root sum of squares of what each result is added from, by its name in `tensors.run`."""
+    """Root sum of squares of what each result is added from, by its name in `devices.run`."""
     call, found = Call(inputs, options, given), {}
     shapes = {"d" + n: np.shape(inputs[n]) for n in "qkv"}
     shapes |= {f"dstate {n}": np.shape(x) for n, x in call.start._asdict().items()} if (

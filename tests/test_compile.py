@@ -2,15 +2,13 @@
 
 import io
 import itertools
-import os
-import pathlib
 import subprocess
 import sys
 import textwrap
 
 import numpy as np
 import pytest
-from conftest import MASKS, OPERATORS, draw, gates, installed
+from conftest import MASKS, OPERATORS, draw, environment, gates, installed
 
 import hla
 from hla.arguments import prepare
@@ -266,9 +264,5 @@ def test_the_first_call_of_a_process_may_be_compiled():
         o = torch.compile(hla.scan, backend="eager", fullgraph=True)(S, S, F)
         assert torch.allclose(o, hla.scan(S, S, F))
     """
-    root = str(pathlib.Path(hla.__file__).parent.parent)
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        env=os.environ | {"PYTHONPATH": root},
-        check=True,
-    )
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+    subprocess.run(command, env=environment(), check=True)

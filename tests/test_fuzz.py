@@ -5,22 +5,23 @@ head. `pytest --hypothesis-profile=long tests/test_fuzz.py` draws a hundred time
 """
 
 import functools
-import os
 from typing import Any, NamedTuple
 
 import literal
 import numpy as np
 import pytest
-from conftest import MASKS, OPERATORS, close, installed, load, symmetric, to_numpy, usable
+from conftest import MASKS, OPERATORS, close, installed, load, symmetric, to_numpy
+from devices import devices
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import hla
 
-TRITON = next(entry for entry in hla.available() if entry.name == "triton")
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"  # of its float32 tensors
-needs_triton = pytest.mark.skipif(not usable(TRITON), reason=TRITON.reason or "usable")
-BACKENDS = ["array_api", pytest.param("triton", marks=needs_triton)]
+KERNELS = [
+    pytest.param(x.backend, marks=x.marks) for x in devices() if x.library == "torch"
+]  # in float32, whose tensors lie where the kernels read them
+PLACE = next((x.place for x in devices() if x.library == "torch"), "cpu")
+BACKENDS = ["array_api", *KERNELS]
 
 EXACT, SINGLE = 1e-9, 2e-4  # of the largest value; float32 sums of a few terms, which may cancel
 
@@ -229,9 +230,8 @@ def torch_kinds():
 
 
 def made(name, x, dtype):
-    """An array of a library; what Triton multiplies lies on its device."""
-    y = load(name).array(x, dtype)
-    return y.to(DEVICE) if (name, dtype) == ("torch", "float32") else y
+    """An array of a library; what kernels multiply lies on their device."""
+    return load(name, PLACE if (name, dtype) == ("torch", "float32") else "cpu").array(x, dtype)
 
 
 def as_library(case, name, dtype="float64", kinds=None):
@@ -332,13 +332,13 @@ def test_torch(case):
     check_call(case, "torch", kinds=list(torch_kinds()))
 
 
-@needs_triton
+@pytest.mark.parametrize("backend", KERNELS)
 @examples(10)
 @given(cases())
-def test_triton(case):
-    """Its kernels, interpreted where there is no GPU, in float32."""
+def test_torch_kernels(backend, case):
+    """Interpreted where there is no GPU, in float32."""
     case = case._replace(tail={})
-    check_call(case, "torch", SINGLE, "float32", list(torch_kinds()), backend="triton")
+    check_call(case, "torch", SINGLE, "float32", list(torch_kinds()), backend=backend)
 
 
 @examples(2)
@@ -415,8 +415,8 @@ def random_like(name, outputs, seed, dtype="float64"):
 def test_torch_autograd(backend, case):
     """torch.autograd and torch.func.vjp to every array, of leaves of any kind."""
     torch = installed("torch")
-    dtype, tol = ("float32", SINGLE) if backend == "triton" else ("float64", EXACT)
-    case = case._replace(tail={}) if backend == "triton" else case
+    dtype, tol = ("float32", SINGLE) if backend != "array_api" else ("float64", EXACT)
+    case = case._replace(tail={}) if backend != "array_api" else case
     kinds = ["plain", "parameter", "tagged parameter", "tagged"]
     f, flat, labels = differentiable(case, "torch", dtype, kinds)
     flat = [x.detach().requires_grad_() for x in flat]
@@ -435,8 +435,8 @@ def test_torch_autograd(backend, case):
 def test_torch_vmap(backend, case, data):
     """Over some of the arrays, the others shared: the calls one by one; and of its gradient."""
     torch = installed("torch")
-    dtype, tol = ("float32", SINGLE) if backend == "triton" else ("float64", EXACT)
-    case = case._replace(tail={}) if backend == "triton" else case
+    dtype, tol = ("float32", SINGLE) if backend != "array_api" else ("float64", EXACT)
+    case = case._replace(tail={}) if backend != "array_api" else case
     f, flat, _ = differentiable(case, "torch", dtype)
     mapped = [0 if data.draw(st.booleans()) else None for _ in flat]
     assume(0 in mapped)

@@ -8,13 +8,12 @@ import functools
 
 import pytest
 from conftest import close, draw, installed, to_numpy
-from tensors import DEVICE, ENTRY, poison_empty, tensor
+from devices import of_torch, poison_empty, rows_of
 
 import hla
 from hla.libraries import library_of
 
 torch = installed("torch")
-pytestmark = pytest.mark.skipif(not ENTRY.available, reason=ENTRY.reason)
 TwoTensor = installed("torch.testing._internal.two_tensor").TwoTensor
 fake_tensor = installed("torch._subclasses.fake_tensor")
 FakeTensor, FakeTensorMode = fake_tensor.FakeTensor, fake_tensor.FakeTensorMode
@@ -40,11 +39,17 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def poison_torch(monkeypatch):
-    poison_empty(monkeypatch)
+    poison_empty(monkeypatch, "torch")
+
+
+@pytest.fixture(params=rows_of(of_torch))
+def device(request):
+    return request.param
 
 
 @functools.cache
-def arrays_of(operator):
+def arrays_of(device, operator):
+    tensor = device.array
     q, k, v = (tensor(x) for x in draw(H, T, D=D, V=V))
     before = (tensor(x) for x in draw(H, 4, D=D, V=V, seed=1))
     state = hla.scan(*before, operator=operator, return_state=True, backend="array_api")[1]
@@ -66,16 +71,17 @@ def results(operator, backend, do, **arrays):
 
 
 @functools.cache
-def plain(operator):
-    want = results(operator, "triton", **arrays_of(operator))
-    for x, y in zip(want, results(operator, "array_api", **arrays_of(operator)), strict=True):
+def plain(device, operator):
+    arrays = arrays_of(device, operator)
+    want = results(operator, device.backend, **arrays)
+    for x, y in zip(want, results(operator, "array_api", **arrays), strict=True):
         close(to_numpy(x.detach().cpu()), to_numpy(y.detach().cpu()), 1e-5)
     return want
 
 
 @pytest.mark.parametrize("name", ["q", "v", "initial_state", "all"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_subclasses_and_negated_views_are_read(kind, name, monkeypatch):
+def test_subclasses_and_negated_views_are_read(device, kind, name, monkeypatch):
     """As any argument: the values of plain tensors, in the type that torch's own functions give."""
     from hla.kernels.triton import program as triton_program
 
@@ -87,12 +93,12 @@ def test_subclasses_and_negated_views_are_read(kind, name, monkeypatch):
         assert not any(x is not None and x.is_neg() for x in operands)
         return launch(q, k, columns, gate, **options)
 
-    want, given = plain(operator), dict(arrays_of(operator))
+    want, given = plain(device, operator), dict(arrays_of(device, operator))
     for n, x in given.items():
         if name in (n, "all"):
             given[n] = type(x)(*map(make, x)) if isinstance(x, tuple) else make(x)
     monkeypatch.setattr(triton_program, "causal_pass", spy)
-    got = results(operator, "triton", **given)
+    got = results(operator, device.backend, **given)
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x.detach().as_subclass(torch.Tensor), y.detach(), rtol=0, atol=0)
     if name in ("q", "all"):
@@ -100,13 +106,12 @@ def test_subclasses_and_negated_views_are_read(kind, name, monkeypatch):
         assert type(got[0]) is type(results(operator, "array_api", **given)[0])
 
 
-def test_zeros_without_memory_are_zeros():
-    (q, k, v), zero = (tensor(x) for x in draw(H, T, D=D, V=V)), torch._efficientzerotensor
-    if DEVICE == "cuda":
-        zero = functools.partial(zero, device=DEVICE)
-    _, pullback = hla.vjp(q, k, v, backend="triton")
+def test_zeros_without_memory_are_zeros(device):
+    q, k, v = (device.array(x) for x in draw(H, T, D=D, V=V))
+    zero = functools.partial(torch._efficientzerotensor, device=device.place)
+    _, pullback = hla.vjp(q, k, v, backend=device.backend)
     assert not any(x.any() for x in pullback(zero((H, T, V)))[:3])
-    assert not hla.scan(zero((H, T, D)), k, v, backend="triton").any()
+    assert not hla.scan(zero((H, T, D)), k, v, backend=device.backend).any()
 
 
 def fake(f, *xs):
@@ -131,9 +136,9 @@ CALLERS = {
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("call", ["scan", "vjp"])
 @pytest.mark.parametrize("caller", CALLERS)
-def test_what_has_no_memory_is_refused_or_right(caller, call, normalize):
+def test_what_has_no_memory_is_refused_or_right(device, caller, call, normalize):
     """By each way to call with what has none, or to record without the launches: never garbage."""
-    q, k, v = (tensor(x) for x in draw(H, T, D=D, V=V, positive=True))
+    q, k, v = (device.array(x) for x in draw(H, T, D=D, V=V, positive=True))
 
     def by(backend):
         def f(q, k, v):
@@ -143,7 +148,7 @@ def test_what_has_no_memory_is_refused_or_right(caller, call, normalize):
         return f
 
     try:
-        got = CALLERS[caller](by("triton"), q, k, v)
+        got = CALLERS[caller](by(device.backend), q, k, v)
     except hla.Unsupported:
         assert call == "vjp", "scan is an operator, which all of these know"
         return

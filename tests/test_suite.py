@@ -14,8 +14,9 @@ import hla
 
 def test_every_collected_row_runs_on_some_machine(request):
     """A row that is skipped without a condition is not generated."""
-    items = request.session.items
-    assert not [item.nodeid for item in items if item.get_closest_marker("skip")]
+    skips = {x.nodeid: x.get_closest_marker("skip") for x in request.session.items}
+    given = {name: mark.kwargs["reason"] for name, mark in skips.items() if mark}
+    assert not [x for x in given.values() if not x.startswith("got empty parameter set")]
 
 
 def test_a_child_process_has_its_callers_environment(tmp_path, monkeypatch):
@@ -74,3 +75,39 @@ def test_a_backend_that_is_installed_and_broken_fails(tmp_path, monkeypatch):
         usable(dead)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not usable(dead)
+
+
+NEW = """
+from hla.backends.array_api import backward, forward, step, summarize
+from hla.contract import Capabilities
+
+CAPABILITIES = Capabilities(
+    dtypes=("float16", "bfloat16", "float32", "float64"),
+    serves=(("numpy", False), ("torch", True)),
+    forms=("chunked",),
+    opaque=True,
+)
+"""
+
+
+def test_a_new_backend_has_rows_in_every_suite(tmp_path):
+    """Of arrays on the host and of a device, here interpreted; and no line of a test names it."""
+    installed("torch")
+    (tmp_path / "new.py").write_text(NEW)
+    (tmp_path / "new-1.dist-info").mkdir()
+    (tmp_path / "new-1.dist-info" / "entry_points.txt").write_text("[hla.backends]\nnew = new\n")
+    suites = ("literal", "streaming", "gradients", "isolation", "kernel_backend", "torch")
+    here = pathlib.Path(__file__).parent
+
+    def pytest_of(*args):
+        command = [sys.executable, "-m", "pytest", "-n0", "-q", *args]
+        return subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True)
+
+    files = [str(here / f"test_{name}.py") for name in suites]
+    listed = pytest_of("--collect-only", "-k", "new- or -new or [new", *files).stdout
+    for name in suites:
+        assert listed.count(f"test_{name}.py::") > 20, listed
+    some = "new and (test_a_state_is_the_literal or test_zero_queries)"
+    done = pytest_of("-k", some, *(f for f in files if "literal" in f or "kernel" in f))
+    assert " passed" in done.stdout, done.stdout
+    assert done.returncode == 0, done.stdout

@@ -28,6 +28,7 @@ from .launch import (
     further,
     gate_chunk,
     in_one,
+    shapes_alone,
     value_tiles,
     widest,
 )
@@ -417,7 +418,7 @@ def adjoint(
         end = shared_out(dstate, values[s.out][0].shape)
         one_q, one_kv = call.factor(s.q), call.factor(s.k) * call.factor(s.v)
         x_q, x_v, S, R = None, None, None, None
-        chunk = gate_chunk(
+        chunk = 0 if shapes_alone(do[0]) else gate_chunk(
             width(k), width(v), call.dtype == torch.bfloat16, call.gate.decay is not None,
             s.k == s.v, capability(k[0].device),
         )  # fmt: skip

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .core.fields import rank
-from .core.namespace import Array, padded
-from .core.passes import Shape, broadcast
-from .core.reference import Gradients
-from .core.request import Inputs, Request
+from ..core.fields import rank
+from ..core.namespace import Array, padded
+from ..core.passes import Shape, broadcast
+from ..core.reference import Gradients
+from ..core.request import Inputs, Request
 
 
 class Filled:
