@@ -71,7 +71,7 @@ def brought(
                     )
                 if decay <= least:
                     raise ValueError(f"decay is {decay}, {VANISHES}")
-                return None if decay == 1 else xp.full((), float(decay), dtype=dtype, **like), None
+                return None if decay == 1 else library.number(float(decay), dtype, q), None
             values = library.host_values(decay)
             if values is not None and not ((values > least) & (values <= 1)).all():
                 wrong = values[~((values > least) & (values <= 1))].flat[0]
@@ -87,7 +87,7 @@ def brought(
                     " log(decay)"
                 )
             value = float(log_gate) if log_gate >= FORGETS else -math.inf
-            return None, layout.gate_in(xp.full((), value, dtype=dtype, **like), tokens)
+            return None, layout.gate_in(library.number(value, dtype, q), tokens)
         values = library.host_values(log_gate)
         if values is not None and not (values <= 0).all():
             raise ValueError(

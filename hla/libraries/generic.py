@@ -102,6 +102,10 @@ class Generic(Library):
         """Return the number that a symbol of a compiler stands for, which it then holds fixed."""
         return number
 
+    def number(self, value: float, dtype: Any, like: Array) -> Array:
+        """Return a number as an array of no axes, on the device of ``like``."""
+        return self.xp.full((), value, dtype=dtype, device=self.device(like))
+
     def host_values(self, x: Array) -> np.ndarray[Any, Any] | None:
         """Values of a host array as NumPy, or None where reading would wait or fail."""
         try:

@@ -19,6 +19,7 @@ from . import torch_tracing as tracing
 from .generic import Generic, compiling
 from .torch_memory import on_memory
 
+NUMBERS = 256  # that are kept on a device
 HALF = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
 WRAPPERS = {  # each imported where there is one; what makes it plain
     ("torch.distributed.tensor", "DTensor"): "x.full_tensor(), or x.to_local() for its part",
@@ -34,6 +35,7 @@ class Torch(Generic):
     def __init__(self) -> None:
         super().__init__("torch", xp)
         self._placed: dict[Any, Tensor] = {}
+        self._numbers: dict[Any, Tensor] = {}
 
     def key(self, x: Array) -> Any:
         """Return type, shape, dtype and device, as long as it is plain memory."""
@@ -89,6 +91,23 @@ class Torch(Generic):
     def concrete(self, number: Any) -> Any:
         """Return the number that a symbol of torch's compiler stands for."""
         return float(number) if isinstance(number, torch.SymFloat) else number
+
+    def number(self, value: float, dtype: Any, like: Array) -> Array:
+        """Return a number, kept on each device: to write one takes as long as to launch a pass."""
+        if not like.is_cuda or type(like) not in (Tensor, torch.nn.Parameter) or compiling():
+            return super().number(value, dtype, like)
+        key = value, dtype, like.device
+        if key not in self._numbers:
+            if torch.cuda.is_current_stream_capturing() or tracing.wrapped(like):
+                return super().number(value, dtype, like)
+            with torch.inference_mode(False):  # a copy from the host is there when it returns
+                made = torch.tensor(value, dtype=dtype, device=like.device)
+            if type(made) is not Tensor or tracing.wrapped(made):
+                return made
+            if len(self._numbers) >= NUMBERS:
+                self._numbers.clear()
+            self._numbers[key] = made
+        return self._numbers[key]
 
     def host_values(self, x: Array) -> np.ndarray[Any, Any] | None:
         """Read a tensor on the CPU that is there."""
