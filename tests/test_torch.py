@@ -131,15 +131,15 @@ def test_a_gate_that_asks_for_no_gradient_costs_none(call, device, gate, compile
     """The backend is not asked for it."""
     torch._dynamo.reset()
     tensors, f = call("hla2", "causal", gate)
-    from hla.libraries import torch_rule
+    from hla.libraries import torch_scan
 
-    asked, backend = [], torch_rule.loaded(device.backend)
+    asked, backend = [], torch_scan.loaded(device.backend)
 
     def spy(request, *args):
         asked.append(request.gate_given)
         return backend.backward(request, *args)
 
-    monkeypatch.setattr(torch_rule, "loaded", lambda name: backend._replace(backward=spy))
+    monkeypatch.setattr(torch_scan, "loaded", lambda name: backend._replace(backward=spy))
     run = torch.compile(f, backend="aot_eager", fullgraph=True) if compiled else f
     found = {}
     for wanted in (True, False):
