@@ -74,7 +74,7 @@ def gate_chunk(D: int, V: int, narrow: bool, decay: bool, mirrored: bool, major:
 
     As `config` has it for the passes of dq and dv alike; sums of pairs add registers to theirs.
     """
-    small = tile(D) * tile(V) < 128 * 64
+    small = tile(int(D)) * tile(int(V)) < 128 * 64  # a compiler's symbols are fixed
     return 64 if major == 9 and narrow and decay and small and not mirrored else 32
 
 
