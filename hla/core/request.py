@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 
 from .namespace import Array
 from .passes import Shape
-from .programs import Program, program, segment_program, state_shapes
+from .programs import (
+    Passes,
+    Program,
+    program,
+    segment_program,
+    single_passes,
+    state_shapes,
+)
 
 
 class Inputs(NamedTuple):
@@ -51,6 +58,16 @@ class Request:
     chunk_size: int | None = None
     tf32: bool = False
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, name) for name in FIELDS))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FIELDS}  # a hash is of this process
+
     @property
     def tokens(self) -> int:
         """Length of the sequence, T."""
@@ -76,6 +93,11 @@ class Request:
             return found
         return found._replace(outputs=(*found.outputs[:-1], (self.ridge, "ridge")))
 
+    @functools.cached_property
+    def passes(self) -> Passes:
+        """The same with denominators as passes of their own, in names and factors."""
+        return single_passes(self.program, self.scale)
+
     @property
     def ridged(self) -> bool:
         """Whether there is a ridge; one that a tracer stands for is not 0."""
@@ -96,3 +118,6 @@ class Request:
 
     def _shapes(self, of: Program) -> dict[str, Shape]:
         return state_shapes(of, self.q_shape, self.k_shape, self.v_shape, self.gate_batch)
+
+
+FIELDS = tuple(x.name for x in dataclasses.fields(Request))
