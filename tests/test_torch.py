@@ -14,7 +14,8 @@ import hla
 
 torch = installed("torch")
 installed("triton")
-triton_program = installed("hla.kernels.triton.program")
+launch = installed("hla.kernels.triton.launch")
+plans = installed("hla.kernels.triton.run")
 TorchDispatchMode = installed("torch.utils._python_dispatch").TorchDispatchMode
 tree_flatten = installed("torch.utils._pytree").tree_flatten
 tree_map_only = installed("torch.utils._pytree").tree_map_only
@@ -120,13 +121,14 @@ def test_a_gate_that_asks_for_no_gradient_costs_none(gate, compiled, monkeypatch
     torch._dynamo.reset()
     tensors, f = call("hla2", "causal", gate)
     asked = []
-    real = triton_program.run_pass
+    real = launch.Kernel.__init__
 
-    def spy(*args, x=None, **options):
-        asked.append(x is not None)
-        return real(*args, x=x, **options)
+    def spy(*args, **constants):
+        asked.append(constants.get("DOT", False))
+        return real(*args, **constants)
 
-    monkeypatch.setattr(triton_program, "run_pass", spy)
+    monkeypatch.setattr(launch.Kernel, "__init__", spy)
+    monkeypatch.setattr(plans, "_ready", {})
     run = torch.compile(f, backend="aot_eager", fullgraph=True) if compiled else f
     found = {}
     for wanted in (True, False):

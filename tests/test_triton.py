@@ -43,6 +43,7 @@ from tensors import (
 )
 
 import hla
+from hla.arguments import prepare
 
 torch = installed("torch")
 pytestmark = pytest.mark.skipif(not ENTRY.available, reason=ENTRY.reason)
@@ -133,9 +134,10 @@ def test_widths_and_lengths(T, D, V, operator):
 )  # fmt: skip
 def test_further_columns_of_keys(D, V, operator, mask, gate, monkeypatch):
     """One launch for a tile and up to 16 columns beyond, as with bfloat16; masses' adjoint too."""
-    from hla.kernels.triton import program as triton_program
+    from hla.kernels.triton import launch, run
 
-    monkeypatch.setattr(triton_program, "further", lambda dtype: 16)
+    monkeypatch.setattr(run, "limits", lambda request: launch.WIDE._replace(tail=16))
+    monkeypatch.setattr(run, "_ready", {})
     options = {"operator": operator, "mask": mask, "scale": D**-0.5}
     ordered = mask != "none"
     inputs = inputs_of(W + 3, gate, D=D, V=V)
@@ -606,6 +608,27 @@ def test_float16_intermediates_do_not_overflow(operator, size, tiny):
     fits = torch.as_tensor(abs(want) < 60000)
     assert fits[:, 20:].float().mean() > 0.2
     assert torch.isfinite(o.cpu()[fits]).all()
+
+
+@pytest.mark.parametrize("axis", [-2, -3])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_what_is_told_without_running_is_what_comes(operator, normalize, axis):
+    """Shapes, strides and dtypes of results and gradients, as compilers are told them."""
+    from hla.kernels.triton import run
+
+    q, k, v = (tensor(x) for x in draw(2, 3, 5, D=7, V=4))
+    q, k, v = (x.movedim(-2, axis).contiguous() for x in (q, k, v))
+    options = {"operator": operator, "mask": "causal", "scale": 1.0, "log_gate": None, "axis": axis}
+    options |= {"normalize": normalize, "return_state": True, "decay": tensor([0.5, 0.6, 0.7])}
+    _, state = hla.scan(q, k, v, backend="triton", **options)
+    request, inputs, _ = prepare(q, k, v, initial_state=state, gradient=True, **options)
+    o, end, saved = run.forward(request, inputs)
+    grads = run.backward(request, inputs, saved, torch.ones_like(o), end)
+    told = run.empty(request, inputs), run.empty_gradients(request, inputs)
+    leaves = torch.utils._pytree.tree_leaves
+    for x, y in zip(leaves(told), leaves(((o, end, saved), grads)), strict=True):
+        assert y is None or (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
 
 
 def test_refusals_say_why():

@@ -1,4 +1,4 @@
-"""Triton on an NVIDIA GPU: the programs over `kernels.triton_pass`, for torch, CuPy and JAX arrays.
+"""Triton on an NVIDIA GPU: plans by launches of the causal pass, for torch, CuPy and JAX arrays.
 
 Without a GPU, Triton's own interpreter runs the same kernels on the host where TRITON_INTERPRET=1
 was set before the first import: for tests, not for use.
@@ -82,20 +82,22 @@ def supports(request: Request) -> str | None:
 
 def plan(request: Request) -> str:
     """Say in words how the request is computed."""
-    from ..kernels.triton.program import sharing
+    from ..device import plan as plans
+    from ..kernels.triton.launch import limits
 
-    launches = [" and ".join(s.out for s in steps) for steps in sharing(request.program.steps)]
-    return f"{len(launches)} launches of the causal pass: {'; '.join(launches)}"
+    found = plans.forward(request, limits(request))
+    count = sum(hasattr(step, "held") for step in found.steps)
+    return f"{count} launches of the causal pass: {found}"
 
 
 def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
     """Return (o, state, what `backward` needs)."""
-    from ..kernels.triton import scan
+    from ..kernels.triton import run
 
     if request.library == "torch":
-        return exchange.on_memory(functools.partial(scan.forward, request), inputs)
+        return exchange.on_memory(functools.partial(run.forward, request), inputs)
     with exchange.torch_for(request.library) as (into, back):
-        o, state, saved = scan.forward(request, into(inputs))
+        o, state, saved = run.forward(request, into(inputs))
         return back(o), back(state), saved
 
 
@@ -103,14 +105,14 @@ def backward(
     request: Request, inputs: Inputs, saved: Any, do: Array | None, dstate: Any
 ) -> Gradients:
     """Return the gradients of `forward`."""
-    from ..kernels.triton import scan
+    from ..kernels.triton import run
 
     if request.library == "torch":
-        pull = functools.partial(scan.backward, request)
+        pull = functools.partial(run.backward, request)
         return exchange.on_memory(pull, inputs, saved, do, dstate)
     with exchange.torch_for(request.library) as (into, back):
         given = into(inputs), saved, into(do), into(dstate)
-        grads: Gradients = back(scan.backward(request, *given))
+        grads: Gradients = back(run.backward(request, *given))
         return grads
 
 

@@ -168,8 +168,8 @@ def transposed(s: Pass) -> Passes:
 
 
 def adjoint(steps: Passes) -> Passes:
-    """Return the program of the gradients: the last pass first, each as three."""
-    return tuple(t for s in reversed(steps) for t in transposed(s))
+    """Return the program of the gradients: the last step first, each of its passes as three."""
+    return tuple(t for s in sorted(steps, key=lambda s: -s.step) for t in transposed(s))
 
 
 def prune(

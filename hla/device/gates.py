@@ -87,10 +87,10 @@ class GateTerms:
             return Ref(s.dot), dots, states
         return Ref(s.dot), dots, None
 
-    def border(self, s: Pass, batch: Shape, ends: dict[Pass, Ref | None]) -> None:
+    def border(self, s: Pass, batch: Shape, ends: dict[Pass, Ref]) -> None:
         """Note the gradients of first states beside what they are gradients of."""
         if s.dot and s.reverse:
-            found = [(Ref(p.end.removeprefix("d.")), end) for p, end in ends.items() if end]
+            found = [(Ref(p.end.removeprefix("d.")), end) for p, end in ends.items() if p.end]
             self.terms[s.step, batch].border += found
 
     def finished(self, pending: list[Pass]) -> list[GateGradient]:

@@ -50,6 +50,12 @@ class Group(NamedTuple):
         return tuple(dict.fromkeys(self.keys + self.values))
 
 
+def dtype_of(request: Request, name: str) -> str:
+    """Intermediates and gradients as they are multiplied, all else as it is accumulated."""
+    narrow = request.dtype == "bfloat16" and name != "o" and not any(c in name for c in "@#|")
+    return "bfloat16" if narrow else request.accumulate
+
+
 class Builder:
     """Collects buffers and steps."""
 
@@ -79,9 +85,8 @@ class Builder:
         return self.of(name)[-1]
 
     def dtype(self, name: str) -> str:
-        """Intermediates and gradients as they are multiplied, all else as it is accumulated."""
-        narrow = self.request.dtype == "bfloat16" and not any(c in name for c in "@#|")
-        return "bfloat16" if narrow else self.wide
+        """Dtype of a new array."""
+        return dtype_of(self.request, name)
 
     def buffer(self, name: str, shape: Shape | None = None, dtype: str = "", **options: Any) -> Ref:
         """Return a reference to a buffer, new where it is not there yet."""
@@ -104,7 +109,8 @@ class Builder:
         """Name of an array; of zeros where none was given or computed."""
         if name in self.given or name in self.written or name == "v|1":
             return name
-        return self.buffer(f"0:{name}", self.of(name), fill=0.0).name
+        dtype = "bfloat16" if self.request.dtype == "bfloat16" else self.wide
+        return self.buffer(f"0:{name}", self.of(name), dtype, fill=0.0).name
 
     def lead(self, s: Pass) -> tuple[Shape, Shape]:
         """Batch of a pass and of its state."""
@@ -231,10 +237,10 @@ class Builder:
         )
         pairs = keys if len(keys) > 1 else values
         starts = {p: self.start(p, batch, group.symmetric, before) for p in pairs}
-        ends = {p: self.end(p, held, pending, after) for p in pairs}
+        ends = {p: self.end(p, held, pending, after) for p in pairs if any(p.end for p in pairs)}
         self.gates.border(s, batch, ends)
         if T == 0:
-            ready = (Sum(e, ((1.0, x),) if (x := starts[p]) else ()) for p, e in ends.items() if e)
+            ready = (Sum(e, ((1.0, x),) if (x := starts[p]) else ()) for p, e in ends.items())
             return before, [*ready, *(Sum(o, ()) for o in outs)], after
         found: list[Step] = []
         for i, pack in enumerate(packs):
@@ -244,7 +250,7 @@ class Builder:
             x, dots, states = self.gates.asked(s, batch, pack, symmetric=group.symmetric)
             each = [(p if len(values) == 1 else t, cut) for p, cut in cuts for t in values]
             start, end = (
-                tuple((ref := of[p]) and ref._replace(rows=cut) for p, cut in each)
+                tuple((ref := of.get(p)) and ref._replace(rows=cut) for p, cut in each)
                 for of in (starts, ends)
             )
             q, k = (
@@ -277,10 +283,8 @@ class Builder:
             after.append((name, aside))
         return aside
 
-    def end(self, p: Pass, held: Shape, pending: Iterable[Pass], after: Sums) -> Ref | None:
-        """Where a last state goes."""
-        if not p.end:
-            return None
+    def end(self, p: Pass, held: Shape, pending: Iterable[Pass], after: Sums) -> Ref:
+        """Where a last state goes; of two values both leave theirs."""
         alone = sum(s.end == p.end for s in pending) == 1 and p.end not in self.written
         return self.place(p.end, (*held, self.width(p.k), self.width(p.v)), alone, after)
 

@@ -98,7 +98,8 @@ def backward(
         do=do is not None, dstate=dstate is not None,
     )  # fmt: skip
     env = given(request, inputs, saved, do, dstate)
-    return gradients(request, inputs, plan, run(device, plan, env, gate_of(inputs)))
+    found = run(device, plan, env, gate_of(inputs))
+    return gradients(request, inputs, {n: found[own] for n, own in plan.results.items()})
 
 
 def gate_of(inputs: Inputs) -> Gate:
@@ -134,18 +135,14 @@ def final_state(request: Request, plan: Plan, found: Mapping[str, Array]) -> Any
     return kind(*(x if rank(field) == 2 else x[..., 0] for field, x in fields))
 
 
-def gradients(
-    request: Request, inputs: Inputs, plan: Plan, found: Mapping[str, Array]
-) -> Gradients:
+def gradients(request: Request, inputs: Inputs, found: Mapping[str, Array]) -> Gradients:
     """Return the gradients of a call, that of the state in the shapes in which it came."""
-    by = {name: found[own_name] for name, own_name in plan.results.items()}
-    state, gate = inputs.state, by.get("d.gate")
+    state, gate = inputs.state, found.get("d.gate")
     if state is not None:
-        fields = ((x, field, by[f"d.{field}@0"]) for field, x in state._asdict().items())
+        fields = ((x, field, found[f"d.{field}@0"]) for field, x in state._asdict().items())
         state = type(state)(
             *(sum_to(g if rank(field) == 2 else g[..., 0], x.shape) for x, field, g in fields)
         )
     log = request.gate == "log_gate"
-    return Gradients(
-        by["d.q"], by["d.k"], by["d.v"], None if log else gate, gate if log else None, state
-    )
+    dq, dk, dv = (found[f"d.{name}"] for name in "qkv")
+    return Gradients(dq, dk, dv, None if log else gate, gate if log else None, state)

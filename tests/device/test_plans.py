@@ -4,8 +4,11 @@ Random requests on devices of every kind: written in place (poisoned, strided), 
 fused, functional, in segments.
 """
 
+import ast
 import dataclasses
 import itertools
+import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -281,3 +284,14 @@ def test_under_jit():
     agree({"o": o}, {"o": want["o"]})
     for n in ("dq", "dk", "dv", "dlog_gate"):
         agree({n: getattr(grads, n)}, {n: want[n]})
+
+
+def test_a_plan_knows_no_array_library():
+    """The modules import the standard library, themselves and the core."""
+    for path in pathlib.Path(plans.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert {x.name.split(".")[0] for x in node.names} <= set(sys.stdlib_module_names)
+            if isinstance(node, ast.ImportFrom):
+                inside = node.level == 1 or (node.level == 2 and node.module.startswith("core"))
+                assert inside or node.module.split(".")[0] in sys.stdlib_module_names, path
