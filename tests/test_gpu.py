@@ -255,7 +255,9 @@ def test_triton_bits_hang_on_no_other_head(operator):
     from hla.kernels.triton import run
 
     def compiled():
-        steps = (do for ready in run._ready.values() for turn in ready.turns for do in turn.do)
+        steps = (
+            do for ready in run.RUNNER.ready.values() for turn in ready.turns for do in turn.do
+        )
         return {id(do.compiled) for do in steps if isinstance(do, run.Kernel)}
 
     for dtype in ("bfloat16", "float32"):

@@ -82,9 +82,9 @@ def test_subclasses_and_negated_views_are_read(kind, name, monkeypatch):
     call, make = run.Ready.__call__, KINDS[kind]
     operator = "ahla" if name == "v" else "hla2"
 
-    def spy(ready, tensors, pointers):
+    def spy(ready, tensors, *addresses):
         assert not any(x.is_neg() for x in tensors)
-        return call(ready, tensors, pointers)
+        return call(ready, tensors, *addresses)
 
     want, given = plain(operator), dict(arrays_of(operator))
     for n, x in given.items():

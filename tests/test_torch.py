@@ -15,7 +15,7 @@ import hla
 torch = installed("torch")
 installed("triton")
 launch = installed("hla.kernels.triton.launch")
-plans = installed("hla.kernels.triton.run")
+RUNNER = installed("hla.kernels.triton.run").RUNNER
 TorchDispatchMode = installed("torch.utils._python_dispatch").TorchDispatchMode
 tree_flatten = installed("torch.utils._pytree").tree_flatten
 tree_map_only = installed("torch.utils._pytree").tree_map_only
@@ -128,7 +128,7 @@ def test_a_gate_that_asks_for_no_gradient_costs_none(gate, compiled, monkeypatch
         return real(*args, **constants)
 
     monkeypatch.setattr(launch.Kernel, "__init__", spy)
-    monkeypatch.setattr(plans, "_ready", {})
+    monkeypatch.setattr(RUNNER, "ready", {})
     run = torch.compile(f, backend="aot_eager", fullgraph=True) if compiled else f
     found = {}
     for wanted in (True, False):

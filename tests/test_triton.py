@@ -137,7 +137,7 @@ def test_further_columns_of_keys(D, V, operator, mask, gate, monkeypatch):
     from hla.kernels.triton import launch, run
 
     monkeypatch.setattr(run, "limits", lambda request: launch.WIDE._replace(tail=16))
-    monkeypatch.setattr(run, "_ready", {})
+    monkeypatch.setattr(run.RUNNER, "ready", {})
     options = {"operator": operator, "mask": mask, "scale": D**-0.5}
     ordered = mask != "none"
     inputs = inputs_of(W + 3, gate, D=D, V=V)

@@ -308,8 +308,8 @@ def run_single(
         start = env[s.start] if s.start else None
         start = start.mT if s.turned and start is not None else start
         options = {"power": s.power, "kind": s.kind, "reverse": s.reverse, "chunk": chunk}
-        out, end = run_pass(q, s.write * k, v, gate, state=start, **options)
-        for name, x in ((s.out, s.read * out), (s.end, end)):
+        out, end = run_pass(q, weighted(s.write, k), v, gate, state=start, **options)
+        for name, x in ((s.out, weighted(s.read, out)), (s.end, end)):
             if name:
                 env[name] = env[name] + x if name in env else x
     return env
@@ -367,7 +367,7 @@ def summed(program: Program, env: Mapping[str, Array]) -> Array | None:
 
 def weighted(coefficient: float, x: Array) -> Array:
     """Multiply ``x`` by a program's coefficient, which a tracer may stand for."""
-    return x if isinstance(coefficient, int) and coefficient == 1 else coefficient * x
+    return x if isinstance(coefficient, (int, float)) and coefficient == 1 else coefficient * x
 
 
 def final_states(program: Program, trace: Trace) -> dict[Fields, Array]:

@@ -201,7 +201,7 @@ class Builder:
             if self.mirrored(s, t):
                 return Group((s,), (s, t), symmetric=True)
             one = s.out == t.out and s.v == t.v and not (s.end or t.end)
-            if one and self.width(t.k) <= most.tail and self.room(s):
+            if one and not self.forward:  # a denominator's keys are more columns of the matrix's
                 return Group((s, t), (s,))
             fits = 0 < self.width(s.v) <= most.values and 0 < self.width(t.v) <= most.second
             adds = s.out and t.out and (s.out == t.out or self.adds(s) != self.adds(t))
@@ -209,11 +209,6 @@ class Builder:
             if (s.q, s.k) == (t.q, t.k) and fits and not (s.dot or t.dot or adds or better):
                 return Group((s,), (s, t))
         return Group((s,), (s,))
-
-    def room(self, s: Pass) -> bool:
-        """Whether the last part of a pass's keys takes further ones along."""
-        D, most = self.width(s.k), self.limits.keys
-        return most >= D or D % most == 0 or D % most > self.limits.tail
 
     def launches(
         self, group: Group, pending: Iterable[Pass], *, whole: bool = False

@@ -70,6 +70,12 @@ def located(ref: Ref, layouts: Mapping[str, Layout]) -> Layout:
     return Layout(shape, strides, offset)
 
 
+def inner(x: Layout, rank: int, offset: int = 0) -> Layout:
+    """Return one entry of a batch, which starts so many elements from the first."""
+    at = len(x.shape) - rank
+    return Layout(x.shape[at:], x.strides[at:], x.offset + offset)
+
+
 Operands = Sequence[tuple[Layout, int] | None]  # with the number of its own last axes
 
 

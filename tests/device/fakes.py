@@ -6,9 +6,11 @@ They show what a device must do, chunk by chunk as `hla.device.steps.Launch` tel
 import numpy as np
 
 from hla.core.programs import adjoint, program, single_passes
-from hla.device.elementwise import take
-from hla.device.scan import Device
-from hla.device.steps import Limits, Row
+from hla.device.elementwise import cut as part_of
+from hla.device.elementwise import does, elementwise
+from hla.device.scan import Device, Runner
+from hla.device.steps import Fused, Launch, Limits, Row
+from hla.device.tiles import Layout, whole
 
 
 def weights(xp, gate, s, cut):
@@ -96,29 +98,28 @@ def beside(xp, parts):
     return xp.concat([xp.broadcast_to(x, (*lead, *x.shape[-2:])) for x in parts], axis=-1)
 
 
-def results(xp, s, limits, env, gate):
+def results(xp, s, limits, take, gate):
     """All that a launch leaves, by reference."""
-    q, k = (beside(xp, [take(env, x) for x in parts]) for parts in (s.q, s.k))
+    q, k = (beside(xp, [take(x) for x in parts]) for parts in (s.q, s.k))
     n, found = max(1, len(s.v) or len(s.o)), []
     for i in range(n):
-        starts, v = s.start[i::n], take(env, s.v[i]) if s.v else None
+        starts, v = s.start[i::n], take(s.v[i]) if s.v else None
         if k is None:  # reads one state for all tokens
-            S = xp.concat([take(env, ref) for ref in starts], axis=-2)
+            S = xp.concat([take(ref) for ref in starts], axis=-2)
             o = s.read * (q @ S)
-            found.append((s.o[i], o + take(env, s.o[i]) if s.add else o))
+            found.append((s.o[i], o + take(s.o[i]) if s.add else o))
             continue
         widths = [
-            ref.columns[1] - ref.columns[0] if ref.columns else take(env, ref).shape[-1]
-            for ref in s.k
+            ref.columns[1] - ref.columns[0] if ref.columns else take(ref).shape[-1] for ref in s.k
         ]
         segments = (-(-k.shape[-2] // s.tokens),) if s.tokens else ()
         S = [xp.zeros((*s.held, *segments, w, v.shape[-1])) if ref is None
-             else xp.broadcast_to(take(env, ref), (*s.held, *segments, w, v.shape[-1]))
+             else xp.broadcast_to(take(ref), (*s.held, *segments, w, v.shape[-1]))
              for ref, w in zip(starts, widths, strict=True)]  # fmt: skip
-        x = take(env, s.x) if s.x else None
+        x = take(s.x) if s.x else None
         o, end, dots, kept = sweep(xp, s, limits, gate, q, k, v, x, xp.concat(S, axis=-2))
         if s.o:
-            found.append((s.o[i], o + take(env, s.o[i]) if s.add else o))
+            found.append((s.o[i], o + take(s.o[i]) if s.add else o))
         if s.dots:
             found.append((s.dots, dots))
         if s.states:
@@ -130,53 +131,63 @@ def results(xp, s, limits, env, gate):
     return found
 
 
+def device(xp, limits, put, rows=(), **memory):
+    """A device that does a launch, and a fused row, at once."""
+
+    def steps(call, step):
+        if isinstance(step, Launch):
+            return [does(call, lambda take, gate: results(xp, step, limits, take, gate), put)]
+        if isinstance(step, Fused):
+            return [does(call, lambda take, gate: fused(step, take, gate), put)]
+        return [elementwise(xp, call, step, put)]
+
+    return Runner(Device(steps, lambda request: limits, rows=rows, dtype=np.dtype, **memory))
+
+
 # In place
-def strided(b, env):
-    """Memory in an order of its own (tokens outermost), poisoned; constants without memory."""
-    if b.fill is not None:
-        return np.broadcast_to(np.float64(b.fill), b.shape)
-    axes = sorted(range(len(b.shape)), key=lambda i: (i != len(b.shape) - 2, i))
-    return np.full([b.shape[i] for i in axes], np.nan).transpose(np.argsort(axes))
+def strided(shape, strides, dtype, where):
+    """Poisoned memory that lies as it is told to."""
+    size = (
+        1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if np.prod(shape) else 0
+    )
+    return np.lib.stride_tricks.as_strided(np.full(size, np.nan), shape, [8 * s for s in strides])
 
 
-def write(env, ref, x):
-    take(env, ref)[...] = x
-    return env[ref.name]
+def write(old, ref, x):
+    part_of(old, ref)[...] = x
+    return old
 
 
-def in_place(limits=Limits(), **options):  # noqa: B008
-    def launch(s, env, gate):
-        for ref, x in results(np, s, limits, env, gate):
-            write(env, ref, x)
-        return {}
-
-    return Device(np, strided, write, launch, lambda request: limits, **options)
+def in_place(limits=Limits(), rows=()):  # noqa: B008
+    return device(
+        np, limits, write, rows,
+        empty=strided,
+        layout=lambda x: Layout(x.shape, tuple(s // 8 for s in x.strides)),
+        constant=lambda fill, shape, dtype, where: np.broadcast_to(np.float64(fill), shape),
+        alike=lambda arrays, addresses: tuple(x.strides for x in arrays),
+    )  # fmt: skip
 
 
 # As new arrays
 def functional(xp, limits=Limits()):  # noqa: B008
     """A device of a library without memory: what is made anew takes the buffer's place."""
 
-    def empty(b, env):
-        return xp.full(b.shape, 0.0 if b.fill is None else b.fill)
-
-    def put(env, ref, x):
-        old = env[ref.name]
-        for axis, part in ((-1, ref.columns), (-2, ref.rows)):
-            if part and axis == -1:
-                rows = old if ref.rows is None else old[..., slice(*ref.rows), :]
-                x = xp.concat([rows[..., : part[0]], x, rows[..., part[1] :]], axis=-1)
-            elif part:
-                x = xp.concat([old[..., : part[0], :], x, old[..., part[1] :, :]], axis=-2)
+    def put(old, ref, x):
+        if ref.columns:
+            rows = old if ref.rows is None else old[..., slice(*ref.rows), :]
+            lo, hi = ref.columns
+            x = xp.concat([rows[..., :lo], x, rows[..., hi:]], axis=-1)
+        if ref.rows:
+            lo, hi = ref.rows
+            x = xp.concat([old[..., :lo, :], x, old[..., hi:, :]], axis=-2)
         return xp.broadcast_to(x, old.shape)
 
-    def launch(s, env, gate):
-        made = {}
-        for ref, x in results(xp, s, limits, env, gate):
-            made[ref.name] = put({**env, **made}, ref, x)
-        return made
-
-    return Device(xp, empty, put, launch, lambda request: limits)
+    return device(
+        xp, limits, put,
+        empty=lambda shape, strides, dtype, where: xp.zeros(shape),
+        layout=lambda x: Layout(x.shape, whole(x.shape)),
+        constant=lambda fill, shape, dtype, where: xp.full(shape, fill),
+    )  # fmt: skip
 
 
 # Fused rows
@@ -187,16 +198,16 @@ def fading(gate, power, t):
     return 1.0 if gate.decay is None else (gate.decay**power)[..., None, None]
 
 
-def fused(s, env, gate):
+def fused(s, take, gate):
     """Any row of passes that run one way: token by token, with the states of all at hand."""
     first = s.launches[0]
-    T, reverse = take(env, first.k[0]).shape[-2], first.reverse
-    S = [0.0 if x.start[0] is None else take(env, x.start[0]) for x in s.launches]
+    T, reverse = take(first.k[0]).shape[-2], first.reverse
+    S = [0.0 if x.start[0] is None else take(x.start[0]) for x in s.launches]
     for t in range(T)[:: -1 if reverse else 1]:
         made = {}  # one row of each inner name
 
         def row(ref, made=made, t=t):
-            return made[ref.name] if ref.name in made else take(env, ref)[..., t : t + 1, :]
+            return made[ref.name] if ref.name in made else take(ref)[..., t : t + 1, :]
 
         for i, x in enumerate(s.launches):
             g = fading(gate, x.power, t)
@@ -207,10 +218,7 @@ def fused(s, env, gate):
                 made[x.o[0].name] = made.get(x.o[0].name, 0.0) + o
             else:
                 row(x.o[0])[...] = row(x.o[0]) + o if x.add else o
-    for x, end in zip(s.launches, S, strict=True):
-        if x.end[0]:
-            write(env, x.end[0], end)
-    return {}
+    return [(x.end[0], end) for x, end in zip(s.launches, S, strict=True) if any(x.end)]
 
 
 def small(request):
@@ -231,4 +239,4 @@ ROWS = (  # the longest that waits is taken
     Row("hla2 and denominators: dq", tuple(s for s in NO_ONES if not s.reverse), small),
     Row("hla2: dq", tuple(s for s in adjoint(HLA2) if not s.reverse), small),
 )
-FUSED = in_place(rows=ROWS, fused={row.name: fused for row in ROWS})
+FUSED = in_place(rows=ROWS)

@@ -128,8 +128,8 @@ def autograd(arrays, options, do, dstate):
 
 def planned(device, tokens, request, inputs, do, dstate):
     """The same by a device."""
-    o, state, saved = scan.forward(device, request, inputs, tokens)
-    grads = scan.backward(device, request, inputs, saved, do, dstate, tokens)
+    o, state, saved = device.forward(request, inputs, tokens)
+    grads = device.backward(request, inputs, saved, do, dstate, tokens)
     found = {"o": o} | {n: getattr(grads, n) for n in FIELDS if getattr(grads, n) is not None}
     found |= {} if state is None else {f"{n}@T": x for n, x in state._asdict().items()}
     start = grads.dinitial_state
@@ -192,25 +192,27 @@ def launches(plan):
 def test_fused_rows_are_taken_where_they_fit():
     """The longest row that waits; its inner arrays have no buffer; explained by name."""
     request = some()[2]
-    plan = plans.forward(request, Limits(), rows=FUSED.rows)
+    plan = plans.forward(request, Limits(), rows=FUSED.device.rows)
     assert [x.row for x in launches(plan)] == ["hla2 and denominators"]
     assert str(plan) == "hla2 and denominators (y, o, o|1)"
-    back = plans.backward(request, Limits(), rows=FUSED.rows)
+    back = plans.backward(request, Limits(), rows=FUSED.device.rows)
     assert [x.row for x in launches(back)] == [
         "hla2 and denominators: dk, dv, dy", "hla2 and denominators: dq"
     ]  # fmt: skip
     alone = some(normalize=False)[2]
-    assert [x.row for x in launches(plans.forward(alone, Limits(), rows=FUSED.rows))] == ["hla2"]
+    assert [x.row for x in launches(plans.forward(alone, Limits(), rows=FUSED.device.rows))] == [
+        "hla2"
+    ]
     for other in (some(D=6), some(gate="decay"), some("hla3"), some(mask="prefix")):
         assert all(
             isinstance(x, Launch)
-            for x in launches(plans.backward(other[2], Limits(), rows=FUSED.rows))
+            for x in launches(plans.backward(other[2], Limits(), rows=FUSED.device.rows))
         )
 
 
 def test_what_only_a_fused_row_reads_has_no_buffer():
     request = dataclasses.replace(some(normalize=False)[2], gradient=False)
-    plan = plans.forward(request, Limits(), rows=FUSED.rows)
+    plan = plans.forward(request, Limits(), rows=FUSED.device.rows)
     (step,) = plan.steps
     assert step.inner == ("y",)
     assert set(plan.buffers) == {"o"}
@@ -225,14 +227,14 @@ def test_any_forward_meets_any_backward(operator, gate):
     want = autograd(arrays, options, do, None)
     found = {}
     for name, (device, tokens) in DEVICES.items():
-        o, _, found[name] = scan.forward(device, request, inputs, tokens)
+        o, _, found[name] = device.forward(request, inputs, tokens)
         told = shapes(request)
         assert (o.shape, {}) == (told.o, told.state)
         assert [x.shape for x in found[name]] == list(told.saved.values())
     names = list(DEVICES)
     for one, other in zip(names, names[1:] + names[:1], strict=True):
         device, tokens = DEVICES[one]
-        grads = scan.backward(device, request, inputs, found[other], do, None, tokens)
+        grads = device.backward(request, inputs, found[other], do, None, tokens)
         for n in FIELDS:
             if getattr(grads, n) is not None:
                 agree({n: getattr(grads, n)}, {n: want[n]})
@@ -242,14 +244,16 @@ def test_any_forward_meets_any_backward(operator, gate):
 def test_only_what_is_wanted_is_computed(wanted):
     arrays, options, request, inputs, do = some("hla3", normalize=False)
     device, _ = DEVICES["in place"]
-    *_, saved = scan.forward(device, request, inputs)
+    *_, saved = device.forward(request, inputs)
     plan = plans.backward(request, CHUNKS, wanted=frozenset(wanted))
-    env = scan.given(request, inputs, saved, do)
-    found = scan.run(device, plan, env, scan.gate_of(inputs))
+    names = scan.Kind(True, False, do.dtype).names(request)
+    given = [*scan.given(request, inputs), *saved, do]
+    ready = scan.Ready(device.device, plan, request, dict(zip(names, given, strict=True)))
+    found = ready(given, [None] * len(given), None)
     want = autograd(arrays, options, do, None)
     assert set(plan.results) == {f"d.{n}" for n in wanted}
     for n in wanted:
-        agree({n: found[plan.results[f"d.{n}"]]}, {n: want[f"d{n}"]})
+        agree({n: found[ready.results[f"d.{n}"]]}, {n: want[f"d{n}"]})
     assert len(launches(plan)) == {"": 0, "q": 5, "k": 4, "v": 2, "qk": 7, "kv": 5}[wanted]
 
 
@@ -276,8 +280,8 @@ def test_under_jit():
 
     @jax.jit
     def both(inputs, do):
-        o, _, saved = scan.forward(device, request, inputs)
-        return o, scan.backward(device, request, inputs, saved, do, None)
+        o, _, saved = device.forward(request, inputs)
+        return o, device.backward(request, inputs, saved, do, None)
 
     o, grads = both(inputs, do)
     want = autograd(arrays, options, do, None)

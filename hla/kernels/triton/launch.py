@@ -15,8 +15,9 @@ from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.request import Request
+from ...device.scan import Call, Place
 from ...device.steps import Launch, Limits, Ref
-from ...device.tiles import Layout, grids, located
+from ...device.tiles import grids, inner
 from ...errors import Unsupported
 from .causal import pass_kernel
 
@@ -134,13 +135,6 @@ def addresses(operands: Sequence[torch.Tensor | None]) -> list[Any]:
     return found
 
 
-class Place(NamedTuple):
-    """An operand of a kernel: which array, and which part of it."""
-
-    slot: int
-    layout: Layout
-
-
 class Kernel:
     """A kernel with all but the memory of its operands.
 
@@ -211,20 +205,6 @@ def view(arrays: list[Any], x: Place | None) -> torch.Tensor | None:
     return whole.as_strided(shape, strides, whole.storage_offset() + offset)
 
 
-class Call(NamedTuple):
-    """What all launches of a call share."""
-
-    request: Request
-    slots: Mapping[str, int]
-    layouts: Mapping[str, Layout]
-    dtypes: Mapping[str, torch.dtype]
-    device: torch.device
-
-    def place(self, ref: Ref | None) -> Place | None:
-        """Return the operand that a reference means."""
-        return None if ref is None else Place(self.slots[ref.name], located(ref, self.layouts))
-
-
 def passes(call: Call, s: Launch) -> Iterator[Kernel]:
     """Return the kernels of one launch: one, or more where the batch has axes that are not one.
 
@@ -245,7 +225,7 @@ def passes(call: Call, s: Launch) -> Iterator[Kernel]:
     if s.power and call.request.gate is not None:
         gated = 1 if call.request.gate == "decay" else 2
         refs["gate"] = Ref("gate")
-    places = {name: call.place(ref) for name, ref in refs.items()}
+    places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
     ranks = [1 if name == "gate" and gated == 2 else RANKS.get(name, 2) for name in places]
     lists = [
         None if x is None else (x.layout, n) for x, n in zip(places.values(), ranks, strict=True)
@@ -256,16 +236,16 @@ def passes(call: Call, s: Launch) -> Iterator[Kernel]:
     for counts, strides, offsets in grids(s.batch, lists):
         if not tiles * math.prod(counts):
             continue
-        moved = [
-            x and Place(x.slot, x.layout._replace(offset=x.layout.offset + n))
-            for x, n in zip(places.values(), offsets, strict=True)
+        first = [
+            None if x is None else x._replace(layout=inner(x.layout, rank, n))
+            for x, rank, n in zip(places.values(), ranks, offsets, strict=True)
         ]
-        own = [(0,) * n if x is None else x[0].strides[len(x[0].strides) - n :]
-               for x, n in zip(lists, ranks, strict=True)]  # fmt: skip
+        own = [(0,) * rank if x is None else x.layout.strides
+               for x, rank in zip(first, ranks, strict=True)]  # fmt: skip
         own[GATE] = own[GATE] or (0,)  # a decay has no tokens
         every = [n for a, b in zip(strides[: GATE + 1], own, strict=False) for n in (*a, *b)]
         yield Kernel(
-            pass_kernel, (math.prod(counts) * tiles,), moved, sizes,
+            pass_kernel, (math.prod(counts) * tiles,), first, sizes,
             *scalars[:8], *counts[-2:], *every, *scalars[8:],
             **constants, num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
@@ -309,12 +289,12 @@ def settings(
     operand = "bf16" if narrow else "tf32" if tf32 else "float32"
     # The matrix unit drops the last bits of a sum after every 32 bytes of operands: products of
     # three bfloat16 parts take half as many such steps as those of two TF32 parts, and err half.
-    exact = "bf16x6" if call.device.type == "cuda" else "ieee"  # which the interpreter has not
+    exact = "bf16x6" if call.where.type == "cuda" else "ieee"  # which the interpreter has not
     v_is_k = s.k[:1] == s.v[:1] != () and gated < 2  # weighed by tokens: slower than loading again
     BD, BC, BV, BV2 = tile(D), tile(DC) if DC else 0, tile(V), tile(V2)
     weighed = gated, write != 1.0, s.symmetric or v_is_k
     dotted = s.dots is not None
-    chosen = config(BD, BV, V2, operand, *weighed, capability(call.device), dotted)
+    chosen = config(BD, BV, V2, operand, *weighed, capability(call.where), dotted)
     row, step, apart = 0, 0, 0
     if states is not None:
         step, row = states.layout.strides[-3:-1]
