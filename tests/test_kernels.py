@@ -48,6 +48,7 @@ KINDS = {
     "both": (0, 0, {"REVERSE": True, "BOTH": True}),
     "further keys": (0, 0, {"REVERSE": True, "BC": 16}),
     "further keys, decay": (0, 1, {"BC": 16}),
+    "further keys, states": (0, 0, {"BC": 16, "START": True, "END": True}),
     "further keys, log gate": (0, 2, {"BC": 16, "DOT": True, "EVERY": 8}),
     "gradient": (0, 2, {"DOT": True, "START": True, "EVERY": 8, "WRITE": True}),
     "gradient, decay": (0, 1, {"DOT": True, "EVERY": 8}),
@@ -159,9 +160,9 @@ def compiled(kind, width, dtype, arch):
     mirrored = options.get("V_IS_K", False) or options.get("BOTH", False)
     weights = gated, options.get("WRITE", False), mirrored
     V = options.get("BV", width)
-    chunk = triton_launch.gate_chunk(
-        width, V, dtype == "bf16", gated == 1, mirrored, arch // 10
-    ) * options.get("DOT", False)
+    gate = (None, "decay", "log_gate")[gated]
+    chunk = triton_launch.gate_chunk(width, V, gate, mirrored, arch // 10)
+    chunk = (chunk if dtype == "bf16" else 32) if options.get("DOT") else 0
     chosen = triton_launch.config(width, V, V2, operand, *weights, arch // 10, chunk)
     given = {
         "READ": True, "UPDATE": True, "STRICT": False, "REVERSE": False, "GATE": gated,
@@ -172,9 +173,10 @@ def compiled(kind, width, dtype, arch):
         "WHOLE_V": True, "WHOLE_V2": V2 == BV2, "PRECISION": "bf16x6",
         "OPERAND": tl.bfloat16 if dtype == "bf16" else tl.float32,
     } | options  # fmt: skip
+    second = two or given["BC"] > 0  # a second state
     present = {  # of the operands that may be missing
-        "p_v2": two, "p_o2": two, "p_start2": two and given["START"],
-        "p_end2": two and given["END"], "p_x": given["DOT"], "p_dots": given["DOT"],
+        "p_v2": two, "p_o2": two, "p_start2": second and given["START"],
+        "p_end2": second and given["END"], "p_x": given["DOT"], "p_dots": given["DOT"],
         "p_qc": given["BC"] > 0, "p_kc": given["BC"] > 0,
         "p_start": given["START"], "p_end": given["END"], "p_gate": gated > 0,
         "p_states": given["EVERY"] > 0,

@@ -83,21 +83,20 @@ def plain(device, operator):
 @pytest.mark.parametrize("kind", KINDS)
 def test_subclasses_and_negated_views_are_read(device, kind, name, monkeypatch):
     """As any argument: the values of plain tensors, in the type that torch's own functions give."""
-    from hla.kernels.triton import program as triton_program
+    from hla.device import scan
 
-    launch, make = triton_program.causal_pass, KINDS[kind]
+    call, make = scan.Ready.__call__, KINDS[kind]
     operator = "ahla" if name == "v" else "hla2"
 
-    def spy(q, k, columns, gate, **options):
-        operands = (q, k, *gate, *(x for c in columns for x in c))
-        assert not any(x is not None and x.is_neg() for x in operands)
-        return launch(q, k, columns, gate, **options)
+    def spy(ready, tensors, *addresses):
+        assert not any(x.is_neg() for x in tensors)
+        return call(ready, tensors, *addresses)
 
     want, given = plain(device, operator), dict(arrays_of(device, operator))
     for n, x in given.items():
         if name in (n, "all"):
             given[n] = type(x)(*map(make, x)) if isinstance(x, tuple) else make(x)
-    monkeypatch.setattr(triton_program, "causal_pass", spy)
+    monkeypatch.setattr(scan.Ready, "__call__", spy)
     got = results(operator, device.backend, **given)
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x.detach().as_subclass(torch.Tensor), y.detach(), rtol=0, atol=0)

@@ -58,9 +58,10 @@ def compiled(device):
 )
 def test_further_columns_of_keys(device, D, V, operator, mask, gate, monkeypatch):
     """One launch for a tile and up to 16 columns beyond, as with bfloat16; denominators too."""
-    from hla.kernels.triton import program as triton_program
+    from hla.kernels.triton import launch, run
 
-    monkeypatch.setattr(triton_program, "further", lambda dtype: 16)
+    monkeypatch.setattr(run, "limits", lambda *call: launch.WIDE._replace(tail=16))
+    monkeypatch.setattr(run.RUNNER, "ready", {})
     options = {"operator": operator, "mask": mask, "scale": D**-0.5}
     ordered = mask != "none"
     inputs = inputs_of(W + 3, gate, D=D, V=V)

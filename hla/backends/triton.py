@@ -1,4 +1,4 @@
-"""Triton on an NVIDIA GPU: the programs over `kernels.triton_pass`, for torch, CuPy and JAX arrays.
+"""Triton on an NVIDIA GPU: plans by launches of the causal pass, for torch, CuPy and JAX arrays.
 
 Without a GPU, Triton's own interpreter runs the same kernels on the host where TRITON_INTERPRET=1
 was set before the first import: for tests, not for use.
@@ -74,26 +74,30 @@ def unable(request: Request) -> str | None:
 
 def plan(request: Request) -> str:
     """Say in words how the request is computed."""
-    from ..kernels.triton.program import sharing
+    import torch
 
-    launches = [" and ".join(s.out for s in steps) for steps in sharing(request.program.steps)]
-    return f"{len(launches)} launches of the causal pass: {'; '.join(launches)}"
+    from ..device import plan as plans
+    from ..kernels.triton.launch import limits
+
+    found = plans.forward(request, limits(request, torch.device("cpu")))
+    count = sum(hasattr(step, "held") for step in found.steps)
+    return f"{count} launches of the causal pass: {found}"
 
 
 def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
     """Return (o, state, what `backward` needs)."""
-    from ..kernels.triton import scan
+    from ..kernels.triton import run
 
-    return scan.forward(request, inputs)
+    return run.forward(request, inputs)
 
 
 def backward(
     request: Request, inputs: Inputs, saved: Any, do: Array | None, dstate: Any
 ) -> Gradients:
     """Return the gradients of `forward`."""
-    from ..kernels.triton import scan
+    from ..kernels.triton import run
 
-    return scan.backward(request, inputs, saved, do, dstate)
+    return run.backward(request, inputs, saved, do, dstate)
 
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:

@@ -28,7 +28,17 @@ from .passes import (
     weights,
     weights_adjoint,
 )
-from .programs import Program, RunPass, Trace, run, run_passes, weighted
+from .programs import (
+    Program,
+    RunPass,
+    Trace,
+    prune,
+    run,
+    run_passes,
+    run_single,
+    weighted,
+)
+from .programs import adjoint as adjoint_program
 
 
 class Adjoint(NamedTuple):
@@ -244,16 +254,19 @@ CORE = Engine(run, adjoint)
 ONE_TOKEN = Engine(functools.partial(run_passes, run_pass=token_pass), adjoint)
 
 
+PULLED = ("d.q", "d.k", "d.v", "d.S@0")
+
+
 def by_passes(run_pass: RunPass) -> Engine:
-    """Return the engine of a backend whose only kernel is the pass."""
+    """Return the engine of a backend whose only kernel is the pass: the adjoint is its program."""
 
     def pull(s: Pass, gate: Gate, *arrays: Any, chunk: int = CHUNK, with_gate: bool) -> Pulled:
-        q, k, v, do, start, end = arrays
-        once = functools.partial(run_pass, gate=gate, power=s.power, kind=s.kind, chunk=chunk)
-        back = functools.partial(once, reverse=True)
-        dq, _ = once(do, v, k, state=None if start is None else start.mT)
-        dk, _ = back(v, do, q, state=None if end is None else end.mT)
-        dv, dstart = back(k, q, do, state=end)
+        there = zip(("q", "k", "v", "d.o", "S@0", "d.S@T"), arrays, strict=True)
+        values = {name: x for name, x in there if x is not None}
+        one = Pass("o", "q", "k", "v", s.state, s.power, s.kind, start="S@0", end="S@T")
+        steps, _ = prune(adjoint_program((one,)), values, PULLED)
+        found = run_single(steps, values, gate, chunk=chunk, run_pass=run_pass)
+        dq, dk, dv, dstart = (found.get(name) for name in PULLED)
         dgate = None
         if with_gate:
             dgate = pull_pass(s, gate, *arrays, chunk=chunk, with_gate=True).gate

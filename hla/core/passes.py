@@ -37,7 +37,11 @@ CHUNK = 64  # tokens in a chunk, the paper's w: balances W D against D^2 work at
 
 
 class Pass(NamedTuple):
-    """One step of a program, ``out = pass(q, k, v)``; its state has the fields named."""
+    """One step of a program, ``out = pass(q, k, v)``; its state has the fields named.
+
+    What follows ``kind`` is for passes that stand by themselves (`programs.single_passes`):
+    S <- S + write * k v', out <- out + read * q S.
+    """
 
     out: str
     q: str  # "" asks for the state alone
@@ -46,6 +50,19 @@ class Pass(NamedTuple):
     state: Fields  # (matrix,) or, where v carries the column of ones, (matrix, mass)
     power: int = 1  # exponent of the gate
     kind: str = "causal"  # pairs j <= t; "strict": j < t; "full": all, undecayed
+    reverse: bool = False  # last token first: the transposed map
+    read: float = 1.0
+    write: float = 1.0
+    start: str = ""  # name of the state that it begins from
+    end: str = ""  # name of the state that it leaves
+    turned: bool = False  # ``start`` holds the transpose
+    dot: str = ""  # sum_v out * dot, token by token, is part of the gate's gradient
+    step: int = 0  # number of the program's step that it belongs to
+
+    @property
+    def does(self) -> tuple[Any, ...]:
+        """What it computes, without factors and states: the key of fused kernels."""
+        return (*self[:4], self.power, self.kind, self.reverse)
 
 
 class Gate(NamedTuple):

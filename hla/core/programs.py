@@ -8,7 +8,7 @@ and the mass of a state (m, eta, n, h) is that column of its matrix (P or C, F, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from . import ahla, hla2, hla3, linear
@@ -27,6 +27,7 @@ from .passes import (
 )
 
 RunPass = Callable[..., tuple[Array, Array]]
+Passes = tuple[Pass, ...]
 
 
 class Program(NamedTuple):
@@ -126,6 +127,86 @@ def segment_program(operator: str, mask: str) -> Program:
     return Program((*CAUSAL[operator].steps, *SEGMENT[operator]), outputs=())
 
 
+@functools.lru_cache(maxsize=1024)
+def single_passes(program: Program, scale: float) -> Passes:
+    """Return the passes of a program with its denominators and factors as data.
+
+    A denominator is the pass of "v|1", a single column of ones, into "o|1". Passes of one ``out``
+    are summed. A state is "S@0" before the first token and "S@T" after the last; of the passes that
+    share one, the last leaves it. The scale of q is in ``read`` and ``write`` and nowhere else.
+    """
+    factors = {name: float(factor) for factor, name in program.outputs}
+    last, found = {s.state: i for i, s in enumerate(program.steps)}, []
+    for i, s in enumerate(program.steps):
+        out = "o" if s.out in factors else s.out
+        read = factors.get(s.out, 1.0) * (scale if s.q == "q" else 1.0)
+        write = (scale if s.k == "q" else 1.0) * (scale if s.v == "q" else 1.0)
+        for field, column in zip(s.state, ("", "|1"), strict=False):
+            one = s._replace(out=out + column, v=s.v + column, read=read, write=write, step=i)
+            end = f"{field}@T" if last[s.state] == i else ""
+            found.append(one._replace(start=f"{field}@0", end=end))
+    return tuple(found)
+
+
+def d(name: str) -> str:
+    """Name of a gradient; of nothing, nothing."""
+    return name and f"d.{name}"
+
+
+def transposed(s: Pass) -> Passes:
+    """Return the passes that give the gradients of a pass's q, k and v (and of its first state).
+
+    The gate's gradient takes products of the first and the last with q and v (derivations 5).
+    """
+    do = d(s.out)
+    back = s._replace(reverse=not s.reverse, read=s.write, write=s.read, start=d(s.end), end="")
+    return (
+        s._replace(out=d(s.q), q=do, k=s.v, v=s.k, end="", turned=True, dot=s.q),
+        back._replace(out=d(s.k), q=s.v, k=do, v=s.q, turned=True),
+        back._replace(out=d(s.v), q=s.k, k=s.q, v=do, end=d(s.start), dot=s.v),
+    )
+
+
+def adjoint(steps: Passes) -> Passes:
+    """Return the program of the gradients: the last step first, each of its passes as three."""
+    return tuple(t for s in sorted(steps, key=lambda s: -s.step) for t in transposed(s))
+
+
+def prune(
+    steps: Passes, given: Collection[str], wanted: Collection[str], *, gate: bool = False
+) -> tuple[Passes, set[str]]:
+    """Keep the passes that ``wanted`` depends on; also return every name that is not zero.
+
+    What was neither given nor computed is zero: a pass of zero k or v only passes its first state
+    on. A name that a kept pass need not leave becomes "".
+
+    Parameters
+    ----------
+    steps : tuple of Pass
+        A program.
+    given, wanted : collection of str
+        Names of arrays that are there, and that are asked for.
+    gate : bool
+        Whether the products with ``dot`` are asked for.
+    """
+    have, found, need, kept = set(given), [], set(wanted), []
+    for s in steps:
+        s = s._replace(start=s.start if s.start in have else "")
+        fed, read = s.k in have and s.v in have, s.q in have
+        if (fed or s.start) and (read or s.end in need):
+            have |= {s.end, s.out} if read else {s.end}
+            found.append(s if read else s._replace(out=""))
+    for s in reversed(found):
+        dot = s.dot if gate and s.q in have else ""
+        s = s._replace(
+            out=s.out if s.out in need else "", end=s.end if s.end in need else "", dot=dot
+        )
+        if s.out or s.end or s.dot:
+            need |= {s.k, s.v, s.start, s.dot} | ({s.q} if s.out or s.dot else set())
+            kept.append(s)
+    return tuple(reversed(kept)), have
+
+
 class Trace(NamedTuple):
     """What a run leaves behind: every named array, each step's final state, what it kept."""
 
@@ -197,6 +278,43 @@ def run_passes(
     return summed(program, env), Trace(env, tuple(states))
 
 
+def run_single(
+    steps: Passes,
+    values: Mapping[str, Array],
+    gate: Gate,
+    *,
+    chunk: int = CHUNK,
+    run_pass: RunPass = causal_pass,
+) -> dict[str, Array]:
+    """Run passes that stand by themselves, of a program or of its adjoint, one after the other.
+
+    Parameters
+    ----------
+    steps : tuple of Pass
+        As `prune` leaves them.
+    values : mapping
+        Arrays by name, "v|1" among them, states (*batch, D, V).
+    gate, chunk, run_pass
+        As given to `run_passes`.
+
+    Returns
+    -------
+    dict
+        Every array by name.
+    """
+    env = dict(values)
+    for s in steps:
+        q, k, v = (env[name] for name in (s.q, s.k, s.v))
+        start = env[s.start] if s.start else None
+        start = start.mT if s.turned and start is not None else start
+        options = {"power": s.power, "kind": s.kind, "reverse": s.reverse, "chunk": chunk}
+        out, end = run_pass(q, weighted(s.write, k), v, gate, state=start, **options)
+        for name, x in ((s.out, weighted(s.read, out)), (s.end, end)):
+            if name:
+                env[name] = env[name] + x if name in env else x
+    return env
+
+
 def step_states(program: Program, shapes: Mapping[str, Shape], gate: Shape) -> list[Shape]:
     """Full shape of the state of each step, the broadcast of just the inputs it is made of."""
     return all_shapes(program, shapes, gate)[1]
@@ -249,7 +367,7 @@ def summed(program: Program, env: Mapping[str, Array]) -> Array | None:
 
 def weighted(coefficient: float, x: Array) -> Array:
     """Multiply ``x`` by a program's coefficient, which a tracer may stand for."""
-    return x if isinstance(coefficient, int) and coefficient == 1 else coefficient * x
+    return x if isinstance(coefficient, (int, float)) and coefficient == 1 else coefficient * x
 
 
 def final_states(program: Program, trace: Trace) -> dict[Fields, Array]:

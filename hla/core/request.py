@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 
 from .namespace import Array
 from .passes import Shape
-from .programs import Program, program, segment_program, state_shapes
+from .programs import (
+    Passes,
+    Program,
+    program,
+    segment_program,
+    single_passes,
+    state_shapes,
+)
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")  # dtypes that are computed with
 
@@ -87,6 +94,11 @@ class Request:
         if not ridged:
             return found
         return found._replace(outputs=(*found.outputs[:-1], (self.ridge, "ridge")))
+
+    @functools.cached_property
+    def passes(self) -> Passes:
+        """The same with denominators as passes of their own, in names and factors."""
+        return single_passes(self.program, self.scale)
 
     @property
     def ridged(self) -> bool:

@@ -150,7 +150,7 @@ def pass_kernel(
     TWO: tl.constexpr,  # values v2 go with v
     BOTH: tl.constexpr,  # add the pass with k and v exchanged; D = V
     DOT: tl.constexpr,  # write sum_v x (a_t q_t S) token by token, a row a tile of values
-    PAIRS: tl.constexpr,  # and of the pairs of q, k and v, x: see `triton_gate`
+    PAIRS: tl.constexpr,  # and of the pairs of q, k and v, x: see `gate`
     EVERY: tl.constexpr,  # also write the state before every so many chunks but the first; 0: not
     V_IS_K: tl.constexpr,
     ROW: tl.constexpr,  # stride between rows of the states that are kept
@@ -213,7 +213,8 @@ def pass_kernel(
         Sc = tl.zeros([BV, BC], tl.float32)
         m_Sc = m_v[:, None] & m_c[None, :]
         if START:
-            p_startc = p_start + v64[:, None] * ssv + (D + c64)[None, :] * ssd
+            p_start2 += i_0 * ss20 + i_1 * ss21 + i_2 * ss22
+            p_startc = p_start2 + v64[:, None] * ss2v + c64[None, :] * ss2d
             Sc = tl.load(p_startc, mask=m_Sc, other=0.0)
     if TWO:
         S2 = tl.zeros([BV2, BD], tl.float32)
@@ -331,7 +332,7 @@ def pass_kernel(
                     b_o2 += tl.load(p_o2 + row64 * so2t, mask=m_tv2, other=0.0).to(tl.float32)
                 tl.store(p_o2 + row64 * so2t, b_o2.to(p_o2.dtype.element_ty), mask=m_tv2)
         if UPDATE:
-            if BC:  # before S, whose product is awaited: see `triton_launch.config`
+            if BC:  # before S, whose product is awaited: see `launch.config`
                 Sc = _write(Sc, b_kc, b_v, w_out, w_total, write, GATE, WRITE, OPERAND, PRECISION)
             if TWO:
                 S2 = _write(S2, b_k, b_v2, w_out, w_total, write, GATE, WRITE, OPERAND, PRECISION)
@@ -348,8 +349,11 @@ def pass_kernel(
         if later == 0:
             p_end += i_0 * se0 + i_1 * se1 + i_2 * se2
             tl.store(p_end + v64[:, None] * sev + d64[None, :] * sed, S, mask=m_S)
-            if BC:
-                p_endc = p_end + v64[:, None] * sev + (D + c64)[None, :] * sed
+        if BC:
+            laterc = tl.where(se20 == 0, i_0, 0) + tl.where(se21 == 0, i_1, 0)
+            if laterc + tl.where(se22 == 0, i_2, 0) == 0:
+                p_end2 += i_0 * se20 + i_1 * se21 + i_2 * se22
+                p_endc = p_end2 + v64[:, None] * se2v + c64[None, :] * se2d
                 tl.store(p_endc, Sc, mask=m_Sc)
         if TWO:
             later2 = tl.where(se20 == 0, i_0, 0) + tl.where(se21 == 0, i_1, 0)

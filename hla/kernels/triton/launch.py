@@ -1,24 +1,33 @@
-"""Launches of the Triton pass: tiles, settings, strides, and kernels kept ready."""
+"""Launches of the Triton pass: tiles, settings, and kernels kept ready."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ...core.passes import Gate, Shape, broadcast
+from ...core.request import Request
+from ...device.scan import Call, Place
+from ...device.steps import Launch, Limits, Ref
+from ...device.tiles import grids, inner
 from ...errors import Unsupported
 from .causal import pass_kernel
 
 PERIOD = 256  # tokens between the states that they keep for it
 FEW = 16  # tokens that are multiplied exactly: their one or two terms can cancel to the roundings
 WIDEST = 128  # a float32 state of 128 x 128 takes half of the registers of 8 warps
+# float32 operands are split in registers: a tile holds fewer keys, and none go along with it, whose
+# products would leave no registers (ptxas 12.8 then took the stack's address for that of an
+# operand, a fault on the device: V = 257 with 65 keys and a log gate).
+WIDE = Limits(WIDEST // 2, 0, WIDEST, 16, tile=WIDEST, chunk=32, period=PERIOD)
 
 
 class Config(NamedTuple):
@@ -69,13 +78,21 @@ def config(
     return Config(64, warps, 3)
 
 
-def gate_chunk(D: int, V: int, narrow: bool, decay: bool, mirrored: bool, major: int = 9) -> int:
-    """Tokens in a chunk of the launches that serve a gate's gradient, by the widths of k and v.
+def gate_chunk(D: int, V: int, gate: str | None, one: bool, major: int = 9) -> int:
+    """Tokens in a chunk of the launches of bfloat16 that serve a gate's gradient.
 
-    As `config` has it for the passes of dq and dv alike; sums of pairs add registers to theirs.
+    By the widths of k and v and whether they are one array, as `config` has it for the passes of dq
+    and dv alike; sums of pairs add registers to theirs.
     """
-    small = tile(int(D)) * tile(int(V)) < 128 * 64  # a compiler's symbols are fixed
-    return 64 if major == 9 and narrow and decay and small and not mirrored else 32
+    small = tile(D) * tile(V) < 128 * 64
+    return 64 if major == 9 and gate == "decay" and small and not one else 32
+
+
+@functools.cache
+def narrow(major: int) -> Limits:
+    """Return what one launch of bfloat16 takes."""
+    chunk = functools.partial(gate_chunk, major=major)
+    return WIDE._replace(keys=WIDEST, tail=16, second=WIDEST, chunk=chunk)
 
 
 @functools.cache
@@ -84,33 +101,9 @@ def capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
-class Columns(NamedTuple):
-    """One part of a pass's values: its tokens, where their results go, its columns of the state."""
-
-    v: torch.Tensor  # (*batch, T, V)
-    o: torch.Tensor | None = None  # (*batch, T, V)
-    start: torch.Tensor | None = None  # float32, (*batch, D, V), may lack axes that only q has
-    end: torch.Tensor | None = None  # the same, to be written
-
-    @property
-    def batch(self) -> Shape:
-        """Batch shape of the results, which may lack axes that another part's results have."""
-        assert self.o is not None
-        return tuple(self.o.shape[:-2])
-
-
-def widest(dtype: torch.dtype) -> int:
-    """Return how many keys a tile holds: float32 operands are split in registers."""
-    return WIDEST if dtype == torch.bfloat16 else WIDEST // 2
-
-
-def further(dtype: torch.dtype) -> int:
-    """Return how many columns of keys beyond a tile its launch takes along.
-
-    None of float32, whose products leave no registers for theirs: ptxas 12.8 then took the stack's
-    address for that of an operand (V = 257 with 65 keys and a log gate), a fault on the device.
-    """
-    return 16 if dtype == torch.bfloat16 else 0
+def limits(request: Request, where: torch.device) -> Limits:
+    """Return what one launch takes."""
+    return narrow(capability(where)) if request.dtype == "bfloat16" else WIDE
 
 
 @functools.cache
@@ -124,21 +117,9 @@ def value_tiles(n: int) -> int:
     return -(-n // tile(n))
 
 
-def between(T: int) -> int:
-    """Count the states kept: those before each period but the first."""
-    return max(0, T - 1) // PERIOD
-
-
-def in_one(k: torch.Tensor, first: Columns, second: Columns) -> bool:
-    """Whether one launch serves two parts of the values: of one batch, states fit the registers."""
-    V, V2 = first.v.shape[-1], second.v.shape[-1]
-    fit = 0 < V <= WIDEST and 0 < V2 <= (WIDEST if k.dtype == torch.bfloat16 else 16)
-    return bool(fit and first.batch == second.batch)
-
-
-def shapes_alone(written: torch.Tensor) -> bool:
-    """Whether what a launch would write has no memory, so that there is nothing to launch."""
-    return written.is_meta or isinstance(written, FakeTensor)
+def shapes_alone(x: torch.Tensor) -> bool:
+    """Whether a tensor has no memory and never will, so that there is nothing to launch."""
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def addresses(operands: Sequence[torch.Tensor | None]) -> list[Any]:
@@ -169,148 +150,176 @@ def addresses(operands: Sequence[torch.Tensor | None]) -> list[Any]:
     return found
 
 
-NONE = (None,) * 4
-LAUNCHES = 4096
-# Compiled kernels, ready to launch, by all that they are specialized on. Triton's own look-up costs
-# as long as a pass over a short sequence takes.
-_launches: dict[Any, tuple[Any, tuple[int, int, int], tuple[Any, ...]]] = {}
+class Kernel:
+    """A kernel with all but the memory of its operands.
 
-
-def causal_pass(
-    q: torch.Tensor | None,
-    k: torch.Tensor,
-    columns: Sequence[Columns],
-    gate: Gate,
-    *,
-    batch: Shape,
-    power: int = 1,
-    strict: bool = False,
-    reverse: bool = False,
-    update: bool = True,
-    read: float = 1.0,
-    write: float = 1.0,
-    add: bool = False,
-    both: bool = False,
-    x: torch.Tensor | None = None,
-    qc: torch.Tensor | None = None,
-    kc: torch.Tensor | None = None,
-    dots: torch.Tensor | None = None,
-    pairs: bool = False,
-    states: torch.Tensor | None = None,
-    chunk: int = 0,
-    tf32: bool = False,
-) -> None:
-    """Launch one pass, which writes what its columns name.
-
-    Parameters
-    ----------
-    q : tensor, (*batch, T, D), or None
-        None asks for the state alone; D <= `widest`. Batch axes broadcast; any strides.
-    k : tensor, (*batch, T, D)
-        Keys; bfloat16, or float16 and float32, for which products are taken in float32.
-    columns : sequence of Columns
-        One part of the values, or two that are `in_one`.
-    gate : Gate
-        The decay, raised to ``power``.
-    batch : tuple of int
-        The common batch shape.
-    power, strict, reverse
-        As in `hla.core.passes.causal_pass`.
-    update : bool
-        False reads one state, where it starts, for all tokens.
-    read, write : float
-        Factors of what is read, and of k v before.
-    add : bool
-        Add to what ``o`` holds.
-    both : bool
-        Add the pass with k and v exchanged, which reads the same state; with one part, D = V.
-    x, dots : tensor, (*batch, T, V), and (*batch, `value_tiles`, T or 3 T), optional
-        With one part and a gate: write into ``dots``, contiguous, float32 or float64, the part of
-        sum_v o x that the state gives, token by token, a row a tile.
-    pairs : bool
-        With ``reverse`` and ``dots`` of 3 T: write behind it, of q_t.k_j times v_t.x_j over the
-        pairs of its chunk but those of a token with itself, each token's sum as t and then as j.
-    states : tensor, (*batch, `between`, V, D), optional
-        Of contiguous rows and batch axes: write the state before every `PERIOD` but the first.
-    chunk : int
-        Tokens in a chunk, with ``dots``.
-    qc, kc : tensor, (*batch, T, C), optional
-        More columns of q and k, as many as `further` says; with one part. The state has D + C rows.
-    tf32 : bool
-        Multiply float32 in TF32, which is exact for what came as float16; not of `FEW` tokens.
+    The first call compiles it, by Triton's own look-up, which costs as long as a pass over a short
+    sequence takes; later ones launch what that found by addresses alone.
     """
-    gated, weights = 0, None
-    if power and gate.log_gate is not None:
-        gated, weights = 2, gate.log_gate
-    elif power and gate.decay is not None:
-        gated, weights = 1, gate.decay
-    first, second = columns[0], columns[1] if len(columns) > 1 else None
-    tf32 = tf32 and k.shape[-2] > FEW
-    written = first.end if q is None else first.o
-    assert written is not None
-    if shapes_alone(written):
-        return
-    operands = (q, k, *first, *(second or NONE), x, qc, kc, weights, dots, states)
-    pointers = addresses(operands)
-    seen = [
-        None if y is None else (y.shape, y.stride(), y.dtype, p % 16)
-        for y, p in zip(operands, pointers, strict=True)
-    ]
-    if first.start is None and first.end is None and states is None:  # the pass is linear in k v
-        read, write = read * write, 1.0
-    v_is_k = first.v is k and gated < 2  # weighed by tokens: slower than loading the same lines
-    flags = (gated, strict, reverse, update, write != 1.0, add, both, tf32, v_is_k, pairs, chunk)
-    key = (batch, k.device, flags, *seen)
-    if key in _launches:
-        kernel, grid, rest = _launches[key]
-        with torch.cuda.device_of(k):
-            kernel[grid](*pointers, read, write, power, *rest)
-        return
-    if 0 in batch and q is not None:  # nobody reads, and yet states of keys may be asked
-        alone = [c._replace(o=None) for c in columns]
-        held = [c.end.shape[:-2] for c in columns if c.end is not None]
-        if held:
-            causal_pass(
-                None, k, alone, gate, batch=broadcast(*held), power=power, strict=strict,
-                reverse=reverse, write=write, both=both, kc=kc, tf32=tf32,
-            )  # fmt: skip
-        return
-    ranks = (*(2,) * 13, max(0, gated - 1))
-    sizes, strides = _plan(batch, ranks, operands[:-2])
-    if len(sizes) > 3:
-        for i in range(batch[0]):
-            q_i, k_i, *parts, x_i, qc_i, kc_i, gate_i = (
-                _entry(y, i, r, len(batch)) for y, r in zip(operands, ranks, strict=False)
+
+    def __init__(
+        self,
+        function: Any,
+        grid: tuple[int, ...],
+        operands: Sequence[Place | None],
+        sizes: Sequence[int],
+        *scalars: Any,
+        **constants: Any,
+    ) -> None:
+        self.function, self.grid, self.operands = function, (*grid, 1, 1)[:3], operands
+        self.scalars, self.constants = scalars, constants
+        options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
+        self.options, self.compiled = options, None
+        self.rest = (*scalars, *constants.values())
+        slots = [-1 if x is None else x.slot for x in operands]  # the last address is none
+        self.slots: Callable[[list[Any]], tuple[Any, ...]] = itemgetter(*slots)
+        self.offsets = [
+            0 if x is None else x.layout.offset * size
+            for x, size in zip(operands, sizes, strict=True)
+        ]
+        self.moved = any(self.offsets)
+
+    def __call__(self, arrays: list[Any], addresses: list[Any], stream: int | None) -> None:
+        """Launch it on arrays, whose addresses are known; of no stream by Triton's own way."""
+        if self.compiled is None:
+            views = [view(arrays, x) for x in self.operands]
+            self.compiled = self.function[self.grid](
+                *views, *self.scalars, **self.constants, **self.options
             )
-            columns_i = [Columns(*parts[:4]), Columns(*parts[4:])][: len(columns)]
-            causal_pass(
-                q_i, k_i, columns_i, Gate(gate_i, None) if gated == 1 else Gate(None, gate_i),
-                batch=batch[1:], power=power, strict=strict, reverse=reverse, update=update,
-                read=read, write=write, add=add, both=both, x=x_i, qc=qc_i, kc=kc_i,
-                dots=None if dots is None else dots[i], pairs=pairs,
-                states=None if states is None else states[i], chunk=chunk, tf32=tf32,
+            return
+        given = self.slots(addresses)
+        if self.moved:
+            given = tuple(
+                p if p is None else p + n for p, n in zip(given, self.offsets, strict=True)
+            )
+        kernel = self.compiled
+        if stream is None:
+            kernel[self.grid](*given, *self.rest)
+        else:
+            kernel.run(
+                *self.grid, stream, kernel.function, kernel.packed_metadata, None, None, None,
+                *given, *self.rest,
             )  # fmt: skip
+
+
+def stream_of(device: torch.device) -> int | None:
+    """Return the current stream; None where Triton is to tell its hooks of each launch."""
+    runtime = triton.knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if getattr(hook, "calls", hook):
+            return None
+    found: int = triton.runtime.driver.active.get_current_stream(device.index)
+    return found
+
+
+def view(arrays: list[Any], x: Place | None) -> torch.Tensor | None:
+    """Return the tensor that an operand means."""
+    if x is None:
+        return None
+    whole, (shape, strides, offset) = arrays[x.slot], x.layout
+    return whole.as_strided(shape, strides, whole.storage_offset() + offset)
+
+
+def passes(call: Call, s: Launch) -> Iterator[Kernel]:
+    """Return the kernels of one launch: one, or more where the batch has axes that are not one.
+
+    Raises
+    ------
+    NotImplementedError
+        It is one of segments.
+    """
+    if s.tokens:
+        raise NotImplementedError("the Triton pass runs whole sequences, not segments")
+    if 0 in s.batch and s.q:  # nobody reads, and yet states of keys may be asked
+        s = s._replace(q=(), o=(), batch=s.held, x=None, dots=None, states=None)
+        if not any(s.end):
+            return
+    if 0 in s.batch:
         return
-    T, D, V = k.shape[-2], k.shape[-1], first.v.shape[-1]
-    V2 = 0 if second is None else second.v.shape[-1]
-    DC = 0 if kc is None else kc.shape[-1]
-    BD, BC, BV, BV2 = tile(D), tile(DC) if DC else 0, tile(V), tile(V2)
-    narrow = k.dtype == torch.bfloat16
+    refs, gated = operands(s, call.request), 0
+    if s.power and call.request.gate is not None:
+        gated = 1 if call.request.gate == "decay" else 2
+        refs["gate"] = Ref("gate")
+    places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
+    ranks = [1 if name == "gate" and gated == 2 else RANKS.get(name, 2) for name in places]
+    lists = [
+        None if x is None else (x.layout, n) for x, n in zip(places.values(), ranks, strict=True)
+    ]
+    constants, chosen, scalars = settings(call, s, places, gated)
+    sizes = [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
+    tiles = value_tiles(width(places["v"]))
+    for counts, strides, offsets in grids(s.batch, lists):
+        if not tiles * math.prod(counts):
+            continue
+        first = [
+            None if x is None else x._replace(layout=inner(x.layout, rank, n))
+            for x, rank, n in zip(places.values(), ranks, offsets, strict=True)
+        ]
+        own = [(0,) * rank if x is None else x.layout.strides
+               for x, rank in zip(first, ranks, strict=True)]  # fmt: skip
+        own[GATE] = own[GATE] or (0,)  # a decay has no tokens
+        every = [n for a, b in zip(strides[: GATE + 1], own, strict=False) for n in (*a, *b)]
+        yield Kernel(
+            pass_kernel, (math.prod(counts) * tiles,), first, sizes,
+            *scalars[:8], *counts[-2:], *every, *scalars[8:],
+            **constants, num_warps=chosen.warps, num_stages=chosen.stages,
+        )  # fmt: skip
+
+
+NAMES = ("q", "k", "v", "o", "start", "end", "v2", "o2", "start2", "end2", "x", "qc", "kc", "gate",
+         "dots", "states")  # fmt: skip
+RANKS = {"gate": 0, "states": 3}  # the axes that are an operand's own; others have two
+GATE = NAMES.index("gate")
+
+
+def operands(s: Launch, request: Request) -> dict[str, Ref | None]:
+    """Return the kernel's operands by name. What is not read stands for what has its shape."""
+    k, v = s.k or s.q, s.v or s.o
+    found: dict[str, Ref | None] = dict.fromkeys(NAMES)
+    for name, refs in (
+        ("q", s.q), ("k", k), ("v", v), ("o", s.o), ("start", s.start), ("end", s.end),
+    ):  # fmt: skip
+        second = name + ("c" if name in "qk" else "2")
+        found |= dict(zip((name, second), refs, strict=False))
+    return found | {"x": s.x, "dots": s.dots, "states": s.states}
+
+
+def width(x: Place | None) -> int:
+    """Columns of an operand."""
+    return 0 if x is None else x.layout.shape[-1]
+
+
+def settings(
+    call: Call, s: Launch, places: Mapping[str, Place | None], gated: int
+) -> tuple[dict[str, Any], Config, tuple[Any, ...]]:
+    """Return a pass's constants, its launch settings, and its numbers (the last two of states)."""
+    T, (D, V, V2, DC) = call.request.tokens, (width(places[n]) for n in ("k", "v", "v2", "kc"))
+    read, write = s.read, s.write
+    states = places["states"]
+    if not any(s.start) and not any(s.end) and states is None:  # the pass is linear in k v
+        read, write = read * write, 1.0
+    tf32 = (call.request.tf32 or call.request.dtype == "float16") and T > FEW
+    key = (s.k or s.q)[0]
+    narrow = call.dtypes[key.name] == torch.bfloat16
     operand = "bf16" if narrow else "tf32" if tf32 else "float32"
     # The matrix unit drops the last bits of a sum after every 32 bytes of operands: products of
     # three bfloat16 parts take half as many such steps as those of two TF32 parts, and err half.
-    exact = "bf16x6" if k.device.type == "cuda" else "ieee"  # which the interpreter has not
-    weighed = gated, write != 1.0, both or v_is_k
-    chosen = config(BD, BV, V2, operand, *weighed, capability(k.device), chunk)
-    grid = (math.prod(sizes) * value_tiles(V), 1, 1)
-    if not grid[0]:
-        return
-    step, row = (0, 0) if states is None else states.stride()[-3:-1]
+    exact = "bf16x6" if call.where.type == "cuda" else "ieee"  # which the interpreter has not
+    v_is_k = s.k[:1] == s.v[:1] != () and gated < 2  # weighed by tokens: slower than loading again
+    BD, BC, BV, BV2 = tile(D), tile(DC) if DC else 0, tile(V), tile(V2)
+    weighed = gated, write != 1.0, s.symmetric or v_is_k
+    dotted = s.dots is not None
+    chosen = config(BD, BV, V2, operand, *weighed, capability(call.where), s.chunk)
+    row, step, apart = 0, 0, 0
+    if states is not None:
+        step, row = states.layout.strides[-3:-1]
+        apart = states.layout.shape[-3] * step
     constants = {
-        "READ": q is not None, "UPDATE": update, "STRICT": strict, "REVERSE": reverse,
-        "GATE": gated, "WRITE": write != 1.0, "ADD": add,
-        "START": first.start is not None, "END": first.end is not None,
-        "TWO": second is not None, "BOTH": both, "DOT": dots is not None, "PAIRS": pairs,
+        "READ": bool(s.q), "UPDATE": bool(s.k), "STRICT": s.strict, "REVERSE": s.reverse,
+        "GATE": gated, "WRITE": write != 1.0, "ADD": s.add,
+        "START": any(s.start), "END": any(s.end),
+        "TWO": places["v2"] is not None, "BOTH": s.symmetric, "DOT": dotted,
+        "PAIRS": dotted and s.reverse,
         "EVERY": 0 if states is None else PERIOD // chosen.W, "ROW": row,
         "V_IS_K": v_is_k,
         "BD": BD, "BC": BC, "BV": BV, "BV2": BV2, "W": chosen.W,
@@ -318,54 +327,4 @@ def causal_pass(
         "OPERAND": tl.bfloat16 if narrow else tl.float32,
         "PRECISION": "tf32" if tf32 else exact,
     }  # fmt: skip
-    apart = (0, 0) if states is None else (states.shape[-3] * step, step)
-    rest = (T, D, DC, V, V2, *(1, 1, *sizes)[-2:], *strides, *apart)
-    with torch.cuda.device_of(k):
-        kernel = pass_kernel[grid](
-            *operands, read, write, power, *rest, **constants,
-            num_warps=chosen.warps, num_stages=chosen.stages,
-        )  # fmt: skip
-    if kernel is not None:  # not under the interpreter
-        if len(_launches) >= LAUNCHES:
-            _launches.clear()
-        _launches[key] = kernel, grid, (*rest, *constants.values())
-
-
-def _plan(
-    batch: Shape, ranks: Shape, operands: Sequence[torch.Tensor | None]
-) -> tuple[Shape, Shape]:
-    """Batch sizes, with neighbouring axes made one where all operands allow, and all strides.
-
-    An operand's last ``rank`` axes are its own; it has three batch strides before theirs. Along a
-    batch axis that it lacks or is broadcast over its stride is 0. An axis of one entry keeps its
-    stride where there is no other: what a kernel is compiled for then is that of many heads.
-    """
-    leads, own = [], []
-    for rank, x in zip(ranks, operands, strict=True):
-        shape, stride = ((1,) * rank, (0,) * rank) if x is None else (x.shape, x.stride())
-        lead = len(shape) - rank
-        given = zip(shape[:lead], batch[len(batch) - lead :], stride[:lead], strict=True)
-        missing = (0,) * (len(batch) - lead)
-        leads.append((*missing, *(0 if n < full else step for n, full, step in given)))
-        own.append(stride[lead:])
-    own[-1] = own[-1] or (0,)  # a decay has no tokens
-    sizes: list[int] = []
-    steps: list[Shape] = []
-    for i, (n, step) in enumerate(zip(batch, zip(*leads, strict=True), strict=True)):
-        if n == 1 and (steps or i < len(batch) - 1):
-            continue
-        if steps and all(a == b * n for a, b in zip(steps[-1], step, strict=True)):
-            sizes[-1], steps[-1] = sizes[-1] * n, step
-        else:
-            sizes.append(n)
-            steps.append(step)
-    steps = [(0,) * len(leads)] * (3 - len(steps)) + steps
-    each = zip(zip(*steps, strict=True), own, strict=True)
-    return tuple(sizes), tuple(s for lead, rest in each for s in (*lead, *rest))
-
-
-def _entry(x: torch.Tensor | None, i: int, rank: int, axes: int) -> torch.Tensor | None:
-    """Entry ``i`` of the first of ``axes`` batch axes; all of x where it lacks that axis."""
-    if x is None or x.ndim < axes + rank:
-        return x
-    return x.select(0, 0 if x.shape[0] == 1 else i)
+    return constants, chosen, (read, write, s.power, T, D, DC, V, V2, apart, step)

@@ -13,8 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import addresses, shapes_alone
-from .program import laid_out_like, strides_like
+from ...device.tiles import strides_like
 
 TILE = 4096  # values a program holds of each array
 
@@ -41,70 +40,48 @@ def normalize_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_dden + row, -tl.div_rn(dots, den), mask=m_r)
 
 
-def _in_rows_of(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return x with its rows in memory as `laid_out_like` has them; itself where they are."""
-    strides = strides_like(like, x.shape)
-    same = zip(x.shape, x.stride(), strides, strict=True)
-    if all(n == 1 or s == wanted for n, s, wanted in same):
-        return x
-    return laid_out_like(like, x.shape, x.dtype).copy_(x)
-
-
-def normalize(num: torch.Tensor, den: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
-    """Return num / (den + eps).
-
-    Parameters
-    ----------
-    num : tensor, float32, (*batch, T, V)
-    den : tensor, float32, (*batch, T, 1)
-    eps : float
-    dtype : torch.dtype
-        Of the result, which is laid out like ``num``.
-    """
-    o = laid_out_like(num, num.shape, dtype)
-    _launch(num, num, den, o, None, eps)
-    return o
-
-
-def adjoint(
-    num: torch.Tensor, den: torch.Tensor, eps: float, do: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of num, bfloat16 where ``do`` is and else float32, and of den, float32.
-
-    Parameters
-    ----------
-    num, den, eps
-        As given to `normalize`.
-    do : tensor, (*batch, T, V)
-        Gradient of its result.
-    """
-    narrow = do.dtype == torch.bfloat16
-    dnum = laid_out_like(num, num.shape, do.dtype if narrow else torch.float32)
-    dden = laid_out_like(num, den.shape, torch.float32)
-    _launch(num, do, den, dnum, dden, eps)
-    return dnum, dden
-
-
-def _launch(
-    num: torch.Tensor,
+def divide(
+    o: torch.Tensor,
     x: torch.Tensor,
     den: torch.Tensor,
-    o: torch.Tensor,
-    dden: torch.Tensor | None,
     eps: float,
+    num: torch.Tensor | None = None,
+    dden: torch.Tensor | None = None,
 ) -> None:
-    V = num.shape[-1]
-    if shapes_alone(o):
-        return
-    if num.numel() == 0:
+    """Write o = x / (den + eps) and, the adjoint, dden = -(o . num) / (den + eps).
+
+    Parameters
+    ----------
+    o : tensor, (*batch, T, V)
+        Of rows that lie one after the other, in any order.
+    x, num : tensor, (*batch, T, V)
+    den : tensor, float32, (*batch, T, 1)
+        May have fewer batch axes.
+    eps : float
+    dden : tensor, float32, (*batch, T, 1)
+        Of rows in the order of those of ``o``.
+    """
+    V = o.shape[-1]
+    if o.numel() == 0:
         if dden is not None:
             dden.zero_()
         return
-    rows, BV = num.numel() // V, min(TILE, triton.next_power_of_2(V))
+    rows, BV = o.numel() // V, min(TILE, triton.next_power_of_2(V))
     R = TILE // BV
-    x, den, num = (_in_rows_of(num, y) for y in (x, den, num))
-    addresses((x, den, num))
-    with torch.cuda.device_of(num):
+    x, den, num = (
+        y if y is None else _in_rows_of(o, y.expand(*o.shape[:-1], y.shape[-1]))
+        for y in (x, den, num)
+    )
+    with torch.cuda.device_of(o):
         normalize_kernel[(triton.cdiv(rows, R),)](
             x, den, o, num, dden, eps, rows, V, BACK=dden is not None, R=R, BV=BV
         )
+
+
+def _in_rows_of(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return x with its rows in memory in the order of those of ``like``; itself where they are."""
+    strides = strides_like(tuple(x.shape), tuple(like.shape), like.stride())
+    same = zip(x.shape, x.stride(), strides, strict=True)
+    if all(n == 1 or s == wanted for n, s, wanted in same):
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)

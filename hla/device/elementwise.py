@@ -1,0 +1,177 @@
+"""The steps between launches in any array library's namespace, for a device that has no better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..core.passes import Gate, Shape
+from .scan import Call, Do
+from .steps import Carry, Divide, GateGradient, GateSum, Ref, Step, Sum
+
+Array = Any
+Take = Callable[[Ref], Array]  # what a reference means
+Made = list[tuple[Ref, Array]]
+Put = Callable[[Array, Ref, Array], Array]  # a result in its part of an array; that array
+FORGOTTEN = 2.0**-24  # of a product: below what float32 sums of it resolve
+LEAST = 1e-30  # what stands for a smaller decay
+
+
+def taking(call: Call, arrays: list[Array]) -> Take:
+    """Return what takes the array, or the view of one, that a reference means."""
+
+    def take(ref: Ref) -> Array:
+        x = arrays[call.slots[ref.name]]
+        x = x if x.ndim == len(call.layouts[ref.name].shape) else x[..., None]
+        return cut(x, ref)
+
+    return take
+
+
+def cut(x: Array, ref: Ref) -> Array:
+    """Return the part of an array that a reference to it means."""
+    x = x.mT if ref.turned else x
+    x = x if ref.rows is None else x[..., slice(*ref.rows), :]
+    return x if ref.columns is None else x[..., slice(*ref.columns)]
+
+
+def gate_of(call: Call, arrays: list[Array]) -> Gate:
+    """Return the gate of a call."""
+    if call.request.gate is None:
+        return Gate()
+    x = arrays[call.slots["gate"]]
+    return Gate(decay=x) if call.request.gate == "decay" else Gate(log_gate=x)
+
+
+def does(call: Call, make: Callable[[Take, Gate], Made], put: Put) -> Do:
+    """Return what puts the arrays that a function makes of a step's into their places."""
+
+    def do(arrays: list[Array], addresses: list[Any], stream: Any) -> None:
+        for ref, x in make(taking(call, arrays), gate_of(call, arrays)):
+            slot = call.slots[ref.name]
+            arrays[slot] = put(arrays[slot], ref, x)
+
+    return do
+
+
+def elementwise(xp: Any, call: Call, step: Step, put: Put) -> Do:
+    """Return what does a step between launches."""
+    make = ELEMENTWISE[type(step)]
+    return does(call, lambda take, gate: make(xp, step, take, gate), put)
+
+
+def fit(xp: Any, x: Array, shape: Shape) -> Array:
+    """Sum x over the axes where ``shape`` has 1 or none, then broadcast to it."""
+    extra = max(0, x.ndim - len(shape))
+    axes = tuple(range(extra)) + tuple(
+        i for i in range(extra, x.ndim) if shape[i - x.ndim] == 1 and x.shape[i] != 1
+    )
+    x = xp.sum(x, axis=axes, keepdims=True) if axes else x
+    return xp.broadcast_to(xp.reshape(x, x.shape[extra:]), shape)
+
+
+def total(xp: Any, s: Sum, take: Take, gate: Gate) -> Made:
+    """Do a Sum."""
+    o = take(s.o)
+    result = xp.zeros(o.shape, dtype=o.dtype)
+    for i, (factor, ref) in enumerate(s.terms):
+        x = fit(xp, take(ref), o.shape)
+        x = x if factor == 1 else factor * x
+        result = result + x if i else x
+    return [(s.o, result)]
+
+
+def divide(xp: Any, s: Divide, take: Take, gate: Gate) -> Made:
+    """Do a Divide."""
+    den = take(s.den) + s.eps
+    o = take(s.x) / den
+    if s.num is None or s.dden is None:
+        return [(s.o, o)]
+    return [(s.o, o), (s.dden, -xp.sum(o * take(s.num), axis=-1, keepdims=True) / den)]
+
+
+def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
+    """Do a GateGradient, chunk by chunk of all periods at once.
+
+    What crosses a chunk's start and is gone where the chunk's gate leaves nothing: differences,
+    which lose digits, are taken of no more than the chunks of a period.
+    """
+    o = take(s.o)
+    batch, (c, w) = (
+        o.shape[:-1],
+        (sum(xp.sum(take(ref), axis=-2) for ref in refs) for refs in (s.reads, s.writes)),
+    )
+    T = c.shape[-1]
+    d, query, key = (w[..., i * T : (i + 1) * T] for i in range(3))
+    if gate.decay is None:
+        a = xp.broadcast_to(gate.log_gate, (*batch, T))
+    else:
+        g = xp.where(gate.decay < LEAST, LEAST, gate.decay)
+        a = xp.broadcast_to(xp.log(g)[..., None], (*batch, T))
+    periods = -(-T // s.period)
+    valid = xp.ones(c.shape, dtype=c.dtype)
+
+    def chunks(x: Array) -> Array:
+        rest = xp.zeros((*batch, periods * s.period - T), dtype=x.dtype)
+        x = xp.concat([xp.broadcast_to(x, (*batch, T)), rest], axis=-1)
+        return xp.reshape(x, (*batch, periods, s.period // s.chunk, s.chunk))
+
+    c, d, query, key, a, valid = map(chunks, (c, s.factor * d, query, key, a, valid))
+    B = xp.zeros((*batch, 1), dtype=c.dtype)
+    for S, dS in s.border:
+        B = B + fit(xp, xp.sum(take(S) * take(dS), axis=(-2, -1)), batch)[..., None]
+    if s.S is not None and s.R is not None:
+        later = xp.sum(take(s.S) * take(s.R).mT, axis=(-2, -1))
+        B = xp.concat([B, s.factor * later], axis=-1)
+    found = []
+    for i in range(s.period // s.chunk):
+        ci, di, ri, wi, ai = (x[..., i, :] for x in (c, d, query, key, a))
+        kept = xp.exp(s.power * xp.sum(ai, axis=-1)) >= FORGOTTEN
+        through = xp.where(kept, B - xp.sum(ci, axis=-1), xp.zeros_like(B))
+        B = through + xp.sum(di, axis=-1)
+        behind = xp.cumulative_sum(ci + ri, axis=-1) - (0 if s.strict else ci + ri)
+        ahead = xp.cumulative_sum(di + wi, axis=-1) - di - wi
+        found.append((through + xp.sum(ci, axis=-1))[..., None] - behind + ahead)
+    G = s.power * xp.stack(found, axis=-2) * valid
+    if gate.log_gate is None:
+        return [(s.o, xp.sum(G, axis=(-3, -2, -1))[..., None])]
+    return [(s.o, xp.reshape(G, (*batch, periods * s.period))[..., :T])]
+
+
+def gate_sum(xp: Any, s: GateSum, take: Take, gate: Gate) -> Made:
+    """Do a GateSum."""
+    o = take(s.o)
+    shape = o.shape if gate.decay is None else (*o.shape, 1)
+    result = xp.zeros(shape, dtype=o.dtype)
+    for ref in s.terms:
+        result = result + fit(xp, take(ref), shape)
+    if gate.decay is not None:
+        return [(s.o, result[..., 0] / xp.where(gate.decay < LEAST, LEAST, gate.decay))]
+    return [(s.o, xp.where(xp.isinf(gate.log_gate), xp.zeros_like(result), result))]
+
+
+def carry(xp: Any, s: Carry, take: Take, gate: Gate) -> Made:
+    """Do a Carry."""
+    local = take(s.local)
+    count, shape = local.shape[-3], local.shape[:-3] + local.shape[-2:]
+    S = xp.zeros(shape, dtype=local.dtype) if s.start is None else take(s.start)
+    before: list[Array] = [None] * count
+    for i in reversed(range(count)) if s.reverse else range(count):
+        before[i] = xp.broadcast_to(S, shape)
+        S = S * fading(xp, s, gate, i) + local[..., i, :, :]
+    return [(s.o, xp.stack(before, axis=-3))] + ([(s.end, S)] if s.end else [])
+
+
+def fading(xp: Any, s: Carry, gate: Gate, i: int) -> Array:
+    """Return what the gate leaves of a state over segment i."""
+    if gate.log_gate is not None and s.power:
+        a = gate.log_gate[..., sum(s.lengths[:i]) : sum(s.lengths[: i + 1])]
+        return xp.exp(s.power * xp.sum(a, axis=-1))[..., None, None]
+    if gate.decay is not None and s.power:
+        return (gate.decay ** (s.power * s.lengths[i]))[..., None, None]
+    return 1.0
+
+
+ELEMENTWISE: dict[type, Callable[[Any, Any, Take, Gate], Made]] = {
+    Sum: total, Divide: divide, GateGradient: gate_gradient, GateSum: gate_sum, Carry: carry,
+}  # fmt: skip

@@ -1,0 +1,123 @@
+"""The gradient of the gate in a plan: what the launches of a pass's dq and dv leave for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..core.passes import Pass, Shape
+from ..core.programs import Passes
+from .steps import GateGradient, Limits, Ref
+
+if TYPE_CHECKING:
+    from .plan import Builder
+
+Key = tuple[int, Shape]  # step of the program, batch of its output
+
+
+class Term:
+    """One step of the program: its matrix and, of the same batch, its denominator."""
+
+    def __init__(self, power: int, strict: bool) -> None:
+        self.power, self.strict, self.factor = power, strict, 1.0
+        self.waiting: set[Pass] = set()
+        self.widths = {False: [0, 0], True: [0, 0]}  # of S and of R, by direction: columns, rows
+        self.dots: dict[bool, list[Ref]] = {False: [], True: []}
+        self.border: list[tuple[Ref, Ref]] = []
+        self.states: dict[bool, Ref | None] = {False: None, True: None}
+        self.one = False  # whether its k is its v
+        self.ends = True
+
+    def chunk(self, limits: Limits, gate: str | None) -> int:
+        """Tokens by which all its launches count."""
+        V, D = self.widths[False]
+        return limits.chunk if isinstance(limits.chunk, int) else limits.chunk(D, V, gate, self.one)
+
+
+class GateTerms:
+    """What each step of a program contributes."""
+
+    def __init__(self, builder: Builder) -> None:
+        self.builder = builder
+        self.terms: dict[Key, Term] = {}
+        self.offset: dict[Pass, int] = {}  # of a pass's columns in S, of its rows in R
+        self.found: list[Ref] = []
+
+    def key(self, s: Pass) -> Key:
+        """Which term a pass belongs to."""
+        return s.step, self.builder.lead(s)[0]
+
+    def expect(self, steps: Passes) -> None:
+        """Note the passes that will leave dots: dq runs as the program does, dv in reverse."""
+        width = self.builder.width
+        for s in steps:
+            if not s.dot:
+                continue
+            term = self.terms.setdefault(self.key(s), Term(s.power, s.kind == "strict"))
+            term.waiting.add(s)
+            columns, rows = term.widths[s.reverse]
+            term.one |= not s.reverse and s.k == s.v
+            term.ends &= not (s.reverse and s.start)
+            if s.reverse:
+                self.offset[s], rows, columns = rows, rows + width(s.v), width(s.k)
+            else:
+                self.offset[s], columns, rows = columns, columns + width(s.k), width(s.v)
+            term.widths[s.reverse] = [columns, rows]
+
+    def asked(
+        self, s: Pass, batch: Shape, pack: list[tuple[Pass, int, int]], *, symmetric: bool
+    ) -> tuple[Ref | None, Ref | None, Ref | None, int]:
+        """Return x, dots, states and chunk of a launch."""
+        if not s.dot:
+            return None, None, None, 0
+        b, term = self.builder, self.terms[s.step, batch]
+        T, limits, width = b.request.tokens, b.limits, b.width(s.v)
+        dtype = "float32" if b.request.dtype == "bfloat16" else "float64"
+        shape = (*batch, -(-width // limits.tile), T * (3 if s.reverse else 1))
+        dots = b.temporary("dots", shape, dtype=dtype, like="")
+        term.dots[s.reverse].append(dots)
+        term.factor = 0.5 if symmetric else term.factor  # of what is written for k and v alike
+        if b.tokens % limits.period:
+            raise ValueError(
+                f"segments have {b.tokens} tokens; expected a multiple of {limits.period}, the"
+                " period of the states that a gate's gradient reads"
+            )
+        if n := max(0, T - 1) // limits.period:
+            columns, rows = term.widths[s.reverse]
+            states = term.states[s.reverse] or b.temporary(
+                "kept", (*batch, n, rows, columns), dtype=b.narrow, like=""
+            )
+            term.states[s.reverse] = states
+            (first, lo, _), (last, _, hi) = pack[0], pack[-1]
+            begin = self.offset.get(s, 0) if s.reverse else 0
+            lo, hi = (
+                x + (0 if s.reverse else self.offset[p]) for x, p in ((lo, first), (hi, last))
+            )
+            states = states._replace(rows=(begin, begin + width), columns=(lo, hi))
+            return Ref(s.dot), dots, states, term.chunk(limits, b.request.gate)
+        return Ref(s.dot), dots, None, term.chunk(limits, b.request.gate)
+
+    def border(self, s: Pass, batch: Shape, ends: dict[Pass, Ref]) -> None:
+        """Note the gradients of first states beside what they are gradients of."""
+        if s.dot and s.reverse:
+            found = [(Ref(p.end.removeprefix("d.")), end) for p, end in ends.items() if p.end]
+            self.terms[s.step, batch].border += found
+
+    def finished(self, pending: list[Pass]) -> list[GateGradient]:
+        """Return the steps for which nothing is waited."""
+        b, steps = self.builder, []
+        for (step, batch), term in list(self.terms.items()):
+            if any(s in pending for s in term.waiting):
+                continue
+            del self.terms[step, batch]
+            if b.request.tokens == 0:
+                continue
+            log = b.request.gate == "log_gate"
+            shape = (*batch, b.request.tokens if log else 1)
+            o = b.temporary("d.gate", shape, dtype=b.wide if log else "float64", like="")
+            self.found.append(o)
+            reads, writes = (tuple(term.dots[x]) for x in (False, True))
+            given = reads, writes, tuple(term.border), term.states[False], term.states[True]
+            options = term.power, term.strict, term.factor, term.ends
+            chunk = term.chunk(b.limits, b.request.gate)
+            steps.append(GateGradient(o, *given, *options, chunk, b.limits.period))
+        return steps

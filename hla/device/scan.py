@@ -1,0 +1,276 @@
+"""Run the plans of requests on a device, prepared once for what a request's arrays are like.
+
+A call that is like an earlier one (its request, and what the device says of its arrays) allocates
+what its plan names and does the steps that are ready.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..core.adjoint import sum_to
+from ..core.fields import rank
+from ..core.namespace import expand
+from ..core.passes import Shape
+from ..core.reference import Gradients
+from ..core.request import Inputs, Request
+from ..core.shapes import saved as saved_names
+from . import plan as plans
+from .steps import Buffer, Limits, Plan, Ref, Row, Step
+from .tiles import Layout, located, strides_like, whole
+
+Array = Any
+Do = Callable[[list[Array], list[Any], Any], None]  # of arrays, their addresses, a stream
+READY = 4096
+
+
+class Place(NamedTuple):
+    """Which array, and which part of it."""
+
+    slot: int
+    layout: Layout
+
+
+class Call(NamedTuple):
+    """What is known of all arrays of a plan, by their names."""
+
+    request: Request
+    slots: Mapping[str, int]
+    layouts: Mapping[str, Layout]
+    dtypes: Mapping[str, Any]
+    where: Any  # as `Device.where` gives it
+
+    def place(self, ref: Ref) -> Place:
+        """Return the place that a reference means."""
+        return Place(self.slots[ref.name], located(ref, self.layouts))
+
+
+class Device(NamedTuple):
+    """A backend, as this package sees it.
+
+    ``steps`` returns what does a step: it reads the arrays of a list and writes into them, or puts
+    new ones in their places. The other functions are asked of arrays of the device's library.
+    """
+
+    steps: Callable[[Call, Step], Iterable[Do]]
+    limits: Callable[[Request, Any], Limits]
+    layout: Callable[[Array], Layout]
+    empty: Callable[[Shape, Shape, Any, Any], Array]  # of a shape, strides and dtype, where
+    constant: Callable[[float, Shape, Any, Any], Array]
+    dtype: Callable[[str], Any]  # by its name
+    where: Callable[[Array], Any] = lambda array: None  # on which device an array is
+    addresses: Callable[[Sequence[Array]], list[Any]] = lambda arrays: [None] * len(arrays)
+    address: Callable[[Array], Any] = lambda array: None
+    alike: Callable[[Sequence[Array], list[Any]], tuple[Any, ...]] = lambda arrays, addresses: ()
+    run: Callable[[Ready, list[Array], list[Any]], list[Array]] = lambda ready, arrays, addresses: (
+        ready(arrays, addresses, None)
+    )
+    rows: tuple[Row, ...] = ()  # fused kernels: the first that waits is taken
+
+
+class Turn(NamedTuple):
+    """One step: what it needs allocated, what does it, and what nobody reads after it."""
+
+    fresh: tuple[tuple[int, int, Shape, Shape, Any], ...]  # slot, slot whose memory it takes, ...
+    do: tuple[Do, ...]
+    dead: tuple[int, ...]
+
+
+class Ready:
+    """A plan for arrays of known strides and alignment."""
+
+    def __init__(
+        self, device: Device, plan: Plan, request: Request, given: Mapping[str, Array]
+    ) -> None:
+        order = [*given, *(name for name in plan.buffers if name not in given)]
+        self.device, self.plan = device, plan
+        slots = {name: i for i, name in enumerate(order)}
+        self.more = len(order) - len(given)
+        self.layouts = {name: _column(name, device.layout(x)) for name, x in given.items()}
+        self.dtypes = {name: x.dtype for name, x in given.items()}
+        where = device.where(next(iter(given.values())))
+        self.call = Call(request, slots, self.layouts, self.dtypes, where)
+        self.constants: list[tuple[int, Shape, float, Any]] = []
+        self.turns = []
+        for step, fresh, dead in zip(plan.steps, plan.fresh, plan.dead, strict=True):
+            new = [self.allocation(name, plan.buffers[name]) for name in fresh]
+            do = tuple(device.steps(self.call, step))
+            gone = tuple(slots[name] for name in dead)
+            self.turns.append(Turn(tuple(x for x in new if x), do, gone))
+        self.results = {name: slots[own] for name, own in plan.results.items()}
+        self.saved = tuple(slots[name] for name in plan.saved)
+
+    def allocation(self, name: str, b: Buffer) -> tuple[int, int, Shape, Shape, Any] | None:
+        """Lay out a buffer; return how to allocate it, None of a constant."""
+        dtype, layouts, slots = self.device.dtype(b.dtype), self.layouts, self.call.slots
+        if b.fill is not None:
+            strides: Shape = (0,) * len(b.shape)
+        elif b.reuses:
+            strides = layouts[b.reuses].strides
+        else:
+            strides = strides_like(b.shape, *layouts[b.like][:2]) if b.like else whole(b.shape)
+        layouts[name], self.dtypes[name] = Layout(b.shape, strides), dtype
+        if b.fill is not None:
+            self.constants.append((slots[name], b.shape, b.fill, dtype))
+            return None
+        return slots[name], slots[b.reuses] if b.reuses else -1, b.shape, strides, dtype
+
+    def __call__(self, arrays: list[Array], addresses: list[Any], stream: Any) -> list[Array]:
+        """Do every step on arrays with these addresses; return every array that is left."""
+        where, device = self.call.where, self.device
+        empty, constant, address = device.empty, device.constant, device.address
+        arrays += (None,) * self.more
+        addresses += (None,) * (self.more + 1)  # the last is that of nothing
+        for slot, shape, fill, dtype in self.constants:
+            arrays[slot] = x = constant(fill, shape, dtype, where)
+            addresses[slot] = address(x)
+        for turn in self.turns:
+            for slot, reused, shape, strides, dtype in turn.fresh:
+                if reused < 0:
+                    arrays[slot] = x = empty(shape, strides, dtype, where)
+                    addresses[slot] = address(x)
+                else:
+                    arrays[slot], addresses[slot] = arrays[reused], addresses[reused]
+            for do in turn.do:
+                do(arrays, addresses, stream)
+            for slot in turn.dead:
+                arrays[slot] = None
+        return arrays
+
+
+def _column(name: str, x: Layout) -> Layout:
+    """Layout of a given array; the denominator's part of a state is a column of a matrix."""
+    field = name.removeprefix("d.")
+    if field[-2:] in ("@0", "@T") and rank(field) == 1:
+        return Layout((*x.shape, 1), (*x.strides, 1))
+    return x
+
+
+class Kind(NamedTuple):
+    """What a request does not tell of a call."""
+
+    back: bool
+    start: bool  # there is an initial state
+    do: Any = None  # dtype of the gradient of o
+    dstate: bool = False
+    tokens: int = 0  # of a segment
+
+    def plan(self, device: Device, request: Request, where: Any) -> Plan:
+        """Return the plan of such a call."""
+        given = request, device.limits(request, where), device.rows, self.tokens
+        if not self.back:
+            return plans.forward(*given, start=self.start)
+        there = self.do is not None
+        return plans.backward(*given, start=self.start, do=there, dstate=self.dstate)
+
+    def names(self, request: Request) -> list[str]:
+        """Return the names of the arrays of such a call, in order."""
+        fields = _fields(request)
+        found = ["q", "k", "v", *(["gate"] if request.gate else [])]
+        found += [f"{x}@0" for x in fields if self.start]
+        if self.back:
+            found += saved_names(request)
+            found += [] if self.do is None else ["d.out" if request.normalize else "d.o"]
+            found += [f"d.{x}@T" for x in fields if self.dstate]
+        return found
+
+
+def _fields(request: Request) -> tuple[str, ...]:
+    kind: Any = request.state_type
+    return () if kind is None else kind._fields
+
+
+class Runner:
+    """A device with the plans that are ready on it."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.ready: dict[Any, Ready] = {}
+
+    def run(self, request: Request, kind: Kind, arrays: list[Array]) -> tuple[Ready, list[Array]]:
+        """Run the plan of a call on its arrays, in the order of `Kind.names`."""
+        device = self.device
+        addresses = device.addresses(arrays)
+        key = (request, kind, *device.alike(arrays, addresses))
+        ready = self.ready.get(key)
+        if ready is None:
+            if len(self.ready) >= READY:
+                self.ready.clear()
+            given = dict(zip(kind.names(request), arrays, strict=True))
+            plan = kind.plan(device, request, device.where(arrays[0]))
+            ready = self.ready[key] = Ready(device, plan, request, given)
+        return ready, device.run(ready, arrays, addresses)
+
+    def forward(
+        self, request: Request, inputs: Inputs, tokens: int = 0
+    ) -> tuple[Array, Any, tuple[Array, ...]]:
+        """Return (o, state, the arrays that `backward` reads).
+
+        Parameters
+        ----------
+        request, inputs
+            What is asked, and its arrays.
+        tokens : int
+            Of a segment; 0 for the whole sequence as one.
+        """
+        kind = Kind(False, inputs.state is not None, tokens=tokens)
+        ready, found = self.run(request, kind, given(request, inputs))
+        results, state = ready.results, None
+        if request.return_state:
+            fields = ((n, found[results[f"{n}@T"]]) for n in _fields(request))
+            make: Any = request.state_type
+            state = make(*(x if rank(n) == 2 else x[..., 0] for n, x in fields))
+        return found[results["o"]], state, tuple([found[i] for i in ready.saved])
+
+    def backward(
+        self,
+        request: Request,
+        inputs: Inputs,
+        saved: Sequence[Array],
+        do: Array | None,
+        dstate: Any,
+        tokens: int = 0,
+    ) -> Gradients:
+        """Return the gradients of `forward`.
+
+        Parameters
+        ----------
+        request, inputs, tokens
+            As given to `forward`.
+        saved : sequence of array
+            As any backend's forward returned them.
+        do : array or None, dstate : NamedTuple or None
+            Gradients of its other results.
+        """
+        arrays = [*given(request, inputs), *saved, *(() if do is None else (do,))]
+        if dstate is not None:
+            arrays += _states(request, dstate)
+        dtype = None if do is None else do.dtype
+        kind = Kind(True, inputs.state is not None, dtype, dstate is not None, tokens)
+        ready, found = self.run(request, kind, arrays)
+        by = {name: found[slot] for name, slot in ready.results.items()}
+        state, gate = inputs.state, by.get("d.gate")
+        if state is not None:  # in the shapes in which it came
+            fields = ((n, x, by[f"d.{n}@0"]) for n, x in state._asdict().items())
+            state = type(state)(
+                *(sum_to(g if rank(n) == 2 else g[..., 0], x.shape) for n, x, g in fields)
+            )
+        dq, dk, dv = (by[f"d.{name}"] for name in "qkv")
+        log = request.gate == "log_gate"
+        return Gradients(dq, dk, dv, None if log else gate, gate if log else None, state)
+
+
+def given(request: Request, inputs: Inputs) -> list[Array]:
+    """Return the arrays of a call in the order of `Kind.names`."""
+    q, k, v, decay, log_gate, state = inputs
+    found = [q, k, v]
+    if request.gate is not None:
+        found.append(decay if log_gate is None else log_gate)
+    return found if state is None else [*found, *_states(request, state)]
+
+
+def _states(request: Request, state: Any) -> list[Array]:
+    """Fields of a state in their full shape."""
+    full = request.state_shapes()
+    return [expand(x, full[n]) for n, x in zip(state._fields, state, strict=True)]

@@ -1,0 +1,215 @@
+"""What a plan is made of: buffers, launches and the steps between them, as data.
+
+A name is an array: "q", "y", "d.q"; a state is "S@0" before the first token and "S@T" after the
+last; "|1" marks what belongs to a denominator and "#" a temporary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ..core.passes import Shape
+from ..core.programs import Passes
+from ..core.request import Request
+
+# By the widths of k and v, the gate, and whether they are one array.
+Chunks = int | Callable[[int, int, str | None, bool], int]
+
+
+class Limits(NamedTuple):
+    """What one launch of a device takes."""
+
+    keys: int = 128  # columns of keys
+    tail: int = 16  # further columns of keys that go along
+    values: int = 128  # columns of values where a second value goes along
+    second: int = 128  # and of that one
+    symmetric: tuple[str | None, ...] = (None, "decay")  # gates with which `Launch.symmetric` is
+    tile: int = 128  # columns of values to a row of dots
+    chunk: Chunks = 32  # tokens, by which launches with dots count
+    period: int = 256  # tokens between the states that they keep; of whole chunks
+
+
+class Buffer(NamedTuple):
+    """An array to allocate."""
+
+    shape: Shape
+    dtype: str
+    like: str = ""  # rows in memory in the order of that array's; "" for one after the other
+    fill: float | None = None  # a constant, which needs no memory
+    reuses: str = ""  # takes over the memory of a dead buffer
+
+
+class Ref(NamedTuple):
+    """A named array, transposed where ``turned``, then cut to parts of its last axes."""
+
+    name: str
+    rows: tuple[int, int] | None = None  # of the axis -2
+    columns: tuple[int, int] | None = None  # of the axis -1
+    turned: bool = False
+
+
+class Launch(NamedTuple):
+    """One pass. Key parts add up, each value has its own result, each pair of them a state.
+
+    S <- S + write * k v', o <- o + read * q S, token by token. Without q it leaves states alone;
+    without k and v it reads ``start``, the same for all tokens. What it reads it writes: every
+    value of a launch with q has its o.
+
+    With ``x`` there is one value, and the launch also leaves the parts of the gate's gradient
+    (derivations 5), in chunks of ``chunk`` tokens. ``dots`` (*batch, tiles, T) is sum_v o x
+    of what o reads from the state before its chunk, read * a_t q_t S; its tiles count as their sum.
+    A reverse launch has (*batch, tiles, 3 T): behind it, of read * write * L (q_t.k_j) (v_j.x_t)
+    over the pairs of a chunk but those of a token with itself, each token's sum as j and then as t
+    (a symmetric launch: of its own two operands, not the exchanged ones). ``states`` (*batch, N, V,
+    D) takes the transposed states before every period of tokens but the first.
+    """
+
+    q: tuple[Ref, ...]  # a part, or two (the second of few columns)
+    k: tuple[Ref, ...]
+    v: tuple[Ref, ...]  # a value, or two
+    o: tuple[Ref, ...]  # (*batch, T, V)
+    start: tuple[Ref | None, ...]  # (*held, D, V), key parts by values
+    end: tuple[Ref | None, ...]
+    power: int  # of the gate; 0: none
+    strict: bool
+    reverse: bool
+    read: float
+    write: float
+    add: bool  # to what o holds
+    symmetric: bool  # add the pass with k and v exchanged, of the same state
+    x: Ref | None
+    dots: Ref | None
+    states: Ref | None
+    batch: Shape
+    held: Shape  # of the states: batch without the axes that only q has
+    tokens: int = 0  # of a segment, one more batch axis of states (-3); 0: the whole
+    chunk: int = 0  # tokens by which dots count
+
+
+class Sum(NamedTuple):
+    """o = sum of factor * term, each summed or broadcast to o's shape; of no terms zeros."""
+
+    o: Ref
+    terms: tuple[tuple[float, Ref], ...]
+
+
+class Divide(NamedTuple):
+    """o = x / (den + eps); with num, the adjoint, also dden = -(o . num) / (den + eps)."""
+
+    o: Ref
+    x: Ref
+    den: Ref
+    eps: float
+    num: Ref | None = None
+    dden: Ref | None = None
+
+
+class GateGradient(NamedTuple):
+    """Gradient of the log gate by one pass (*batch, T), of a decay their sum (*batch, 1).
+
+    From what the launches of dq and dv leave: ``reads`` and ``writes`` are their dots, S and R
+    the states and their gradients before the later periods, ``border`` pairs of the two at the
+    first token. ``factor`` is that of what is written and of R. Where ``ends``, no gradient comes
+    from after the last token.
+    """
+
+    o: Ref
+    reads: tuple[Ref, ...]
+    writes: tuple[Ref, ...]
+    border: tuple[tuple[Ref, Ref], ...]
+    S: Ref | None  # (*batch, N, D, V)
+    R: Ref | None  # (*batch, N, V, D)
+    power: int
+    strict: bool
+    factor: float
+    ends: bool
+    chunk: int
+    period: int
+
+
+class GateSum(NamedTuple):
+    """Gradient of the gate from those of its logarithm by each pass, which are summed to its shape.
+
+    A decay's is divided by it; a log gate's is 0 where the gate is -inf.
+    """
+
+    o: Ref
+    terms: tuple[Ref, ...]
+
+
+class Carry(NamedTuple):
+    """States over segments: o_n = state before segment n, of what each adds; end = the last.
+
+    Across machines this is the step that communicates.
+    """
+
+    o: Ref  # (*held, segments, D, V)
+    end: Ref | None
+    local: Ref
+    start: Ref | None
+    power: int
+    reverse: bool
+    lengths: Shape
+
+
+class Fused(NamedTuple):
+    """Launches that one kernel does."""
+
+    row: str
+    launches: tuple[Launch, ...]
+    inner: tuple[str, ...]  # names that only they use: there is no such buffer
+
+
+Step = Launch | Sum | Divide | GateGradient | GateSum | Carry | Fused
+
+
+class Row(NamedTuple):
+    """A fused kernel: the passes it does, and its reason against a request, or None."""
+
+    name: str
+    steps: Passes
+    fits: Callable[[Request], str | None]
+
+
+class Plan(NamedTuple):
+    """Everything about a call but its arrays."""
+
+    buffers: Mapping[str, Buffer]
+    steps: tuple[Step, ...]
+    fresh: tuple[tuple[str, ...], ...]  # buffers to allocate before each step
+    dead: tuple[tuple[str, ...], ...]  # names that nothing reads after it
+    given: tuple[str, ...]  # names that come from outside
+    results: Mapping[str, str]  # public name -> name here
+    saved: tuple[str, ...]  # intermediates that the other direction reads
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, map(text, self.steps)))
+
+
+def text(step: Step) -> str:
+    """Say what a step computes."""
+    if isinstance(step, Fused):
+        outs = (x.name for launch in step.launches for x in launch.o if x.name not in step.inner)
+        return f"{step.row} ({', '.join(dict.fromkeys(outs))})"
+    if isinstance(step, Launch):
+        made = step.o or tuple(x for x in step.end if x)
+        return " and ".join(dict.fromkeys(x.name for x in made))
+    return ""
+
+
+WRITES = {"o", "end", "dots", "states", "dden"}
+
+
+def names(x: Any) -> set[str]:
+    """Names of all arrays that a step, or a part of one, refers to."""
+    if isinstance(x, Ref):
+        return {x.name}
+    return set().union(*map(names, x)) if isinstance(x, tuple) else set()
+
+
+def written(step: Step) -> set[str]:
+    """Names of the arrays that a step writes."""
+    if isinstance(step, Fused):
+        return set().union(*map(written, step.launches))
+    return set().union(*(names(x) for field, x in step._asdict().items() if field in WRITES))

@@ -1,0 +1,246 @@
+"""The device of torch tensors and Triton kernels: how a plan's steps are done."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+
+from ...core.passes import Shape
+from ...core.reference import Gradients
+from ...core.request import Inputs, Request
+from ...core.shapes import shapes
+from ...device.plan import dtype_of
+from ...device.scan import Call, Device, Do, Place, Ready, Runner
+from ...device.steps import Divide, GateGradient, GateSum, Launch, Ref, Step, Sum
+from ...device.tiles import Layout, strides_like
+from . import normalize
+from .causal import LEAST
+from .gate import gate_gradient
+from .launch import Kernel, addresses, limits, passes, shapes_alone, stream_of, view
+
+
+def steps(call: Call, step: Step) -> list[Do]:
+    """Return what does a step."""
+    if isinstance(step, Launch):
+        return list(passes(call, step))
+    if isinstance(step, Sum):
+        terms = [(factor, call.place(x)) for factor, x in step.terms]
+        return [functools.partial(_sum, call.place(step.o), terms)]
+    if isinstance(step, Divide):
+        return [_divided(call, step)]
+    if isinstance(step, GateGradient):
+        return [functools.partial(_gate_gradient, call, step)]
+    if isinstance(step, GateSum):
+        return [functools.partial(_gate_sum, call, step)]
+    raise NotImplementedError(f"Triton has no {type(step).__name__}")
+
+
+def _divided(call: Call, s: Divide) -> Do:
+    """Return what does a Divide: one kernel, where all rows lie in memory as those of o."""
+    places = [None if x is None else call.place(x) for x in (s.x, s.den, s.o, s.num, s.dden)]
+    o = call.place(s.o).layout
+    if math.prod(o.shape) and all(x is None or _alike(x.layout, o) for x in places):
+        V = o.shape[-1]
+        rows, BV = math.prod(o.shape) // V, min(normalize.TILE, triton.next_power_of_2(V))
+        R = normalize.TILE // BV
+        return Kernel(
+            normalize.normalize_kernel, (triton.cdiv(rows, R),), places, [0] * 5,
+            s.eps, rows, V, BACK=s.dden is not None, R=R, BV=BV,
+        )  # fmt: skip
+
+    def divide(arrays: list[Any], addresses: list[Any], stream: Any) -> None:
+        x, den, o, num, dden = (view(arrays, y) for y in places)
+        normalize.divide(o, x, den, s.eps, num, dden)
+
+    return divide
+
+
+def _alike(x: Layout, o: Layout) -> bool:
+    """Whether the rows of x lie in memory, without gaps, in the order of those of o."""
+    if x.shape[:-1] != o.shape[:-1]:
+        return False
+    wanted = strides_like(x.shape, o.shape, o.strides)
+    return all(n == 1 or a == b for n, a, b in zip(x.shape, x.strides, wanted, strict=True))
+
+
+_constants: dict[Any, torch.Tensor] = {}
+
+
+def constant(value: float, shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a number, once made, as an array; what a CUDA graph captures is not yet there."""
+    found = _constants.get((value, dtype, device))
+    if found is None:
+        found = torch.full((), value, dtype=dtype, device=device)
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _constants[value, dtype, device] = found
+    return found.expand(shape)
+
+
+def _fit(x: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Sum x over the axes where ``shape`` has 1 or none, then broadcast to it."""
+    extra = max(0, x.ndim - len(shape))
+    axes = [i for i in range(x.ndim) if i < extra or (shape[i - x.ndim] == 1 and x.shape[i] != 1)]
+    x = x.sum(axes, keepdim=True) if axes else x
+    return x.reshape(x.shape[extra:]).expand(shape)
+
+
+def _sum(
+    place: Place,
+    terms: list[tuple[float, Place]],
+    arrays: list[Any],
+    pointers: list[Any],
+    _: int | None,
+) -> None:
+    o, total = view(arrays, place), None
+    assert o is not None
+    for factor, term in terms:
+        x = view(arrays, term)
+        assert x is not None
+        x = _fit(x, o.shape)
+        x = x if factor == 1 else factor * x
+        total = x if total is None else total + x
+    if total is None:
+        o.zero_()
+    else:
+        o.copy_(total)
+
+
+def _tokens(call: Call, refs: Sequence[Ref], arrays: list[Any]) -> torch.Tensor:
+    """Add up dots."""
+    total: Any = None
+    for ref in refs:
+        x = view(arrays, call.place(ref))
+        assert x is not None
+        x = x[..., 0, :] if x.shape[-2] == 1 else x.sum(-2)
+        total = x if total is None else total + x
+    return total
+
+
+def _gate_gradient(
+    call: Call, s: GateGradient, arrays: list[Any], addresses: list[Any], _: Any
+) -> None:
+    border: Any = None
+    for start, grad in s.border:
+        S, dS = (view(arrays, call.place(x)) for x in (start, grad))
+        assert S is not None
+        assert dS is not None
+        term = (S * dS).sum((-2, -1), dtype=torch.float64)
+        border = term if border is None else border + term
+    S, R = (None if x is None else view(arrays, call.place(x)) for x in (s.S, s.R))
+    arrays[call.slots[s.o.name]] = gate_gradient(
+        _tokens(call, s.reads, arrays), _tokens(call, s.writes, arrays),
+        arrays[call.slots["gate"]], border, S, R, power=s.power, factor=s.factor, strict=s.strict,
+        ends=s.ends, log=call.request.gate == "log_gate", least=LEAST.value, period=s.period,
+        chunk=s.chunk,
+    )  # fmt: skip
+
+
+def _gate_sum(call: Call, s: GateSum, arrays: list[Any], addresses: list[Any], _: Any) -> None:
+    gate, total = arrays[call.slots["gate"]], None
+    log = call.request.gate == "log_gate"
+    shape = tuple(gate.shape) if log else (*gate.shape, 1)
+    for ref in s.terms:
+        x = _fit(arrays[call.slots[ref.name]], shape)
+        total = x if total is None else total + x
+    if total is None:
+        total = torch.zeros(shape, dtype=torch.float32, device=call.where)
+    if log:
+        total = torch.where(gate.isinf(), torch.zeros_like(total), total)
+    else:
+        total = total[..., 0] / gate.clamp(min=LEAST.value)
+    arrays[call.slots[s.o.name]] = total.float()
+
+
+def empty_strided(
+    shape: Shape, strides: Shape, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Allocate a tensor."""
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+def alike(tensors: Sequence[torch.Tensor], pointers: Sequence[int]) -> tuple[Any, ...]:
+    """Return what kernels are compiled for."""
+    return (tensors[0].device, *[x.stride() for x in tensors], *[p & 15 for p in pointers])
+
+
+def run(ready: Ready, tensors: list[Any], pointers: list[Any]) -> list[Any]:
+    """Run a plan on the device of its arrays and on torch's stream."""
+    device = ready.call.where
+    if device.type != "cuda":
+        return ready(tensors, pointers, None)
+    if torch.cuda.current_device() == device.index:
+        return ready(tensors, pointers, stream_of(device))
+    with torch.cuda.device(device):
+        return ready(tensors, pointers, stream_of(device))
+
+
+RUNNER = Runner(
+    Device(
+        steps=steps,
+        limits=lambda request, where: limits(request, where),
+        layout=lambda x: Layout(tuple(x.shape), x.stride()),
+        empty=empty_strided,
+        constant=constant,
+        dtype=lambda name: getattr(torch, name),
+        where=lambda x: x.device,
+        addresses=addresses,
+        address=torch.Tensor.data_ptr,
+        alike=alike,
+        run=run,
+    )
+)
+
+
+def forward(request: Request, inputs: Inputs) -> tuple[Any, Any, tuple[Any, ...]]:
+    """Return (o, state, the tensors that `backward` needs)."""
+    if request.traced and shapes_alone(inputs.q):
+        return empty(request, inputs)
+    return RUNNER.forward(request, inputs)
+
+
+def backward(
+    request: Request, inputs: Inputs, saved: Sequence[Any], do: Any, dstate: Any
+) -> Gradients:
+    """Return the gradients of `forward`."""
+    if request.traced and shapes_alone(inputs.q):
+        return empty_gradients(request, inputs)
+    if do is not None and request.dtype == "bfloat16":
+        do = do.to(torch.bfloat16)
+    return RUNNER.backward(request, inputs, saved, do, dstate)
+
+
+def empty(request: Request, inputs: Inputs) -> tuple[Any, Any, tuple[Any, ...]]:
+    """Return what `forward` does, of the same shapes, strides and dtypes and of any values."""
+    told, q, kind = shapes(request), inputs.q, request.state_type
+
+    def like_q(shape: Shape, dtype: str) -> torch.Tensor:
+        strides = strides_like(shape, tuple(q.shape), q.stride())
+        return q.new_empty_strided(shape, strides, dtype=getattr(torch, dtype))
+
+    state = None
+    if kind is not None and request.return_state:
+        state = kind(*(q.new_empty(x, dtype=torch.float32) for x in told.state.values()))
+    saved = [like_q(shape, dtype_of(request, n)) for n, shape in told.saved.items()]
+    return like_q(told.o, request.dtype), state, tuple(saved)
+
+
+def empty_gradients(request: Request, inputs: Inputs) -> Gradients:
+    """Return what `backward` does, of the same shapes, strides and dtypes and of any values."""
+    q, k, v, decay, log_gate, state = inputs
+
+    def whole(x: Any) -> Any:
+        given = x is not None and request.gate_given
+        return x.new_empty(x.shape, dtype=torch.float32) if given else None
+
+    dq, dk, dv = (
+        x.new_empty_strided(x.shape, strides_like(tuple(x.shape), tuple(x.shape), x.stride()))
+        for x in (q, k, v)
+    )
+    if state is not None:
+        state = type(state)(*(x.new_empty(x.shape) for x in state))
+    return Gradients(dq, dk, dv, whole(decay), whole(log_gate), state)

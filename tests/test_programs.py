@@ -1,0 +1,119 @@
+"""The adjoint of a program is a program: both run by one interpreter, against differences."""
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import MASKS, OPERATORS, close
+
+import hla
+from hla.core.hla2 import HLA2RidgeState
+from hla.core.passes import Gate, broadcast
+from hla.core.programs import adjoint, d, program, prune, run_single, single_passes
+
+T, D, V = 7, 3, 2
+# of order 8: what a program returns is a polynomial of degree 7 at most in q, k, v and its states
+CENTRAL = {1: 4 / 5, 2: -1 / 5, 3: 4 / 105, 4: -1 / 280}
+PROGRAMS = [
+    (operator, mask, convention, ridge)
+    for operator, mask, convention in itertools.product(OPERATORS, MASKS, ("exact", "paper"))
+    for ridge in ((0.0, 0.5) if operator == "hla2" else (0.0,))
+    if convention == "exact" or (mask == "causal" and operator in ("hla2", "hla3"))
+]
+
+
+def passes(operator, mask, convention, ridge=0.0, scale=0.7):
+    kind = HLA2RidgeState if ridge and mask == "causal" and convention == "exact" else None
+    found = program(operator, mask, convention, ridge > 0, kind)
+    if ridge:
+        found = found._replace(outputs=(*found.outputs[:-1], (ridge, "ridge")))
+    return single_passes(found, scale)
+
+
+def gate_of(mask, kind):
+    a = -np.random.default_rng(3).random((2, T))
+    a[0, 3] = -np.inf
+    gates = {"none": Gate(), "decay": Gate(np.array([0.7, 0.9])), "log_gate": Gate(log_gate=a)}
+    return gates["none" if mask == "none" else kind]
+
+
+def values_of(steps, gate, started):
+    """Inputs of a program, k shared by two heads, and the states that its passes start from."""
+    rng = np.random.default_rng(5)
+    found = {"q": rng.normal(size=(2, T, D)), "k": rng.normal(size=(T, D))}
+    found |= {"v": rng.normal(size=(2, T, V)), "v|1": np.ones((T, 1))}
+    shapes = {name: x.shape for name, x in found.items()}
+    for s in steps:
+        k, v = shapes[s.k], shapes[s.v]
+        held = broadcast(k[:-2], v[:-2], gate.batch)
+        shapes[s.out] = (*broadcast(held, shapes[s.q][:-2]), T, v[-1])
+        if started:
+            found[s.start] = rng.normal(size=(*held, k[-1], v[-1]))
+    return found
+
+
+def run(steps, values, gate, wanted):
+    steps, _ = prune(steps, set(values), wanted)
+    return run_single(steps, values, gate, chunk=3)
+
+
+def to(x, shape):
+    """Sum over the axes that were broadcast."""
+    x = x.sum(tuple(range(x.ndim - len(shape))))
+    return x.sum(tuple(i for i, n in enumerate(shape) if n != x.shape[i]), keepdims=True)
+
+
+@pytest.mark.parametrize("kind", ["none", "decay", "log_gate"])
+@pytest.mark.parametrize("case", PROGRAMS, ids=str)
+def test_the_adjoint_is_a_program(case, kind):
+    """Along lines of q, k, v and every first state; of o, its denominator, the last states."""
+    steps, mask = passes(*case), case[1]
+    gate, ordered = gate_of(mask, kind), mask != "none"
+    values, rng = values_of(steps, gate, ordered), np.random.default_rng(6)
+    ends = {s.end for s in steps if s.end} if ordered else set()
+    found = run(steps, values, gate, {"o", "o|1", *ends})
+    cotangents = {n: rng.normal(size=found[n].shape) for n in sorted({"o", "o|1", *ends})}
+
+    def loss(values):
+        got = run(steps, values, gate, set(cotangents))
+        return sum((got[n] * x).sum() for n, x in cotangents.items())
+
+    moved = [n for n in values if n != "v|1"]
+    given = found | {d(n): x for n, x in cotangents.items()}
+    for s in steps:  # each head has its share of a state's gradient
+        if s.end in ends:
+            copies = np.prod(found[s.out].shape[:-2]) / max(1, np.prod(found[s.end].shape[:-2]))
+            given[d(s.end)] = cotangents[s.end] / copies
+    grads = run(adjoint(steps), given, gate, {d(n) for n in moved})
+    for name in moved:
+        line, h = rng.normal(size=values[name].shape), 0.2
+        along = lambda t, n=name, x=line: loss(values | {n: values[n] + t * x})  # noqa: E731
+        want = sum(c * (along(i * h) - along(-i * h)) for i, c in CENTRAL.items()) / h
+        got = (to(grads[d(name)], values[name].shape) * line).sum() if d(name) in grads else 0.0
+        assert abs(got - want) < 1e-8 * max(1.0, abs(want)), (name, got, want)
+
+
+@pytest.mark.parametrize("case", PROGRAMS, ids=str)
+def test_single_passes_are_the_operator(case):
+    """Denominators apart, factors as data: what `hla.scan` computes."""
+    operator, mask, convention, ridge = case
+    steps = passes(*case)
+    values = values_of(steps, Gate(), False)
+    q, k, v = (values[n] for n in "qkv")
+    options = {"operator": operator, "mask": mask, "convention": convention, "ridge": ridge}
+    found = run(steps, values, Gate(), {"o", "o|1"})
+    close(found["o"], hla.scan(q, k, v, scale=0.7, **options))
+    want = hla.scan(q, k, v, scale=0.7, normalize=True, eps=0.5, **options)
+    close(found["o"] / (found["o|1"] + 0.5), want)
+
+
+def test_what_is_zero_is_not_computed():
+    """Without a gradient of o or of a state no pass is left; unread names are dropped."""
+    steps = passes("hla3", "causal", "exact")
+    given = {"q", "k", "v", "v|1", "y", "u", "u|1"}
+    assert prune(adjoint(steps), given, {"d.q"})[0] == ()
+    one, have = prune(steps, given - {"v"}, {"o", "o|1"})
+    assert {s.v for s in one} == {"k", "u|1", "v|1", "u"}
+    assert "o" in have
+    alone, _ = prune(steps, {"q", "k", "v"}, {"S@T"})
+    assert [(s.out, s.end) for s in alone] == [("", "S@T")]
