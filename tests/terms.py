@@ -93,13 +93,22 @@ class Call:
             self.cotangents = [np.concatenate([do / den, zero], -1)]
             self.cotangents += [np.concatenate([0 * do, x], -1) for x in masses]
 
-    def run(self, s, q, k, v, state, reverse=False):
-        kind = {"power": s.power, "kind": s.kind, "reverse": reverse, "state": state}
+    def run(self, s, q, k, v, state, reverse=False, squared=False):
+        """One pass; of squared operands with the squared gate."""
+        kind = {
+            "power": s.power * (1 + squared),
+            "kind": s.kind,
+            "reverse": reverse,
+            "state": state,
+        }
         return causal_pass(q, k, v, self.gate, **kind if s.kind != "full" else {"kind": "full"})
 
     def adjoint(self, do, last):
-        """Gradients of values and states by name; of every pass its `products`."""
-        grads, states, products = dict(do), {}, []
+        """What is added to the gradient of each value and state; of every pass its `products`.
+
+        To a state's gradient each token adds: what is given of it is the root of their squares too.
+        """
+        grads, states, products, added = dict(do), {}, [], []
         for s in reversed(self.program.steps):
             q, k, v = (self.values[n] for n in (s.q, s.k, s.v))
             dout = grads.pop(s.out, np.zeros_like(self.values[s.out]))
@@ -112,9 +121,13 @@ class Call:
             dv, dstart = self.run(s, k, q, dout, end, reverse=True)
             for name, x in ((s.q, dq), (s.k, dk), (s.v, dv)):
                 grads[name] = grads.get(name, 0) + x
-            states[s.state] = states.get(s.state, 0) + dstart
+                added.append((name, x))
+            squares = (x**2 for x in (k, q, dout))
+            ending = None if end is None else end**2
+            _, root = self.run(s, *squares, ending, reverse=True, squared=True)
+            states[s.state] = [*states.get(s.state, []), dstart, np.sqrt(root)]
             products += self.products(s, dout, dv, end)
-        return grads, states, products
+        return added, states, products
 
     def products(self, s, dout, dv, end):
         """p do.o and p v.dv by token without what cancels, p <dS, S>; values apart from masses."""
@@ -153,11 +166,10 @@ def parts(inputs, options, given):
             found[name] = np.hypot(found.get(name, 0.0), summed(np.asarray(x), shapes[name]))
 
     def add_all(do, last):
-        grads, states, _ = call.adjoint(do, last)
-        add("dq", call.scale * grads["q"])
-        add("dk", grads["k"])
-        add("dv", grads["v"][..., :-1])
-        for names, x in states.items():
+        added, states, _ = call.adjoint(do, last)
+        for name, x in added:
+            add(f"d{name}", x * call.scale if name == "q" else x[..., :-1] if name == "v" else x)
+        for names, x in ((names, x) for names, xs in states.items() for x in xs):
             for name, y in zip(names, (x[..., :-1], x[..., -1]) if len(names) > 1 else (x,),
                                strict=True):  # fmt: skip
                 add(f"dstate {name}", y + y.mT if name in ("S", "Q") else y)

@@ -93,16 +93,16 @@ class Torch(Generic):
         return float(number) if isinstance(number, torch.SymFloat) else number
 
     def number(self, value: float, dtype: Any, like: Array) -> Array:
-        """Return a number, kept on each device: to write one takes as long as to launch a pass."""
+        """Return a number, kept on each stream: to write one takes as long as to launch a pass."""
         if not like.is_cuda or type(like) not in (Tensor, torch.nn.Parameter) or compiling():
             return super().number(value, dtype, like)
-        key = value, dtype, like.device
+        stream = torch._C._cuda_getCurrentRawStream(like.device.index)
+        key = value, dtype, like.device, stream
         if key not in self._numbers:
-            if torch.cuda.is_current_stream_capturing() or tracing.wrapped(like):
-                return super().number(value, dtype, like)
-            with torch.inference_mode(False):  # a copy from the host is there when it returns
-                made = torch.tensor(value, dtype=dtype, device=like.device)
-            if type(made) is not Tensor or tracing.wrapped(made):
+            with torch.inference_mode(False):
+                made = torch.full((), value, dtype=dtype, device=like.device)
+            captured = torch.cuda.is_current_stream_capturing()  # which has yet to write it
+            if captured or type(made) is not Tensor or tracing.wrapped(made):
                 return made
             if len(self._numbers) >= NUMBERS:
                 self._numbers.clear()
