@@ -74,10 +74,12 @@ def test_further_columns_of_keys(device, D, V, operator, mask, gate, monkeypatch
 
 @per_device("operator", ["hla2", "hla3"], where=compiled)
 def test_one_head_runs_the_kernels_of_forty(device, operator):
-    from hla.kernels.triton import launch as triton_launch
+    from hla.kernels.triton import run
 
     def kernels():
-        return {id(kernel) for kernel, *_ in triton_launch._launches.values()}
+        turns = (turn for ready in run.RUNNER.ready.values() for turn in ready.turns)
+        steps = (do for turn in turns for do in turn.do)
+        return {id(do.compiled) for do in steps if isinstance(do, run.Kernel)}
 
     inputs = inputs_of(500, "per_head", device.dtype, D=64, V=64, heads=40)
     do = draw(40, 500, V=64)[2]
