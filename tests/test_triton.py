@@ -25,6 +25,7 @@ from devices import (
 )
 
 import hla
+from hla.arguments import prepare
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +78,7 @@ def test_one_head_runs_the_kernels_of_forty(device, operator):
     from hla.kernels.triton import run
 
     def kernels():
-        turns = (turn for ready in run.RUNNER.ready.values() for turn in ready.turns)
-        steps = (do for turn in turns for do in turn.do)
+        steps = (do for x in run.RUNNER.ready.values() for turn in x.turns for do in turn.do)
         return {id(do.compiled) for do in steps if isinstance(do, run.Kernel)}
 
     inputs = inputs_of(500, "per_head", device.dtype, D=64, V=64, heads=40)
@@ -183,3 +183,26 @@ def test_arrays_of_other_libraries_are_read_where_they_lie(device, library, dtyp
     token = [x[..., 0, :] for x in mine[:3]]
     o, _ = hla.step(*token, state, backend=device.backend)
     assert type(o) is type(mine[0])
+
+
+@per_device("operator", ["linear", "hla2", "ahla", "hla3"], where=interpreted)
+@pytest.mark.parametrize("axis", [-2, -3])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_is_told_without_running_is_what_comes(device, operator, normalize, axis):
+    """Shapes, strides and dtypes of results and gradients, as compilers are told them."""
+    from hla.kernels.triton import run
+
+    torch = installed("torch")
+    q, k, v = (device.array(x, device.dtype) for x in draw(2, 3, 5, D=7, V=4))
+    q, k, v = (x.movedim(-2, axis).contiguous() for x in (q, k, v))
+    options = {"operator": operator, "mask": "causal", "scale": 1.0, "log_gate": None, "axis": axis}
+    options |= {"normalize": normalize, "return_state": True}
+    options["decay"] = device.array(np.array([0.5, 0.6, 0.7]))
+    _, state = hla.scan(q, k, v, backend="triton", **options)
+    request, inputs, _ = prepare(q, k, v, initial_state=state, gradient=True, **options)
+    o, end, saved = run.forward(request, inputs)
+    grads = run.backward(request, inputs, saved, torch.ones_like(o), end)
+    told = run.empty(request, inputs), run.empty_gradients(request, inputs)
+    leaves = torch.utils._pytree.tree_leaves
+    for x, y in zip(leaves(told), leaves(((o, end, saved), grads)), strict=True):
+        assert y is None or (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.passes import Gate, Shape
 from .scan import Call, Do
-from .steps import Carry, Divide, GateGradient, GateSum, Ref, Step, Sum
+from .steps import Border, Carry, Divide, GateGradient, GateSum, Ref, Step, Sum
 
 Array = Any
 Take = Callable[[Ref], Array]  # what a reference means
@@ -23,12 +23,12 @@ def taking(call: Call, arrays: list[Array]) -> Take:
     def take(ref: Ref) -> Array:
         x = arrays[call.slots[ref.name]]
         x = x if x.ndim == len(call.layouts[ref.name].shape) else x[..., None]
-        return cut(x, ref)
+        return part(x, ref)
 
     return take
 
 
-def cut(x: Array, ref: Ref) -> Array:
+def part(x: Array, ref: Ref) -> Array:
     """Return the part of an array that a reference to it means."""
     x = x.mT if ref.turned else x
     x = x if ref.rows is None else x[..., slice(*ref.rows), :]
@@ -96,18 +96,12 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
     What crosses a chunk's start and is gone where the chunk's gate leaves nothing: differences,
     which lose digits, are taken of no more than the chunks of a period.
     """
-    o = take(s.o)
-    batch, (c, w) = (
-        o.shape[:-1],
-        (sum(xp.sum(take(ref), axis=-2) for ref in refs) for refs in (s.reads, s.writes)),
-    )
+    batch, c, w = take(s.o).shape[:-1], take(s.reads)[..., 0, :], take(s.writes)[..., 0, :]
     T = c.shape[-1]
     d, query, key = (w[..., i * T : (i + 1) * T] for i in range(3))
-    if gate.decay is None:
-        a = xp.broadcast_to(gate.log_gate, (*batch, T))
-    else:
-        g = xp.where(gate.decay < LEAST, LEAST, gate.decay)
-        a = xp.broadcast_to(xp.log(g)[..., None], (*batch, T))
+    a = take(s.gate)
+    if gate.decay is not None:
+        a = xp.broadcast_to(xp.log(xp.where(a < LEAST, LEAST, a))[..., None], (*batch, T))
     periods = -(-T // s.period)
     valid = xp.ones(c.shape, dtype=c.dtype)
 
@@ -117,9 +111,7 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
         return xp.reshape(x, (*batch, periods, s.period // s.chunk, s.chunk))
 
     c, d, query, key, a, valid = map(chunks, (c, s.factor * d, query, key, a, valid))
-    B = xp.zeros((*batch, 1), dtype=c.dtype)
-    for S, dS in s.border:
-        B = B + fit(xp, xp.sum(take(S) * take(dS), axis=(-2, -1)), batch)[..., None]
+    B = (xp.zeros(batch, dtype=c.dtype) if s.border is None else take(s.border))[..., None]
     if s.S is not None and s.R is not None:
         later = xp.sum(take(s.S) * take(s.R).mT, axis=(-2, -1))
         B = xp.concat([B, s.factor * later], axis=-1)
@@ -134,8 +126,15 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
         found.append((through + xp.sum(ci, axis=-1))[..., None] - behind + ahead)
     G = s.power * xp.stack(found, axis=-2) * valid
     if gate.log_gate is None:
-        return [(s.o, xp.sum(G, axis=(-3, -2, -1))[..., None])]
+        return [(s.o, xp.sum(G, axis=(-2, -1)))]
     return [(s.o, xp.reshape(G, (*batch, periods * s.period))[..., :T])]
+
+
+def border(xp: Any, s: Border, take: Take, gate: Gate) -> Made:
+    """Do a Border."""
+    o = take(s.o)
+    terms = (xp.sum(take(S) * take(dS), axis=(-2, -1)) for S, dS in s.pairs)
+    return [(s.o, sum(fit(xp, x, o.shape) for x in terms))]
 
 
 def gate_sum(xp: Any, s: GateSum, take: Take, gate: Gate) -> Made:
@@ -144,7 +143,9 @@ def gate_sum(xp: Any, s: GateSum, take: Take, gate: Gate) -> Made:
     shape = o.shape if gate.decay is None else (*o.shape, 1)
     result = xp.zeros(shape, dtype=o.dtype)
     for ref in s.terms:
-        result = result + fit(xp, take(ref), shape)
+        x = take(ref)
+        x = x if gate.decay is None else xp.sum(x, axis=-1, keepdims=True)
+        result = result + fit(xp, x, shape)
     if gate.decay is not None:
         return [(s.o, result[..., 0] / xp.where(gate.decay < LEAST, LEAST, gate.decay))]
     return [(s.o, xp.where(xp.isinf(gate.log_gate), xp.zeros_like(result), result))]
@@ -173,5 +174,6 @@ def fading(xp: Any, s: Carry, gate: Gate, i: int) -> Array:
 
 
 ELEMENTWISE: dict[type, Callable[[Any, Any, Take, Gate], Made]] = {
-    Sum: total, Divide: divide, GateGradient: gate_gradient, GateSum: gate_sum, Carry: carry,
+    Sum: total, Divide: divide, Border: border, GateGradient: gate_gradient, GateSum: gate_sum,
+    Carry: carry,
 }  # fmt: skip

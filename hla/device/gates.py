@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..core.passes import Pass, Shape
 from ..core.programs import Passes
-from .steps import GateGradient, Limits, Ref
+from .steps import Border, GateGradient, Limits, Ref, Step, Sum
 
 if TYPE_CHECKING:
     from .plan import Builder
@@ -102,22 +102,48 @@ class GateTerms:
             found = [(Ref(p.end.removeprefix("d.")), end) for p, end in ends.items() if p.end]
             self.terms[s.step, batch].border += found
 
-    def finished(self, pending: list[Pass]) -> list[GateGradient]:
+    def finished(self, pending: list[Pass]) -> list[Step]:
         """Return the steps for which nothing is waited."""
-        b, steps = self.builder, []
+        steps: list[Step] = []
         for (step, batch), term in list(self.terms.items()):
-            if any(s in pending for s in term.waiting):
-                continue
-            del self.terms[step, batch]
-            if b.request.tokens == 0:
-                continue
-            log = b.request.gate == "log_gate"
-            shape = (*batch, b.request.tokens if log else 1)
-            o = b.temporary("d.gate", shape, dtype=b.wide if log else "float64", like="")
-            self.found.append(o)
-            reads, writes = (tuple(term.dots[x]) for x in (False, True))
-            given = reads, writes, tuple(term.border), term.states[False], term.states[True]
-            options = term.power, term.strict, term.factor, term.ends
-            chunk = term.chunk(b.limits, b.request.gate)
-            steps.append(GateGradient(o, *given, *options, chunk, b.limits.period))
+            if not any(s in pending for s in term.waiting):
+                del self.terms[step, batch]
+                steps += self.steps(batch, term) if self.builder.request.tokens else []
         return steps
+
+    def steps(self, batch: Shape, term: Term) -> list[Step]:
+        """Return the steps of one term."""
+        b, steps = self.builder, list[Step]()
+        T, period, log = b.request.tokens, b.limits.period, b.request.gate == "log_gate"
+        shape = (*batch, T if log else -(-T // period))
+        o = b.temporary("d.gate", shape, dtype=b.wide if log else "float64")
+        self.found.append(o)
+
+        def one(name: str, shape: Shape, dtype: str, refs: list[Ref]) -> Ref:
+            """Add up to one array of a shape."""
+            if len(refs) == 1 and b.of(refs[0].name) == shape:
+                return refs[0]
+            total = b.temporary(name, shape, dtype=dtype)
+            steps.append(Sum(total, tuple((1.0, ref) for ref in refs)))
+            return total
+
+        dots = term.dots
+        exact = b.buffers[dots[False][0].name].dtype
+        reads = one("dots", (*batch, 1, T), exact, dots[False])
+        writes = one("dots", (*batch, 1, 3 * T), exact, dots[True])
+        b.shape["gate"] = (*b.request.gate_batch, *((T,) if log else ()))
+        gate = one("gate", (*batch, *((T,) if log else ())), b.wide, [Ref("gate")])
+        border = None
+        if term.border:
+            border = b.temporary("border", batch, dtype="float64")
+            steps.append(Border(border, tuple(term.border)))
+        given = reads, writes, gate, border, term.states[False], term.states[True]
+        options = (
+            term.power,
+            term.strict,
+            term.factor,
+            term.ends,
+            term.chunk(b.limits, b.request.gate),
+            period,
+        )
+        return [*steps, GateGradient(o, *given, *options)]

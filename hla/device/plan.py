@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from ..core.passes import Pass, Shape, broadcast
 from ..core.programs import Passes, adjoint, d, prune
 from ..core.request import Request
-from ..core.shapes import alive, named, saved
 from .gates import GateTerms
+from .shapes import alive, named, saved
 from .steps import (
     Buffer,
     Carry,
@@ -65,7 +65,7 @@ class Builder:
         whole = tokens == 0 or tokens >= request.tokens
         self.request, self.limits, self.forward = request, limits, forward
         self.tokens = 0 if whole else tokens
-        self.rows = [r for r in rows if whole and r.fits(request) is None]
+        self.rows = [r for r in rows if whole and request.tokens and r.fits(request) is None]
         self.shape = named(request)
         self.wide = request.accumulate
         self.narrow = "bfloat16" if request.dtype == "bfloat16" else self.wide  # of products
@@ -339,7 +339,7 @@ def finished(b: Builder, results: Mapping[str, str], kept: tuple[str, ...] = ())
             first.setdefault(name, i)
             last[name] = i
     own = {n: x for n, x in b.buffers.items() if n in first}
-    outs = {*results.values(), *kept}
+    outs = {*results.values(), *kept, "gate"}  # which launches read without naming it
     for i, step in enumerate(b.steps):  # a chunk of v is read before its result is written
         if not isinstance(step, Launch) or not (len(step.q) == len(step.k) == len(step.v) == 1):
             continue
@@ -454,6 +454,6 @@ def backward(
     if gate:
         tokens_of = (request.tokens,) if request.gate == "log_gate" else ()
         o = b.buffer("d.gate", (*request.gate_batch, *tokens_of), b.wide, like="")
-        b.steps.append(GateSum(o, tuple(b.gates.found)))
+        b.steps.append(GateSum(o, Ref("gate"), tuple(b.gates.found)))
         results["d.gate"] = "d.gate"
     return finished(b, results)

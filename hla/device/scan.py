@@ -15,8 +15,8 @@ from ..core.namespace import expand
 from ..core.passes import Shape
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request
-from ..core.shapes import saved as saved_names
 from . import plan as plans
+from .shapes import saved as saved_names
 from .steps import Buffer, Limits, Plan, Ref, Row, Step
 from .tiles import Layout, located, strides_like, whole
 

@@ -105,19 +105,27 @@ class Divide(NamedTuple):
     dden: Ref | None = None
 
 
-class GateGradient(NamedTuple):
-    """Gradient of the log gate by one pass (*batch, T), of a decay their sum (*batch, 1).
+class Border(NamedTuple):
+    """o (*batch) = sum of <S, dS>, states and their gradients at the first token."""
 
-    From what the launches of dq and dv leave: ``reads`` and ``writes`` are their dots, S and R
-    the states and their gradients before the later periods, ``border`` pairs of the two at the
-    first token. ``factor`` is that of what is written and of R. Where ``ends``, no gradient comes
-    from after the last token.
+    o: Ref
+    pairs: tuple[tuple[Ref, Ref], ...]
+
+
+class GateGradient(NamedTuple):
+    """Gradient of the log gate by one pass (*batch, T), of a decay its sum over each period.
+
+    From what the launches of dq and dv leave: ``reads`` (*batch, 1, T) and ``writes`` (*batch, 1,
+    3 T) are their dots, S and R the states and their gradients before the later periods, ``border``
+    <S, R> at the first token. ``factor`` is that of what is written and of R; with ``ends`` no
+    gradient comes from after the last token.
     """
 
     o: Ref
-    reads: tuple[Ref, ...]
-    writes: tuple[Ref, ...]
-    border: tuple[tuple[Ref, Ref], ...]
+    reads: Ref
+    writes: Ref
+    gate: Ref  # (*batch, T) or, a decay, (*batch)
+    border: Ref | None
     S: Ref | None  # (*batch, N, D, V)
     R: Ref | None  # (*batch, N, V, D)
     power: int
@@ -135,6 +143,7 @@ class GateSum(NamedTuple):
     """
 
     o: Ref
+    gate: Ref
     terms: tuple[Ref, ...]
 
 
@@ -161,7 +170,7 @@ class Fused(NamedTuple):
     inner: tuple[str, ...]  # names that only they use: there is no such buffer
 
 
-Step = Launch | Sum | Divide | GateGradient | GateSum | Carry | Fused
+Step = Launch | Sum | Divide | Border | GateGradient | GateSum | Carry | Fused
 
 
 class Row(NamedTuple):

@@ -6,8 +6,7 @@ They show what a device must do, chunk by chunk as `hla.device.steps.Launch` tel
 import numpy as np
 
 from hla.core.programs import adjoint, program, single_passes
-from hla.device.elementwise import cut as part_of
-from hla.device.elementwise import does, elementwise
+from hla.device.elementwise import does, elementwise, part
 from hla.device.scan import Device, Runner
 from hla.device.steps import Fused, Launch, Limits, Row
 from hla.device.tiles import Layout, whole
@@ -15,119 +14,91 @@ from hla.device.tiles import Layout, whole
 
 def weights(xp, gate, s, cut):
     """Decays of a chunk: between tokens [W, W], state to token, token to state [W, 1], whole."""
-    W = cut.stop - cut.start
-    a = xp.zeros(W)
-    if s.power and gate.log_gate is not None:
-        a = s.power * gate.log_gate[..., cut]
-    elif s.power and gate.decay is not None:
-        a = (s.power * xp.log(gate.decay))[..., None] + xp.zeros(W)
-    t = np.arange(W)
-    end = t - s.strict  # the last token whose gate a query meets
-
-    def sums(among):  # of a over the last axis where it is among
-        return xp.sum(
-            xp.where(among, a.reshape(*a.shape[:-1], *(1,) * (among.ndim - 1), W), 0.0), axis=-1
-        )
-
-    among = (t > t[None, :, None]) & (t <= end[:, None, None])  # [query, key, token]
-    L = xp.where(t <= end[:, None], xp.exp(sums(among)), 0.0)
-    before, after = (xp.exp(sums(m))[..., None] for m in (t <= end[:, None], t > t[:, None]))
-    whole = xp.exp(xp.sum(a, axis=-1))[..., None, None]
-    return (
-        (xp.swapaxes(L, -1, -2), after, before, whole) if s.reverse else (L, before, after, whole)
-    )
+    t, g = np.arange(cut.stop - cut.start), 1.0
+    if gate.log_gate is not None:
+        g = xp.exp(gate.log_gate[..., cut])
+    elif gate.decay is not None:
+        g = gate.decay[..., None]
+    g = g**s.power * xp.ones(len(t))
+    end = t[:, None] - s.strict  # the last token whose gate a query meets
+    between = (t > t[:, None]) & (t <= end[..., None])  # [query, key, token]
+    pairs = xp.prod(xp.where(between, g[..., None, None, :], 1.0), axis=-1)
+    L, each = xp.where(t <= end, pairs, 0.0), g[..., None, :]
+    before = xp.prod(xp.where(t <= end, each, 1.0), axis=-1)[..., None]
+    after = xp.prod(xp.where(t > t[:, None], each, 1.0), axis=-1)[..., None]
+    past = L, before, after
+    found = (xp.swapaxes(L, -1, -2), after, before) if s.reverse else past
+    return *found, xp.prod(g, axis=-1)[..., None, None]
 
 
 def chunk(xp, s, gate, cut, q, k, v, S):
     """(o, state, what o reads from the state before, weighed pairs) of one chunk."""
     L, before, after, whole = weights(xp, gate, s, cut)
-    state = s.write * (k * after).mT @ v + whole * S
-    state = state + s.write * (v * after).mT @ k if s.symmetric else state
-    if q is None:
-        return None, state, None, None
     into, pairs = s.read * (q * before) @ S, s.read * s.write * (q @ k.mT) * L
-    o = into + pairs @ v
-    o = o + s.read * s.write * ((q @ v.mT) * L) @ k if s.symmetric else o
+    o, state = into + pairs @ v, s.write * (k * after).mT @ v + whole * S
+    if s.symmetric:
+        o = o + s.read * s.write * ((q @ v.mT) * L) @ k
+        state = state + s.write * (v * after).mT @ k
     return o, state, into, pairs
 
 
-def dotted(xp, limits, reverse, x, v, into, pairs):
-    """Parts of the gate's gradient: (tiles, W) thrice, the last two of a reverse launch alone."""
-    found, apart = [], 1 - np.eye(x.shape[-2])
-    for at in range(0, x.shape[-1], limits.tile):
-        tile = slice(at, at + limits.tile)
-        M = apart * pairs * (x[..., tile] @ v[..., tile].mT)
-        found.append(
-            [
-                xp.sum(into[..., tile] * x[..., tile], axis=-1),
-                xp.sum(M, axis=-2),
-                xp.sum(M, axis=-1),
-            ]
-        )
-    return [xp.stack(rows, axis=-2) for rows in zip(*found, strict=True)][: 3 if reverse else 1]
+def dotted(xp, tile, x, v, into, pairs):
+    """Parts of the gate's gradient, (tiles, W) each: read, and of pairs by key and by query."""
+    found, apart = [], pairs * (1 - np.eye(x.shape[-2]))
+    for cut in (slice(at, at + tile) for at in range(0, x.shape[-1], tile)):
+        reads, M = (into * x)[..., cut], apart * (x[..., cut] @ v[..., cut].mT)
+        found.append((xp.sum(reads, axis=-1), xp.sum(M, axis=-2), xp.sum(M, axis=-1)))
+    return [xp.stack(rows, axis=-2) for rows in zip(*found, strict=True)]
 
 
 def sweep(xp, s, limits, gate, q, k, v, x, starts):
     """(o, last states, dots, kept states) of one value, chunk by chunk, segment by segment."""
-    T, step = k.shape[-2], -1 if s.reverse else 1
-    outs, ends, dots, kept = [], [], [], []
+    T, step, outs, ends, dots, kept = k.shape[-2], -1 if s.reverse else 1, [], [], [], []
     for j, at in list(enumerate(range(0, T, s.tokens or T)))[::step]:
         last, S = min(T, at + (s.tokens or T)), starts[..., j, :, :] if s.tokens else starts
-        for c in range(at, last, s.chunk or limits.period)[::step]:
-            cut, before = slice(c, min(last, c + (s.chunk or limits.period))), S
-            parts = (None if y is None else y[..., cut, :] for y in (q, k, v, x))
-            qc, kc, vc, xc = parts
+        for c in range(at, last, s.chunk or T)[::step]:
+            cut, before = slice(c, min(last, c + (s.chunk or T))), S
+            qc, kc, vc, xc = (y[..., cut, :] for y in (q, k, v, x))
             o, S, into, pairs = chunk(xp, s, gate, cut, qc, kc, vc, S)
             outs.append(o)
-            if x is not None:
-                dots.append(dotted(xp, limits, s.reverse, xc, vc, into, pairs))
+            dots.append(dotted(xp, limits.tile, xc, vc, into, pairs)[: 3 if s.reverse else 1])
             if c and c % limits.period == 0:
-                kept.append(S if s.reverse else before)
+                kept.append((S if s.reverse else before).mT)
         ends.append(S)
-    o = None if q is None else xp.concat(outs[::step], axis=-2)
     end = xp.stack(ends[::step], axis=-3) if s.tokens else ends[0]
-    dots = [xp.concat(part[::step], axis=-1) for part in zip(*dots, strict=True)]
-    return o, end, xp.concat(dots, axis=-1) if dots else None, kept[::step]
+    dots = [xp.concat(found[::step], axis=-1) for found in zip(*dots, strict=True)]
+    return xp.concat(outs[::step], axis=-2), end, xp.concat(dots, axis=-1), kept[::step]
 
 
 def beside(xp, parts):
     """Parts as one matrix."""
-    if len(parts) < 2:
-        return parts[0] if parts else None
     lead = np.broadcast_shapes(*(x.shape[:-2] for x in parts))
     return xp.concat([xp.broadcast_to(x, (*lead, *x.shape[-2:])) for x in parts], axis=-1)
 
 
 def results(xp, s, limits, take, gate):
     """All that a launch leaves, by reference."""
-    q, k = (beside(xp, [take(x) for x in parts]) for parts in (s.q, s.k))
-    n, found = max(1, len(s.v) or len(s.o)), []
-    for i in range(n):
-        starts, v = s.start[i::n], take(s.v[i]) if s.v else None
-        if k is None:  # reads one state for all tokens
-            S = xp.concat([take(ref) for ref in starts], axis=-2)
-            o = s.read * (q @ S)
-            found.append((s.o[i], o + take(s.o[i]) if s.add else o))
-            continue
-        widths = [
-            ref.columns[1] - ref.columns[0] if ref.columns else take(ref).shape[-1] for ref in s.k
-        ]
-        segments = (-(-k.shape[-2] // s.tokens),) if s.tokens else ()
-        S = [xp.zeros((*s.held, *segments, w, v.shape[-1])) if ref is None
-             else xp.broadcast_to(take(ref), (*s.held, *segments, w, v.shape[-1]))
-             for ref, w in zip(starts, widths, strict=True)]  # fmt: skip
-        x = take(s.x) if s.x else None
-        o, end, dots, kept = sweep(xp, s, limits, gate, q, k, v, x, xp.concat(S, axis=-2))
+    n, found, k = len(s.v) or len(s.o), [], beside(xp, [take(x) for x in s.k or s.q])
+    q = beside(xp, [take(x) for x in s.q]) if s.q else k
+    for i, starts in enumerate(s.start[i::n] for i in range(n)):
+        if s.k:
+            v, widths = take(s.v[i]), [take(ref).shape[-1] for ref in s.k]
+            lead = (*s.held, -(-k.shape[-2] // s.tokens)) if s.tokens else s.held
+            S = [xp.zeros((*lead, w, v.shape[-1])) for w in widths]
+            S = [z if ref is None else z + take(ref) for z, ref in zip(S, starts, strict=True)]
+            x, S = take(s.x) if s.x else v, xp.concat(S, axis=-2)
+            o, end, dots, kept = sweep(xp, s, limits, gate, q, k, v, x, S)
+            bounds = np.cumsum([0, *widths])
+            cuts = zip(s.end[i::n], bounds, bounds[1:], strict=False)
+            found += [(ref, end[..., lo:hi, :]) for ref, lo, hi in cuts if ref]
+            found += [(s.dots, dots)] if s.dots else []
+            if s.states:
+                kept = [xp.broadcast_to(S, (*s.batch, *S.shape[-2:])) for S in kept]
+                found.append((s.states, xp.stack(kept, axis=-3)))
+        else:  # reads one state for all tokens
+            o = s.read * (q @ xp.concat([take(ref) for ref in starts], axis=-2))
         if s.o:
             found.append((s.o[i], o + take(s.o[i]) if s.add else o))
-        if s.dots:
-            found.append((s.dots, dots))
-        if s.states:
-            kept = [xp.broadcast_to(S.mT, (*s.batch, *S.mT.shape[-2:])) for S in kept]
-            found.append((s.states, xp.stack(kept, axis=-3)))
-        bounds = np.cumsum([0, *widths])
-        cuts = zip(s.end[i::n], bounds, bounds[1:], strict=False)
-        found += [(ref, end[..., lo:hi, :]) for ref, lo, hi in cuts if ref]
     return found
 
 
@@ -147,14 +118,12 @@ def device(xp, limits, put, rows=(), **memory):
 # In place
 def strided(shape, strides, dtype, where):
     """Poisoned memory that lies as it is told to."""
-    size = (
-        1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if np.prod(shape) else 0
-    )
+    size = max(1, 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)))
     return np.lib.stride_tricks.as_strided(np.full(size, np.nan), shape, [8 * s for s in strides])
 
 
 def write(old, ref, x):
-    part_of(old, ref)[...] = x
+    part(old, ref)[...] = x
     return old
 
 

@@ -17,10 +17,10 @@ from fakes import FUSED, functional, in_place
 
 import hla
 from hla.arguments import prepare
-from hla.core.shapes import shapes
 from hla.device import plan as plans
 from hla.device import scan
-from hla.device.steps import Carry, Fused, Launch, Limits
+from hla.device.shapes import shapes
+from hla.device.steps import Carry, Fused, GateGradient, GateSum, Launch, Limits
 
 torch = installed("torch")
 CHUNKS = Limits(chunk=2, period=4)
@@ -80,6 +80,7 @@ def draw(rng, kind):
         if rng.integers(2):
             _, state = hla.scan(**arrays, **options | {"return_state": True})
             state = type(state)(*(rng.normal(size=x.shape) * 0.3 + 0.3 for x in state))
+            state = type(state)(*map(abs, state)) if normalize else state
             arrays["initial_state"] = state
     return arrays, options
 
@@ -210,6 +211,12 @@ def test_fused_rows_are_taken_where_they_fit():
         )
 
 
+def test_no_tokens_need_no_fused_row():
+    _, _, request, inputs, _ = some(T=0, normalize=False)
+    assert FUSED.forward(request, inputs)[0].shape == (2, 0, 3)
+    assert not launches(plans.forward(request, Limits(), rows=FUSED.device.rows))
+
+
 def test_what_only_a_fused_row_reads_has_no_buffer():
     request = dataclasses.replace(some(normalize=False)[2], gradient=False)
     plan = plans.forward(request, Limits(), rows=FUSED.device.rows)
@@ -299,3 +306,14 @@ def test_a_plan_knows_no_array_library():
             if isinstance(node, ast.ImportFrom):
                 inside = node.level == 1 or (node.level == 2 and node.module.startswith("core"))
                 assert inside or node.module.split(".")[0] in sys.stdlib_module_names, path
+
+
+@pytest.mark.parametrize("gate", ["decay", "log_gate"])
+def test_a_gate_that_asks_for_no_gradient_costs_none(gate):
+    request = some("hla3", gate=gate)[2]
+    dotted = [x for x in launches(plans.backward(request, CHUNKS)) if x.dots]
+    assert len(dotted) == 8  # dq of three passes, dv also of two denominators
+    alone = dataclasses.replace(request, gate_given=False)
+    steps = plans.backward(alone, CHUNKS).steps
+    assert not any(x.dots or x.states for x in steps if isinstance(x, Launch))
+    assert not any(isinstance(x, (GateGradient, GateSum)) for x in steps)

@@ -20,11 +20,10 @@ One program a head and period. Bytes a token and head: 32 (float64: 56), of a de
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
-
-from .launch import addresses, shapes_alone
 
 FORGOTTEN = tl.constexpr(2.0**-24)  # of a product: below what float32 sums of it resolve
 
@@ -64,7 +63,12 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     ENDS: tl.constexpr,  # no gradient comes from after the last token
     LEAST: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the log gate, or its sum, over one period of one head."""
+    """Write the gradient of the log gate, or its sum, over one period of one head.
+
+    Of arrays that lie in order: c (*batch, T), d, r and w (*batch, 3 T), the gate (*batch, T) or a
+    decay (*batch), <S, R> at the first token (*batch) or None for 0, and S (*batch, N, D, V) and R
+    (*batch, N, V, D), states and their gradients at the N later periods, or None.
+    """
     parts = tl.cdiv(T, PERIOD)
     part, head = tl.program_id(0) % parts, (tl.program_id(0) // parts).to(tl.int64)
     B, after = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
@@ -123,38 +127,15 @@ def gate_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_o + head * parts + part, whole * power)
 
 
-def gate_gradient(
-    reads: torch.Tensor,
-    writes: torch.Tensor,
-    gate: torch.Tensor,
-    border: torch.Tensor | None,
-    S: torch.Tensor | None,
-    R: torch.Tensor | None,
-    *,
-    power: int,
-    factor: float,
-    strict: bool,
-    log: bool,
-    ends: bool,
-    least: float,
-    period: int,
-    chunk: int,
-) -> torch.Tensor:
-    """Return the gradient of the log gate by one pass.
+def settings(
+    *, strict: bool, log: bool, ends: bool, least: float, period: int, chunk: int
+) -> dict[str, Any]:
+    """Return the constants and settings of a launch, of one program a head and period.
 
     Parameters
     ----------
-    reads, writes : tensor, float32 or float64, (*batch, T) and (*batch, 3 T)
-        c; d, r and w.
-    gate : tensor, float32, (*batch, T), or (*batch) for a decay
-    border : tensor, float64, (*batch), or None
-        <S, R> at the first token; None for 0.
-    S, R : tensor, (*batch, N, D, V) and (*batch, N, V, D), contiguous, or None
-        States and their gradients at the N later periods, float32 or bfloat16.
-    power, strict
-        Of the pass.
-    factor : float
-        Of d and R.
+    strict : bool
+        Whether the pass is.
     log : bool
         Whether the gate is the log gate.
     ends : bool
@@ -163,24 +144,8 @@ def gate_gradient(
         What stands for a smaller decay.
     period, chunk : int
         Tokens in each.
-
-    Returns
-    -------
-    tensor, float32, (*batch, T), or float64, (*batch, 1) for a decay, whose sum it is
     """
-    T, heads = reads.shape[-1], reads.shape[:-1]
-    parts, dtype = (T, torch.float32) if log else (triton.cdiv(T, period), torch.float64)
-    o = torch.empty((*heads, parts), dtype=dtype, device=reads.device)
-    if o.numel() and not shapes_alone(o):
-        D, V = (1, 1) if S is None else S.shape[-2:]
-        gate = gate.expand((*heads, T) if log else heads)
-        given = (reads, writes, gate, border, S, R)
-        operands = [None if x is None else x.contiguous() for x in given]
-        addresses(operands)
-        grid = (reads.numel() // T * triton.cdiv(T, period),)
-        with torch.cuda.device_of(o):
-            gate_kernel[grid](
-                *operands, o, power, factor, T, D, V, PERIOD=period, W=chunk, LOG=log,
-                STRICT=strict, ENDS=ends, LEAST=least, BD=64, BV=64, num_warps=4,
-            )  # fmt: skip
-    return o if log else o.sum(-1, keepdim=True)
+    return {
+        "PERIOD": period, "W": chunk, "LOG": log, "STRICT": strict, "ENDS": ends, "LEAST": least,
+        "BD": 64, "BV": 64, "num_warps": 4,
+    }  # fmt: skip

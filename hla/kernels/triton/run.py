@@ -13,14 +13,14 @@ import triton
 from ...core.passes import Shape
 from ...core.reference import Gradients
 from ...core.request import Inputs, Request
-from ...core.shapes import shapes
 from ...device.plan import dtype_of
 from ...device.scan import Call, Device, Do, Place, Ready, Runner
-from ...device.steps import Divide, GateGradient, GateSum, Launch, Ref, Step, Sum
-from ...device.tiles import Layout, strides_like
+from ...device.shapes import shapes
+from ...device.steps import Border, Divide, GateGradient, GateSum, Launch, Step, Sum
+from ...device.tiles import Layout, strides_like, whole
 from . import normalize
 from .causal import LEAST
-from .gate import gate_gradient
+from .gate import gate_kernel, settings
 from .launch import Kernel, addresses, limits, passes, shapes_alone, stream_of, view
 
 
@@ -34,9 +34,14 @@ def steps(call: Call, step: Step) -> list[Do]:
     if isinstance(step, Divide):
         return [_divided(call, step)]
     if isinstance(step, GateGradient):
-        return [functools.partial(_gate_gradient, call, step)]
+        return _gate_gradient(call, step)
     if isinstance(step, GateSum):
-        return [functools.partial(_gate_sum, call, step)]
+        log, places = call.request.gate == "log_gate", [call.place(x) for x in step.terms]
+        o, gate = call.place(step.o), call.place(step.gate)
+        return [functools.partial(_gate_sum, log, o, gate, places)]
+    if isinstance(step, Border):
+        pairs = [(call.place(S), call.place(dS)) for S, dS in step.pairs]
+        return [functools.partial(_border, call.place(step.o), pairs)]
     raise NotImplementedError(f"Triton has no {type(step).__name__}")
 
 
@@ -83,6 +88,8 @@ def constant(value: float, shape: Shape, dtype: torch.dtype, device: torch.devic
 
 def _fit(x: torch.Tensor, shape: Shape) -> torch.Tensor:
     """Sum x over the axes where ``shape`` has 1 or none, then broadcast to it."""
+    if x.shape == shape:
+        return x
     extra = max(0, x.ndim - len(shape))
     axes = [i for i in range(x.ndim) if i < extra or (shape[i - x.ndim] == 1 and x.shape[i] != 1)]
     x = x.sum(axes, keepdim=True) if axes else x
@@ -110,50 +117,63 @@ def _sum(
         o.copy_(total)
 
 
-def _tokens(call: Call, refs: Sequence[Ref], arrays: list[Any]) -> torch.Tensor:
-    """Add up dots."""
-    total: Any = None
-    for ref in refs:
-        x = view(arrays, call.place(ref))
-        assert x is not None
-        x = x[..., 0, :] if x.shape[-2] == 1 else x.sum(-2)
-        total = x if total is None else total + x
-    return total
-
-
-def _gate_gradient(
-    call: Call, s: GateGradient, arrays: list[Any], addresses: list[Any], _: Any
-) -> None:
-    border: Any = None
-    for start, grad in s.border:
-        S, dS = (view(arrays, call.place(x)) for x in (start, grad))
-        assert S is not None
-        assert dS is not None
-        term = (S * dS).sum((-2, -1), dtype=torch.float64)
-        border = term if border is None else border + term
-    S, R = (None if x is None else view(arrays, call.place(x)) for x in (s.S, s.R))
-    arrays[call.slots[s.o.name]] = gate_gradient(
-        _tokens(call, s.reads, arrays), _tokens(call, s.writes, arrays),
-        arrays[call.slots["gate"]], border, S, R, power=s.power, factor=s.factor, strict=s.strict,
-        ends=s.ends, log=call.request.gate == "log_gate", least=LEAST.value, period=s.period,
-        chunk=s.chunk,
+def _gate_gradient(call: Call, s: GateGradient) -> list[Do]:
+    """Return what does a GateGradient: one kernel, of a gate that lies in order."""
+    given = (s.reads, s.writes, s.gate, s.border, s.S, s.R, s.o)
+    places = [None if x is None else call.place(x) for x in given]
+    T, gate, S = call.request.tokens, call.place(s.gate), places[4]
+    heads = math.prod(call.place(s.reads).layout.shape[:-2])
+    D, V = (1, 1) if S is None else S.layout.shape[-2:]
+    options = settings(
+        strict=s.strict, log=call.request.gate == "log_gate", ends=s.ends, least=LEAST.value,
+        period=s.period, chunk=s.chunk,
     )  # fmt: skip
+    shape, strides, _ = gate.layout
+    order = whole(shape)
+    places[2] = gate._replace(layout=Layout(shape, order))
+    grid = (heads * triton.cdiv(T, s.period),)
+    kernel = Kernel(gate_kernel, grid, places, [0] * 7, s.power, s.factor, T, D, V, **options)
+    if not grid[0]:
+        return []
+    if all(n == 1 or a == b for n, a, b in zip(shape, strides, order, strict=True)):
+        return [kernel]
+
+    def do(arrays: list[Any], addresses: list[Any], stream: Any) -> None:
+        arrays, addresses = list(arrays), list(addresses)
+        arrays[gate.slot] = x = arrays[gate.slot].contiguous()
+        addresses[gate.slot] = x.data_ptr()
+        kernel(arrays, addresses, stream)
+
+    return [do]
 
 
-def _gate_sum(call: Call, s: GateSum, arrays: list[Any], addresses: list[Any], _: Any) -> None:
-    gate, total = arrays[call.slots["gate"]], None
-    log = call.request.gate == "log_gate"
-    shape = tuple(gate.shape) if log else (*gate.shape, 1)
-    for ref in s.terms:
-        x = _fit(arrays[call.slots[ref.name]], shape)
+def _border(
+    place: Place, pairs: list[tuple[Place, Place]], arrays: list[Any], addresses: list[Any], _: Any
+) -> None:
+    o: Any = view(arrays, place)
+    o.zero_()
+    for start, grad in pairs:
+        S, dS = view(arrays, start), view(arrays, grad)
+        assert S is not None
+        o += _fit((S * dS).sum((-2, -1), dtype=torch.float64), o.shape)
+
+
+def _gate_sum(
+    log: bool, o: Place, gate: Place, terms: list[Place], arrays: list[Any], _: Any, stream: Any
+) -> None:
+    g, total = arrays[gate.slot], None
+    shape = tuple(g.shape) if log else (*g.shape, 1)
+    for term in terms:
+        x = arrays[term.slot]
+        x = x if log or x.shape[-1] == 1 else x.sum(-1, keepdim=True)
+        x = _fit(x, shape)
         total = x if total is None else total + x
     if total is None:
-        total = torch.zeros(shape, dtype=torch.float32, device=call.where)
+        total = torch.zeros(shape, dtype=torch.float32, device=g.device)
     if log:
-        total = torch.where(gate.isinf(), torch.zeros_like(total), total)
+        arrays[o.slot] = torch.where(g.isinf(), 0.0, total)
     else:
-        total = total[..., 0] / gate.clamp(min=LEAST.value)
-    arrays[call.slots[s.o.name]] = total.float()
+        arrays[o.slot] = (total[..., 0] / g.clamp(min=LEAST.value)).float()
 
 
 def empty_strided(

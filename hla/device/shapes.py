@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
 
-from .passes import Shape, broadcast
-from .programs import Passes, prune
-from .request import Request
+from ..core.passes import Shape, broadcast
+from ..core.programs import Passes, prune
+from ..core.request import Request
 
 
 class Shapes(NamedTuple):
