@@ -96,11 +96,12 @@ def test_a_users_type_checker_knows_results_and_names(tmp_path):
     installed("mypy")
     user = textwrap.dedent(USER)
     (tmp_path / "user.py").write_text(user, encoding="utf-8")
+    path = {"MYPYPATH": str(ROOT)} if (ROOT / "pyproject.toml").exists() else {}  # or installed
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent",
          "--cache-dir=cache", "user.py"],
         cwd=tmp_path,
-        env={**os.environ, "MYPYPATH": str(ROOT)},
+        env=os.environ | path,
         capture_output=True,
         text=True,
     )  # fmt: skip
