@@ -93,8 +93,9 @@ def divide(xp: Any, s: Divide, take: Take, gate: Gate) -> Made:
 def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
     """Do a GateGradient, chunk by chunk of all periods at once.
 
-    What crosses a chunk's start and is gone where the chunk's gate leaves nothing: differences,
-    which lose digits, are taken of no more than the chunks of a period.
+    What crosses a chunk's start is carried from the border before a period, is gone where a chunk's
+    gate leaves nothing, and what is missing at the border behind is added along the way:
+    differences, which lose digits, are taken of no more than the chunks of a period.
     """
     batch, c, w = take(s.o).shape[:-1], take(s.reads)[..., 0, :], take(s.writes)[..., 0, :]
     T = c.shape[-1]
@@ -115,12 +116,26 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
     if s.S is not None and s.R is not None:
         later = xp.sum(take(s.S) * take(s.R).mT, axis=(-2, -1))
         B = xp.concat([B, s.factor * later], axis=-1)
+    # What is missing at the border behind a period, and from which chunk on it came to miss.
+    per = s.period // s.chunk
+    count = [-(-min(T - i * s.period, s.period) // s.chunk) for i in range(periods)]
+    after = xp.concat([B[..., 1:], xp.zeros((*batch, 1), dtype=B.dtype)], axis=-1)
+    carried, begin, kept = B, xp.zeros_like(B), []
+    for i in range(per):
+        kept.append(xp.exp(s.power * xp.sum(a[..., i, :], axis=-1)) >= FORGOTTEN)
+        into = xp.where(kept[i], carried - xp.sum(c[..., i, :], axis=-1), xp.zeros_like(B))
+        carried = into + xp.sum(d[..., i, :], axis=-1)
+        begin = xp.where(kept[i], begin, xp.full_like(B, i + 0.5))
+    known = xp.asarray([s.ends or i < periods - 1 for i in range(periods)])
+    rest = (after - carried) / (xp.asarray(count, dtype=B.dtype) - begin)
+    missing = xp.where(known, rest, xp.zeros_like(B))
     found = []
-    for i in range(s.period // s.chunk):
-        ci, di, ri, wi, ai = (x[..., i, :] for x in (c, d, query, key, a))
-        kept = xp.exp(s.power * xp.sum(ai, axis=-1)) >= FORGOTTEN
-        through = xp.where(kept, B - xp.sum(ci, axis=-1), xp.zeros_like(B))
-        B = through + xp.sum(di, axis=-1)
+    for i in range(per):
+        ci, di, ri, wi = (x[..., i, :] for x in (c, d, query, key))
+        into = xp.where(kept[i], B - xp.sum(ci, axis=-1), xp.zeros_like(B))
+        B = into + xp.sum(di, axis=-1)
+        late = xp.where(begin < i + 0.5, i + 0.5 - begin, xp.zeros_like(B))
+        through = into + xp.where(late > 0, missing * late, xp.zeros_like(B))
         behind = xp.cumulative_sum(ci + ri, axis=-1) - (0 if s.strict else ci + ri)
         ahead = xp.cumulative_sum(di + wi, axis=-1) - di - wi
         found.append((through + xp.sum(ci, axis=-1))[..., None] - behind + ahead)

@@ -77,12 +77,14 @@ _constants: dict[Any, torch.Tensor] = {}
 
 
 def constant(value: float, shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return a number, once made, as an array; what a CUDA graph captures is not yet there."""
-    found = _constants.get((value, dtype, device))
+    """Return a number, made once a stream, as an array; a CUDA graph has yet to write its own."""
+    cuda = device.type == "cuda"
+    key = value, dtype, device, torch.cuda.current_stream(device).cuda_stream if cuda else 0
+    found = _constants.get(key)
     if found is None:
         found = torch.full((), value, dtype=dtype, device=device)
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            _constants[value, dtype, device] = found
+        if not cuda or not torch.cuda.is_current_stream_capturing():
+            _constants[key] = found
     return found.expand(shape)
 
 
