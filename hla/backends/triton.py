@@ -100,12 +100,6 @@ def backward(
     return run.backward(request, inputs, saved, do, dstate)
 
 
-def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
-    """Return (o, state) of one token; never donates."""
-    o, state, _ = forward(request, inputs)
-    return o, state
-
-
 def summarize(request: Request, inputs: Inputs) -> Any:
     """Return the segment of a whole sequence, by the generic code."""
     return array_api.summarize(request, inputs)

@@ -62,6 +62,8 @@ def elementwise(xp: Any, call: Call, step: Step, put: Put) -> Do:
 
 def fit(xp: Any, x: Array, shape: Shape) -> Array:
     """Sum x over the axes where ``shape`` has 1 or none, then broadcast to it."""
+    if x.shape == shape:
+        return x
     extra = max(0, x.ndim - len(shape))
     axes = tuple(range(extra)) + tuple(
         i for i in range(extra, x.ndim) if shape[i - x.ndim] == 1 and x.shape[i] != 1
@@ -134,7 +136,7 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
         ci, di, ri, wi = (x[..., i, :] for x in (c, d, query, key))
         into = xp.where(kept[i], B - xp.sum(ci, axis=-1), xp.zeros_like(B))
         B = into + xp.sum(di, axis=-1)
-        late = xp.where(begin < i + 0.5, i + 0.5 - begin, xp.zeros_like(B))
+        late = i + 0.5 - begin
         through = into + xp.where(late > 0, missing * late, xp.zeros_like(B))
         behind = xp.cumulative_sum(ci + ri, axis=-1) - (0 if s.strict else ci + ri)
         ahead = xp.cumulative_sum(di + wi, axis=-1) - di - wi

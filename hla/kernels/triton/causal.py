@@ -30,8 +30,10 @@ results are added.
 import triton
 import triton.language as tl
 
+from ...device import elementwise
+
 RESET = tl.constexpr(-1e6)  # what a log gate of -inf becomes
-LEAST = tl.constexpr(1e-30)  # what a decay of 0 becomes
+LEAST = tl.constexpr(elementwise.LEAST)  # what a decay of 0 becomes
 
 
 @triton.jit

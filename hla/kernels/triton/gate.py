@@ -25,7 +25,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-FORGOTTEN = tl.constexpr(2.0**-24)  # of a product: below what float32 sums of it resolve
+from ...device import elementwise
+
+FORGOTTEN = tl.constexpr(elementwise.FORGOTTEN)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -13,6 +13,7 @@ import triton
 from ...core.passes import Shape
 from ...core.reference import Gradients
 from ...core.request import Inputs, Request
+from ...device.elementwise import fit
 from ...device.plan import dtype_of
 from ...device.scan import Call, Device, Do, Place, Ready, Runner
 from ...device.shapes import shapes
@@ -88,16 +89,6 @@ def constant(value: float, shape: Shape, dtype: torch.dtype, device: torch.devic
     return found.expand(shape)
 
 
-def _fit(x: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Sum x over the axes where ``shape`` has 1 or none, then broadcast to it."""
-    if x.shape == shape:
-        return x
-    extra = max(0, x.ndim - len(shape))
-    axes = [i for i in range(x.ndim) if i < extra or (shape[i - x.ndim] == 1 and x.shape[i] != 1)]
-    x = x.sum(axes, keepdim=True) if axes else x
-    return x.reshape(x.shape[extra:]).expand(shape)
-
-
 def _sum(
     place: Place,
     terms: list[tuple[float, Place]],
@@ -110,7 +101,7 @@ def _sum(
     for factor, term in terms:
         x = view(arrays, term)
         assert x is not None
-        x = _fit(x, o.shape)
+        x = fit(torch, x, o.shape)
         x = x if factor == 1 else factor * x
         total = x if total is None else total + x
     if total is None:
@@ -157,7 +148,7 @@ def _border(
     for start, grad in pairs:
         S, dS = view(arrays, start), view(arrays, grad)
         assert S is not None
-        o += _fit((S * dS).sum((-2, -1), dtype=torch.float64), o.shape)
+        o += fit(torch, (S * dS).sum((-2, -1), dtype=torch.float64), o.shape)
 
 
 def _gate_sum(
@@ -168,7 +159,7 @@ def _gate_sum(
     for term in terms:
         x = arrays[term.slot]
         x = x if log or x.shape[-1] == 1 else x.sum(-1, keepdim=True)
-        x = _fit(x, shape)
+        x = fit(torch, x, shape)
         total = x if total is None else total + x
     if total is None:
         total = torch.zeros(shape, dtype=torch.float32, device=g.device)
