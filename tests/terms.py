@@ -76,13 +76,10 @@ class Call:
         self.scale = options.get("scale", 1.0)
         self.values = {"q": q * self.scale, "k": k}
         self.values["v"] = np.concatenate([v, np.ones((*v.shape[:-1], 1))], -1)
-        self.ends, self.squares = {}, {n: x**2 for n, x in self.values.items()}
+        self.ends = {}
         for s in self.program.steps:
-            start, names = columns(self.start, s, self), (s.q, s.k, s.v)
-            operands = (self.values[n] for n in names)
-            self.values[s.out], self.ends[s] = out, _ = self.run(s, *operands, start)
-            squares, start = (self.squares[n] for n in names), None if start is None else start**2
-            self.squares[s.out] = out**2 + self.run(s, *squares, start, squared=True)[0]
+            operands = (self.values[n] for n in (s.q, s.k, s.v))
+            self.values[s.out], self.ends[s] = self.run(s, *operands, columns(self.start, s, self))
         do = np.broadcast_to(given[0], (*self.batch, *np.shape(given[0])[-2:]))
         outs = [c * self.values[name] for c, name in self.program.outputs]
         zero, self.outputs = 0 * do[..., :1], outs
@@ -107,12 +104,8 @@ class Call:
         return causal_pass(q, k, v, self.gate, **kind if s.kind != "full" else {"kind": "full"})
 
     def adjoint(self, do, last):
-        """Squares of what is added to the gradients of values and states by name, and `products`.
-
-        A gradient counts, and the root of the squares of all products that a pass sums to it, made
-        of such squares in turn: a sum that cancels keeps the errors of what it is made of.
-        """
-        grads, states, products, sizes = dict(do), {}, [], {n: x**2 for n, x in do.items()}
+        """Gradients of values and states by name, squares of a state's by token; `products`."""
+        grads, states, squares, products = dict(do), {}, {}, []
         for s in reversed(self.program.steps):
             q, k, v = (self.values[n] for n in (s.q, s.k, s.v))
             dout = grads.pop(s.out, np.zeros_like(self.values[s.out]))
@@ -123,18 +116,15 @@ class Call:
             dq, _ = self.run(s, dout, v, k, turned[0])
             dk, _ = self.run(s, v, dout, q, turned[1], reverse=True)
             dv, dstart = self.run(s, k, q, dout, end, reverse=True)
-            kk, qq, vv = (self.squares[n] for n in (s.k, s.q, s.v))
-            dd = sizes.pop(s.out, 0 * dout)
-            squared = [None if x is None else x**2 for x in (*turned, end)]
-            dqq, _ = self.run(s, dd, vv, kk, squared[0], squared=True)
-            dkk, _ = self.run(s, vv, dd, qq, squared[1], reverse=True, squared=True)
-            dvv, root = self.run(s, kk, qq, dd, squared[2], reverse=True, squared=True)
-            for name, x, y in ((s.q, dq, dqq), (s.k, dk, dkk), (s.v, dv, dvv)):
+            for name, x in ((s.q, dq), (s.k, dk), (s.v, dv)):
                 grads[name] = grads.get(name, 0) + x
-                sizes[name] = sizes.get(name, 0) + x**2 + y
-            states[s.state] = states.get(s.state, 0) + dstart**2 + root
+            states[s.state] = states.get(s.state, 0) + dstart
+            if start is not None:
+                operands = (None if x is None else x**2 for x in (k, q, dout, end))
+                _, own = self.run(s, *operands, reverse=True, squared=True)
+                squares[s.state] = squares.get(s.state, 0) + own
             products += self.products(s, dout, dv, end)
-        return sizes, states, products
+        return grads, states, squares, products
 
     def products(self, s, dout, dv, end):
         """p do.o and p v.dv by token without what cancels, p <dS, S>; values apart from masses."""
@@ -157,7 +147,7 @@ class Call:
     def all_terms(self):
         """Those of the gate's gradient, by pass."""
         do = sum(self.cotangents)
-        return self.adjoint({name: c * do for c, name in self.program.outputs}, self.last)[2]
+        return self.adjoint({name: c * do for c, name in self.program.outputs}, self.last)[3]
 
 
 def parts(inputs, options, given):
@@ -173,12 +163,12 @@ def parts(inputs, options, given):
             found[name] = np.hypot(found.get(name, 0.0), summed(np.asarray(x), shapes[name]))
 
     def add_all(do, last):
-        sizes, states, _ = call.adjoint(do, last)
-        for name in "qkv":
-            x = np.sqrt(sizes[name])
-            add(f"d{name}", x * call.scale if name == "q" else x[..., :-1] if name == "v" else x)
-        for names, x in states.items():
-            x = np.sqrt(x)
+        grads, states, squares, _ = call.adjoint(do, last)
+        add("dq", call.scale * grads["q"])
+        add("dk", grads["k"])
+        add("dv", grads["v"][..., :-1])
+        roots = ((names, np.sqrt(x)) for names, x in squares.items())
+        for names, x in (*states.items(), *roots):
             for name, y in zip(names, (x[..., :-1], x[..., -1]) if len(names) > 1 else (x,),
                                strict=True):  # fmt: skip
                 add(f"dstate {name}", y + y.mT if name in ("S", "Q") else y)

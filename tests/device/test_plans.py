@@ -17,10 +17,12 @@ from fakes import FUSED, functional, in_place
 
 import hla
 from hla.arguments import prepare
+from hla.core.passes import Gate
 from hla.device import plan as plans
 from hla.device import scan
+from hla.device.elementwise import gate_gradient
 from hla.device.shapes import shapes
-from hla.device.steps import Carry, Fused, GateGradient, GateSum, Launch, Limits
+from hla.device.steps import Carry, Fused, GateGradient, GateSum, Launch, Limits, Ref
 
 torch = installed("torch")
 CHUNKS = Limits(chunk=2, period=4)
@@ -317,3 +319,19 @@ def test_a_gate_that_asks_for_no_gradient_costs_none(gate):
     steps = plans.backward(alone, CHUNKS).steps
     assert not any(x.dots or x.states for x in steps if isinstance(x, Launch))
     assert not any(isinstance(x, (GateGradient, GateSum)) for x in steps)
+
+
+def test_what_a_period_misses_is_added_along_the_way():
+    """Each token reads 1 of the first state, and all reads are too large by e."""
+    T, e, gate = 16, 0.01, np.zeros((1, 16))
+    arrays = {
+        "o": gate, "reads": np.full((1, 1, T), 1 + e), "writes": np.zeros((1, 1, 3 * T)),
+        "gate": gate, "border": np.array([16.0]), "S": np.full((1, 1, 1, 1), 8.0),
+        "R": np.ones((1, 1, 1, 1)),
+    }  # fmt: skip
+    step = GateGradient(
+        **{name: Ref(name) for name in arrays},
+        power=1, strict=False, factor=1.0, ends=True, chunk=2, period=8,
+    )  # fmt: skip
+    ((_, G),) = gate_gradient(np, step, lambda ref: arrays[ref.name], Gate(log_gate=gate))
+    assert abs(G[0] - np.arange(T, 0, -1)).max() < 2 * e  # carried on alone it were 7 e
