@@ -28,6 +28,7 @@ SPILLS = {
     ("further keys, log gate", 128): 24,
     ("adjoint, decay", 128): 80,
     ("adjoint, both", 128): 88,
+    ("adjoint, both; segments", 128): 96,
     ("gradient, decay", 64): 32,  # chunks of 64, faster all the same
     ("adjoint, decay", 64): 248,
 }  # bytes a thread; others none
@@ -56,9 +57,14 @@ KINDS = {
     "adjoint, decay": (0, 1, ADJOINT),
     "adjoint, both": (0, 1, ADJOINT | {"BOTH": True, "EVERY": 8}),
 }
+SEGMENTS = ("plain; segments", "no query; log gate; segments", "adjoint, both; segments",
+            "further keys, states; segments")  # fmt: skip
 CASES = [
     (kind, width, dtype, arch)
-    for dtype, kinds in (("bf16", KINDS), ("fp32", ("plain", "log gate", "gradient", "adjoint")))
+    for dtype, kinds in (
+        ("bf16", (*KINDS, *SEGMENTS)),
+        ("fp32", ("plain", "log gate", "gradient", "adjoint", "adjoint; segments")),
+    )
     for kind in kinds
     for width in (64, 128)
     for arch in (80, 90)
@@ -89,6 +95,7 @@ KINDS_OF_RACES = {
     for weights, (gated, other) in WEIGHTS.items()
 }
 RACES = [(kind, width, "bf16", 90) for kind in KINDS_OF_RACES for width in (64, 128)]
+RACES += [(f"{kind}; segments", 128, "bf16", 90) for kind in ("no query; none", "plain; write")]
 
 
 def overwritten(code):
@@ -153,6 +160,7 @@ def compiled(kind, width, dtype, arch):
     from hla.kernels.triton.causal import pass_kernel as kernel
 
     names = kernel.arg_names
+    kind, segments = kind.removesuffix("; segments"), kind.endswith("; segments")
     more, gated, options = (KINDS | KINDS_OF_RACES | UNALIGNED)[kind]
     V2 = width if more == "V" else more
     BV2, two = triton_launch.tile(V2), V2 > 0
@@ -198,11 +206,13 @@ def compiled(kind, width, dtype, arch):
             signature[name] = "fp32"
         elif re.fullmatch(r"s(?:[qkvox]|v2|o2|qc|kc)d|s[se]2?v", name):  # the innermost stride
             signature[name], constants[name] = "constexpr", 1
+        elif re.fullmatch(r"tokens|s[se]2?n", name) and not segments:
+            signature[name], constants[name] = "constexpr", None
         else:
             signature[name] = "i32"
     unknown = set(given) - set(names)
     assert not unknown, f"the kernel has no {unknown}"
-    stride = r"s\w+[0-9d]$" if kind in UNALIGNED else r"s\w+[0-9td]$"
+    stride = r"s\w+[0-9d]$" if kind in UNALIGNED else r"tokens|s\w+[0-9tdn]$"
     aligned = [n for n in names if signature[n][0] == "*" or re.match(stride, n)]
     source = ASTSource(
         kernel,

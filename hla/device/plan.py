@@ -21,6 +21,7 @@ from .steps import (
     Buffer,
     Carry,
     Divide,
+    Fading,
     Fused,
     GateSum,
     Launch,
@@ -314,21 +315,30 @@ class Builder:
         A full pass sums all tokens first. A segment is a batch entry with a first state: each
         leaves its own state, those are carried over segments, and all run from what was carried.
         """
-        T = self.request.tokens
-        cuts = tuple(min(n, T - i) for i in range(0, T, n)) if n else ()
-        axis = (len(cuts),) if n else ()
+        axis = (-(-self.request.tokens // n),) if n else ()
         sizes = [(*x.held, *axis, *size) for size in sizes]
         local, begin = (tuple(self.temporary("state", z) for z in sizes) for _ in "ab")
         none = (None,) * len(sizes)
         alone = x._replace(q=(), o=(), start=none, end=local, add=False, batch=x.held)
         yield alone._replace(x=None, dots=None, states=None, chunk=0, tokens=n)
         if n:
+            fading = self.fading(n) if x.power and self.request.gate else None
             for o, end, mine, start in zip(begin, x.end, local, x.start, strict=True):
-                yield Carry(o, end, mine, start, x.power, x.reverse, cuts)
+                yield Carry(o, end, mine, start, fading, x.power, x.reverse)
         if x.q and n:
             yield x._replace(start=begin, end=none, tokens=n)
         elif x.q:
             yield x._replace(k=(), v=(), start=local)
+
+    def fading(self, n: int) -> Ref:
+        """Return the sums of the log gate over segments."""
+        T, name = self.request.tokens, "fading"
+        shape = (*self.request.gate_batch, -(-T // n))
+        o = self.buffer(name, shape, "float64")
+        if name not in self.written:
+            self.steps.append(Fading(o, Ref("gate"), n, T))
+            self.written.add(name)
+        return o
 
 
 def finished(b: Builder, results: Mapping[str, str], kept: tuple[str, ...] = ()) -> Plan:

@@ -271,7 +271,7 @@ def test_a_segment_is_a_batch_entry_with_a_first_state():
     states, carried, read = plan.steps
     assert (states.q, states.tokens, read.tokens) == ((), 4, 4)
     assert isinstance(carried, Carry)
-    assert carried.lengths == (4, 4, 3)
+    assert (carried.local.name, carried.fading) == (states.end[0].name, None)
     assert plan.buffers[carried.o.name].shape == (2, 3, 4, 3)
     assert read.start == (carried.o,)
     with pytest.raises(ValueError, match="5 tokens; expected a multiple of 4"):
