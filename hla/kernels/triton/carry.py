@@ -74,7 +74,7 @@ def _fades(p_fading, n, m_n, power, GATE: tl.constexpr):  # type: ignore[no-unty
 )
 def carry_kernel(  # type: ignore[no-untyped-def]
     p_local, p_o, p_start, p_end, p_fading,
-    power, count, per, D, V, N1, N2,
+    power, count, per, size, V, N1, N2,
     ss0, ss1, ss2, ssd, ssv,
     se0, se1, se2, sed, sev,
     sf0, sf1, sf2, sfn,
@@ -85,12 +85,11 @@ def carry_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One head and E elements of its state; `local` and o lie in order (*batch, count, D, V)."""
     GATE: tl.constexpr = p_fading is not None
-    size = D.to(tl.int64) * V
     tiles = tl.cdiv(size, E)
     i_head = (tl.program_id(0) // tiles).to(tl.int64)
     e = tl.program_id(0) % tiles * E + tl.arange(0, E)
     i_2, i_1, i_0 = i_head % N2, i_head // N2 % N1, i_head // N2 // N1
-    m_e, d, v = e < size, e // V, e % V
+    m_e, d, v = e < size, (e // V).to(tl.int64), (e % V).to(tl.int64)
     p_local += i_head * count * size + e  # [E]
     p_o += i_head * count * size + e
     if GATE:
@@ -182,6 +181,6 @@ def carry(call: Call, s: Carry) -> Iterator[Kernel]:
                for x, rank in zip(first, ranks, strict=True)]  # fmt: skip
         every = [n for a, b in zip(strides[2:], own[2:], strict=True) for n in (*a, *b)]
         yield Kernel(
-            carry_kernel, (programs,), first, sizes, s.power, count, per, D, V, *counts[-2:],
+            carry_kernel, (programs,), first, sizes, s.power, count, per, D * V, V, *counts[-2:],
             *every, REVERSE=s.reverse, ONCE=per == 1, BLOCKS=blocks, E=E, num_warps=1,
         )  # fmt: skip
