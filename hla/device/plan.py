@@ -16,6 +16,7 @@ from ..core.passes import Pass, Shape, broadcast
 from ..core.programs import Passes, adjoint, d, prune
 from ..core.request import Request
 from .gates import GateTerms
+from .segments import levels
 from .shapes import alive, named, saved
 from .steps import (
     Buffer,
@@ -66,7 +67,7 @@ class Builder:
         whole = tokens == 0 or tokens >= request.tokens
         self.request, self.limits, self.forward = request, limits, forward
         self.tokens = 0 if whole else tokens
-        self.rows = tuple(rows) if whole and request.tokens else ()
+        self.rows = tuple(rows) if request.tokens else ()
         self.shape = named(request)
         self.wide = request.accumulate
         self.narrow = "bfloat16" if request.dtype == "bfloat16" else self.wide  # of products
@@ -158,7 +159,10 @@ class Builder:
             before, after = before + sums, after + rest
             found += [x for x in launches if isinstance(x, Launch)]
         self.buffers = {n: x for n, x in self.buffers.items() if n not in inner}
-        return before, [Fused(row.name, tuple(found), inner)], after
+        steps: list[Step] = [Fused(row.name, tuple(found), inner)]
+        if self.tokens:
+            steps = list(levels(self, row, found, inner))
+        return before, steps, after
 
     @staticmethod
     def ready(s: Pass, pending: Iterable[Pass], group: Collection[Pass] = ()) -> bool:
@@ -175,6 +179,7 @@ class Builder:
         able = all(
             self.ready(s, pending, group)
             and (s.out not in inner or self.lead(s)[0] == self.of(s.out)[:-2])
+            and (not self.tokens or (s.out and s.out not in inner & self.written))
             for s in group
         )
         return tuple(group) if able and len(group) == len(row.steps) else ()
@@ -261,7 +266,7 @@ class Builder:
                 held, chunk=chunk,
             )  # fmt: skip
             sizes: list[Shape] = [(hi - lo, self.width(t.v)) for _, lo, hi in pack for t in values]
-            tokens = self.tokens if s.kind != "full" else 0
+            tokens = self.tokens if s.kind != "full" and not whole else 0
             found += self.two(one, sizes, tokens) if s.kind == "full" or tokens else [one]
         return before, found, after
 
