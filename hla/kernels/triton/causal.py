@@ -377,6 +377,8 @@ def pass_kernel(
             S = _write(S, b_k, b_v, w_out, w_total, write, GATE, WRITE, OPERAND, PRECISION)
             if BOTH:
                 S = _write(S, b_v, b_k, w_out, 1.0, write, GATE, WRITE, OPERAND, PRECISION)
+            if not READ:  # no chunk would await the last product: see `launch.config`
+                S = tl.where(chunks > 0, S, 0.0)
             if EVERY and REVERSE:
                 chunk = earlier + chunks - 1 - i
                 _keep(p_states, saa, S, m_S, chunk, EVERY, ROW)

@@ -62,6 +62,7 @@ def config(
     too few (triton-lang/triton 6691, 7110): the next load lands on what the product still reads. So
     the last product must be one that the next chunk awaits at once: S2 is updated before S, and
     where k and v are read in each other's place (``mirrored``) and weighed a chunk has 32 tokens.
+    Without queries nothing awaits it: the kernel then tests the state in registers, always true.
     tests/test_kernels.py looks for such loads. On Blackwell a scaled accumulator that another
     product reads is not safe with loads ahead either (10993).
     """
