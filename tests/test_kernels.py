@@ -15,6 +15,7 @@ import sys
 
 import pytest
 from conftest import environment
+from sass import astray, hazards
 
 for name in ("torch", "triton"):
     if importlib.util.find_spec(name) is None:
@@ -135,12 +136,6 @@ def unequal(code):
     return found
 
 
-def astray(code):
-    """SASS that computes with the address of the stack, which nothing here asks for."""
-    lines = [x.strip() for x in code.splitlines() if re.search(r"\bR1\b(?!\+0x|\])", x)]
-    return [x for x in lines if not re.match(r"/\*\w+\*/ +[\w.]+ R1,", x)]
-
-
 def compiled(kind, width, dtype, arch):
     """Compile one case; return what the assembler and the code say of it."""
     import tempfile
@@ -230,6 +225,7 @@ def compiled(kind, width, dtype, arch):
         "races": races,
         "shuffles": made.asm["ptx"].count("shfl.sync.bfly"),
         "astray": astray(sass),
+        "hazards": hazards(sass),
         "unequal": unequal(made.asm["ptx"]),
         "pipelined": pipelined,
         "registers": registers,
@@ -272,6 +268,7 @@ def test_compiled_for_the_hardware(reports, case):
         assert found["wgmma" if arch == 90 else "mma"] > 0
     assert not found["races"]
     assert not found["astray"]
+    assert not found["hazards"]
     if (dtype, arch) == ("bf16", 90):
         assert found["spills"] <= SPILLS.get((kind, width), 0)
 
@@ -282,6 +279,7 @@ def test_no_load_lands_on_what_a_product_still_reads(tmp_path):
     for case, found in compiled_apart(RACES, tmp_path).items():
         assert not found["races"], case
         assert not found["astray"], case
+        assert not found["hazards"], case
         assert found["pipelined"] >= 2 - ("no query" in case[0]), case  # the search saw the loads
 
 
@@ -292,13 +290,6 @@ def test_lanes_that_store_one_sum_agree(tmp_path):
     for case, found in compiled_apart(cases, tmp_path).items():
         assert found["shuffles"], case
         assert not found["unequal"], case
-
-
-def test_the_search_for_astray_addresses_finds_one():
-    mine = ["LDC R1, c[0x0][0x28] ;", "VIADD R1, R1, 0xfffff918 ;", "STL.64 [R1+0x290], R8 ;"]
-    wrong = ["IADD3 R18, P2, R1, 0x20, RZ ;", "MOV R12, R1 ;"]
-    code = "\n".join(f"        /*{i:04x}*/   {x}" for i, x in enumerate((*mine, *wrong, "[R1] ;")))
-    assert [x.split(maxsplit=1)[1] for x in astray(code)] == wrong
 
 
 RACE = """
