@@ -67,7 +67,7 @@ class Builder:
         whole = tokens == 0 or tokens >= request.tokens
         self.request, self.limits, self.forward = request, limits, forward
         self.tokens = 0 if whole else tokens
-        self.rows = tuple(rows) if request.tokens else ()
+        self.rows = tuple(r for r in rows if request.tokens and (whole or r.segments))
         self.shape = named(request)
         self.wide = request.accumulate
         self.narrow = "bfloat16" if request.dtype == "bfloat16" else self.wide  # of products

@@ -192,6 +192,7 @@ class Row(NamedTuple):
 
     name: str
     steps: Passes
+    segments: bool = False  # also some of the passes from states, and the states of others alone
 
 
 class Plan(NamedTuple):

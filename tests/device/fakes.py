@@ -214,12 +214,12 @@ WHOLE = single_passes(program("hla2", "causal", "exact", False, None), 1.0)
 HLA2 = tuple(s for s in WHOLE if "|" not in s.out)
 NO_ONES = tuple(s for s in adjoint(WHOLE) if s.out != "d.v|1")
 ROWS = (  # the longest first
-    Row("hla2 and denominators", WHOLE),
-    Row("hla2", HLA2),
-    Row("hla2 and denominators: dk, dv, dy", tuple(s for s in NO_ONES if s.reverse)),
-    Row("hla2: dk, dv, dy", tuple(s for s in adjoint(HLA2) if s.reverse)),
-    Row("hla2 and denominators: dq", tuple(s for s in NO_ONES if not s.reverse)),
-    Row("hla2: dq", tuple(s for s in adjoint(HLA2) if not s.reverse)),
+    Row("hla2 and denominators", WHOLE, True),
+    Row("hla2", HLA2, True),
+    Row("hla2 and denominators: dk, dv, dy", tuple(s for s in NO_ONES if s.reverse), True),
+    Row("hla2: dk, dv, dy", tuple(s for s in adjoint(HLA2) if s.reverse), True),
+    Row("hla2 and denominators: dq", tuple(s for s in NO_ONES if not s.reverse), True),
+    Row("hla2: dq", tuple(s for s in adjoint(HLA2) if not s.reverse), True),
 )
 
 
