@@ -174,17 +174,23 @@ def prepared(kind, width, dtype, arch):
     }
 
 
-def compiled(cases, cache):
-    """Compile cases in a process that is not interpreted; return what is found, by case."""
+def compiled_cases(given, cache):
+    """Compile what `ahead` takes in a process that is not interpreted; return what is found."""
     python, variables = sys.executable, environment(TRITON_CACHE_DIR=str(cache))
     if other := os.environ.get("HLA_TRITON_PYTHON"):  # which has its own hla
         python = other
         del variables["PYTHONPATH"]
     command = [python, pathlib.Path(__file__).with_name("ahead.py")]
-    given = json.dumps([prepared(*case) for case in cases])
-    done = subprocess.run(command, env=variables, input=given, capture_output=True, text=True)
+    text = json.dumps(given)
+    done = subprocess.run(command, env=variables, input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return dict(zip(cases, json.loads(done.stdout), strict=True))
+    return json.loads(done.stdout)
+
+
+def compiled(cases, cache):
+    """Return what is found in compiled kernels, by case."""
+    found = compiled_cases([prepared(*case) for case in cases], cache)
+    return dict(zip(cases, found, strict=True))
 
 
 def safe(found):
