@@ -224,6 +224,33 @@ def test_compiled_for_the_hardware(reports, case):
         assert found["spills"] <= spills.get((kind, width), 0)
 
 
+def carried(blocks, once, gated):
+    """Return what `ahead` compiles of the kernel that carries states over segments."""
+    names = importlib.import_module("hla.kernels.triton.carry").carry_kernel.arg_names
+    constants = {"REVERSE": False, "ONCE": once, "BLOCKS": blocks, "E": 128, "ssv": 1, "sev": 1}
+    constants |= {"sfn": 1} if gated else {"sfn": 0, "p_fading": None}
+    signature = {n: "*fp32" if n.startswith("p_") else "i32" for n in names}
+    signature |= {"p_fading": "*fp64"} | dict.fromkeys(constants, "constexpr")
+    even = ("p_local", "p_o", "p_start", "p_end", "size", "V", "ssd", "sed")
+    return {
+        "kernel": "hla.kernels.triton.carry.carry_kernel", "signature": signature,
+        "constants": constants, "aligned": even, "arch": 90, "options": {"num_warps": 1},
+    }  # fmt: skip
+
+
+@pytest.mark.aot
+def test_states_are_carried_in_registers(tmp_path):
+    """All loads of a run of segments are known, by 16 bytes; nothing is spilled or exchanged."""
+    cases = [(n, once, gated) for n, once in ((8, True), (16, False)) for gated in (False, True)]
+    for case, found in zip(
+        cases, compiled_cases([carried(*x) for x in cases], tmp_path), strict=True
+    ):
+        assert found["spills"] == 0, case
+        assert set(found["offsets"]) == {"i64"}, case
+        assert not found["narrow"], case
+        assert case[2] or not found["shuffles"], case
+
+
 @pytest.mark.aot
 def test_no_load_lands_on_what_a_product_still_reads(tmp_path):
     """Whatever a pass is asked for, by the launch table's settings on Hopper."""

@@ -58,6 +58,13 @@ def dtype_of(request: Request, name: str) -> str:
     return "bfloat16" if narrow else request.accumulate
 
 
+# What the states of a launch do not depend on
+WHATEVER: dict[str, Any] = {
+    "q": (), "o": (), "end": (), "read": 1.0, "add": False, "x": None, "dots": None,
+    "states": None, "batch": (), "tokens": 0, "chunk": 0,
+}  # fmt: skip
+
+
 class Builder:
     """Collects buffers and steps."""
 
@@ -77,6 +84,7 @@ class Builder:
         self.given: set[str] = set()  # names that come from outside
         self.written: set[str] = set()
         self.gates = GateTerms(self)
+        self.states: dict[Launch, tuple[Ref, ...]] = {}  # before segments, of launches
         self.buffer("v|1", fill=1.0)
 
     def of(self, name: str) -> Shape:
@@ -320,20 +328,35 @@ class Builder:
         A full pass sums all tokens first. A segment is a batch entry with a first state: each
         leaves its own state, those are carried over segments, and all run from what was carried.
         """
+        none = (None,) * len(sizes)
+        if n and x.q and (begin := self.begun(x)):
+            yield x._replace(start=begin, tokens=n)
+            return
         axis = (-(-self.request.tokens // n),) if n else ()
         sizes = [(*x.held, *axis, *size) for size in sizes]
         local, begin = (tuple(self.temporary("state", z) for z in sizes) for _ in "ab")
-        none = (None,) * len(sizes)
         alone = x._replace(q=(), o=(), start=none, end=local, add=False, batch=x.held)
         yield alone._replace(x=None, dots=None, states=None, chunk=0, tokens=n)
         if n:
             fading = self.fading(n) if x.power and self.request.gate else None
             for o, end, mine, start in zip(begin, x.end, local, x.start, strict=True):
                 yield Carry(o, end, mine, start, fading, x.power, x.reverse)
+            self.states[x._replace(**WHATEVER)] = begin
         if x.q and n:
             yield x._replace(start=begin, end=none, tokens=n)
         elif x.q:
             yield x._replace(k=(), v=(), start=local)
+
+    def begun(self, x: Launch) -> tuple[Ref, ...] | None:
+        """Return first states of segments that are there, or are the transposes of those."""
+        if any(x.end):
+            return None
+        key = x._replace(**WHATEVER)
+        if key in self.states or len(x.k) > 1 or len(x.v) > 1:
+            return self.states.get(key)
+        turned = tuple(ref and ref._replace(turned=not ref.turned) for ref in x.start)
+        found = self.states.get(key._replace(k=x.v, v=x.k, start=turned), ())
+        return tuple(ref._replace(turned=True) for ref in found) or None
 
     def fading(self, n: int) -> Ref:
         """Return the sums of the log gate over segments."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .plan import Builder
 
 WHOLE = 2048  # tokens up to which a head's bits do not depend on how many heads there are
-LEAST = 512  # tokens of a segment: a state is written, carried and read as 200 tokens are
+LEAST = 256  # tokens of a segment: then its states cost what its tokens do
 
 
 @functools.lru_cache(maxsize=1024)
@@ -77,38 +77,21 @@ def levels(b: Builder, row: Row, launches: list[Launch], inner: tuple[str, ...])
     yield Fused(row.name, tuple(reads), inner)
 
 
-READS = "q", "o", "read", "add", "x", "dots", "states", "batch", "chunk"  # what no state meets
-
-
 def _apart(
     b: Builder, launches: list[Launch]
 ) -> tuple[list[Launch | None], list[list[Step]], list[Launch]]:
-    """Return of each launch its states alone, what carries them, and what reads them.
-
-    Of two whose states are each other's transposes, and of no interest later, one has its own.
-    """
+    """Return of each launch its states alone, what carries them, and what reads them."""
     alone: list[Launch | None] = []
     carried: list[list[Step]] = []
     reads: list[Launch] = []
     for x in launches:
-        (start,), twin = x.start, None
-        turned = start and start._replace(turned=not start.turned)
-        same = x._replace(k=x.v, v=x.k, start=(turned,))
-        for own, y, read in zip(alone, launches, reads, strict=False):
-            states = y._replace(**{n: getattr(same, n) for n in READS})
-            if own and same == states and not any(x.end):
-                twin = read.start[0]
-        if twin:
-            reads.append(x._replace(start=(twin._replace(turned=True),), tokens=b.tokens))
-            alone.append(None)
-            carried.append([])
-            continue
         size = b.width(x.k[0].name), b.width(x.v[0].name)
-        first, *steps, last = b.two(x, [size], b.tokens)
-        assert isinstance(first, Launch)
+        *steps, last = b.two(x, [size], b.tokens)
+        first = steps[0] if steps else None  # none where the states are there
+        assert first is None or isinstance(first, Launch)
         assert isinstance(last, Launch)
         alone.append(first)
-        carried.append(steps)
+        carried.append(steps[1:])
         reads.append(last)
     return alone, carried, reads
 
