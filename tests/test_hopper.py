@@ -50,7 +50,7 @@ class Case:
 
     def __init__(self, seed=0, *, T=100, D=128, V=128, heads=(1, 1, 1), shared=(), ahla=False,
                  gate=0, start=False, end=False, keep=False, read=True, factors=((1, 1), (1, 1)),
-                 fast=True):  # fmt: skip
+                 fast=True, wide=False):  # fmt: skip
         random = np.random.default_rng(seed)
         self.ahla, self.gate, self.factors, self.heads = ahla, gate, factors, heads
         Y = V if ahla else D
@@ -66,10 +66,10 @@ class Case:
         self.q, self.k, self.v = made("q", T, D), made("k", T, D), made("v", T, V)
         narrow = ml_dtypes.bfloat16
         self.y = blank(T, Y, dtype=narrow) if keep else None
-        self.o = blank(T, V, dtype=narrow) if read else None
+        self.o = blank(T, V, dtype=np.float32 if wide else narrow) if read else None
         if not fast:  # rows at odd places, and every other column
-            wide = blank(T, 2 * D + 1, dtype=narrow)
-            wide[..., 1::2], self.q = self.q, wide[..., 1::2]
+            rows = blank(T, 2 * D + 1, dtype=narrow)
+            rows[..., 1::2], self.q = self.q, rows[..., 1::2]
             self.o = blank(T, V + 3, dtype=narrow)[..., 1 : V + 1]
         self.start = [made("s", D, Y), made("s", D, V)] if start else [None, None]
         turned = blank(V, D).swapaxes(-1, -2)
@@ -91,7 +91,7 @@ class Case:
                      read2 * write2, write2, 1 / write2, T, D, V, *heads[1:],
                      *(n for each in steps for n in each), *gates)  # fmt: skip
         self.constants = {
-            "AHLA": ahla, "READ": read, "KEEP": keep, "GATE": gate,
+            "AHLA": ahla, "READ": read, "WIDE": wide, "KEEP": keep, "GATE": gate,
             "POWER1": powers[0] * (gate > 0), "POWER2": powers[1] * (gate > 0),
             "SCALED1": factors[0] != (1, 1), "SCALED2": factors[1] != (1, 1),
             "START1": start, "END1": end, "START2": start, "END2": end,
@@ -147,6 +147,8 @@ CASES = {
     "rows at odd places": {"T": 70, "D": 33, "V": 101, "fast": False, "keep": True, "gate": 2},
     "states alone": {"T": 300, "gate": 2, "end": True, "read": False},
     "states alone, ahla": {"T": 300, "gate": 1, "end": True, "read": False, "ahla": True},
+    "o in float32": {"T": 70, "V": 72, "gate": 1, "wide": True, "keep": True},
+    "o in float32, 64 values, ahla": {"T": 140, "V": 64, "ahla": True, "wide": True},
     "heads, shared keys": {"T": 65, "heads": (2, 1, 3), "shared": ("k",), "gate": 1},
 }  # fmt: skip
 
@@ -198,13 +200,14 @@ SHAPES = {
     "64 keys": {"BD": 64},
     "64 values": {"BV": 64},
     "narrow": {"WHOLE_D": False, "WHOLE_V": False},
+    "o in float32": {"WIDE": True, "KEEP": True},
     "odd rows": {"WHOLE_D": False, "WHOLE_V": False, "FAST": False},
 }
 KERNELS = [
     *((ahla, gate, shape) for ahla in (False, True) for gate in (0, 1, 2) for shape in ("", "all")),
     *((ahla, 2, shape) for ahla in (False, True) for shape in ("states alone", "64 keys")),
     *((ahla, 0, shape) for ahla in (False, True) for shape in ("64 values", "narrow")),
-    *((False, 0, shape) for shape in ("y stored", "states")),
+    *((False, 0, shape) for shape in ("y stored", "states", "o in float32")),
     (True, 1, "odd rows"),
 ]
 SPILLS = {"": 96, "y stored": 16, "narrow": 16, "states": 256, "all": 256,
@@ -216,7 +219,7 @@ def prepared(ahla, gate, shape):
     """Return what `ahead` compiles for one case."""
     power1, power2 = GATED[gate]
     given = {
-        "AHLA": ahla, "READ": True, "KEEP": False, "GATE": gate,
+        "AHLA": ahla, "READ": True, "WIDE": False, "KEEP": False, "GATE": gate,
         "POWER1": power1, "POWER2": power1 if ahla else power2, "SCALED1": False, "SCALED2": False,
         "START1": False, "END1": False, "START2": False, "END2": False,
         "BD": 128, "BV": 128, "WHOLE_D": True, "WHOLE_V": True, "FAST": True,
@@ -232,6 +235,7 @@ def prepared(ahla, gate, shape):
             signature[name] = "constexpr"
         elif name.startswith("p_"):
             wide = re.fullmatch("p_(start|end|gate).*", name)
+            wide = wide or (name == "p_o" and given["WIDE"])
             signature[name] = "*fp32" if wide else "*bf16"
             if not present[name]:
                 signature[name], constants[name] = "constexpr", None

@@ -118,12 +118,21 @@ def _fade(S, ends, at, BD: gl.constexpr):
 
 
 @gluon.jit
-def _leave(made, o, scale, FIRST: gl.constexpr, SCALED: gl.constexpr):
-    """Store one half of what was read once it is there."""
+def _leave(
+    made, p_o, o, row, T, V, sot, sod, scale,
+    FIRST: gl.constexpr, SCALED: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """Store one half of what was read once it is there: as bfloat16 in shared memory, or wide."""
     o = warpgroup_mma_wait(0, deps=[o])
     if SCALED:
         o *= scale
-    made.permute((1, 0)).slice(FIRST, 64, 0).store(o.to(gl.bfloat16))
+    if WIDE:
+        v = FIRST + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC64))
+        t = row + gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))
+        p = p_o + t.to(gl.int64)[None, :] * sot + v.to(gl.int64)[:, None] * sod
+        gl.store(p, o, mask=(v < V)[:, None] & (t < T)[None, :])
+    else:
+        made.permute((1, 0)).slice(FIRST, 64, 0).store(o.to(gl.bfloat16))
 
 
 @gluon.jit
@@ -140,14 +149,15 @@ def _weighed(b_xT, weights, at, FIRST: gl.constexpr, BD: gl.constexpr, GATED: gl
 
 @gluon.jit
 def _reads(
-    made, S0, S1, b_qT, b_xT, tile, weights, ends, at, scale, HALVES: gl.constexpr,
-    BD: gl.constexpr, GATED: gl.constexpr, SCALED: gl.constexpr, READ: gl.constexpr,
+    made, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, row, T, V, sot, sod, scale,
+    HALVES: gl.constexpr, BD: gl.constexpr, GATED: gl.constexpr, SCALED: gl.constexpr,
+    READ: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Leave O of a chunk; return both halves of the state and the values as the gate has them."""
     if READ:
         o, S0 = _read(S0, b_qT, b_xT, tile, weights, ends, at, 0, BD, GATED)
         if HALVES == 2:
-            _leave(made, o, scale, 0, SCALED)
+            _leave(made, p_o, o, row, T, V, sot, sod, scale, 0, SCALED, WIDE)
             o, S1 = _read(S1, b_qT, b_xT, tile, weights, ends, at, 64, BD, GATED)
     elif GATED:
         S0, S1 = _fade(S0, ends, at, BD), _fade(S1, ends, at, BD)
@@ -156,7 +166,7 @@ def _reads(
     if HALVES == 2:
         x1 = _weighed(b_xT, weights, at, 64, BD, GATED)
     if READ:
-        _leave(made, o, scale, 64 * HALVES - 64, SCALED)
+        _leave(made, p_o, o, row, T, V, sot, sod, scale, 64 * HALVES - 64, SCALED, WIDE)
     return S0, S1, x0, x1
 
 
@@ -213,8 +223,8 @@ def _first(
         else:
             mbarrier.wait(taken.index(h), ((c // 2) & 1) ^ 1)
         S0, S1, x0, x1 = _reads(
-            made_h, S0, S1, b_qT, b_xT, tile, weights, ends, at, scale,
-            HALVES, BD, GATE > 0, SCALED, True,
+            made_h, None, S0, S1, b_qT, b_xT, tile, weights, ends, at, 0, 0, 0, 0, 0, scale,
+            HALVES, BD, GATE > 0, SCALED, True, False,
         )  # fmt: skip
         fence_async_shared()
         mbarrier.arrive(there.index(h), count=1)
@@ -230,11 +240,11 @@ def _first(
 @gluon.jit
 def _second(
     qs, ks, xs, made, out, tiles, weights, ends, q_full, q_free, k_free, v_full, v_free,
-    there, taken, ready, stored, chunks,
+    there, taken, ready, stored, chunks, p_o, T, sot, sod,
     p_start, ssd, ssv, p_end, sed, sev, writes, D, V, scale, write, unwrite,
     HALVES: gl.constexpr, BD: gl.constexpr, AHLA: gl.constexpr,
     GATE: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr, READ: gl.constexpr,
-    START: gl.constexpr, END: gl.constexpr,
+    WIDE: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
     """Own the state of the second pass, whose keys (of ahla: whose values) the first made."""
@@ -256,16 +266,18 @@ def _second(
         if READ:
             if not AHLA:
                 _pairs(tile, b_k, b_qT, weights, at, GATE > 0)
-            mbarrier.wait(stored.index(0), (c & 1) ^ 1)
+            if not WIDE:
+                mbarrier.wait(stored.index(0), (c & 1) ^ 1)
         if not AHLA:
             mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
             fence_async_shared()
         S0, S1, x0, x1 = _reads(
-            out_0, S0, S1, b_qT, b_xT, tile, weights, ends, at, scale,
-            HALVES, BD, GATE > 0, SCALED, READ,
+            out_0, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, c * W, T, V, sot, sod, scale,
+            HALVES, BD, GATE > 0, SCALED, READ, WIDE,
         )  # fmt: skip
         if READ:
-            mbarrier.arrive(ready.index(0), count=1)
+            if not WIDE:
+                mbarrier.arrive(ready.index(0), count=1)
             if GATE < 2:
                 mbarrier.arrive(q_free.index(i_q), count=1)
         S0, S1 = _update(S0, S1, x0, x1, b_k, HALVES)
@@ -369,6 +381,7 @@ def pair_kernel(
     sg0, sg1, sg2, sgt,
     AHLA: gl.constexpr,  # the first pass makes the values of the second; else its keys
     READ: gl.constexpr,  # o is asked, not the states alone
+    WIDE: gl.constexpr,  # in float32
     KEEP: gl.constexpr,  # y (u) is stored
     GATE: gl.constexpr,  # 0 none, 1 decay, 2 log_gate
     POWER1: gl.constexpr,
@@ -415,6 +428,7 @@ def pair_kernel(
         p_gate += i_0 * sg0 + i_1 * sg1 + i_2 * sg2
 
     chunks = (T + W - 1) // W
+    sot64 = gl.to_tensor(sot).to(gl.int64)
     # Buffers of q, k and v: as many as there is memory for, by how long both owners read them
     Q: gl.constexpr = AHEAD
     K: gl.constexpr = AHEAD if AHLA and GATE == 0 else AHEAD - 1
@@ -475,15 +489,17 @@ def pair_kernel(
             )),
             (_second, (
                 qs, ks, vs, made, out, tiles, weights, ends, q_full, q_free, k_free,
-                v_full, v_free, there, taken, ready, stored, chunks,
+                v_full, v_free, there, taken, ready, stored, chunks, p_o, T, sot64 * UNIT, sod,
                 p_start2, sfd, sfv, p_end2, shd, shv, writes2, D, V, scale2, write2, unwrite2,
-                BV // 64, BD, AHLA, GATE, GROUPS, SCALED2, READ, START2, END2, Q, K, V_,
+                BV // 64, BD, AHLA, GATE, GROUPS, SCALED2, READ, WIDE,
+                START2, END2, Q, K, V_,
             )),
             (_mover, (
                 p_q, p_k, p_v, p_y, p_o, p_gate, qs, ks, vs, made, out, weights, ends,
                 q_full, q_free, k_full, k_free, v_full, v_free, there, taken, ready, stored,
                 chunks, T, T_y, D, V, sqt, sqd, skt, skd, svt, svd, syt, syd, sot, sod, sgt,
-                BD, BV, AHLA, GATE, POWER1, POWER2, READ, KEEP, FAST, WHOLE_D, WHOLE_V, Q, K, V_,
+                BD, BV, AHLA, GATE, POWER1, POWER2, READ and not WIDE, KEEP, FAST,
+                WHOLE_D, WHOLE_V, Q, K, V_,
             )),
         ],
         [4, 4],

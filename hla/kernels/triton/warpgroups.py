@@ -67,7 +67,7 @@ def load_state(
         v = FIRST + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
         d = gl.arange(0, BD, layout=gl.SliceLayout(0, ACC))
         p = p_start + v.to(gl.int64)[:, None] * sv + d.to(gl.int64)[None, :] * sd
-        S = gl.load(p, mask=(v < V)[:, None] & (d < D)[None, :], other=0.0)
+        S = gl.load(p, mask=(v < V)[:, None] & (d < D)[None, :], other=0.0).to(gl.float32)
         if SCALED:
             S *= unwrite
     return S
