@@ -14,13 +14,13 @@ from ...core.programs import CAUSAL
 from ...core.request import Request
 from ...device.scan import Call
 from ...device.steps import Fused, Ref, Row
-from .launch import WIDEST, Kernel, capability, heads, width
+from .launch import WIDEST, Kernel, capability, heads, listed, width
 
 NAME = "{} by two state owners"
 OPERATORS = "hla2", "ahla"
 VERSIONS = (3, 6), (3, 9)  # of Triton, whose Gluon is not the same from one to the next
 ROWS = 5  # operands in front that are copied by rows
-FIRST = 11  # place of their strides among the scalars
+FIRST = 12  # place of their strides among the scalars
 
 
 def version() -> tuple[int, ...]:
@@ -46,7 +46,7 @@ def passes(request: Request) -> tuple[Row, ...]:
     if request.empty or 0 in (D, V) or request.program.steps[: len(masked)] != masked:
         return ()
     steps = (s for s in request.passes if s.step < len(masked) and "|" not in s.out)
-    return (Row(NAME.format(request.operator), tuple(steps)),)
+    return (Row(NAME.format(request.operator), tuple(steps), segments=True),)
 
 
 class Pair(Kernel):
@@ -107,8 +107,10 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Kernel]:
     }  # fmt: skip
     sizes = [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
     batch = broadcast(one.batch, two.batch)
-    for counts, first, strides in heads(batch, places, request.gate == "log_gate"):
+    T, tokens = request.tokens, one.tokens
+    parts, cut = (-(-T // tokens), True) if tokens else (1, False)
+    for counts, first, strides in heads(batch, places, request.gate == "log_gate", cut=cut):
         yield Pair(
-            pair_kernel, (math.prod(counts),), first, sizes, *factors, request.tokens, D, V,
-            *counts[-2:], *(n for own in strides for n in own), **constants, num_warps=4,
+            pair_kernel, (math.prod(counts) * parts,), first, sizes, *factors, T, tokens or None,
+            D, V, *counts[-2:], *listed(places, strides, cut=cut), **constants, num_warps=4,
         )  # fmt: skip
