@@ -21,6 +21,8 @@ from conftest import UNIT, budget, rms
 from hla.core.passes import Gate, causal_pass
 from hla.core.programs import program
 
+DRAWS = 16  # of random signs
+
 
 class Terms(NamedTuple):
     """Size of what each entry of a gate's gradient is summed from."""
@@ -93,19 +95,28 @@ class Call:
             self.cotangents = [np.concatenate([do / den, zero], -1)]
             self.cotangents += [np.concatenate([0 * do, x], -1) for x in masses]
 
-    def run(self, s, q, k, v, state, reverse=False, squared=False):
-        """One pass; of squared operands with the squared gate."""
-        kind = {
-            "power": s.power * (1 + squared),
-            "kind": s.kind,
-            "reverse": reverse,
-            "state": state,
-        }
+    def of_random_signs(self):
+        """Draws of the cotangents of the outputs, each token of each with a sign of its own.
+
+        A first state's gradient is a sum over tokens at every level of a program. The mean of its
+        square over draws is the sum of the squares of what each token adds, by every way.
+        """
+        rng = np.random.default_rng(5)
+        for _ in range(DRAWS):
+            signed: dict = {}
+            for (c, name), do in itertools.product(self.program.outputs, self.cotangents):
+                sign = rng.choice([-1.0, 1.0], (*do.shape[:-1], 1))
+                signed[name] = signed.get(name, 0) + sign * c * do / math.sqrt(DRAWS)
+            yield signed
+
+    def run(self, s, q, k, v, state, reverse=False):
+        """One pass."""
+        kind = {"power": s.power, "kind": s.kind, "reverse": reverse, "state": state}
         return causal_pass(q, k, v, self.gate, **kind if s.kind != "full" else {"kind": "full"})
 
     def adjoint(self, do, last):
-        """Gradients of values and states by name, squares of a state's by token; `products`."""
-        grads, states, squares, products = dict(do), {}, {}, []
+        """Gradients of values by name and of states by fields; `products`."""
+        grads, states, products = dict(do), {}, []
         for s in reversed(self.program.steps):
             q, k, v = (self.values[n] for n in (s.q, s.k, s.v))
             dout = grads.pop(s.out, np.zeros_like(self.values[s.out]))
@@ -119,12 +130,8 @@ class Call:
             for name, x in ((s.q, dq), (s.k, dk), (s.v, dv)):
                 grads[name] = grads.get(name, 0) + x
             states[s.state] = states.get(s.state, 0) + dstart
-            if start is not None:
-                operands = (None if x is None else x**2 for x in (k, q, dout, end))
-                _, own = self.run(s, *operands, reverse=True, squared=True)
-                squares[s.state] = squares.get(s.state, 0) + own
             products += self.products(s, dout, dv, end)
-        return grads, states, squares, products
+        return grads, states, products
 
     def products(self, s, dout, dv, end):
         """p do.o and p v.dv by token without what cancels, p <dS, S>; values apart from masses."""
@@ -147,7 +154,7 @@ class Call:
     def all_terms(self):
         """Those of the gate's gradient, by pass."""
         do = sum(self.cotangents)
-        return self.adjoint({name: c * do for c, name in self.program.outputs}, self.last)[3]
+        return self.adjoint({name: c * do for c, name in self.program.outputs}, self.last)[2]
 
 
 def parts(inputs, options, given):
@@ -162,22 +169,27 @@ def parts(inputs, options, given):
         if name in shapes:
             found[name] = np.hypot(found.get(name, 0.0), summed(np.asarray(x), shapes[name]))
 
-    def add_all(do, last):
-        grads, states, squares, _ = call.adjoint(do, last)
-        add("dq", call.scale * grads["q"])
-        add("dk", grads["k"])
-        add("dv", grads["v"][..., :-1])
-        roots = ((names, np.sqrt(x)) for names, x in squares.items())
-        for names, x in (*states.items(), *roots):
+    def add_states(states):
+        for names, x in states.items():
             for name, y in zip(names, (x[..., :-1], x[..., -1]) if len(names) > 1 else (x,),
                                strict=True):  # fmt: skip
                 add(f"dstate {name}", y + y.mT if name in ("S", "Q") else y)
+
+    def add_all(do, last):
+        grads, states, _ = call.adjoint(do, last)
+        add("dq", call.scale * grads["q"])
+        add("dk", grads["k"])
+        add("dv", grads["v"][..., :-1])
+        add_states(states)
 
     found["o"] = np.sqrt(sum(x[..., : inputs["v"].shape[-1]] ** 2 for x in call.outputs))
     for (c, name), do in itertools.product(call.program.outputs, call.cotangents):
         add_all({name: c * do}, None)
     if call.last is not None:
         add_all({}, call.last)
+    if call.start is not None:
+        for do in call.of_random_signs():
+            add_states(call.adjoint(do, None)[1])
     return found
 
 

@@ -99,6 +99,8 @@ def test_every_program_within_the_budget(device, operator, mask, gate, conventio
         options["return_state"] = kind == "stateful"
     if kind == "normalize":
         eps = {"linear": 1e3, "hla2": 1e4, "ahla": 1e4, "hla3": 1e6}  # about a denominator
+        if convention == "paper":  # of hla3 a difference a hundred times less than its terms
+            eps["hla3"] = 1e10
         options |= {"normalize": True, "eps": eps[operator]}
     check(device, inputs, options)
 

@@ -206,3 +206,30 @@ def test_what_is_told_without_running_is_what_comes(device, operator, normalize,
     leaves = torch.utils._pytree.tree_leaves
     for x, y in zip(leaves(told), leaves(((o, end, saved), grads)), strict=True):
         assert y is None or (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+
+
+@per_device(where=triton)
+def test_a_row_runs_in_place_of_its_passes(device, monkeypatch):
+    """It is chosen by request and device, its kernel gets the launches, `explain` names it."""
+    from hla.device.steps import Row
+    from hla.kernels.triton import launch, rows, run
+
+    asked, arrays = [], device.arrays(inputs_of(W + 3, "per_head"))
+    do = device.array(draw(H, W + 3, V=device.widths["V"])[2], device.dtype)
+
+    def mine(request, where):
+        asked.append((request.operator, where.type))
+        return (Row("two passes", tuple(s for s in request.passes if "|" not in s.out)),)
+
+    def kernels(call, step):
+        return [kernel for x in step.launches for kernel in launch.passes(call, x)]
+
+    monkeypatch.setattr(run.RUNNER, "ready", {})
+    monkeypatch.setattr(rows, "rows", lambda request, where: ())
+    want = device.everything(arrays, do)
+    monkeypatch.setattr(run.RUNNER, "ready", {})
+    monkeypatch.setattr(rows, "rows", mine)
+    monkeypatch.setitem(rows.KERNELS, "two passes", kernels)
+    bits(device.everything(arrays, do), want)
+    assert set(asked) == {("hla2", device.place)}
+    assert "1 fused: two passes (o)" in hla.explain(**arrays, backend="triton").plan

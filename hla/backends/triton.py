@@ -62,11 +62,16 @@ def _unable(device: str) -> str | None:
     return None if major >= 8 else f"it needs compute capability 8.0, {device} has {major}.{minor}"
 
 
+def _device(request: Request) -> str:
+    """Name the device of a request as torch does; JAX and CuPy name theirs apart."""
+    cuda = request.accelerator and request.library != "torch"
+    return "cuda" if cuda else request.device
+
+
 def unable(request: Request) -> str | None:
     """Return why no device here takes ``request``, or None."""
     if not _interpreted():
-        cuda = request.accelerator and request.library != "torch"  # JAX and CuPy name theirs apart
-        return _unable("cuda" if cuda else request.device)
+        return _unable(_device(request))
     if request.dtype == "bfloat16":
         return "Triton's interpreter computes bfloat16 products wrongly; use float32 there"
     return None
@@ -77,11 +82,16 @@ def plan(request: Request) -> str:
     import torch
 
     from ..device import plan as plans
-    from ..kernels.triton.launch import limits
+    from ..device.steps import Fused, Launch
+    from ..kernels.triton import launch, rows
 
-    found = plans.forward(request, limits(request, torch.device("cpu")))
-    count = sum(hasattr(step, "held") for step in found.steps)
-    return f"{count} launches of the causal pass: {found}"
+    where = torch.device("cpu" if _interpreted() else _device(request))
+    found = plans.forward(request, launch.limits(request, where), rows.rows(request, where))
+    fused = sum(isinstance(step, Fused) for step in found.steps)
+    count = sum(isinstance(step, Launch) for step in found.steps)
+    kinds = [f"{fused} fused"] if fused else []
+    kinds += [f"{count} of the causal pass"] if count or not fused else []
+    return f"launches: {' and '.join(kinds)}: {found}"
 
 
 def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:

@@ -65,7 +65,7 @@ class Builder:
         whole = tokens == 0 or tokens >= request.tokens
         self.request, self.limits, self.forward = request, limits, forward
         self.tokens = 0 if whole else tokens
-        self.rows = [r for r in rows if whole and request.tokens and r.fits(request) is None]
+        self.rows = tuple(rows) if whole and request.tokens else ()
         self.shape = named(request)
         self.wide = request.accumulate
         self.narrow = "bfloat16" if request.dtype == "bfloat16" else self.wide  # of products
@@ -168,7 +168,8 @@ class Builder:
     def waiting(self, row: Row, pending: list[Pass]) -> Passes:
         """Return the passes of a fused row, where all of them wait and can run now."""
         does = {s.does: s for s in pending}
-        group = [does[s.does] for s in row.steps if s.does in does]
+        unread = {s.does[1:]: s for s in pending if not s.out}
+        group = [s for t in row.steps if (s := does.get(t.does) or unread.get(t.does[1:]))]
         inner = {n for s in group for n in (s.q, s.k, s.v)}  # not to be summed on the way
         able = all(
             self.ready(s, pending, group)
@@ -370,7 +371,7 @@ def forward(
     request : Request
         What is asked.
     limits, rows
-        What the device has.
+        What the device has for it: the first row whose passes wait is taken.
     tokens : int
         Of a segment; 0 for the whole sequence as one.
     start : bool

@@ -66,7 +66,7 @@ class Device(NamedTuple):
     run: Callable[[Ready, list[Array], list[Any]], list[Array]] = lambda ready, arrays, addresses: (
         ready(arrays, addresses, None)
     )
-    rows: tuple[Row, ...] = ()  # fused kernels: the first that waits is taken
+    rows: Callable[[Request, Any], tuple[Row, ...]] = lambda request, where: ()  # that fit it
 
 
 class Turn(NamedTuple):
@@ -158,7 +158,8 @@ class Kind(NamedTuple):
 
     def plan(self, device: Device, request: Request, where: Any) -> Plan:
         """Return the plan of such a call."""
-        given = request, device.limits(request, where), device.rows, self.tokens
+        rows = device.rows(request, where)
+        given = request, device.limits(request, where), rows, self.tokens
         if not self.back:
             return plans.forward(*given, start=self.start)
         there = self.do is not None

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from ..core.passes import Shape
 from ..core.programs import Passes
-from ..core.request import Request
 
 # By the widths of k and v, the gate, and whether they are one array.
 Chunks = int | Callable[[int, int, str | None, bool], int]
@@ -163,7 +162,7 @@ class Carry(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """Launches that one kernel does."""
+    """Launches that one kernel does, in their order: what a later one reads an earlier one made."""
 
     row: str
     launches: tuple[Launch, ...]
@@ -174,11 +173,13 @@ Step = Launch | Sum | Divide | Border | GateGradient | GateSum | Carry | Fused
 
 
 class Row(NamedTuple):
-    """A fused kernel: the passes it does, and its reason against a request, or None."""
+    """A fused kernel: the passes it does, in their order and by what `Pass.does` tells of them.
+
+    It takes them whatever their factors and states are, and also where nobody asks for a result.
+    """
 
     name: str
     steps: Passes
-    fits: Callable[[Request], str | None]
 
 
 class Plan(NamedTuple):

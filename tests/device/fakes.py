@@ -102,7 +102,7 @@ def results(xp, s, limits, take, gate):
     return found
 
 
-def device(xp, limits, put, rows=(), **memory):
+def device(xp, limits, put, rows=lambda request: (), **memory):
     """A device that does a launch, and a fused row, at once."""
 
     def steps(call, step):
@@ -112,7 +112,12 @@ def device(xp, limits, put, rows=(), **memory):
             return [does(call, lambda take, gate: fused(step, take, gate), put)]
         return [elementwise(xp, call, step, put)]
 
-    return Runner(Device(steps, lambda request, where: limits, rows=rows, dtype=np.dtype, **memory))
+    return Runner(
+        Device(
+            steps, lambda request, where: limits, dtype=np.dtype,
+            rows=lambda request, where: rows(request), **memory,
+        )
+    )  # fmt: skip
 
 
 # In place
@@ -127,7 +132,7 @@ def write(old, ref, x):
     return old
 
 
-def in_place(limits=Limits(), rows=()):  # noqa: B008
+def in_place(limits=Limits(), rows=lambda request: ()):  # noqa: B008
     return device(
         np, limits, write, rows,
         empty=strided,
@@ -181,8 +186,10 @@ def fused(s, take, gate):
         for i, x in enumerate(s.launches):
             g = fading(gate, x.power, t)
             S[i] = (S[i] if reverse else g * S[i]) + x.write * row(x.k[0]).mT @ row(x.v[0])
-            o = x.read * row(x.q[0]) @ S[i]
+            o = x.read * row(x.q[0]) @ S[i] if x.q else 0.0
             S[i] = g * S[i] if reverse else S[i]
+            if not x.o:
+                continue
             if x.o[0].name in s.inner:
                 made[x.o[0].name] = made.get(x.o[0].name, 0.0) + o
             else:
@@ -190,22 +197,23 @@ def fused(s, take, gate):
     return [(x.end[0], end) for x, end in zip(s.launches, S, strict=True) if any(x.end)]
 
 
-def small(request):
-    """The reason of a kernel that holds its states in registers and leaves nothing for a gate."""
-    if request.gate_given and request.gradient:
-        return "it leaves no sums for a gate's gradient"
-    return None if max(request.k_shape[-1], request.v_shape[-1]) <= 5 else "its states are too wide"
-
-
 WHOLE = single_passes(program("hla2", "causal", "exact", False, None), 1.0)
 HLA2 = tuple(s for s in WHOLE if "|" not in s.out)
 NO_ONES = tuple(s for s in adjoint(WHOLE) if s.out != "d.v|1")
-ROWS = (  # the longest that waits is taken
-    Row("hla2 and denominators", WHOLE, small),
-    Row("hla2", HLA2, small),
-    Row("hla2 and denominators: dk, dv, dy", tuple(s for s in NO_ONES if s.reverse), small),
-    Row("hla2: dk, dv, dy", tuple(s for s in adjoint(HLA2) if s.reverse), small),
-    Row("hla2 and denominators: dq", tuple(s for s in NO_ONES if not s.reverse), small),
-    Row("hla2: dq", tuple(s for s in adjoint(HLA2) if not s.reverse), small),
+ROWS = (  # the longest first
+    Row("hla2 and denominators", WHOLE),
+    Row("hla2", HLA2),
+    Row("hla2 and denominators: dk, dv, dy", tuple(s for s in NO_ONES if s.reverse)),
+    Row("hla2: dk, dv, dy", tuple(s for s in adjoint(HLA2) if s.reverse)),
+    Row("hla2 and denominators: dq", tuple(s for s in NO_ONES if not s.reverse)),
+    Row("hla2: dq", tuple(s for s in adjoint(HLA2) if not s.reverse)),
 )
-FUSED = in_place(rows=ROWS)
+
+
+def small(request):
+    """The rows of a device that holds states in registers and leaves nothing for a gate."""
+    gated = request.gate_given and request.gradient
+    return () if gated or max(request.k_shape[-1], request.v_shape[-1]) > 5 else ROWS
+
+
+FUSED = in_place(rows=small)

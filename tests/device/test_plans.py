@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import MASKS, OPERATORS, installed
-from fakes import FUSED, functional, in_place
+from fakes import FUSED, functional, in_place, small
 
 import hla
 from hla.arguments import prepare
@@ -195,33 +195,31 @@ def launches(plan):
 def test_fused_rows_are_taken_where_they_fit():
     """The longest row that waits; its inner arrays have no buffer; explained by name."""
     request = some()[2]
-    plan = plans.forward(request, Limits(), rows=FUSED.device.rows)
+    plan = plans.forward(request, Limits(), rows=small(request))
     assert [x.row for x in launches(plan)] == ["hla2 and denominators"]
     assert str(plan) == "hla2 and denominators (y, o, o|1)"
-    back = plans.backward(request, Limits(), rows=FUSED.device.rows)
+    back = plans.backward(request, Limits(), rows=small(request))
     assert [x.row for x in launches(back)] == [
         "hla2 and denominators: dk, dv, dy", "hla2 and denominators: dq"
     ]  # fmt: skip
     alone = some(normalize=False)[2]
-    assert [x.row for x in launches(plans.forward(alone, Limits(), rows=FUSED.device.rows))] == [
-        "hla2"
-    ]
+    assert [x.row for x in launches(plans.forward(alone, Limits(), rows=small(alone)))] == ["hla2"]
     for other in (some(D=6), some(gate="decay"), some("hla3"), some(mask="prefix")):
         assert all(
             isinstance(x, Launch)
-            for x in launches(plans.backward(other[2], Limits(), rows=FUSED.device.rows))
+            for x in launches(plans.backward(other[2], Limits(), rows=small(other[2])))
         )
 
 
 def test_no_tokens_need_no_fused_row():
     _, _, request, inputs, _ = some(T=0, normalize=False)
     assert FUSED.forward(request, inputs)[0].shape == (2, 0, 3)
-    assert not launches(plans.forward(request, Limits(), rows=FUSED.device.rows))
+    assert not launches(plans.forward(request, Limits(), rows=small(request)))
 
 
 def test_what_only_a_fused_row_reads_has_no_buffer():
     request = dataclasses.replace(some(normalize=False)[2], gradient=False)
-    plan = plans.forward(request, Limits(), rows=FUSED.device.rows)
+    plan = plans.forward(request, Limits(), rows=small(request))
     (step,) = plan.steps
     assert step.inner == ("y",)
     assert set(plan.buffers) == {"o"}

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ...core.passes import Shape
 from ...core.request import Request
 from ...device.scan import Call, Place
 from ...device.steps import Launch, Limits, Ref
@@ -241,29 +242,55 @@ def passes(call: Call, s: Launch) -> Iterator[Kernel]:
         gated = 1 if call.request.gate == "decay" else 2
         refs["gate"] = Ref("gate")
     places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
-    ranks = [1 if name == "gate" and gated == 2 else RANKS.get(name, 2) for name in places]
-    lists = [
-        None if x is None else (x.layout, n) for x, n in zip(places.values(), ranks, strict=True)
-    ]
     constants, chosen, scalars = settings(call, s, places, gated)
     sizes = [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
     tiles = value_tiles(width(places["v"]))
-    for counts, strides, offsets in grids(s.batch, lists):
+    for counts, first, strides in heads(s.batch, places, gated == 2):
         if not tiles * math.prod(counts):
             continue
-        first = [
-            None if x is None else x._replace(layout=inner(x.layout, rank, n))
-            for x, rank, n in zip(places.values(), ranks, offsets, strict=True)
-        ]
-        own = [(0,) * rank if x is None else x.layout.strides
-               for x, rank in zip(first, ranks, strict=True)]  # fmt: skip
-        own[GATE] = own[GATE] or (0,)  # a decay has no tokens
-        every = [n for a, b in zip(strides[: GATE + 1], own, strict=False) for n in (*a, *b)]
+        every = [n for own in strides[: GATE + 1] for n in own]
         yield Kernel(
             pass_kernel, (math.prod(counts) * tiles,), first, sizes,
             *scalars[:8], *counts[-2:], *every, *scalars[8:],
             **constants, num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
+
+
+def heads(
+    batch: Shape, places: Mapping[str, Place | None], log: bool
+) -> Iterator[tuple[Shape, list[Place | None], list[Shape]]]:
+    """Yield the grids of a kernel that does one head at a time, of at most three batch axes each.
+
+    Parameters
+    ----------
+    batch : tuple of int
+        Of the kernel; an operand may lack its axes or be broadcast over them.
+    places : mapping
+        Operands by name; `RANKS` has how many axes are their own.
+    log : bool
+        Whether the gate has tokens.
+
+    Yields
+    ------
+    counts : tuple of int
+        Sizes of the axes.
+    first : list of Place or None
+        What the first head has of each operand.
+    strides : list of tuple of int
+        Of each operand, along those axes and its own; 0 for what it lacks.
+    """
+    ranks = [1 if name == "gate" and log else RANKS.get(name, 2) for name in places]
+    found = list(places.values())
+    lists = [None if x is None else (x.layout, n) for x, n in zip(found, ranks, strict=True)]
+    for counts, strides, offsets in grids(batch, lists):
+        first = [
+            None if x is None else x._replace(layout=inner(x.layout, rank, n))
+            for x, rank, n in zip(found, ranks, offsets, strict=True)
+        ]
+        own = ((0,) * rank if x is None else x.layout.strides
+               for x, rank in zip(first, ranks, strict=True))  # fmt: skip
+        # a decay has no tokens
+        yield counts, first, [(*a, *(b or (0,))) for a, b in zip(strides, own, strict=True)]
 
 
 NAMES = ("q", "k", "v", "o", "start", "end", "v2", "o2", "start2", "end2", "x", "qc", "kc", "gate",

@@ -17,9 +17,9 @@ from ...device.elementwise import fit
 from ...device.plan import dtype_of
 from ...device.scan import Call, Device, Do, Place, Ready, Runner
 from ...device.shapes import shapes
-from ...device.steps import Border, Divide, GateGradient, GateSum, Launch, Step, Sum
+from ...device.steps import Border, Divide, Fused, GateGradient, GateSum, Launch, Step, Sum
 from ...device.tiles import Layout, strides_like, whole
-from . import normalize
+from . import normalize, rows
 from .causal import LEAST
 from .gate import gate_kernel, settings
 from .launch import Kernel, addresses, limits, passes, shapes_alone, stream_of, view
@@ -29,6 +29,8 @@ def steps(call: Call, step: Step) -> list[Do]:
     """Return what does a step."""
     if isinstance(step, Launch):
         return list(passes(call, step))
+    if isinstance(step, Fused):
+        return list(rows.KERNELS[step.row](call, step))
     if isinstance(step, Sum):
         terms = [(factor, call.place(x)) for factor, x in step.terms]
         return [functools.partial(_sum, call.place(step.o), terms)]
@@ -196,6 +198,7 @@ RUNNER = Runner(
     Device(
         steps=steps,
         limits=lambda request, where: limits(request, where),
+        rows=lambda request, where: rows.rows(request, where),
         layout=lambda x: Layout(tuple(x.shape), x.stride()),
         empty=empty_strided,
         constant=constant,

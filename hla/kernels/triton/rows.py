@@ -1,0 +1,21 @@
+"""Which fused kernels serve a request on Triton, and what launches each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ...core.request import Request
+from ...device.scan import Call
+from ...device.steps import Fused, Row
+from .launch import Kernel
+
+KERNELS: dict[str, Callable[[Call, Fused], Iterator[Kernel]]] = {}  # by the row's name
+
+
+@functools.lru_cache(maxsize=1024)
+def rows(request: Request, where: torch.device) -> tuple[Row, ...]:
+    """Return the fused kernels of a request, of either direction, the best first."""
+    return ()
