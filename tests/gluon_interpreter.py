@@ -154,8 +154,17 @@ class Pointer:
         return np.where(asked, self.offset, 0), asked
 
 
+class At(NamedTuple):
+    """An argument of `run` that points at an element of a flat array."""
+
+    buffer: np.ndarray
+    offset: int
+
+
 def pointer(x) -> Pointer:
     """Return a pointer to the first element of a NumPy array, which may be a view."""
+    if isinstance(x, At):
+        return Pointer(*x, host_dtype(x.buffer))
     root = x
     while root.base is not None:
         root = root.base
@@ -890,7 +899,7 @@ def run(kernel, grid, *args, num_warps=4, seed=0, exact=False, copies=True, **co
     ----------
     kernel : gluon.jit function
     grid : tuple of int
-    args : NumPy arrays (a view is its first element and on), `Descriptor` or numbers, in order
+    args : NumPy arrays (a view is its first element and on), `At`, `Descriptor`, numbers; in order
     num_warps : int
         Of the whole kernel, and of the first partition.
     seed : int
@@ -907,7 +916,7 @@ def run(kernel, grid, *args, num_warps=4, seed=0, exact=False, copies=True, **co
     grid = (*grid, 1, 1)[:3]
     for program in np.ndindex(*grid):
         machine = Machine(num_warps, seed, exact, copies, program, grid)
-        given = [pointer(x) if isinstance(x, np.ndarray) else x for x in args]
+        given = [pointer(x) if isinstance(x, (np.ndarray, At)) else x for x in args]
         given = [scalar(x) if type(x) in (int, float) else x for x in given]
         Interpreted(kernel.fn)(*given, **constants)
         part = machine.whole
