@@ -161,16 +161,21 @@ class Builder:
         inner = tuple(n for n in dict.fromkeys(s.out for s in passes) if n and n not in used)
         before: list[Sum] = []
         found: list[Launch] = []
-        after: Sums = []
+        after: dict[str, Ref] = {}
         for s in passes:
             sums, launches, rest = self.launches(Group((s,), (s,)), pending, whole=True)
-            before, after = before + sums, after + rest
-            found += [x for x in launches if isinstance(x, Launch)]
+            before += sums
+            own = [x for x in launches if isinstance(x, Launch)]
+            for name, aside in rest:  # what is added to one name goes aside together
+                if (first := after.setdefault(name, aside)) != aside:
+                    del self.buffers[aside.name]
+                    own = [x._replace(o=(first,), add=True) for x in own]
+            found += own
         self.buffers = {n: x for n, x in self.buffers.items() if n not in inner}
         steps: list[Step] = [Fused(row.name, tuple(found), inner)]
         if self.tokens:
             steps = list(levels(self, row, found, inner))
-        return before, steps, after
+        return before, steps, list(after.items())
 
     @staticmethod
     def ready(s: Pass, pending: Iterable[Pass], group: Collection[Pass] = ()) -> bool:

@@ -55,7 +55,7 @@ def off(x, want):
     return np.linalg.norm(x - want) / np.linalg.norm(want)
 
 
-PLANNED = Runner(FAKE._replace(steps=step_of, rows=lambda request, where: owners.passes(request)))
+PLANNED = Runner(FAKE._replace(steps=step_of, rows=lambda request, where: owners.rows(request)))
 
 
 @pytest.mark.parametrize("options", [
@@ -106,7 +106,7 @@ def test_what_it_serves():
 
     def served(v=q, **options):
         given = names | {"v": v, "operator": "hla2", "mask": "causal"} | options
-        return [x.name for x in owners.passes(prepare(**given, gradient=False)[0])]
+        return [x.name for x in owners.rows(prepare(**given, gradient=False)[0])]
 
     assert served() == ["hla2 by two state owners"]
     assert served(operator="ahla", normalize=True) == ["ahla by two state owners"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,17 +29,14 @@ def version() -> tuple[int, ...]:
     return tuple(int(x) for x in triton.__version__.split(".")[:2])
 
 
-def rows(request: Request, where: torch.device) -> tuple[Row, ...]:
+def able(request: Request, where: torch.device) -> bool:
+    """Whether a device and this Triton run kernels of warpgroups in Gluon on such arrays."""
+    hopper = where.type == "cuda" and capability(where) == 9
+    return hopper and request.dtype == "bfloat16" and VERSIONS[0] <= version() <= VERSIONS[1]
+
+
+def rows(request: Request) -> tuple[Row, ...]:
     """Return the fused row of a request, where there is one; denominators are passes apart."""
-    if where.type != "cuda" or capability(where) != 9 or request.dtype != "bfloat16":
-        return ()
-    if not VERSIONS[0] <= version() <= VERSIONS[1]:
-        return ()
-    return passes(request)
-
-
-def passes(request: Request) -> tuple[Row, ...]:
-    """Return the fused row of what is asked, whatever the device."""
     D, V = request.k_shape[-1], request.v_shape[-1]
     if request.operator not in OPERATORS or not WIDEST // 2 < max(D, V) <= WIDEST:
         return ()
@@ -114,3 +112,6 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Kernel]:
             pair_kernel, (math.prod(counts) * parts,), first, sizes, *factors, T, tokens or None,
             D, V, *counts[-2:], *listed(places, strides, cut=cut), **constants, num_warps=4,
         )  # fmt: skip
+
+
+KERNELS = {NAME.format(x): functools.partial(kernels, x) for x in OPERATORS}
