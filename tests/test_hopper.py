@@ -215,7 +215,8 @@ KERNELS = [
     *((ahla, 0, shape) for ahla in (False, True) for shape in SHAPES if "segments" in shape),
     (False, 2, "segments"),
 ]
-SPILLS = {"segments": 176, "segments, states alone": 32, "": 96, "y stored": 16, "narrow": 16, "states": 256, "all": 256,
+SPILLS = {"segments": 176, "segments, states alone": 32, "": 96,
+          "y stored": 16, "narrow": 16, "states": 256, "all": 256,
           "states alone": 128, "odd rows": 2048}  # bytes a thread; others 16  # fmt: skip
 SHARED = 227 * 1024
 

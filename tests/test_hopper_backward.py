@@ -23,7 +23,7 @@ from hla.core.linear import LinearState  # noqa: E402
 from hla.device.scan import Call, Runner  # noqa: E402
 from hla.device.steps import Ref  # noqa: E402
 from hla.device.tiles import Layout  # noqa: E402
-from hla.kernels.triton import hopper_backward, run  # noqa: E402
+from hla.kernels.triton import hopper_backward, launch, run  # noqa: E402
 
 CUDA = torch.device("cuda")
 H = 2
@@ -92,7 +92,7 @@ def given(rng, T, D, V, lead=(H,), keys=None):
     return {n: rng.standard_normal((*b, T, w)) * w**-0.25 for n, (b, w) in sizes.items()}
 
 
-def gradients(arrays, options, dtype, start=None, layout=None):
+def gradients(arrays, options, dtype, start=None, layout=None, tokens=0):
     """Those of the sweeps, and of the core in float64 by the same rounded arrays."""
     place = layout or (lambda x: x)
     tensors = {n: place(torch.tensor(x).to(dtype)) for n, x in arrays.items()}
@@ -114,7 +114,7 @@ def gradients(arrays, options, dtype, start=None, layout=None):
     y = hla.scan(exact["q"], exact["k"], exact["k"], operator="linear", initial_state=S, **same)
     device = Runner(run.RUNNER.device._replace(rows=rows))
     saved = [torch.tensor(y).to(dtype)]
-    return device.backward(request, made, saved, tensors["do"], None), want
+    return device.backward(request, made, saved, tensors["do"], None, tokens), want
 
 
 def close(got, want, most=EXACT):
@@ -147,6 +147,27 @@ def test_gradients_are_exact(kernels, T, D, V, gate, states):
     if states:
         close(got.dinitial_state.F, want.dinitial_state.F)
         close(got.dinitial_state.S, want.dinitial_state.S, most=1e-6)  # by a pass in float32
+
+
+@pytest.mark.parametrize(("D", "V", "gate", "states"), [
+    (128, 64, None, False), (40, 128, "decay", True), (64, 64, "log_gate", True),
+])  # fmt: skip
+def test_segments(kernels, monkeypatch, D, V, gate, states):
+    """Three, the last short: dy again for the states of Z, then both sweeps from states."""
+    rng, T = np.random.default_rng(4), 170
+    monkeypatch.setattr(run, "limits", lambda *call: launch.WIDE._replace(period=80))
+    made = kernels(exact=True)
+    options = {"scale": 0.5} | gates(rng, gate, (H,), T)
+    start = None
+    if states:
+        start = HLA2State(*(rng.standard_normal((H, *s)) for s in ((D, D), (D, V), (D,))))
+    got, want = gradients(given(rng, T, D, V), options, torch.float64, start, tokens=80)
+    assert [[x.get("READ", True) for x in kernel.ran] for kernel in made] == [[False, True], [True]]
+    for name in ("dq", "dk", "dv"):
+        close(getattr(got, name), getattr(want, name), most=1e-6)  # carried in float32
+    if states:
+        close(got.dinitial_state.F, want.dinitial_state.F, most=1e-6)
+        close(got.dinitial_state.S, want.dinitial_state.S, most=1e-6)
 
 
 @pytest.mark.parametrize("gate", [None, "log_gate"])
@@ -197,10 +218,10 @@ def test_gradients_of_last_states(kernels, gate):
         {n: a.dtype for n, a in zip(names, arrays, strict=True)},
         CUDA,
     )
-    refs = {n: Ref(n) for n in names} | ({} if gate else {"gate": None})
+    refs = {n: Ref(n) for n in names[:-1]} | {"left": None, "gate": Ref("gate") if gate else None}
     for do in hopper_backward.launched(
         call, kernel, (H,), refs, "qkvgyabc", (1.0, 1.0), (1, 2),
-        START1=True, START2=True, END2=True,
+        READ=True, START1=True, START2=True, END1=False, END2=True,
     ):  # fmt: skip
         do(arrays, [a.data_ptr() for a in arrays], None)
     got = dict(zip(names, arrays, strict=True))

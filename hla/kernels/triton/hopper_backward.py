@@ -51,8 +51,8 @@ def rows(request: Request) -> tuple[Row, ...]:
         return ()
     back = adjoint(steps)
     return (
-        Row(REVERSE, tuple(s for s in back if s.reverse)),
-        Row(QUERIES, tuple(s for s in back if not s.reverse)),
+        Row(REVERSE, tuple(s for s in back if s.reverse), segments=True),
+        Row(QUERIES, tuple(s for s in back if not s.reverse), segments=True),
     )
 
 
@@ -70,8 +70,8 @@ class Aligned:
         """Launch one of them."""
         if self.chosen is None:
             starts = zip(self.aligned.slots(addresses), self.aligned.offsets, strict=True)
-            apart = [(p + n) % 16 for p, n in itertools.islice(starts, self.rows)]
-            self.chosen = self.other if any(apart) else self.aligned
+            apart = [(p or 0) + n for p, n in itertools.islice(starts, self.rows)]
+            self.chosen = self.other if any(n % 16 for n in apart) else self.aligned
         self.chosen(arrays, addresses, stream)
 
 
@@ -83,6 +83,7 @@ def launched(
     letters: str,
     numbers: tuple[float, ...],
     powers: tuple[int, int],
+    tokens: int = 0,
     **constants: bool,
 ) -> Iterator[Do]:
     """Yield what does a sweep.
@@ -103,28 +104,37 @@ def launched(
         What the kernel takes first.
     powers : tuple of int
         Of the gate, by the passes of the program.
+    tokens : int
+        Of a segment; 0: the whole sequence.
     constants : bool
         Which states there are.
     """
     places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
     sizes = [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
-    T, D, V = call.request.tokens, width(places["k"]), width(places["v"])
+    T, D, V = call.request.tokens, *(width(places[n]) for n in (next(iter(places)), "v"))
     B = 64 if max(D, V) <= 64 else WIDEST
     gated = {None: 0, "decay": 1, "log_gate": 2}[call.request.gate]
     power1, power2 = powers if gated else (0, 0)
-    for counts, first, strides in heads(batch, places, gated == 2):
+    parts, cut = (-(-T // tokens), True) if tokens else (1, False)
+    for counts, first, strides in heads(batch, places, gated == 2, cut=cut):
         own, rest = strides[: len(letters)], strides[len(letters) :]
         steps = {f"s{x}{e}": n for x, s in zip(letters, own, strict=True)
                  for e, n in zip("td", s[3:], strict=True)}  # fmt: skip
         fits = D % 8 == V % 8 == 0 and all(
-            s[4] == 1 and s[3] < FAR and not any(n % 8 for n in s[:4]) for s in own
+            s[4] == 1 and s[3] < FAR and not any(n % 8 for n in s[:4])
+            for s, x in zip(own, places.values(), strict=False)
+            if x is not None
         )
 
-        lead, after = [n for x in own for n in x[:3]], [n for x in rest for n in x]
+        lead = [n for x in own for n in x[:3]]
+        after: list[int | None] = []
+        for name, x in zip([*places][len(letters) :], rest, strict=True):
+            after += x if cut or name == "gate" else (*x[:3], None, *x[3:])
         made = [
             Kernel(
-                function, (math.prod(counts),), first, sizes,
-                *numbers, T, D, V, *counts[-2:], *(n // 8 if fast else n for n in lead), *after,
+                function, (math.prod(counts) * parts,), first, sizes,
+                *numbers, T, tokens or None, D, V, *counts[-2:],
+                *(n // 8 if fast else n for n in lead), *after,
                 **steps, GATE=gated, POWER1=power1, POWER2=power2, **constants, B=B,
                 WHOLE_D=D == B, WHOLE_V=V == B, FAST=fast, num_warps=4,
             )
@@ -134,20 +144,36 @@ def launched(
             yield Aligned(made[0], made[-1], len(letters)) if fits else made[0]
 
 
+def flipped(x: Ref | None) -> Ref | None:
+    """Return the transpose of a state."""
+    return x and x._replace(turned=not x.turned)
+
+
 def reverse(call: Call, s: Fused) -> Iterator[Do]:
     """Yield the sweep of dy, dv and dk, last token first."""
     from .hopper_reverse import reverse_kernel
 
+    gate = Ref("gate") if call.request.gate else None
+    if not s.launches[1].q:  # of segments: dy again, and of the two that make up Z half the sum
+        dy, half = s.launches
+        refs = dict.fromkeys(("q", "k", "v", "do", "y", "dy", "dv", "dk", "Z", "R", "end"))
+        refs |= {"q": dy.v[0], "v": dy.q[0], "do": dy.k[0], "R": flipped(dy.start[0])}
+        yield from launched(
+            call, reverse_kernel, dy.batch, refs | {"left": half.end[0], "gate": gate}, "qkvgyabc",
+            (dy.write, 1 / dy.write), (half.power, dy.power), dy.tokens,
+            READ=False, START1=False, START2=refs["R"] is not None, END1=True, END2=False,
+        )  # fmt: skip
+        return
     dy, dv, _, dk = s.launches
     refs = {
         "q": dy.v[0], "k": dk.q[0], "v": dy.q[0], "do": dv.v[0], "y": dv.q[0],
         "dy": dy.o[0], "dv": dv.o[0], "dk": dk.o[0],
         "Z": dk.start[0], "R": dv.start[0], "end": dv.end[0] if dv.end else None,
-        "gate": Ref("gate") if call.request.gate else None,
+        "left": None, "gate": gate,
     }  # fmt: skip
     yield from launched(
         call, reverse_kernel, dv.batch, refs, "qkvgyabc", (dv.write, 1 / dv.write),
-        (dk.power, dv.power),
+        (dk.power, dv.power), dv.tokens, READ=True, END1=False,
         START1=refs["Z"] is not None, START2=refs["R"] is not None, END2=refs["end"] is not None,
     )  # fmt: skip
     if any(dk.end):  # of the two that make up Z the kernel keeps the sum
@@ -159,7 +185,7 @@ def queries(call: Call, s: Fused) -> Iterator[Do]:
     from .hopper_queries import queries_kernel
 
     first, second = s.launches
-    S, F = (x and x._replace(turned=not x.turned) for x in (second.start[0], first.start[0]))
+    S, F = flipped(second.start[0]), flipped(first.start[0])
     refs = {
         "k": second.k[0], "v": first.k[0], "do": first.q[0], "y": first.v[0],
         "dy": second.q[0], "dq": first.o[0], "S": S, "F": F,
@@ -168,7 +194,7 @@ def queries(call: Call, s: Fused) -> Iterator[Do]:
     yield from launched(
         call, queries_kernel, first.batch, refs, "kvgyab", (first.read,),
         (second.power, first.power),
-        START1=S is not None, START2=F is not None,
+        tokens=first.tokens, START1=S is not None, START2=F is not None,
     )  # fmt: skip
 
 

@@ -316,7 +316,7 @@ NAMES = ("q", "k", "v", "o", "start", "end", "v2", "o2", "start2", "end2", "x", 
          "dots", "states")  # fmt: skip
 RANKS = {"gate": 0, "states": 3}  # the axes that are an operand's own; others have two
 # and these one more, of segments
-STATES = {"start", "end", "start1", "end1", "start2", "end2"}
+STATES = {"start", "end", "start1", "end1", "start2", "end2", "S", "F", "Z", "R", "left"}
 GATE = NAMES.index("gate")
 
 
