@@ -61,15 +61,18 @@ PLANNED = Runner(FAKE._replace(steps=step_of, rows=lambda request, where: owners
 @pytest.mark.parametrize("options", [
     {}, {"operator": "ahla"}, {"gate": "decay"}, {"gate": "log_gate", "operator": "ahla"},
     {"normalize": True}, {"scale": 0.5, "return_state": True}, {"D": 40, "ridge": 0.3},
-    {"return_state": True, "start": True, "gate": "decay"}, {"turned": True}, {"shared": "kv"},
+    {"return_state": True, "start": True, "gate": "decay"}, {"turned": True}, {"shared": "kv"}, {"gradient": False},
+    {"operator": "hla3", "gate": "log_gate", "D": 40, "return_state": True},
+    {"operator": "hla3", "start": True, "return_state": True, "scale": 0.7, "shared": "k"},
+    {"operator": "hla3", "normalize": True, "turned": True},
 ], ids=str)  # fmt: skip
 def test_planned(options):
     """What a call asks for is what the kernel is told, whatever the shapes and strides."""
     given = {"operator": "hla2", "gate": None, "D": 72, "start": False, "turned": False,
-             "shared": "", "normalize": False, "return_state": False} | options  # fmt: skip
+             "shared": "", "gradient": True, "normalize": False, "return_state": False} | options  # fmt: skip
     random = np.random.default_rng(0)
-    gate, D, start, turned, shared = (
-        given.pop(n) for n in ("gate", "D", "start", "turned", "shared")
+    gate, D, start, turned, shared, gradient = (
+        given.pop(n) for n in ("gate", "D", "start", "turned", "shared", "gradient")
     )
     T, V, batch = 70, 128 if D == 40 else 24, (2, 3)
     arrays = {}
@@ -85,7 +88,7 @@ def test_planned(options):
         _, state = hla.scan(**arrays, **given)
         arrays["initial_state"] = state
     names = {"decay": None, "log_gate": None, "scale": 1.0, "mask": "causal"} | arrays | given
-    request, inputs, _ = prepare(**names, gradient=True)
+    request, inputs, _ = prepare(**names, gradient=gradient)
     ran.clear()
     o, state, saved = PLANNED.forward(request, inputs)
     assert len(ran) == 1
@@ -109,8 +112,9 @@ def test_what_it_serves():
     assert served(operator="ahla", normalize=True) == ["ahla by two state owners"]
     assert served(v=q[..., :8], ridge=0.1) == ["hla2 by two state owners"]
     wide = np.ones((2, 3, 5, 129))
+    assert served(operator="hla3") == ["hla3 by two state owners"]
     for other in (
-        {"operator": "hla3"}, {"mask": "prefix"}, {"operator": "linear"}, {"v": wide},
+        {"mask": "prefix"}, {"operator": "linear"}, {"v": wide},
         {"convention": "paper", "decay": 0.5},
     ):  # fmt: skip
         assert served(**other) == []
