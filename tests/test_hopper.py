@@ -102,8 +102,9 @@ class Case:
                   self.start[1], self.end[1])  # fmt: skip
         steps = [strides(x, 2, unit if i < 5 else 1) for i, x in enumerate(arrays)]
         gates = (0,) * 4 if gate == 0 else (*strides(self.g, gate - 1), 0)[:4]
+        steps = [x if i < 5 else (*x[:3], None, *x[3:]) for i, x in enumerate(steps)]
         self.args = (*arrays, self.g, read1 * write1, write1, 1 / write1,
-                     read2 * write2, write2, 1 / write2, T, D, V, *heads[1:],
+                     read2 * write2, write2, 1 / write2, T, None, D, V, *heads[1:],
                      *(n for each in steps for n in each), *gates)  # fmt: skip
         self.constants = {
             "AHLA": ahla, "READ": read, "WIDE": wide, "KEEP": keep, "GATE": gate,
@@ -217,7 +218,7 @@ def test_heads_that_share_states_and_y(ahla):
 def test_third_order(options, scales):
     case = Case(0, **options)
     D, V = case.k.shape[-1], case.v.shape[-1]
-    random, T, keep = np.random.default_rng(1), case.v.shape[-2], options.get("keep")
+    random, T, keep = np.random.default_rng(1), case.v.shape[-2], options.get("keep", False)
     shapes = [(D, D), (D, V), (D, V)]
 
     def made(fill, dtype=np.float32, shapes=shapes):
@@ -231,16 +232,16 @@ def test_third_order(options, scales):
     states = [x for pair in zip(starts, ends, strict=True) for x in pair]
     unit, gate = (8 if options.get("fast", True) else 1), case.gate
     gates = (0,) * 4 if gate == 0 else (*strides(case.g, gate - 1), 0)[:4]
-    steps = [strides(x, 2, unit) for x in rows] + [strides(x, 2) for x in states]
+    steps = [strides(x, 2, unit) for x in rows]
+    steps += [(*x[:3], None, *x[3:]) for x in (strides(x, 2) for x in states)]
     tile = 64 * -(-D // 64)
     gluon_interpreter.run(
         hopper3.triple_kernel, (math.prod(case.heads) * -(-V // 64),), *rows, *states, case.g,
-        *scales, T, D, V, *case.heads[1:], *(n for each in steps for n in each), *gates,
-        exact=True, WIDE=options.get("wide", False), KEEP_Y=bool(keep), KEEP_U=bool(keep),
+        *scales, T, None, D, V, *case.heads[1:], *(n for each in steps for n in each), *gates,
+        exact=True, READ=True, WIDE=options.get("wide", False), KEEP_Y=keep, KEEP_U=keep,
         GATE=gate, POWER1=min(gate, 1), POWER2=3 * min(gate, 1), SCALED=scales != (1, 1, 1),
-        START_S=starts[0] is not None, END_S=ends[0] is not None,
-        START_P=starts[0] is not None, END_P=ends[0] is not None,
-        START_F=starts[0] is not None, END_F=ends[0] is not None,
+        **{f"START{i}": starts[0] is not None for i in (1, 2, 3)},
+        **{f"END{i}": ends[0] is not None for i in (1, 2, 3)},
         BD=tile, WHOLE_D=tile == D, WHOLE_V=V % 64 == 0, FAST=unit == 8,
     )  # fmt: skip
     for at in np.ndindex(*case.heads):
@@ -275,13 +276,16 @@ SHAPES = {
     "narrow": {},
     "o in float32": {"WIDE": True, "KEEP": True},
     "odd rows": {},
+    "segments": {"START1": True, "START2": True},
+    "segments, states alone": {"READ": False, "START1": True, "END2": True},
 }
-STATES3 = {f"{when}_{name}": True for when in ("START", "END") for name in "SPF"}
+STATES3 = {f"{when}{i}": True for when in ("START", "END") for i in (1, 2, 3)}
 THIRD = {
     "": {},
     "all": STATES3 | {"KEEP_Y": True, "KEEP_U": True, "SCALED": True},
     "64 keys": {"BD": 64},
     "o in float32": {"WIDE": True, "KEEP_Y": True},
+    "segments, states alone": {"READ": False, "START1": True, "START2": True, "END3": True},
 }
 KERNELS = [
     *(
@@ -294,11 +298,14 @@ KERNELS = [
     *((name, 0, shape) for name in ("hla2", "ahla") for shape in ("64 values", "narrow")),
     *(("hla2", 0, shape) for shape in ("y stored", "states", "o in float32")),
     ("ahla", 1, "odd rows"),
+    *((name, 0, shape) for name in ("hla2", "ahla") for shape in SHAPES if "segments" in shape),
+    ("hla2", 2, "segments"),
     *(("hla3", gate, "") for gate in (0, 1)),
     *(("hla3", 2, shape) for shape in THIRD),
 ]
-SPILLS = {"": 96, "states": 256, "all": 320, "o in float32": 256, "states alone": 128,
-          "odd rows": 2048}  # bytes a thread, most of them where addresses are made  # fmt: skip
+SPILLS = {"": 96, "segments": 176, "segments, states alone": 64, "states": 256, "all": 320,
+          "o in float32": 256, "states alone": 128, "odd rows": 2048}  # fmt: skip
+# bytes a thread, most of them where addresses are made; others 16
 SHARED = 227 * 1024
 
 
@@ -315,14 +322,14 @@ def prepared(name, gate, shape):
     present = {
         "p_y": given.get("KEEP") or given.get("KEEP_Y"), "p_u": given.get("KEEP_U"),
         "p_o": given.get("READ", True), "p_gate": gate > 0,
-        **{f"p_{n.lower()}": x for n, x in given.items() if re.match("(START|END)[12]", n)},
-        **{f"p_{n}": given.get(f"START_{n}") for n in "SPF"},
-        **{f"p_{n}e": given.get(f"END_{n}") for n in "SPF"},
+        **{f"p_{n.lower()}": x for n, x in given.items() if re.match("(START|END)[123]", n)},
     }  # fmt: skip
     signature, constants = {}, dict(given)
     for n in names:
         if n in given:
             signature[n] = "constexpr"
+        elif re.fullmatch("tokens|s[sefhSPF]e?n", n) and "segments" not in shape:
+            signature[n], constants[n] = "constexpr", None
         elif not n.startswith("p_"):
             signature[n] = "fp32" if re.match("scale|write|unwrite", n) else "i32"
         elif not present.get(n, True):

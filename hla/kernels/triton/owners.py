@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from ...core.programs import CAUSAL
 from ...core.request import Request
 from ...device.scan import Call
 from ...device.steps import Fused, Launch, Ref, Row
-from .launch import WIDEST, Kernel, capability, heads, width
+from .launch import WIDEST, Kernel, capability, heads, listed, width
 
 NAME = "{} by two state owners"
 OPERATORS = "hla2", "ahla", "hla3"
@@ -27,17 +28,14 @@ def version() -> tuple[int, ...]:
     return tuple(int(x) for x in triton.__version__.split(".")[:2])
 
 
-def rows(request: Request, where: torch.device) -> tuple[Row, ...]:
+def able(request: Request, where: torch.device) -> bool:
+    """Whether a device and this Triton run kernels of warpgroups in Gluon on such arrays."""
+    hopper = where.type == "cuda" and capability(where) == 9
+    return hopper and request.dtype == "bfloat16" and VERSIONS[0] <= version() <= VERSIONS[1]
+
+
+def rows(request: Request) -> tuple[Row, ...]:
     """Return the fused row of a request, where there is one; denominators are passes apart."""
-    if where.type != "cuda" or capability(where) != 9 or request.dtype != "bfloat16":
-        return ()
-    if not VERSIONS[0] <= version() <= VERSIONS[1]:
-        return ()
-    return passes(request)
-
-
-def passes(request: Request) -> tuple[Row, ...]:
-    """Return the fused row of what is asked, whatever the device."""
     D, V = request.k_shape[-1], request.v_shape[-1]
     if request.operator not in OPERATORS or not HALF < max(D, V) <= WIDEST:
         return ()
@@ -45,14 +43,14 @@ def passes(request: Request) -> tuple[Row, ...]:
     if request.empty or 0 in (D, V) or request.program.steps[: len(masked)] != masked:
         return ()
     steps = (s for s in request.passes if s.step < len(masked) and "|" not in s.out)
-    return (Row(NAME.format(request.operator), tuple(steps)),)
+    return (Row(NAME.format(request.operator), tuple(steps), segments=True),)
 
 
 class Owners(Kernel):
     """A kernel, and how it copies rows: by what the first call shows, and `alike` repeats."""
 
     rows = 5  # operands in front that are copied by rows
-    scalars_before = 11  # numbers in front of their strides
+    scalars_before = 12  # numbers in front of their strides
 
     def __call__(self, arrays: list[Any], addresses: list[Any], stream: int | None) -> None:
         """Launch it."""
@@ -78,7 +76,7 @@ class ThirdOrder(Owners):
     """The kernel of hla3."""
 
     rows = 6
-    scalars_before = 8
+    scalars_before = 9
 
 
 def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Kernel]:
@@ -115,10 +113,13 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Kernel]:
     given = {name: constants[name] for name in kernel.arg_names if name in constants}
     sizes = [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
     batch = broadcast(*(x.batch for x in fused.launches))
-    for counts, operands, strides in heads(batch, places, request.gate == "log_gate"):
+    T, tokens = request.tokens, first.tokens
+    parts, cut = (-(-T // tokens), True) if tokens else (1, False)
+    for counts, operands, strides in heads(batch, places, request.gate == "log_gate", cut=cut):
         yield make(
-            kernel, (math.prod(counts) * tiles,), operands, sizes, *factors, request.tokens, D, V,
-            *counts[-2:], *(n for own in strides for n in own), **given, num_warps=4,
+            kernel, (math.prod(counts) * parts * tiles,), operands, sizes, *factors, T,
+            tokens or None, D, V, *counts[-2:], *listed(places, strides, cut=cut), **given,
+            num_warps=4,
         )  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def pair(operator: str, fused: Fused) -> Operands:
     return refs, {
         "AHLA": operator == "ahla", "READ": refs["o"] is not None, "KEEP": refs["y"] is not None,
         "SCALED1": one.read != 1.0, "SCALED2": two.read != 1.0,
-        **{n.upper(): refs[n] is not None for n in ("start1", "end1", "start2", "end2")},
+        **{n.upper(): x is not None for n, x in refs.items() if n[-1] in "12"},
     }  # fmt: skip
 
 
@@ -149,11 +150,13 @@ def triple(operator: str, fused: Fused) -> Operands:
     """Return the same of hla3."""
     y, u, o = fused.launches
     refs: dict[str, Ref | None] = {"q": y.q[0], "k": y.k[0], "v": u.v[0]}
-    refs |= {"y": kept(fused, y), "u": kept(fused, u), "o": o.o[0]}
+    refs |= {"y": kept(fused, y), "u": kept(fused, u), "o": kept(fused, o)}
     constants: dict[str, Any] = {"SCALED": any(s.read != 1.0 for s in fused.launches)}
-    for name, s in zip("SPF", fused.launches, strict=True):
-        refs |= {name: next(iter(s.start), None), f"{name}'": next(iter(s.end), None)}
-        constants |= {
-            f"START_{name}": refs[name] is not None, f"END_{name}": refs[f"{name}'"] is not None
-        }  # fmt: skip
-    return refs, constants | {"KEEP_Y": refs["y"] is not None, "KEEP_U": refs["u"] is not None}
+    for i, s in enumerate(fused.launches, 1):
+        refs |= {f"start{i}": next(iter(s.start), None), f"end{i}": next(iter(s.end), None)}
+    constants |= {n.upper(): x is not None for n, x in refs.items() if n[-1] in "123"}
+    constants |= {f"KEEP_{n.upper()}": refs[n] is not None for n in "yu"}
+    return refs, constants | {"READ": refs["o"] is not None}
+
+
+KERNELS = {NAME.format(x): functools.partial(kernels, x) for x in OPERATORS}
