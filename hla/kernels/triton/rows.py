@@ -10,9 +10,10 @@ import torch
 from ...core.request import Request
 from ...device.scan import Call, Do
 from ...device.steps import Fused, Row
-from . import hopper_backward
+from . import hopper_backward, owners
 
 KERNELS: dict[str, Callable[[Call, Fused], Iterator[Do]]] = {  # by the row's name
+    **{owners.NAME.format(x): functools.partial(owners.kernels, x) for x in owners.OPERATORS},
     **hopper_backward.KERNELS,
 }
 
@@ -20,4 +21,4 @@ KERNELS: dict[str, Callable[[Call, Fused], Iterator[Do]]] = {  # by the row's na
 @functools.lru_cache(maxsize=1024)
 def rows(request: Request, where: torch.device) -> tuple[Row, ...]:
     """Return the fused kernels of a request, of either direction, the best first."""
-    return hopper_backward.rows(request, where)
+    return owners.rows(request, where) + hopper_backward.rows(request, where)
