@@ -87,8 +87,9 @@ class Case:
                   self.start[1], self.end[1])  # fmt: skip
         steps = [strides(x, 2, unit if i < 5 else 1) for i, x in enumerate(arrays)]
         gates = (0,) * 4 if gate == 0 else (*strides(self.g, gate - 1), 0)[:4]
+        steps = [x if i < 5 else (*x[:3], None, *x[3:]) for i, x in enumerate(steps)]
         self.args = (*arrays, self.g, read1 * write1, write1, 1 / write1,
-                     read2 * write2, write2, 1 / write2, T, D, V, *heads[1:],
+                     read2 * write2, write2, 1 / write2, T, None, D, V, *heads[1:],
                      *(n for each in steps for n in each), *gates)  # fmt: skip
         self.constants = {
             "AHLA": ahla, "READ": read, "WIDE": wide, "KEEP": keep, "GATE": gate,
@@ -202,6 +203,8 @@ SHAPES = {
     "narrow": {"WHOLE_D": False, "WHOLE_V": False},
     "o in float32": {"WIDE": True, "KEEP": True},
     "odd rows": {"WHOLE_D": False, "WHOLE_V": False, "FAST": False},
+    "segments": {"START1": True, "START2": True},
+    "segments, states alone": {"READ": False, "START1": True, "END2": True},
 }
 KERNELS = [
     *((ahla, gate, shape) for ahla in (False, True) for gate in (0, 1, 2) for shape in ("", "all")),
@@ -209,8 +212,10 @@ KERNELS = [
     *((ahla, 0, shape) for ahla in (False, True) for shape in ("64 values", "narrow")),
     *((False, 0, shape) for shape in ("y stored", "states", "o in float32")),
     (True, 1, "odd rows"),
+    *((ahla, 0, shape) for ahla in (False, True) for shape in SHAPES if "segments" in shape),
+    (False, 2, "segments"),
 ]
-SPILLS = {"": 96, "y stored": 16, "narrow": 16, "states": 256, "all": 256,
+SPILLS = {"segments": 176, "segments, states alone": 32, "": 96, "y stored": 16, "narrow": 16, "states": 256, "all": 256,
           "states alone": 128, "odd rows": 2048}  # bytes a thread; others 16  # fmt: skip
 SHARED = 227 * 1024
 
@@ -218,6 +223,7 @@ SHARED = 227 * 1024
 def prepared(ahla, gate, shape):
     """Return what `ahead` compiles for one case."""
     power1, power2 = GATED[gate]
+    segments = "segments" in shape
     given = {
         "AHLA": ahla, "READ": True, "WIDE": False, "KEEP": False, "GATE": gate,
         "POWER1": power1, "POWER2": power1 if ahla else power2, "SCALED1": False, "SCALED2": False,
@@ -239,6 +245,8 @@ def prepared(ahla, gate, shape):
             signature[name] = "*fp32" if wide else "*bf16"
             if not present[name]:
                 signature[name], constants[name] = "constexpr", None
+        elif re.fullmatch("tokens|s[sefh]n", name) and not segments:
+            signature[name], constants[name] = "constexpr", None
         else:
             signature[name] = "fp32" if re.match("scale|write|unwrite", name) else "i32"
     return {

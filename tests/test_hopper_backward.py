@@ -4,6 +4,7 @@ Exact, every float a float64, errors are those of the algebra; in bfloat16 they 
 """
 
 import dataclasses
+import importlib
 import types
 
 import ml_dtypes
@@ -61,19 +62,18 @@ def kernels(monkeypatch):
 
     def use(exact, seed=0):
         found = []
-        for name in ("reverse_kernel", "queries_kernel"):
-            kernel = getattr(hopper_backward, name)
-            found.append(Interpreted(kernel, exact, seed))
-            monkeypatch.setattr(hopper_backward, name, found[-1])
+        for name in ("reverse", "queries"):
+            module = importlib.import_module(f"hla.kernels.triton.hopper_{name}")
+            found.append(Interpreted(getattr(module, f"{name}_kernel"), exact, seed))
+            monkeypatch.setattr(module, f"{name}_kernel", found[-1])
         return found
 
-    monkeypatch.setattr(hopper_backward, "capability", lambda where: 9)
     return use
 
 
 def rows(request, where):
     """The rows of a request on an H100, also of float64."""
-    return hopper_backward.rows(dataclasses.replace(request, dtype="bfloat16"), CUDA)
+    return hopper_backward.rows(request)
 
 
 def gates(rng, gate, lead, T):
@@ -200,7 +200,7 @@ def test_bfloat16(kernels, operator, gate):
 def test_gradients_of_last_states(kernels, gate):
     """The reverse sweep begins from them; dS need not be symmetric."""
     rng, T, D, V = np.random.default_rng(3), 80, 128, 64
-    kernels(exact=True)
+    kernel, _ = kernels(exact=True)
     x = given(rng, T, D, V) | {"dS": rng.standard_normal((H, D, D))}
     x |= {"dF": rng.standard_normal((H, D, V)), "gate": np.full(H, 0.9)}
     decay = {"decay": 0.9} if gate else {}
@@ -218,7 +218,7 @@ def test_gradients_of_last_states(kernels, gate):
     )
     refs = {n: Ref(n) for n in names} | ({} if gate else {"gate": None})
     for do in hopper_backward.launched(
-        call, hopper_backward.reverse_kernel, (H,), refs, "qkvgyabc", (1.0, 1.0), (1, 2),
+        call, kernel, (H,), refs, "qkvgyabc", (1.0, 1.0), (1, 2),
         {"Z": True, "ADD": False, "START1": True, "START2": True, "END2": True},
     ):  # fmt: skip
         do(arrays, [a.data_ptr() for a in arrays], None)
@@ -234,25 +234,21 @@ def test_gradients_of_last_states(kernels, gate):
 
 
 def test_what_is_not_served():
-    """Other programs, wide heads, other types and the gradient of a gate take the passes."""
+    """Other programs, wide heads and the gradient of a gate take the passes."""
 
-    def served(dtype=torch.bfloat16, D=64, **options):
-        q, k, v = (torch.zeros(2, 8, D, dtype=dtype) for _ in "qkv")
+    def served(D=64, **options):
+        q, k, v = (torch.zeros(2, 8, D, dtype=torch.bfloat16) for _ in "qkv")
         options = {"operator": "hla2", "decay": None, "log_gate": None, "scale": 1.0} | options
         request, _, _ = prepare(q, k, v, gradient=True, **options)
-        return [row.name for row in hopper_backward.rows(request, CUDA)]
+        return [row.name for row in hopper_backward.rows(request)]
 
-    hopper_backward.capability, before = (lambda where: 9), hopper_backward.capability
-    try:
-        assert len(served()) == len(served(decay=0.5)) == len(served(scale=0.3)) == 2
-        assert len(served(operator="ahla")) == 3
-        gate = {"log_gate": torch.zeros(2, 8)}
-        for options in (
-            gate, {"dtype": torch.float32}, {"D": 130}, {"normalize": True}, {"ridge": 0.1},
-            {"operator": "hla3"}, {"operator": "linear"}, {"mask": "prefix"}, {"scale": 0.0},
-        ):  # fmt: skip
-            assert not served(**options), options
-        assert served(decay=0.5, convention="exact")
-        assert not served(decay=0.5, convention="paper")
-    finally:
-        hopper_backward.capability = before
+    assert len(served()) == len(served(decay=0.5)) == len(served(scale=0.3)) == 2
+    assert len(served(operator="ahla")) == 3
+    gate = {"log_gate": torch.zeros(2, 8)}
+    for options in (
+        gate, {"D": 130}, {"normalize": True}, {"ridge": 0.1}, {"operator": "hla3"},
+        {"operator": "linear"}, {"mask": "prefix"}, {"scale": 0.0},
+    ):  # fmt: skip
+        assert not served(**options), options
+    assert served(decay=0.5, convention="exact")
+    assert not served(decay=0.5, convention="paper")

@@ -55,21 +55,24 @@ def off(x, want):
     return np.linalg.norm(x - want) / np.linalg.norm(want)
 
 
-PLANNED = Runner(FAKE._replace(steps=step_of, rows=lambda request, where: owners.passes(request)))
+PLANNED = Runner(FAKE._replace(steps=step_of, rows=lambda request, where: owners.rows(request)))
 
 
 @pytest.mark.parametrize("options", [
     {}, {"operator": "ahla"}, {"gate": "decay"}, {"gate": "log_gate", "operator": "ahla"},
     {"normalize": True}, {"scale": 0.5, "return_state": True}, {"D": 40, "ridge": 0.3},
     {"return_state": True, "start": True, "gate": "decay"}, {"turned": True}, {"shared": "kv"},
+    {"tokens": 68, "return_state": True, "start": True, "gate": "log_gate"},
+    {"tokens": 32, "operator": "ahla", "gate": "decay"}, {"tokens": 32, "shared": "kv"},
 ], ids=str)  # fmt: skip
 def test_planned(options):
     """What a call asks for is what the kernel is told, whatever the shapes and strides."""
     given = {"operator": "hla2", "gate": None, "D": 72, "start": False, "turned": False,
-             "shared": "", "normalize": False, "return_state": False} | options  # fmt: skip
+             "shared": "", "normalize": False, "return_state": False,
+             "tokens": 0} | options  # fmt: skip
     random = np.random.default_rng(0)
-    gate, D, start, turned, shared = (
-        given.pop(n) for n in ("gate", "D", "start", "turned", "shared")
+    gate, D, start, turned, shared, tokens = (
+        given.pop(n) for n in ("gate", "D", "start", "turned", "shared", "tokens")
     )
     T, V, batch = 70, 128 if D == 40 else 24, (2, 3)
     arrays = {}
@@ -87,8 +90,8 @@ def test_planned(options):
     names = {"decay": None, "log_gate": None, "scale": 1.0, "mask": "causal"} | arrays | given
     request, inputs, _ = prepare(**names, gradient=True)
     ran.clear()
-    o, state, saved = PLANNED.forward(request, inputs)
-    assert len(ran) == 1
+    o, state, saved = PLANNED.forward(request, inputs, tokens)
+    assert len(ran) == (2 if tokens else 1)
     want = hla.scan(**arrays, **given)
     want, states = want if given["return_state"] else (want, ())
     assert off(o, want) < CLOSE
@@ -103,7 +106,7 @@ def test_what_it_serves():
 
     def served(v=q, **options):
         given = names | {"v": v, "operator": "hla2", "mask": "causal"} | options
-        return [x.name for x in owners.passes(prepare(**given, gradient=False)[0])]
+        return [x.name for x in owners.rows(prepare(**given, gradient=False)[0])]
 
     assert served() == ["hla2 by two state owners"]
     assert served(operator="ahla", normalize=True) == ["ahla by two state owners"]

@@ -360,24 +360,24 @@ def _mover(
         "scale1", "write1", "unwrite1", "scale2", "write2", "unwrite2", "T", "D", "V", "N1", "N2",
         "sq0", "sq1", "sq2", "sqt", "sqd", "sk0", "sk1", "sk2", "skt", "skd",
         "sv0", "sv1", "sv2", "svt", "svd", "sy0", "sy1", "sy2", "syt", "syd",
-        "so0", "so1", "so2", "sot", "sod", "ss0", "ss1", "ss2", "ssd", "ssv",
-        "se0", "se1", "se2", "sed", "sev", "sf0", "sf1", "sf2", "sfd", "sfv",
-        "sh0", "sh1", "sh2", "shd", "shv", "sg0", "sg1", "sg2", "sgt",
+        "so0", "so1", "so2", "sot", "sod", "ss0", "ss1", "ss2", "ssn", "ssd", "ssv",
+        "se0", "se1", "se2", "sen", "sed", "sev", "sf0", "sf1", "sf2", "sfn", "sfd", "sfv",
+        "sh0", "sh1", "sh2", "shn", "shd", "shv", "sg0", "sg1", "sg2", "sgt",
     ],
     do_not_specialize_on_alignment=["p_gate", "p_start1", "p_end1", "p_start2", "p_end2"],
 )  # fmt: skip
 def pair_kernel(
     p_q, p_k, p_v, p_y, p_o, p_start1, p_end1, p_start2, p_end2, p_gate,
-    scale1, write1, unwrite1, scale2, write2, unwrite2, T, D, V, N1, N2,
+    scale1, write1, unwrite1, scale2, write2, unwrite2, T, tokens, D, V, N1, N2,
     sq0, sq1, sq2, sqt, sqd,
     sk0, sk1, sk2, skt, skd,
     sv0, sv1, sv2, svt, svd,
     sy0, sy1, sy2, syt, syd,
     so0, so1, so2, sot, sod,
-    ss0, ss1, ss2, ssd, ssv,
-    se0, se1, se2, sed, sev,
-    sf0, sf1, sf2, sfd, sfv,
-    sh0, sh1, sh2, shd, shv,
+    ss0, ss1, ss2, ssn, ssd, ssv,
+    se0, se1, se2, sen, sed, sev,
+    sf0, sf1, sf2, sfn, sfd, sfv,
+    sh0, sh1, sh2, shn, shd, shv,
     sg0, sg1, sg2, sgt,
     AHLA: gl.constexpr,  # the first pass makes the values of the second; else its keys
     READ: gl.constexpr,  # o is asked, not the states alone
@@ -398,12 +398,35 @@ def pair_kernel(
     WHOLE_V: gl.constexpr,
     FAST: gl.constexpr,  # rows are of whole 16 bytes; strides of q, k, v, y and o count by 8
 ):  # fmt: skip
-    """One head."""
+    """One head; with ``tokens`` (None: the whole sequence) one segment of so many of it."""
     UNIT: gl.constexpr = 8 if FAST else 1
     BY: gl.constexpr = BV if AHLA else BD
-    i_2 = (gl.program_id(0) % N2).to(gl.int64)
-    i_1 = (gl.program_id(0) // N2 % N1).to(gl.int64)
-    i_0 = (gl.program_id(0) // N2 // N1).to(gl.int64)
+    i_head = gl.program_id(0)
+    if tokens is not None:
+        parts = (T + tokens - 1) // tokens
+        part, i_head = (i_head % parts).to(gl.int64), i_head // parts
+        first = part * tokens
+        T = gl.minimum(T - first, tokens).to(gl.int32)
+        p_q += first * sqt * UNIT
+        p_k += first * skt * UNIT
+        p_v += first * svt * UNIT
+        if KEEP:
+            p_y += first * syt * UNIT
+        if READ:
+            p_o += first * sot * UNIT
+        if GATE == 2:
+            p_gate += first * sgt
+        if START1:
+            p_start1 += part * ssn
+        if END1:
+            p_end1 += part * sen
+        if START2:
+            p_start2 += part * sfn
+        if END2:
+            p_end2 += part * shn
+    i_2 = (i_head % N2).to(gl.int64)
+    i_1 = (i_head // N2 % N1).to(gl.int64)
+    i_0 = (i_head // N2 // N1).to(gl.int64)
     p_q += (i_0 * sq0 + i_1 * sq1 + i_2 * sq2) * UNIT
     p_k += (i_0 * sk0 + i_1 * sk1 + i_2 * sk2) * UNIT
     p_v += (i_0 * sv0 + i_1 * sv1 + i_2 * sv2) * UNIT

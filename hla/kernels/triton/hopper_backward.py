@@ -33,17 +33,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
 from ...core.passes import Shape
 from ...core.programs import CAUSAL, adjoint
 from ...core.request import Request
 from ...device.scan import Call, Do
 from ...device.steps import Fused, Launch, Ref, Row
-from .hopper_queries import queries_kernel
-from .hopper_reverse import reverse_kernel
-from .launch import Kernel, capability, heads, passes, width
-from .owners import VERSIONS, version
+from .launch import Kernel, heads, passes, width
 
 HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
 AHLA = "ahla on Hopper: du, dk", "ahla on Hopper: dv, dk", "ahla on Hopper: dq"
@@ -51,11 +46,8 @@ WIDEST = 128  # columns of a tile
 FAR = 1 << 24  # elements between tokens: offsets inside a chunk have 32 bits
 
 
-def rows(request: Request, where: torch.device) -> tuple[Row, ...]:
+def rows(request: Request) -> tuple[Row, ...]:
     """Return the sweeps, where they do a request's adjoint."""
-    hopper = where.type == "cuda" and capability(where) == 9 and request.dtype == "bfloat16"
-    if not hopper or not VERSIONS[0] <= version() <= VERSIONS[1]:
-        return ()
     widths, gated = (request.k_shape[-1], request.v_shape[-1]), request.gate is not None
     plain = request.operator in ("hla2", "ahla") and not (request.normalize or request.empty)
     plain = plain and request.program.steps == CAUSAL[request.operator].steps
@@ -180,6 +172,8 @@ def _reverse(
     call: Call, refs: dict[str, Ref | None], x: Launch, powers: tuple[int, int], **constants: bool
 ) -> Iterator[Do]:
     """Yield a sweep from the last token, by the launch that leaves R."""
+    from .hopper_reverse import reverse_kernel
+
     refs["end"] = x.end[0] if x.end else None
     refs["gate"] = Ref("gate") if call.request.gate else None
     there = {"START1": "Z", "START2": "R", "END2": "end"}
@@ -190,6 +184,8 @@ def _reverse(
 
 def queries(call: Call, s: Fused) -> Iterator[Do]:
     """Yield the sweep of dq, first token first."""
+    from .hopper_queries import queries_kernel
+
     first, second = s.launches
     S, F = (x and x._replace(turned=not x.turned) for x in (second.start[0], first.start[0]))
     ahla = first.v == second.v  # the k of both passes

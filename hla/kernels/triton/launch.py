@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -256,11 +256,7 @@ def passes(call: Call, s: Launch) -> Iterator[Kernel]:
     for counts, first, strides in heads(s.batch, places, gated == 2, cut=s.tokens > 0):
         if not tiles * math.prod(counts):
             continue
-        every = [
-            n
-            for name, own in zip(NAMES[: GATE + 1], strides, strict=False)
-            for n in ((*own[:3], None, *own[3:]) if name in STATES and not s.tokens else own)
-        ]
+        every = listed(NAMES[: GATE + 1], strides, cut=s.tokens > 0)
         yield Kernel(
             pass_kernel, (math.prod(counts) * parts * tiles,), first, sizes,
             *scalars[:9], *counts[-2:], *every, *scalars[9:],
@@ -308,10 +304,19 @@ def heads(
         yield counts, first, [(*a, *(b or (0,))) for a, b in zip(strides, own, strict=True)]
 
 
+def listed(names: Iterable[str], strides: Iterable[Shape], *, cut: bool) -> list[int | None]:
+    """Return strides of operands one after the other; None of segments where there are none."""
+    found: list[int | None] = []
+    for name, own in zip(names, strides, strict=False):
+        found += own if cut or name not in STATES else (*own[:3], None, *own[3:])
+    return found
+
+
 NAMES = ("q", "k", "v", "o", "start", "end", "v2", "o2", "start2", "end2", "x", "qc", "kc", "gate",
          "dots", "states")  # fmt: skip
 RANKS = {"gate": 0, "states": 3}  # the axes that are an operand's own; others have two
-STATES = {"start", "end", "start2", "end2"}  # and these one more, of segments
+# and these one more, of segments
+STATES = {"start", "end", "start1", "end1", "start2", "end2"}
 GATE = NAMES.index("gate")
 
 

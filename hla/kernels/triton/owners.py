@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,13 +15,13 @@ from ...core.programs import CAUSAL
 from ...core.request import Request
 from ...device.scan import Call
 from ...device.steps import Fused, Ref, Row
-from .launch import WIDEST, Kernel, capability, heads, width
+from .launch import WIDEST, Kernel, capability, heads, listed, width
 
 NAME = "{} by two state owners"
 OPERATORS = "hla2", "ahla"
 VERSIONS = (3, 6), (3, 9)  # of Triton, whose Gluon is not the same from one to the next
 ROWS = 5  # operands in front that are copied by rows
-FIRST = 11  # place of their strides among the scalars
+FIRST = 12  # place of their strides among the scalars
 
 
 def version() -> tuple[int, ...]:
@@ -28,17 +29,14 @@ def version() -> tuple[int, ...]:
     return tuple(int(x) for x in triton.__version__.split(".")[:2])
 
 
-def rows(request: Request, where: torch.device) -> tuple[Row, ...]:
+def able(request: Request, where: torch.device) -> bool:
+    """Whether a device and this Triton run kernels of warpgroups in Gluon on such arrays."""
+    hopper = where.type == "cuda" and capability(where) == 9
+    return hopper and request.dtype == "bfloat16" and VERSIONS[0] <= version() <= VERSIONS[1]
+
+
+def rows(request: Request) -> tuple[Row, ...]:
     """Return the fused row of a request, where there is one; denominators are passes apart."""
-    if where.type != "cuda" or capability(where) != 9 or request.dtype != "bfloat16":
-        return ()
-    if not VERSIONS[0] <= version() <= VERSIONS[1]:
-        return ()
-    return passes(request)
-
-
-def passes(request: Request) -> tuple[Row, ...]:
-    """Return the fused row of what is asked, whatever the device."""
     D, V = request.k_shape[-1], request.v_shape[-1]
     if request.operator not in OPERATORS or not WIDEST // 2 < max(D, V) <= WIDEST:
         return ()
@@ -46,7 +44,7 @@ def passes(request: Request) -> tuple[Row, ...]:
     if request.empty or 0 in (D, V) or request.program.steps[: len(masked)] != masked:
         return ()
     steps = (s for s in request.passes if s.step < len(masked) and "|" not in s.out)
-    return (Row(NAME.format(request.operator), tuple(steps)),)
+    return (Row(NAME.format(request.operator), tuple(steps), segments=True),)
 
 
 class Pair(Kernel):
@@ -107,8 +105,13 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Kernel]:
     }  # fmt: skip
     sizes = [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
     batch = broadcast(one.batch, two.batch)
-    for counts, first, strides in heads(batch, places, request.gate == "log_gate"):
+    T, tokens = request.tokens, one.tokens
+    parts, cut = (-(-T // tokens), True) if tokens else (1, False)
+    for counts, first, strides in heads(batch, places, request.gate == "log_gate", cut=cut):
         yield Pair(
-            pair_kernel, (math.prod(counts),), first, sizes, *factors, request.tokens, D, V,
-            *counts[-2:], *(n for own in strides for n in own), **constants, num_warps=4,
+            pair_kernel, (math.prod(counts) * parts,), first, sizes, *factors, T, tokens or None,
+            D, V, *counts[-2:], *listed(places, strides, cut=cut), **constants, num_warps=4,
         )  # fmt: skip
+
+
+KERNELS = {NAME.format(x): functools.partial(kernels, x) for x in OPERATORS}

@@ -13,7 +13,7 @@ from ...device.steps import Fused, Row
 from . import hopper_backward, owners
 
 KERNELS: dict[str, Callable[[Call, Fused], Iterator[Do]]] = {  # by the row's name
-    **{owners.NAME.format(x): functools.partial(owners.kernels, x) for x in owners.OPERATORS},
+    **owners.KERNELS,
     **hopper_backward.KERNELS,
 }
 
@@ -21,4 +21,6 @@ KERNELS: dict[str, Callable[[Call, Fused], Iterator[Do]]] = {  # by the row's na
 @functools.lru_cache(maxsize=1024)
 def rows(request: Request, where: torch.device) -> tuple[Row, ...]:
     """Return the fused kernels of a request, of either direction, the best first."""
-    return owners.rows(request, where) + hopper_backward.rows(request, where)
+    if not owners.able(request, where):
+        return ()
+    return owners.rows(request) + hopper_backward.rows(request)
