@@ -1,4 +1,4 @@
-"""The sweeps of hla2's adjoint on Hopper, interpreted: against the core in float64.
+"""The sweeps of the adjoints of hla2 and ahla on Hopper, interpreted: against core in float64.
 
 Exact, every float a float64, errors are those of the algebra; in bfloat16 they are roundings.
 """
@@ -18,6 +18,7 @@ import gluon_interpreter  # noqa: E402
 
 import hla  # noqa: E402
 from hla.arguments import prepare  # noqa: E402
+from hla.core.ahla import AHLAState  # noqa: E402
 from hla.core.hla2 import HLA2State  # noqa: E402
 from hla.core.linear import LinearState  # noqa: E402
 from hla.device.scan import Call, Runner  # noqa: E402
@@ -92,7 +93,7 @@ def given(rng, T, D, V, lead=(H,), keys=None):
     return {n: rng.standard_normal((*b, T, w)) * w**-0.25 for n, (b, w) in sizes.items()}
 
 
-def gradients(arrays, options, dtype, start=None, layout=None, tokens=0):
+def gradients(arrays, options, dtype, start=None, layout=None, operator="hla2", tokens=0):
     """Those of the sweeps, and of the core in float64 by the same rounded arrays."""
     place = layout or (lambda x: x)
     tensors = {n: place(torch.tensor(x).to(dtype)) for n, x in arrays.items()}
@@ -105,15 +106,17 @@ def gradients(arrays, options, dtype, start=None, layout=None, tokens=0):
     if start is not None:
         inputs["initial_state"] = truth["initial_state"] = start
         inputs["initial_state"] = type(start)(*map(torch.tensor, start))
-    request, made, _ = prepare(**plain | inputs, operator="hla2", gradient=True)
+    request, made, _ = prepare(**plain | inputs, operator=operator, gradient=True)
     request = dataclasses.replace(request, gate_given=False)
     same = {n: options[n] for n in ("decay", "log_gate", "scale") if n in options}
-    _, pull = hla.vjp(**truth, **same, operator="hla2", backend="array_api")
+    _, pull = hla.vjp(**truth, **same, operator=operator, backend="array_api")
     want = pull(do)
-    S = None if start is None else LinearState(start.S, np.zeros(start.S.shape[:-1]))
-    y = hla.scan(exact["q"], exact["k"], exact["k"], operator="linear", initial_state=S, **same)
+    S = None if start is None else LinearState(start[0], np.zeros(start[0].shape[:-1]))
+    values = exact["k" if operator == "hla2" else "v"]
+    made_of = exact["q"], exact["k"], values
+    saved = hla.scan(*made_of, operator="linear", initial_state=S, **same)
     device = Runner(run.RUNNER.device._replace(rows=rows))
-    saved = [torch.tensor(y).to(dtype)]
+    saved = [torch.tensor(saved).to(dtype)]
     return device.backward(request, made, saved, tensors["do"], None, tokens), want
 
 
@@ -121,57 +124,74 @@ def close(got, want, most=EXACT):
     assert rms(got.double().numpy() - want) <= most * rms(want)
 
 
-CASES = [  # T, D, V, gate, whether there is a state
-    (130, 64, 64, None, False),
-    (200, 128, 128, "decay", True),
-    (64, 128, 128, "log_gate", False),
-    (67, 24, 40, "log_gate", True),
-    (1, 128, 96, "decay", True),
-    (70, 20, 100, None, False),  # rows of no whole 16 bytes
+CASES = [  # operator, T, D, V, gate, whether there is a state
+    ("hla2", 130, 64, 64, None, False),
+    ("hla2", 200, 128, 128, "decay", True),
+    ("hla2", 64, 128, 128, "log_gate", False),
+    ("hla2", 67, 24, 40, "log_gate", True),
+    ("hla2", 1, 128, 96, "decay", True),
+    ("hla2", 70, 20, 100, None, False),  # rows of no whole 16 bytes
+    ("ahla", 130, 64, 64, None, True),
+    ("ahla", 200, 128, 128, "decay", False),
+    ("ahla", 67, 24, 100, "log_gate", True),
+    ("ahla", 65, 100, 20, None, False),
 ]
 
 
-@pytest.mark.parametrize(("T", "D", "V", "gate", "states"), CASES)
-def test_gradients_are_exact(kernels, T, D, V, gate, states):
-    rng = np.random.default_rng(T)
-    made = kernels(exact=True, seed=T)
-    options = {"scale": 0.5} | gates(rng, gate, (H,), T)
-    start = None
-    if states:
-        start = HLA2State(*(rng.standard_normal((H, *s)) for s in ((D, D), (D, V), (D,))))
-    got, want = gradients(given(rng, T, D, V), options, torch.float64, start)
-    assert [len(kernel.ran) for kernel in made] == [1, 1]
-    assert made[0].ran[0]["FAST"] == (D % 8 == 0)
-    for name in ("dq", "dk", "dv"):
-        close(getattr(got, name), getattr(want, name))
-    if states:
-        close(got.dinitial_state.F, want.dinitial_state.F)
-        close(got.dinitial_state.S, want.dinitial_state.S, most=1e-6)  # by a pass in float32
+def runs(operator):
+    """How often the two kernels run."""
+    return [1, 1] if operator == "hla2" else [2, 1]
 
 
-@pytest.mark.parametrize(("D", "V", "gate", "states"), [
-    (128, 64, None, False), (40, 128, "decay", True), (64, 64, "log_gate", True),
+def first_state(rng, operator, D, V):
+    """A state of an operator."""
+    kind = {"hla2": HLA2State, "ahla": AHLAState}[operator]
+    matrices = {"S": (D, D), "F": (D, V), "P": (D, V), "E": (D, V)}
+    return kind(*(rng.standard_normal((H, *matrices.get(n, (D,)))) for n in kind._fields))
+
+
+@pytest.mark.parametrize(("operator", "D", "V", "gate", "states"), [
+    ("hla2", 128, 64, None, False), ("hla2", 40, 128, "decay", True),
+    ("hla2", 64, 64, "log_gate", True), ("ahla", 40, 64, "decay", True),
 ])  # fmt: skip
-def test_segments(kernels, monkeypatch, D, V, gate, states):
-    """Three, the last short: dy again for the states of Z, then both sweeps from states."""
+def test_segments(kernels, monkeypatch, operator, D, V, gate, states):
+    """Three, the last short: of hla2 dy again for the states of Z, then the sweeps from states."""
     rng, T = np.random.default_rng(4), 170
     monkeypatch.setattr(run, "limits", lambda *call: launch.WIDE._replace(period=80))
     made = kernels(exact=True)
     options = {"scale": 0.5} | gates(rng, gate, (H,), T)
-    start = None
-    if states:
-        start = HLA2State(*(rng.standard_normal((H, *s)) for s in ((D, D), (D, V), (D,))))
-    got, want = gradients(given(rng, T, D, V), options, torch.float64, start, tokens=80)
-    assert [[x.get("READ", True) for x in kernel.ran] for kernel in made] == [[False, True], [True]]
+    start = first_state(rng, operator, D, V) if states else None
+    arrays = given(rng, T, D, V)
+    got, want = gradients(arrays, options, torch.float64, start, operator=operator, tokens=80)
+    sweeps = [False, True] if operator == "hla2" else [True, True]
+    assert [[x.get("READ", True) for x in kernel.ran] for kernel in made] == [sweeps, [True]]
     for name in ("dq", "dk", "dv"):
         close(getattr(got, name), getattr(want, name), most=1e-6)  # carried in float32
     if states:
-        close(got.dinitial_state.F, want.dinitial_state.F, most=1e-6)
-        close(got.dinitial_state.S, want.dinitial_state.S, most=1e-6)
+        for x, y in zip(got.dinitial_state, want.dinitial_state, strict=True):
+            close(x, y, most=1e-6)
 
 
-@pytest.mark.parametrize("gate", [None, "log_gate"])
-def test_shared_keys_and_any_strides(kernels, gate):
+@pytest.mark.parametrize(("operator", "T", "D", "V", "gate", "states"), CASES)
+def test_gradients_are_exact(kernels, operator, T, D, V, gate, states):
+    rng = np.random.default_rng(T)
+    made = kernels(exact=True, seed=T)
+    options = {"scale": 0.5} | gates(rng, gate, (H,), T)
+    start = first_state(rng, operator, D, V) if states else None
+    arrays = given(rng, T, D, V)
+    got, want = gradients(arrays, options, torch.float64, start, operator=operator)
+    assert [len(kernel.ran) for kernel in made] == runs(operator)
+    assert made[0].ran[0]["FAST"] == (D % 8 == V % 8 == 0)
+    for name in ("dq", "dk", "dv"):
+        close(getattr(got, name), getattr(want, name))
+    for name in "SFPE" if states else "":
+        if hasattr(start, name):  # S by a pass in float32
+            x, y = (getattr(z.dinitial_state, name) for z in (got, want))
+            close(x, y, most=1e-6 if name == "S" else EXACT)
+
+
+@pytest.mark.parametrize(("operator", "gate"), [("hla2", "log_gate"), ("ahla", None)])
+def test_shared_keys_and_any_strides(kernels, operator, gate):
     """Gradients of keys that heads share are summed; tokens lie outside heads, features apart."""
     rng = np.random.default_rng(1)
     kernels(exact=True)
@@ -181,21 +201,24 @@ def test_shared_keys_and_any_strides(kernels, gate):
         lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
         lambda x: x.mT.contiguous().mT,
     ):
-        got, want = gradients(arrays, options, torch.float64, layout=layout)
+        got, want = gradients(arrays, options, torch.float64, layout=layout, operator=operator)
         for name in ("dq", "dk", "dv"):
             close(getattr(got, name), getattr(want, name))
 
 
-@pytest.mark.parametrize("gate", ["none", "decay", "log_gate"])
-def test_bfloat16(kernels, gate):
+@pytest.mark.parametrize(
+    ("operator", "gate"), [("hla2", "decay"), ("hla2", "log_gate"), ("ahla", None)]
+)
+def test_bfloat16(kernels, operator, gate):
     rng = np.random.default_rng(2)
     made = kernels(exact=False)
     options = {"scale": 1.0} | gates(rng, gate, (H,), 200)
-    got, want = gradients(given(rng, 200, 128, 128), options, torch.bfloat16)
-    assert [len(kernel.ran) for kernel in made] == [1, 1]
+    arrays = given(rng, 200, 128, 128)
+    got, want = gradients(arrays, options, torch.bfloat16, operator=operator)
+    assert [len(kernel.ran) for kernel in made] == runs(operator)
     for name in ("dq", "dk", "dv"):
         x, y = getattr(got, name).double().numpy(), getattr(want, name)
-        within_budget(x, y, "bfloat16", D=128, operator="hla2", gradient=True)
+        within_budget(x, y, "bfloat16", D=128, operator=operator, gradient=True)
 
 
 @pytest.mark.parametrize("gate", [None, "decay"])
@@ -220,8 +243,9 @@ def test_gradients_of_last_states(kernels, gate):
     )
     refs = {n: Ref(n) for n in names[:-1]} | {"left": None, "gate": Ref("gate") if gate else None}
     for do in hopper_backward.launched(
-        call, kernel, (H,), refs, "qkvgyabc", (1.0, 1.0), (1, 2),
-        READ=True, START1=True, START2=True, END1=False, END2=True,
+        call, kernel, (H,), refs, "qkvgyabc", (1.0, 1.0), (1, 2), 0,
+        {"Z": True, "ADD": False, "READ": True, "START1": True, "START2": True, "END1": False,
+         "END2": True},
     ):  # fmt: skip
         do(arrays, [a.data_ptr() for a in arrays], None)
     got = dict(zip(names, arrays, strict=True))
@@ -245,9 +269,10 @@ def test_what_is_not_served():
         return [row.name for row in hopper_backward.rows(request)]
 
     assert len(served()) == len(served(decay=0.5)) == len(served(scale=0.3)) == 2
+    assert len(served(operator="ahla")) == 3
     gate = {"log_gate": torch.zeros(2, 8)}
     for options in (
-        gate, {"D": 130}, {"normalize": True}, {"ridge": 0.1}, {"operator": "ahla"},
+        gate, {"D": 130}, {"normalize": True}, {"ridge": 0.1}, {"operator": "hla3"},
         {"operator": "linear"}, {"mask": "prefix"}, {"scale": 0.0},
     ):  # fmt: skip
         assert not served(**options), options

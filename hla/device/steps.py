@@ -228,6 +228,8 @@ def names(x: Any) -> set[str]:
     """Names of all arrays that a step, or a part of one, refers to."""
     if isinstance(x, Ref):
         return {x.name}
+    if isinstance(x, Fused):
+        return names(x.launches) - {*x.inner}
     return set().union(*map(names, x)) if isinstance(x, tuple) else set()
 
 

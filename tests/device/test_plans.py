@@ -219,12 +219,15 @@ def test_no_tokens_need_no_fused_row():
 
 
 def test_what_only_a_fused_row_reads_has_no_buffer():
-    request = dataclasses.replace(some(normalize=False)[2], gradient=False)
+    arrays, options, request, inputs, do = some(normalize=False)
+    request = dataclasses.replace(request, gradient=False)
     plan = plans.forward(request, Limits(), rows=small(request))
     (step,) = plan.steps
     assert step.inner == ("y",)
     assert set(plan.buffers) == {"o"}
+    assert plan.given == ("k", "q", "v")
     assert plan.saved == ()
+    agree({"o": FUSED.forward(request, inputs)[0]}, {"o": autograd(arrays, options, do, None)["o"]})
 
 
 @pytest.mark.parametrize("gate", [None, "decay", "log_gate"])

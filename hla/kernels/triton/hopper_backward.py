@@ -1,4 +1,4 @@
-"""hla2's adjoint on Hopper in two sweeps, as rows of the planner and their launches.
+"""The adjoints of hla2 and ahla on Hopper in sweeps, as rows of the planner and their launches.
 
 From q, k, v, the gradient do of the output and the saved y, with powers p of the gate:
 
@@ -13,6 +13,10 @@ not later (not earlier) than its column:
     owner of R   dY = V R' + up(V dO') Q     dV = Y R + up(Y Q') dO     R += Q' dO
     owner of Z   dK' = Z K' + dY' lo(Q K') + Q' lo(dY K')               Z += Q' dY + dY' Q
     of queries   dQ' = F dO' + Y' up(V dO') + S dY' + K' up(K dY')      F += Y' V, S += K' K
+
+ahla's are three sweeps of the same kernels: from R1 = sum q do' du = R1' k and a part of dk, R1 u;
+from R2 = sum q du' dv = R2' k and the other part, R2 v, which is added; queries have E and P for F
+and S, u and du for y and dy.
 
 Weights of a gate are those of `causal`: the reverse sweep reads its states by the weights of what
 is left of a chunk, and writes by those of what came before.
@@ -30,30 +34,35 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...core.passes import Shape
-from ...core.programs import CAUSAL, adjoint
+from ...core.programs import adjoint
 from ...core.request import Request
 from ...device.scan import Call, Do
-from ...device.steps import Fused, Ref, Row
+from ...device.steps import Fused, Launch, Ref, Row
 from .launch import Kernel, heads, passes, width
+from .owners import masked
 
-REVERSE, QUERIES = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
+HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
+AHLA = "ahla on Hopper: du, dk", "ahla on Hopper: dv, dk", "ahla on Hopper: dq"
 WIDEST = 128  # columns of a tile
 FAR = 1 << 24  # elements between tokens: offsets inside a chunk have 32 bits
 
 
 def rows(request: Request) -> tuple[Row, ...]:
-    """Return the two sweeps, where they do a request's adjoint."""
-    steps = tuple(s for s in request.passes if "|" not in s.out)
-    plain = request.program.steps == CAUSAL["hla2"].steps and not request.normalize
-    gated = request.gate_given and request.gate is not None  # its gradient asks for more
-    wide = max(request.k_shape[-1], request.v_shape[-1]) > WIDEST
-    if not plain or gated or wide or request.empty or request.scale == 0:
+    """Return the sweeps, where they do a request's adjoint."""
+    widths, gated = (request.k_shape[-1], request.v_shape[-1]), request.gate is not None
+    plain = request.operator in ("hla2", "ahla") and not (request.normalize or request.empty)
+    plain = plain and masked(request) == len(request.program.steps)
+    if not plain or request.scale == 0 or not 0 < min(widths) <= max(widths) <= WIDEST:
         return ()
-    back = adjoint(steps)
-    return (
-        Row(REVERSE, tuple(s for s in back if s.reverse), segments=True),
-        Row(QUERIES, tuple(s for s in back if not s.reverse), segments=True),
-    )
+    if gated and request.gate_given:  # its gradient asks for more
+        return ()
+    back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
+    queries = tuple(s for s in back if not s.reverse)
+    if request.operator == "hla2":
+        sweeps = tuple(s for s in back if s.reverse)
+        return Row(HLA2[0], sweeps, segments=True), Row(HLA2[1], queries, segments=True)
+    steps = (tuple(s for s in back if s.reverse and s.step == i) for i in (1, 0))
+    return tuple(Row(*row, segments=True) for row in zip(AHLA, (*steps, queries), strict=True))
 
 
 class Aligned:
@@ -70,8 +79,8 @@ class Aligned:
         """Launch one of them."""
         if self.chosen is None:
             starts = zip(self.aligned.slots(addresses), self.aligned.offsets, strict=True)
-            apart = [(p or 0) + n for p, n in itertools.islice(starts, self.rows)]
-            self.chosen = self.other if any(n % 16 for n in apart) else self.aligned
+            apart = [p and (p + n) % 16 for p, n in itertools.islice(starts, self.rows)]
+            self.chosen = self.other if any(apart) else self.aligned
         self.chosen(arrays, addresses, stream)
 
 
@@ -83,8 +92,8 @@ def launched(
     letters: str,
     numbers: tuple[float, ...],
     powers: tuple[int, int],
-    tokens: int = 0,
-    **constants: bool,
+    tokens: int,
+    constants: Mapping[str, bool],
 ) -> Iterator[Do]:
     """Yield what does a sweep.
 
@@ -106,24 +115,27 @@ def launched(
         Of the gate, by the passes of the program.
     tokens : int
         Of a segment; 0: the whole sequence.
-    constants : bool
-        Which states there are.
+    constants : mapping
+        What the kernel does, and then which states there are.
     """
     places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
     sizes = [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
-    T, D, V = call.request.tokens, *(width(places[n]) for n in (next(iter(places)), "v"))
+    T, D, V = call.request.tokens, width(places.get("q") or places["k"]), width(places["do"])
     B = 64 if max(D, V) <= 64 else WIDEST
     gated = {None: 0, "decay": 1, "log_gate": 2}[call.request.gate]
     power1, power2 = powers if gated else (0, 0)
+    does, states = (
+        {n: x for n, x in constants.items() if n.startswith(("START", "END")) == late}
+        for late in (False, True)
+    )
     parts, cut = (-(-T // tokens), True) if tokens else (1, False)
     for counts, first, strides in heads(batch, places, gated == 2, cut=cut):
         own, rest = strides[: len(letters)], strides[len(letters) :]
         steps = {f"s{x}{e}": n for x, s in zip(letters, own, strict=True)
                  for e, n in zip("td", s[3:], strict=True)}  # fmt: skip
         fits = D % 8 == V % 8 == 0 and all(
-            s[4] == 1 and s[3] < FAR and not any(n % 8 for n in s[:4])
-            for s, x in zip(own, places.values(), strict=False)
-            if x is not None
+            x is None or (s[4] == 1 and s[3] < FAR and not any(n % 8 for n in s[:4]))
+            for x, s in zip(first, own, strict=False)
         )
 
         lead = [n for x in own for n in x[:3]]
@@ -135,7 +147,7 @@ def launched(
                 function, (math.prod(counts) * parts,), first, sizes,
                 *numbers, T, tokens or None, D, V, *counts[-2:],
                 *(n // 8 if fast else n for n in lead), *after,
-                **steps, GATE=gated, POWER1=power1, POWER2=power2, **constants, B=B,
+                **steps, GATE=gated, **does, POWER1=power1, POWER2=power2, **states, B=B,
                 WHOLE_D=D == B, WHOLE_V=V == B, FAST=fast, num_warps=4,
             )
             for fast in ((True, False) if fits else (False,))
@@ -150,34 +162,53 @@ def flipped(x: Ref | None) -> Ref | None:
 
 
 def reverse(call: Call, s: Fused) -> Iterator[Do]:
-    """Yield the sweep of dy, dv and dk, last token first."""
-    from .hopper_reverse import reverse_kernel
-
-    gate = Ref("gate") if call.request.gate else None
+    """Yield hla2's sweep of dy, dv and dk, last token first."""
     if not s.launches[1].q:  # of segments: dy again, and of the two that make up Z half the sum
         dy, half = s.launches
-        refs = dict.fromkeys(("q", "k", "v", "do", "y", "dy", "dv", "dk", "Z", "R", "end"))
-        refs |= {"q": dy.v[0], "v": dy.q[0], "do": dy.k[0], "R": flipped(dy.start[0])}
-        yield from launched(
-            call, reverse_kernel, dy.batch, refs | {"left": half.end[0], "gate": gate}, "qkvgyabc",
-            (dy.write, 1 / dy.write), (half.power, dy.power), dy.tokens,
-            READ=False, START1=False, START2=refs["R"] is not None, END1=True, END2=False,
-        )  # fmt: skip
+        again = dict.fromkeys(("q", "k", "v", "do", "y", "dy", "dv", "dk", "Z", "R"))
+        again |= {"q": dy.v[0], "v": dy.q[0], "do": dy.k[0], "R": flipped(dy.start[0])}
+        constants = {"Z": True, "ADD": False, "READ": False}
+        yield from _reverse(call, again, dy, (half.power, dy.power), half.end[0], **constants)
         return
     dy, dv, _, dk = s.launches
-    refs = {
+    refs: dict[str, Ref | None] = {
         "q": dy.v[0], "k": dk.q[0], "v": dy.q[0], "do": dv.v[0], "y": dv.q[0],
-        "dy": dy.o[0], "dv": dv.o[0], "dk": dk.o[0],
-        "Z": dk.start[0], "R": dv.start[0], "end": dv.end[0] if dv.end else None,
-        "left": None, "gate": gate,
+        "dy": dy.o[0], "dv": dv.o[0], "dk": dk.o[0], "Z": dk.start[0], "R": dv.start[0],
     }  # fmt: skip
-    yield from launched(
-        call, reverse_kernel, dv.batch, refs, "qkvgyabc", (dv.write, 1 / dv.write),
-        (dk.power, dv.power), dv.tokens, READ=True, END1=False,
-        START1=refs["Z"] is not None, START2=refs["R"] is not None, END2=refs["end"] is not None,
-    )  # fmt: skip
+    yield from _reverse(call, refs, dv, (dk.power, dv.power), Z=True, ADD=False, READ=True)
     if any(dk.end):  # of the two that make up Z the kernel keeps the sum
         yield from passes(call, dk._replace(q=(), o=(), add=False, batch=dk.held))
+
+
+def one_state(call: Call, s: Fused) -> Iterator[Do]:
+    """Yield a sweep of ahla's, last token first: of du and its part of dk, or of dv and dk."""
+    dk, dx = s.launches
+    refs = {
+        "q": dk.v[0], "k": None, "v": dk.q[0], "do": dk.k[0], "y": dx.q[0],
+        "dk": dk.o[0], "dx": dx.o[0], "none": None, "Z": None, "R": dx.start[0],
+    }  # fmt: skip
+    yield from _reverse(call, refs, dx, (0, dx.power), Z=False, ADD=dk.add, READ=True)
+
+
+def _reverse(
+    call: Call,
+    refs: dict[str, Ref | None],
+    x: Launch,
+    powers: tuple[int, int],
+    left: Ref | None = None,
+    **constants: bool,
+) -> Iterator[Do]:
+    """Yield a sweep from the last token, by the launch that leaves R."""
+    from .hopper_reverse import reverse_kernel
+
+    refs |= {"end": x.end[0] if x.end else None, "left": left}
+    refs["gate"] = Ref("gate") if call.request.gate else None
+    there = {"START1": "Z", "START2": "R", "END1": "left", "END2": "end"}
+    constants |= {name: refs[n] is not None for name, n in there.items()}
+    factors = x.write, 1 / x.write
+    yield from launched(
+        call, reverse_kernel, x.batch, refs, "qkvgyabc", factors, powers, x.tokens, constants
+    )
 
 
 def queries(call: Call, s: Fused) -> Iterator[Do]:
@@ -186,16 +217,20 @@ def queries(call: Call, s: Fused) -> Iterator[Do]:
 
     first, second = s.launches
     S, F = flipped(second.start[0]), flipped(first.start[0])
+    ahla = first.v == second.v  # the k of both passes
+    v, y = (second.k[0], first.k[0]) if ahla else (first.k[0], first.v[0])
     refs = {
-        "k": second.k[0], "v": first.k[0], "do": first.q[0], "y": first.v[0],
-        "dy": second.q[0], "dq": first.o[0], "S": S, "F": F,
-        "gate": Ref("gate") if call.request.gate else None,
+        "k": second.v[0], "v": v, "do": first.q[0], "y": y, "dy": second.q[0],
+        "dq": first.o[0], "S": S, "F": F, "gate": Ref("gate") if call.request.gate else None,
     }  # fmt: skip
+    constants = {"AHLA": ahla, "START1": S is not None, "START2": F is not None}
+    powers, factors = (second.power, first.power), (first.read,)
     yield from launched(
-        call, queries_kernel, first.batch, refs, "kvgyab", (first.read,),
-        (second.power, first.power),
-        tokens=first.tokens, START1=S is not None, START2=F is not None,
-    )  # fmt: skip
+        call, queries_kernel, first.batch, refs, "kvgyab", factors, powers, first.tokens, constants
+    )
 
 
-KERNELS = {REVERSE: reverse, QUERIES: queries}
+KERNELS = {
+    **dict(zip(HLA2, (reverse, queries), strict=True)),
+    **dict(zip(AHLA, (one_state, one_state, queries), strict=True)),
+}

@@ -1,46 +1,31 @@
-"""What the sweeps of `hopper_backward` share: layouts, tiles in shared memory, weights of a gate.
+"""What the sweeps of `hopper_backward` share beyond `warpgroups`: copies, states and pairs.
 
-The weights of a gate (`causal` defines them) lie in shared memory, those of a log gate put there by
-the mover chunk by chunk, those of a decay once, of a whole chunk and of the last one. They are c_t
-in base 2 as two float32 numbers, exp(c_t), exp(c_last - c_t) and exp(c_last); a pass of power p
-takes the p-th powers.
+Strides of tokens and of columns are constants, so that what copies a chunk computes an address a
+thread and not one a row: a kernel is compiled for each (D, or heads times D).
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from ...device import elementwise
-
-copy = async_copy.async_load if hasattr(async_copy, "async_load") else (
-    async_copy.async_copy_global_to_shared
-)  # fmt: skip
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of a partition's threads
-
-RESET = gl.constexpr(-1e6)  # what a log gate of -inf becomes
-LEAST = gl.constexpr(elementwise.LEAST)  # what a decay of 0 becomes
-LOG2E = gl.constexpr(1.4426950408889634)
-
-W = gl.constexpr(64)  # tokens in a chunk
-WEIGHTS = gl.constexpr(5)  # lists of a chunk: c in two parts, before, after, total
-HIGH, LOW, BEFORE, AFTER, TOTAL = (gl.constexpr(i) for i in range(5))
-
-# Layouts: of tiles in shared memory, of accumulators by their width, of what registers feed
-TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-LIST = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0]))
-ACC64 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-ACC128 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-A64 = gl.constexpr(gl.DotOperandLayout(0, ACC64.value, 2))
-A128 = gl.constexpr(gl.DotOperandLayout(0, ACC128.value, 2))
-ROWS64 = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # by 16 bytes a thread
-ROWS128 = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
-TOKENS = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))  # a chunk in each warp
-
-
-@gluon.jit
-def _sum(a, b):
-    return a + b
+from .warpgroups import (
+    A64,
+    ACC64,
+    ACC128,
+    LEAST,
+    LISTS,
+    LOG2E,
+    RESET,
+    ROWS64,
+    ROWS128,
+    TOKENS,
+    UNTIL,
+    W,
+    add,
+    copy,
+    load_gate,
+    put_weights,
+)
 
 
 @gluon.jit
@@ -55,41 +40,28 @@ def _power(x, POWER: gl.constexpr):
 
 
 @gluon.jit
-def _put_weights(weights, slot, c, last):
-    """Leave the weights of a chunk, by the sums of its gate in base 2, [W], float64."""
-    at = slot * WEIGHTS
-    high = c.to(gl.float32)
-    weights.index(at + HIGH).store(high)
-    weights.index(at + LOW).store((c - high.to(gl.float64)).to(gl.float32))
-    weights.index(at + BEFORE).store(gl.exp2(high))
-    weights.index(at + AFTER).store(gl.exp2((last - c).to(gl.float32)))
-    weights.index(at + TOTAL).store(gl.exp2((last + c * 0.0).to(gl.float32)))
-
-
-@gluon.jit
 def _weigh(weights, slot, row: gl.constexpr, layout: gl.constexpr):
     """Return one list of a chunk's weights, [W]."""
-    return weights.index(slot * WEIGHTS + row).load(layout)
+    return weights.index(slot * LISTS + row).load(layout)
 
 
 @gluon.jit
-def _put_decay(weights, p_gate, T, chunks):
+def _put_decay(weights, ends, p_gate, T, chunks):
     """Leave the weights of a decay: of a whole chunk, and of the last one."""
     g = gl.load(p_gate).to(gl.float64)
     log_g = gl.log(gl.where(g < LEAST, LEAST, g)) * LOG2E  # not maximum: a NaN stays
     t = gl.arange(0, W, layout=TOKENS)
     rest = T - (chunks - 1) * W
-    _put_weights(weights, 0, (t + 1) * log_g, W * log_g)
-    _put_weights(weights, 1, gl.where(t < rest, t + 1, rest) * log_g, rest * log_g)
+    put_weights(weights, ends, 0, (t + 1) * log_g, W * log_g)
+    put_weights(weights, ends, 1, gl.where(t < rest, t + 1, rest) * log_g, rest * log_g)
 
 
 @gluon.jit
-def _put_gate(weights, slot, p_gate, sgt, row, T):
+def _put_gate(weights, ends, slot, p_gate, sgt, row, T):
     """Leave the weights of a chunk by its log gate; zeros past the last token."""
-    t = row + gl.arange(0, W, layout=TOKENS)
-    a = gl.load(p_gate + t.to(gl.int64) * sgt, mask=t < T, other=0.0)
-    a = gl.where(a < RESET, RESET, a).to(gl.float64) * LOG2E  # not maximum: a NaN stays
-    _put_weights(weights, slot, gl.associative_scan(a, 0, _sum), gl.sum(a, 0))
+    a = load_gate(p_gate, sgt, row, T).to(gl.float64) * LOG2E
+    a = gl.where(a < RESET, RESET, a)  # not maximum: a NaN stays
+    put_weights(weights, ends, slot, gl.associative_scan(a, 0, add), gl.sum(a, 0))
 
 
 @gluon.jit
@@ -160,17 +132,17 @@ def _fetch(
 @gluon.jit
 def _put(
     p, tile, row, T, width, st: gl.constexpr, sd: gl.constexpr,
-    B: gl.constexpr, FAST: gl.constexpr, WHOLE: gl.constexpr,
+    B: gl.constexpr, FAST: gl.constexpr, WHOLE: gl.constexpr, ADD: gl.constexpr = False,
 ):  # fmt: skip
-    """Copy a chunk's rows from shared memory, few at a time: registers."""
+    """Copy a chunk's rows from shared memory, or add them; few at a time: registers."""
     p += row.to(gl.int64) * st
     for i in gl.static_range(W // 16):
         t, d, m = _there(row, T, width, i * 16, 16, B, FAST, WHOLE)
         x = tile.slice(i * 16, 16, 0).load(ROWS128 if B == 128 else ROWS64)
-        if FAST:
-            gl.store(p + (t * st + d), x, mask=m)
-        else:
-            gl.store(p + (t.to(gl.int64) * st + d.to(gl.int64) * sd), x, mask=m)
+        to = p + (t * st + d) if FAST else p + (t.to(gl.int64) * st + d.to(gl.int64) * sd)
+        if ADD:
+            x = (x.to(gl.float32) + gl.load(to, mask=m, other=0.0).to(gl.float32)).to(gl.bfloat16)
+        gl.store(to, x, mask=m)
 
 
 @gluon.jit
@@ -186,15 +158,11 @@ def _put_pairs(tile, a, weights, slot, UP: gl.constexpr, POWER: gl.constexpr):
     s = gl.arange(0, W, layout=gl.SliceLayout(1, ACC64))[:, None]
     t = gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))[None, :]
     if POWER > 0:
-        high = (
-            _weigh(weights, slot, HIGH, gl.SliceLayout(0, ACC64))[None, :]
-            - (_weigh(weights, slot, HIGH, gl.SliceLayout(1, ACC64))[:, None])
+        span = (
+            _weigh(weights, slot, UNTIL, gl.SliceLayout(0, ACC64))[None, :]
+            - (_weigh(weights, slot, UNTIL, gl.SliceLayout(1, ACC64))[:, None])
         )
-        low = (
-            _weigh(weights, slot, LOW, gl.SliceLayout(0, ACC64))[None, :]
-            - (_weigh(weights, slot, LOW, gl.SliceLayout(1, ACC64))[:, None])
-        )
-        a *= gl.exp2((high + low) * (POWER if UP else -POWER))  # where it overflows no pair is
+        a *= gl.exp2(span * (POWER if UP else -POWER))  # where it overflows no pair is
     a = gl.where((s <= t) if UP else (s >= t), a, 0.0)
     tile.store(a.to(gl.bfloat16))
 
@@ -213,6 +181,6 @@ def _weighed(x, weights, slot, ROW: gl.constexpr, POWER: gl.constexpr, A: gl.con
 
 
 @gluon.jit
-def _total(S, weights, slot, POWER: gl.constexpr, ACC: gl.constexpr):
+def _total(S, ends, slot, POWER: gl.constexpr, ACC: gl.constexpr):
     """Return a state as it is a chunk later."""
-    return S * _power(_weigh(weights, slot, TOTAL, gl.SliceLayout(1, ACC)), POWER)[:, None]
+    return S * _power(ends.index(slot).load(gl.SliceLayout(1, ACC)), POWER)[:, None]

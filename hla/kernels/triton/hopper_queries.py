@@ -18,16 +18,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_parts import (
-    A64,
-    A128,
-    ACC64,
-    ACC128,
-    AFTER,
-    BEFORE,
-    LIST,
-    TILE,
-    WEIGHTS,
-    W,
     _fetch,
     _operand,
     _pairs,
@@ -41,15 +31,28 @@ from .hopper_parts import (
     _total,
     _weigh,
     _weighed,
+)
+from .warpgroups import (
+    A64,
+    A128,
+    ACC64,
+    ACC128,
+    AFTER,
+    BEFORE,
+    LIST,
+    LISTS,
+    TILE,
+    W,
     barrier,
-)  # fmt: skip
+)
 
 
 @gluon.jit
 def _owner_f(
-    ks, vs, gs, ys, es, outs, tiles, weights, full, free, there, stored, chunks, zero,
+    ks, vs, gs, ys, es, outs, tiles, weights, ends, full, free, there, stored, chunks, zero,
     p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
-    H: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
+    H: gl.constexpr, AHLA: gl.constexpr,
+    B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
     POWER1: gl.constexpr, POWER2: gl.constexpr, START1: gl.constexpr, START2: gl.constexpr,
 ):  # fmt: skip
     """Own 64 rows of F, [D, V], and of S, [D, D]: make as many columns of dq."""
@@ -57,49 +60,61 @@ def _owner_f(
     A: gl.constexpr = A128 if B == 128 else A64
     ROW: gl.constexpr = 64 * H
     F = _state(p_start2, ssd, ssv, D, V, 1.0, ROW, B, START2)
-    S = _state(p_start1, szd, sze, D, D, 1.0, ROW, B, START1)
+    S = _state(p_start1, szd, sze, D, V if AHLA else D, 1.0, ROW, B, START1)
     z = zero
     for c in range(chunks):
         s, h, z = c % STAGES, c % 2, z & c
         slot = _slot(c, s, chunks, GATE)
         tile1, tile2 = tiles.index(z + 2 * H), tiles.index(z + 2 * H + 1)
-        b_k, b_v, b_g, b_y, b_e = ks.index(s), vs.index(s), gs.index(s), ys.index(s), es.index(s)
+        b_k, b_g, b_e = ks.index(s), gs.index(s), es.index(s)
+        if AHLA:  # E += k' u, P += k' v
+            b_x, b_y, b_z = ys.index(s), b_k, vs.index(s)
+        else:  # F += y' v, S += k' k
+            b_x, b_y, b_z = vs.index(s), ys.index(s), b_k
         kT, yT = b_k.permute((1, 0)).slice(ROW, 64, 0), b_y.permute((1, 0)).slice(ROW, 64, 0)
         mbarrier.wait(full.index(s), (c // STAGES) & 1)
         fence_async_shared()
-        a, b = _pairs(b_v, b_g), _pairs(b_k, b_e)
-        a, b = warpgroup_mma_wait(1, deps=[a, b])
-        _put_pairs(tile2, a, weights, slot, True, POWER2)
+        if POWER1 > 0:  # one after the other, here and below, else registers would not suffice
+            a = warpgroup_mma_wait(0, deps=[_pairs(b_x, b_g)])
+            _put_pairs(tile2, a, weights, slot, True, POWER2)
+            b = _pairs(b_z, b_e)
+        else:
+            a, b = _pairs(b_x, b_g), _pairs(b_z, b_e)
+            a, b = warpgroup_mma_wait(1, deps=[a, b])
+            _put_pairs(tile2, a, weights, slot, True, POWER2)
         b = warpgroup_mma_wait(0, deps=[b])
         _put_pairs(tile1, b, weights, slot, True, POWER1)
         fence_async_shared()
         barrier()
+        gT, eT = b_g.permute((1, 0)), b_e.permute((1, 0))
         o = gl.zeros([64, W], gl.float32, ACC64)
-        o = warpgroup_mma(_operand(F), b_g.permute((1, 0)), o, use_acc=False, is_async=True)
-        if POWER2 > 0:
+        o = warpgroup_mma(_operand(F), gT, o, use_acc=False, is_async=True)
+        if POWER1 > 0:
             o = warpgroup_mma_wait(0, deps=[o])
             before = _weigh(weights, slot, BEFORE, gl.SliceLayout(0, ACC64))[None, :]
-            o *= _power(before, POWER2)
-            e = gl.zeros([64, W], gl.float32, ACC64)
-            e = warpgroup_mma(_operand(S), b_e.permute((1, 0)), e, use_acc=False, is_async=True)
-            e = warpgroup_mma_wait(0, deps=[e])
-            o += e * _power(before, POWER1)
+            if POWER2 > POWER1:
+                o *= _power(before, POWER2 - POWER1)
+            o = warpgroup_mma(_operand(S), eT, o, is_async=True)
+            o = warpgroup_mma_wait(0, deps=[o])
+            o *= _power(before, POWER1)
             o = warpgroup_mma(yT, tile2, o, is_async=True)
             o = warpgroup_mma(kT, tile1, o, is_async=True)
-        else:  # one state after the other: registers
+        else:
             o = warpgroup_mma(yT, tile2, o, is_async=True)
             o = warpgroup_mma(kT, tile1, o, is_async=True)
             o = warpgroup_mma_wait(0, deps=[o])
-            o = warpgroup_mma(_operand(S), b_e.permute((1, 0)), o, is_async=True)
+            o = warpgroup_mma(_operand(S), eT, o, is_async=True)
         o = warpgroup_mma_wait(0, deps=[o])
-        if POWER2 > 0:
-            F = _total(F, weights, slot, POWER2, ACC)
-            F = warpgroup_mma(_weighed(yT, weights, slot, AFTER, POWER2, A), b_v, F, is_async=True)
-            S = _total(S, weights, slot, POWER1, ACC)
-            S = warpgroup_mma(_weighed(kT, weights, slot, AFTER, POWER1, A), b_k, S, is_async=True)
+        if POWER1 > 0:
+            F = _total(F, ends, slot, POWER2, ACC)
+            w_y = _weighed(yT, weights, slot, AFTER, POWER2, A)
+            F = warpgroup_mma(w_y, b_x, F, is_async=True)
+            S = _total(S, ends, slot, POWER1, ACC)
+            w_k = _weighed(kT, weights, slot, AFTER, POWER1, A)
+            S = warpgroup_mma(w_k, b_z, S, is_async=True)
         else:
-            F = warpgroup_mma(yT, b_v, F, is_async=True)
-            S = warpgroup_mma(kT, b_k, S, is_async=True)
+            F = warpgroup_mma(yT, b_x, F, is_async=True)
+            S = warpgroup_mma(kT, b_z, S, is_async=True)
         mbarrier.wait(stored.index(h), ((c // 2) & 1) ^ 1)
         out = outs.index(h).permute((1, 0)).slice(ROW, 64, 0)
         out.store((o * scale).to(gl.bfloat16))
@@ -110,13 +125,15 @@ def _owner_f(
 
 @gluon.jit
 def _mover_f(
-    p_k, p_v, p_g, p_y, p_e, p_dq, p_gate, ks, vs, gs, ys, es, outs, weights,
+    p_k, p_v, p_g, p_y, p_e, p_dq, p_gate, ks, vs, gs, ys, es, outs, weights, ends,
     full, free, there, stored, chunks, T, D, V,
     skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sft,
-    B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, FAST: gl.constexpr,
-    WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
+    AHLA: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
+    FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
 ):  # fmt: skip
     """Load what the owners read; store dq."""
+    MADE = V if AHLA else D  # columns of u, du or y, dy
+    WHOLE: gl.constexpr = WHOLE_V if AHLA else WHOLE_D
     for c in range(chunks + STAGES):
         s, e = c % STAGES, c - STAGES
         row = c * W
@@ -125,12 +142,12 @@ def _mover_f(
             _fetch(ks.index(s), p_k, row, T, D, skt, skd, B, FAST, WHOLE_D)
             _fetch(vs.index(s), p_v, row, T, V, svt, svd, B, FAST, WHOLE_V)
             _fetch(gs.index(s), p_g, row, T, V, sgt, sgd, B, FAST, WHOLE_V)
-            _fetch(ys.index(s), p_y, row, T, D, syt, syd, B, FAST, WHOLE_D)
-            _fetch(es.index(s), p_e, row, T, D, sat, sad, B, FAST, WHOLE_D)
+            _fetch(ys.index(s), p_y, row, T, MADE, syt, syd, B, FAST, WHOLE)
+            _fetch(es.index(s), p_e, row, T, MADE, sat, sad, B, FAST, WHOLE)
             if FAST:
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
             if GATE == 2:
-                _put_gate(weights, s, p_gate, sft, row, T)
+                _put_gate(weights, ends, s, p_gate, sft, row, T)
             if GATE == 2 or not FAST:
                 mbarrier.arrive(full.index(s), count=1)
         if c >= STAGES:
@@ -175,6 +192,7 @@ def queries_kernel(
     sbt: gl.constexpr,
     sbd: gl.constexpr,
     GATE: gl.constexpr,  # 0 none, 1 decay, 2 log_gate
+    AHLA: gl.constexpr,  # u and du come as y and dy, and S, F are P, E
     POWER1: gl.constexpr,  # of S
     POWER2: gl.constexpr,  # of F
     START1: gl.constexpr,
@@ -230,8 +248,9 @@ def queries_kernel(
     es = gl.allocate_shared_memory(gl.bfloat16, [STAGES, W, B], TILE)
     outs = gl.allocate_shared_memory(gl.bfloat16, [2, W, B], TILE)
     tiles = gl.allocate_shared_memory(gl.bfloat16, [2 * HALVES, W, W], TILE)
-    SLOTS: gl.constexpr = (STAGES if GATE == 2 else 2) * WEIGHTS
-    weights = gl.allocate_shared_memory(gl.float32, [SLOTS, W], LIST)
+    SLOTS: gl.constexpr = STAGES if GATE == 2 else 2
+    weights = gl.allocate_shared_memory(gl.float32, [SLOTS * LISTS, W], LIST)
+    ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     there = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -244,27 +263,27 @@ def queries_kernel(
         mbarrier.init(there.index(i), count=HALVES)
         mbarrier.init(stored.index(i), count=1)
     if GATE == 1:
-        _put_decay(weights, p_gate, T, chunks)
+        _put_decay(weights, ends, p_gate, T, chunks)
     fence_async_shared()
     barrier()
     if HALVES == 2:
         gl.warp_specialize(
             [
                 (_owner_f, (
-                    ks, vs, gs, ys, es, outs, tiles, weights, full, free, there, stored, chunks,
-                    T >> 31, p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
-                    0, B, STAGES, GATE, POWER1, POWER2, START1, START2,
+                    ks, vs, gs, ys, es, outs, tiles, weights, ends, full, free, there, stored,
+                    chunks, T >> 31, p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
+                    0, AHLA, B, STAGES, GATE, POWER1, POWER2, START1, START2,
                 )),
                 (_owner_f, (
-                    ks, vs, gs, ys, es, outs, tiles, weights, full, free, there, stored, chunks,
-                    T >> 31, p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
-                    1, B, STAGES, GATE, POWER1, POWER2, START1, START2,
+                    ks, vs, gs, ys, es, outs, tiles, weights, ends, full, free, there, stored,
+                    chunks, T >> 31, p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
+                    1, AHLA, B, STAGES, GATE, POWER1, POWER2, START1, START2,
                 )),
                 (_mover_f, (
-                    p_k, p_v, p_g, p_y, p_e, p_dq, p_gate, ks, vs, gs, ys, es, outs, weights,
+                    p_k, p_v, p_g, p_y, p_e, p_dq, p_gate, ks, vs, gs, ys, es, outs, weights, ends,
                     full, free, there, stored, chunks, T, D, V,
                     skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sft,
-                    B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
+                    AHLA, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
                 )),
             ],
             [4, 4],
@@ -274,15 +293,15 @@ def queries_kernel(
         gl.warp_specialize(
             [
                 (_owner_f, (
-                    ks, vs, gs, ys, es, outs, tiles, weights, full, free, there, stored, chunks,
-                    T >> 31, p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
-                    0, B, STAGES, GATE, POWER1, POWER2, START1, START2,
+                    ks, vs, gs, ys, es, outs, tiles, weights, ends, full, free, there, stored,
+                    chunks, T >> 31, p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
+                    0, AHLA, B, STAGES, GATE, POWER1, POWER2, START1, START2,
                 )),
                 (_mover_f, (
-                    p_k, p_v, p_g, p_y, p_e, p_dq, p_gate, ks, vs, gs, ys, es, outs, weights,
+                    p_k, p_v, p_g, p_y, p_e, p_dq, p_gate, ks, vs, gs, ys, es, outs, weights, ends,
                     full, free, there, stored, chunks, T, D, V,
                     skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sft,
-                    B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
+                    AHLA, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
                 )),
             ],
             [4],

@@ -21,16 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_parts import (
-    A64,
-    A128,
-    ACC64,
-    ACC128,
-    AFTER,
-    BEFORE,
-    LIST,
-    TILE,
-    WEIGHTS,
-    W,
     _fetch,
     _leave,
     _operand,
@@ -45,8 +35,20 @@ from .hopper_parts import (
     _total,
     _weigh,
     _weighed,
+)
+from .warpgroups import (
+    A64,
+    A128,
+    ACC64,
+    ACC128,
+    AFTER,
+    BEFORE,
+    LIST,
+    LISTS,
+    TILE,
+    W,
     barrier,
-)  # fmt: skip
+)
 
 
 @gluon.jit
@@ -67,7 +69,7 @@ def _rows(
 
 @gluon.jit
 def _owner_r(
-    qs, vs, gs, ys, copies, tiles, weights, full, dy_there, dv_there, chunks, zero,
+    qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there, chunks, zero,
     p_start, ssd, ssv, p_end, sed, sev, D, V, scale, unscale,
     HALVES: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
     GATE: gl.constexpr, POWER: gl.constexpr, READ: gl.constexpr,
@@ -107,11 +109,11 @@ def _owner_r(
             b_y.store((dv * scale).to(gl.bfloat16))
         qT = b_q.permute((1, 0))
         if POWER > 0:
-            R0 = _total(R0, weights, slot, POWER, ACC)
+            R0 = _total(R0, ends, slot, POWER, ACC)
             x = _weighed(qT.slice(0, 64, 0), weights, slot, BEFORE, POWER, A)
             R0 = warpgroup_mma(x, b_g, R0, is_async=True)
             if HALVES == 2:
-                R1 = _total(R1, weights, slot, POWER, ACC)
+                R1 = _total(R1, ends, slot, POWER, ACC)
                 x1 = _weighed(qT.slice(64, 64, 0), weights, slot, BEFORE, POWER, A)
                 R1 = warpgroup_mma(x1, b_g, R1, is_async=True)
         else:
@@ -165,21 +167,15 @@ def _read_block(o, weights, slot, POWER: gl.constexpr):
 
 
 @gluon.jit
-def _add_block(Z, qT, dyT, b_q, b_dy, weights, slot, POWER: gl.constexpr):
+def _add_block(Z, qT, dyT, b_q, b_dy):
     """Start a block of Z + Q' dY + dY' Q."""
-    if POWER > 0:
-        Z = _total(Z, weights, slot, POWER, ACC64)
-        Z = warpgroup_mma(_weighed(qT, weights, slot, BEFORE, POWER, A64), b_dy, Z, is_async=True)
-        Z = warpgroup_mma(_weighed(dyT, weights, slot, BEFORE, POWER, A64), b_q, Z, is_async=True)
-    else:
-        Z = warpgroup_mma(qT, b_dy, Z, is_async=True)
-        Z = warpgroup_mma(dyT, b_q, Z, is_async=True)
-    return Z
+    Z = warpgroup_mma(qT, b_dy, Z, is_async=True)
+    return warpgroup_mma(dyT, b_q, Z, is_async=True)
 
 
 @gluon.jit
 def _owner_z(
-    qs, ks, vs, tiles, crosses, weights, full, dy_there, dk_there, chunks, zero,
+    qs, ks, vs, tiles, crosses, weights, ends, full, dy_there, dk_there, chunks, zero,
     p_start, ss0, ss1, p_end, se0, se1, D, scale, unscale,
     HALVES: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, POWER: gl.constexpr,
     READ: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
@@ -219,7 +215,8 @@ def _owner_z(
             o = warpgroup_mma_wait(0, deps=[o])
             dk0 = (o * scale).to(gl.bfloat16)
         q0, dy0 = b_q.slice(0, 64, 1), b_dy.slice(0, 64, 1)
-        Z00 = _add_block(Z00, qT0, dyT0, q0, dy0, weights, slot, POWER)
+        if POWER == 0:
+            Z00 = _add_block(Z00, qT0, dyT0, q0, dy0)
         if HALVES == 2:
             q1, dy1 = b_q.slice(64, 64, 1), b_dy.slice(64, 64, 1)
             qT1, dyT1 = q1.permute((1, 0)), dy1.permute((1, 0))
@@ -238,14 +235,29 @@ def _owner_z(
                 kT.slice(0, 64, 0).store(dk0)
             else:
                 Z00 = warpgroup_mma_wait(0, deps=[Z00])
-            Z01 = _add_block(Z01, qT0, dyT0, q1, dy1, weights, slot, POWER)
-            Z11 = _add_block(Z11, qT1, dyT1, q1, dy1, weights, slot, POWER)
+        elif READ:
+            kT.store(dk0)
+        if POWER > 0:  # half by half, else registers would not suffice
+            w_q = _weighed(qT0, weights, slot, BEFORE, POWER, A64)
+            w_dy = _weighed(dyT0, weights, slot, BEFORE, POWER, A64)
+            Z00 = _add_block(_total(Z00, ends, slot, POWER, ACC64), w_q, w_dy, q0, dy0)
+            if HALVES == 2:
+                Z01 = _add_block(_total(Z01, ends, slot, POWER, ACC64), w_q, w_dy, q1, dy1)
+                Z00, Z01 = warpgroup_mma_wait(0, deps=[Z00, Z01])
+                w_q = _weighed(qT1, weights, slot, BEFORE, POWER, A64)
+                w_dy = _weighed(dyT1, weights, slot, BEFORE, POWER, A64)
+                Z11 = _add_block(_total(Z11, ends, slot, POWER, ACC64), w_q, w_dy, q1, dy1)
+                Z11 = warpgroup_mma_wait(0, deps=[Z11])
+            else:
+                Z00 = warpgroup_mma_wait(0, deps=[Z00])
+        elif HALVES == 2:
+            Z01 = _add_block(Z01, qT0, dyT0, q1, dy1)
+            Z11 = _add_block(Z11, qT1, dyT1, q1, dy1)
             Z01, Z11 = warpgroup_mma_wait(0, deps=[Z01, Z11])
-            crosses.index(z).store(Z01.to(gl.bfloat16))
         else:
-            if READ:
-                kT.store(dk0)
             Z00 = warpgroup_mma_wait(0, deps=[Z00])
+        if HALVES == 2:
+            crosses.index(z).store(Z01.to(gl.bfloat16))
         mbarrier.arrive(dk_there.index(s), count=1)
     if END:
         _leave_block(p_end, Z00, se0, se1, D, 0.5 * scale, 0, 0)
@@ -256,11 +268,11 @@ def _owner_z(
 
 @gluon.jit
 def _mover_r(
-    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys, weights,
+    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys, weights, ends,
     full, dy_there, dv_there, dk_there, chunks, T, D, V,
     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd, sft,
-    B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, FAST: gl.constexpr,
-    WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
+    Z: gl.constexpr, ADD: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
+    FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
 ):  # fmt: skip
     """Load what the owners read; store what they leave in its place."""
     for i in range(chunks + STAGES):
@@ -269,38 +281,40 @@ def _mover_r(
         left = row + STAGES * W
         if i >= STAGES:
             mbarrier.wait(dy_there.index(s), turn)
-            _put(p_dy, vs.index(s), left, T, D, sat, sad, B, FAST, WHOLE_D)
+            _put(p_dy, vs.index(s), left, T, D, sat, sad, B, FAST, WHOLE_D, ADD)
             mbarrier.wait(dv_there.index(s), turn)
             _put(p_dv, ys.index(s), left, T, V, sbt, sbd, B, FAST, WHOLE_V)
             barrier()
         if i < chunks:
             _fetch(ys.index(s), p_y, row, T, D, syt, syd, B, FAST, WHOLE_D)
             _fetch(gs.index(s), p_g, row, T, V, sgt, sgd, B, FAST, WHOLE_V)
-        if i >= STAGES:
+        if Z and i >= STAGES:
             mbarrier.wait(dk_there.index(s), turn)
         if i < chunks:
             _fetch(qs.index(s), p_q, row, T, D, sqt, sqd, B, FAST, WHOLE_D)
             _fetch(vs.index(s), p_v, row, T, V, svt, svd, B, FAST, WHOLE_V)
-        if i >= STAGES:
-            _put(p_dk, ks.index(s), left, T, D, sct, scd, B, FAST, WHOLE_D)
-            barrier()
+        if Z:
+            if i >= STAGES:
+                _put(p_dk, ks.index(s), left, T, D, sct, scd, B, FAST, WHOLE_D)
+                barrier()
+            if i < chunks:
+                _fetch(ks.index(s), p_k, row, T, D, skt, skd, B, FAST, WHOLE_D)
         if i < chunks:
-            _fetch(ks.index(s), p_k, row, T, D, skt, skd, B, FAST, WHOLE_D)
             if FAST:
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
             if GATE == 2:
-                _put_gate(weights, s, p_gate, sft, row, T)
+                _put_gate(weights, ends, s, p_gate, sft, row, T)
             if GATE == 2 or not FAST:
                 mbarrier.arrive(full.index(s), count=1)
 
 
 @gluon.jit
 def _mover_z(
-    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys, weights,
+    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys, weights, ends,
     full, dy_there, dv_there, dk_there, chunks, T, D, V,
     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd, sft,
-    B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, FAST: gl.constexpr,
-    WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
+    Z: gl.constexpr, ADD: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
+    FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
 ):  # fmt: skip
     """Load what Z alone is made of."""
     for i in range(chunks):
@@ -315,7 +329,7 @@ def _mover_z(
         if FAST:
             async_copy.mbarrier_arrive(full.index(s), increment_count=False)
         if GATE == 2:
-            _put_gate(weights, s, p_gate, sft, row, T)
+            _put_gate(weights, ends, s, p_gate, sft, row, T)
         if GATE == 2 or not FAST:
             mbarrier.arrive(full.index(s), count=1)
 
@@ -366,6 +380,8 @@ def reverse_kernel(
     sct: gl.constexpr,
     scd: gl.constexpr,
     GATE: gl.constexpr,  # 0 none, 1 decay, 2 log_gate
+    Z: gl.constexpr,  # there is Z, which makes dk
+    ADD: gl.constexpr,  # dy is added to what is there
     READ: gl.constexpr,  # dy, dv and dk are asked, not Z alone
     POWER1: gl.constexpr,  # of Z
     POWER2: gl.constexpr,  # of R
@@ -392,10 +408,11 @@ def reverse_kernel(
         p_v += first * svt
         p_g += first * sgt
         if READ:
-            p_k += first * skt
             p_y += first * syt
             p_dy += first * sat
             p_dv += first * sbt
+        if READ and Z:
+            p_k += first * skt
             p_dk += first * sct
         if GATE == 2:
             p_gate += first * sft
@@ -411,13 +428,15 @@ def reverse_kernel(
     i_1 = (i_head // N2 % N1).to(gl.int64)
     i_0 = (i_head // N2 // N1).to(gl.int64)
     p_q += (i_0 * sq0 + i_1 * sq1 + i_2 * sq2) * UNIT
+    if READ and Z:
+        p_k += (i_0 * sk0 + i_1 * sk1 + i_2 * sk2) * UNIT
     p_v += (i_0 * sv0 + i_1 * sv1 + i_2 * sv2) * UNIT
     p_g += (i_0 * sg0 + i_1 * sg1 + i_2 * sg2) * UNIT
     if READ:
-        p_k += (i_0 * sk0 + i_1 * sk1 + i_2 * sk2) * UNIT
         p_y += (i_0 * sy0 + i_1 * sy1 + i_2 * sy2) * UNIT
         p_dy += (i_0 * sa0 + i_1 * sa1 + i_2 * sa2) * UNIT
         p_dv += (i_0 * sb0 + i_1 * sb1 + i_2 * sb2) * UNIT
+    if READ and Z:
         p_dk += (i_0 * sc0 + i_1 * sc1 + i_2 * sc2) * UNIT
     if START1:
         p_start1 += i_0 * sz0 + i_1 * sz1 + i_2 * sz2
@@ -432,15 +451,16 @@ def reverse_kernel(
 
     chunks = (T + W - 1) // W
     qs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, W, B], TILE)
-    ks = gl.allocate_shared_memory(gl.bfloat16, [STAGES, W, B], TILE)
+    ks = gl.allocate_shared_memory(gl.bfloat16, [STAGES if Z else 1, W, B], TILE)
     vs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, W, B], TILE)
     gs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, W, B], TILE)
     ys = gl.allocate_shared_memory(gl.bfloat16, [STAGES, W, B], TILE)
     copies = gl.allocate_shared_memory(gl.bfloat16, [1, B, B], TILE)
     tiles = gl.allocate_shared_memory(gl.bfloat16, [3, W, W], TILE)
     crosses = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], TILE)
-    SLOTS: gl.constexpr = (STAGES if GATE == 2 else 2) * WEIGHTS
-    weights = gl.allocate_shared_memory(gl.float32, [SLOTS, W], LIST)
+    SLOTS: gl.constexpr = STAGES if GATE == 2 else 2
+    weights = gl.allocate_shared_memory(gl.float32, [SLOTS * LISTS, W], LIST)
+    ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     dy_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     dv_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -452,28 +472,47 @@ def reverse_kernel(
         mbarrier.init(dv_there.index(i), count=1)
         mbarrier.init(dk_there.index(i), count=1)
     if GATE == 1:
-        _put_decay(weights, p_gate, T, chunks)
+        _put_decay(weights, ends, p_gate, T, chunks)
     fence_async_shared()
     barrier()
-    gl.warp_specialize(
-        [
-            (_owner_r, (
-                qs, vs, gs, ys, copies, tiles, weights, full, dy_there, dv_there, chunks, T >> 31,
-                p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale, unscale,
-                HALVES, B, STAGES, GATE, POWER2, READ, START2, END2,
-            )),
-            (_owner_z, (
-                qs, ks, vs, tiles, crosses, weights, full, dy_there, dk_there, chunks, T >> 31,
-                p_start1, szd, sze, p_end1, swd, swe, D, scale, unscale,
-                HALVES, STAGES, GATE, POWER1, READ, START1, END1,
-            )),
-            (_mover_r if READ else _mover_z, (
-                p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys, weights,
-                full, dy_there, dv_there, dk_there, chunks, T, D, V,
-                sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd,
-                sft, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
-            )),
-        ],
-        [4, 4],
-        [216, 48],
-    )  # fmt: skip
+    if Z:
+        gl.warp_specialize(
+            [
+                (_owner_r, (
+                    qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there,
+                    chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale, unscale,
+                    HALVES, B, STAGES, GATE, POWER2, READ, START2, END2,
+                )),
+                (_owner_z, (
+                    qs, ks, vs, tiles, crosses, weights, ends, full, dy_there, dk_there,
+                    chunks, T >> 31, p_start1, szd, sze, p_end1, swd, swe, D, scale, unscale,
+                    HALVES, STAGES, GATE, POWER1, READ, START1, END1,
+                )),
+                (_mover_r if READ else _mover_z, (
+                    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,
+                    weights, ends, full, dy_there, dv_there, dk_there, chunks, T, D, V,
+                    sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd,
+                    sft, Z, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
+                )),
+            ],
+            [4, 4],
+            [216, 48],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_owner_r, (
+                    qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there,
+                    chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale, unscale,
+                    HALVES, B, STAGES, GATE, POWER2, READ, START2, END2,
+                )),
+                (_mover_r if READ else _mover_z, (
+                    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,
+                    weights, ends, full, dy_there, dv_there, dk_there, chunks, T, D, V,
+                    sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd,
+                    sft, Z, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
+                )),
+            ],
+            [4],
+            [56],
+        )  # fmt: skip
