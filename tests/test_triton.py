@@ -105,6 +105,28 @@ def test_segments(device, operator, mask, gate, count, monkeypatch):
         assert any(isinstance(x, Carry) for x in ready.plan.steps)
 
 
+@per_device(
+    "operator, gate, D, decay, states",
+    [("hla2", "none", 128, None, True), ("hla2", "none", 128, 1 - 2**-9, False),
+     ("hla2", "resets", 64, None, False), ("ahla", "none", 128, None, True),
+     ("hla3", "per_head", 128, None, False)],
+    where=compiled,
+)  # fmt: skip
+def test_long_sequences_of_few_heads(device, operator, gate, D, decay, states):
+    """By segments, in the launches of the table, fused or not; deterministic."""
+    options = {"operator": operator, "scale": D**-0.5}
+    inputs = device.inputs(2500, gate, D=D, V=D)
+    if states:
+        inputs["initial_state"] = state_of(options, gate, D=D, V=D)
+    options |= {"return_state": states} | ({} if decay is None else {"decay": decay})
+    check(device, inputs, options)
+    arrays, do = device.arrays(inputs), device.array(draw(H, 2500, V=D)[2], device.dtype)
+    names = {n: x for n, x in options.items() if n != "return_state"}
+    assert "segments of 512 tokens" in hla.explain(**arrays, backend="triton", **names).plan
+    got, again = (device.everything(arrays, do, **names) for _ in "ab")
+    bits(again, got)
+
+
 @per_device("operator", ["hla2", "hla3"], where=compiled)
 def test_one_head_runs_the_kernels_of_forty(device, operator):
     from hla.kernels.triton import run
