@@ -19,9 +19,9 @@ from .namespace import (
     powers,
 )
 from .passes import Gate, Shape, broadcast
-from .programs import PAPER
+from .programs import PAPER, pruned
 from .request import Request
-from .run import pruned, run, started
+from .run import run, started
 
 ALGEBRA: dict[tuple[str, str], Algebra] = {
     (name, mask): getattr(module, mask.upper())

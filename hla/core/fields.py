@@ -18,7 +18,8 @@ def aligned(request: Request, xs: Sequence[Array]) -> list[Array]:
     if not library.meshes:
         return list(xs)
     axes = max(map(len, (request.q_shape, request.k_shape, request.v_shape)))
-    return library.aligned(xs, axes)
+    found: list[Array] = library.aligned(xs, axes)
+    return found
 
 
 def rank(field: str) -> int:
