@@ -96,7 +96,7 @@ class Backend(NamedTuple):
     machine : callable
         () to `Machine`.
     plan : callable, optional
-        (request) to what `hla.explain` says of how it runs, where the generic words are not true.
+        (request) to the plan that `hla.explain` reports, where the generic one is not true.
     empty : callable, optional
         As ``forward``, with nothing computed.
     """

@@ -1,4 +1,4 @@
-"""States between the public fields (matrix and mass apart) and the passes (side by side)."""
+"""Convert states between public fields and the [matrix | denominator] that passes use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def aligned(request: Request, xs: Sequence[Array]) -> list[Array]:
 
 
 def rank(field: str) -> int:
-    """Axes of a field beyond the batch: the lower-case fields, of denominators, are vectors."""
+    """Axes of a field beyond the batch: denominators, the lower-case fields, are vectors."""
     return 1 if field[0].islower() else 2
 
 

@@ -51,7 +51,7 @@ def adapter(name: str, xp: Namespace) -> Library:
 
 def namespace(x: Array) -> Namespace:
     """Array API namespace of ``x``."""
-    return library_of(x).xp or compat.array_namespace(x)  # which says what is wrong with x
+    return library_of(x).xp or compat.array_namespace(x)  # which reports what is wrong with x
 
 
 def device(x: Array) -> Any:

@@ -50,7 +50,7 @@ class Generic:
 
     strided = True  # whether it takes arrays with strides by DLPack
     rule = ""  # module by which its transforms know any backend
-    meshes = False  # whether an array's type may say how it lies on a mesh of devices
+    meshes = False  # whether an array's type may tell its layout on a mesh of devices
 
     def __init__(self, name: str, xp: Namespace) -> None:
         self.name, self.xp = name, xp
@@ -112,7 +112,7 @@ class Generic:
         return carry, tuple(self.xp.stack(y, axis=out_axis) for y in zip(*out, strict=True))
 
     def explicit(self, x: Array) -> bool:
-        """Whether the type of ``x`` says along which axes it is split among devices."""
+        """Whether the type of ``x`` names the axes along which it is split among devices."""
         return False
 
     def aligned(self, xs: Sequence[Array], axes: int) -> list[Array]:
