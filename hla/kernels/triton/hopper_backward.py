@@ -50,7 +50,9 @@ def rows(request: Request) -> tuple[Row, ...]:
     """Return the sweeps, where they do a request's adjoint."""
     widths, gated = (request.k_shape[-1], request.v_shape[-1]), request.gate is not None
     plain = request.operator in ("hla2", "ahla") and not (request.normalize or request.empty)
-    plain = plain and request.program.steps == CAUSAL[request.operator].steps
+    plain = plain and [s.does for s in request.program.steps] == [
+        s.does for s in CAUSAL[request.operator].steps
+    ]
     if not plain or request.scale == 0 or not 0 < min(widths) <= max(widths) <= WIDEST:
         return ()
     if gated and request.gate_given:  # its gradient asks for more

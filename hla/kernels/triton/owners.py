@@ -39,8 +39,9 @@ def rows(request: Request) -> tuple[Row, ...]:
     D, V = request.k_shape[-1], request.v_shape[-1]
     if request.operator not in OPERATORS or not HALF < max(D, V) <= WIDEST:
         return ()
-    masked = CAUSAL[request.operator].steps
-    if request.empty or 0 in (D, V) or request.program.steps[: len(masked)] != masked:
+    masked = [s.does for s in CAUSAL[request.operator].steps]
+    given = [s.does for s in request.program.steps[: len(masked)]]
+    if request.empty or 0 in (D, V) or given != masked:
         return ()
     steps = (s for s in request.passes if s.step < len(masked) and "|" not in s.out)
     return (Row(NAME.format(request.operator), tuple(steps), segments=True),)
