@@ -5,6 +5,7 @@ partitions, copies and products are ordered at random (tests/gluon_interpreter.p
 through compiled kernels are those of tests/test_kernels.py, and are marked `aot` as they are.
 """
 
+import functools
 import math
 import re
 
@@ -17,6 +18,7 @@ from test_kernels import compiled_cases, safe
 installed("triton")
 gluon_interpreter = installed("gluon_interpreter")
 hopper = installed("hla.kernels.triton.hopper")
+hopper3 = installed("hla.kernels.triton.hopper3")
 
 ROUNDED = 2e-3  # of one rounding to bfloat16, relative
 STATES = 1e-6  # of states, which are float32
@@ -33,6 +35,19 @@ def sums(ahla, q, k, v, log_g, powers, factors, S, F):
         F = math.exp(powers[1] * a) * F + write2 * np.outer(keys, values)
         o.append(read2 * q_t @ F)
     return np.stack(made), np.stack(o), S, F
+
+
+def triple(q, k, v, log_g, power, scales, S, P, F):
+    """(y, u, o, states) of hla3 and one head in float64, token by token."""
+    y, u, o = [], [], []
+    for q_t, k_t, v_t, a in zip(q, k, v, log_g, strict=True):
+        S = math.exp(a) * S + np.outer(k_t, k_t)
+        P = math.exp(a) * P + np.outer(k_t, v_t)
+        y.append(scales[0] * q_t @ S)
+        u.append(scales[1] * q_t @ P)
+        F = math.exp(power * a) * F + np.outer(y[-1], u[-1])
+        o.append(scales[2] * q_t @ F)
+    return np.stack(y), np.stack(u), np.stack(o), S, P, F
 
 
 def strides(x, own, unit=1):
@@ -188,8 +203,66 @@ def test_heads_that_share_states_and_y(ahla):
     assert np.array_equal(case.o, lone.o)
 
 
+@pytest.mark.parametrize(
+    ("options", "scales"),
+    [
+        ({"T": 1, "end": True}, (1, 1, 1)),
+        ({"T": 200, "keep": True}, (1, 1, 1)),
+        ({"T": 300, "V": 64, "gate": 2, "keep": True, "start": True, "end": True}, (0.5, 0.5, 2)),
+        ({"T": 130, "D": 56, "V": 72, "gate": 1, "keep": True, "end": True}, (1, 1, 1)),
+        ({"T": 65, "D": 33, "V": 101, "fast": False, "keep": True, "gate": 2}, (1, 1, 1)),
+        ({"T": 70, "heads": (2, 1, 3), "shared": ("k",), "gate": 1, "wide": True}, (1, 1, 1)),
+    ],
+    ids=str,
+)
+def test_third_order(options, scales):
+    case = Case(0, **options)
+    D, V = case.k.shape[-1], case.v.shape[-1]
+    random, T, keep = np.random.default_rng(1), case.v.shape[-2], options.get("keep", False)
+    shapes = [(D, D), (D, V), (D, V)]
+
+    def made(fill, dtype=np.float32, shapes=shapes):
+        return [fill((*case.heads, *n)).astype(dtype) for n in shapes]
+
+    nan = functools.partial(np.full, fill_value=np.nan)
+    starts = made(random.standard_normal) if options.get("start") else [None] * 3
+    ends = made(nan) if options.get("end") else [None] * 3
+    y, u = made(nan, ml_dtypes.bfloat16, [(T, D), (T, V)]) if keep else (None, None)
+    rows = (case.q, case.k, case.v, y, u, case.o)
+    states = [x for pair in zip(starts, ends, strict=True) for x in pair]
+    unit, gate = (8 if options.get("fast", True) else 1), case.gate
+    gates = (0,) * 4 if gate == 0 else (*strides(case.g, gate - 1), 0)[:4]
+    steps = [strides(x, 2, unit) for x in rows]
+    steps += [(*x[:3], None, *x[3:]) for x in (strides(x, 2) for x in states)]
+    tile = 64 * -(-D // 64)
+    gluon_interpreter.run(
+        hopper3.triple_kernel, (math.prod(case.heads) * -(-V // 64),), *rows, *states, case.g,
+        *scales, T, None, D, V, *case.heads[1:], *(n for each in steps for n in each), *gates,
+        exact=True, READ=True, WIDE=options.get("wide", False), KEEP_Y=keep, KEEP_U=keep,
+        GATE=gate, POWER1=min(gate, 1), POWER2=3 * min(gate, 1), SCALED=scales != (1, 1, 1),
+        **{f"START{i}": starts[0] is not None for i in (1, 2, 3)},
+        **{f"END{i}": ends[0] is not None for i in (1, 2, 3)},
+        BD=tile, WHOLE_D=tile == D, WHOLE_V=V % 64 == 0, FAST=unit == 8,
+    )  # fmt: skip
+    for at in np.ndindex(*case.heads):
+        q, k, v = (
+            x[tuple(0 if n == 1 else i for i, n in zip(at, x.shape, strict=False))].astype(float)
+            for x in (case.q, case.k, case.v)
+        )
+        a = np.zeros(T) if gate == 0 else case.g[at].astype(float)
+        a = np.log(a) * np.ones(T) if gate == 1 else np.maximum(a, -1e6)
+        first = [np.zeros(n) if x is None else x[at] for x, n in zip(starts, shapes, strict=True)]
+        *want, S, P, F = triple(q, k, v, a, 3, scales, *first)
+        for x, wanted in zip((y, u, case.o), want, strict=True):
+            if x is not None:
+                assert off(x[at], wanted) < ROUNDED
+        for x, wanted in zip(ends, (S, P, F), strict=True):
+            if x is not None:
+                assert off(x[at], wanted) < STATES
+
+
 # Ahead of time
-GATED = {0: (0, 0), 1: (1, 2), 2: (1, 2)}
+LOOSE = "narrow", "odd rows"
 EVERYTHING = {"KEEP": True, "START1": True, "END1": True, "START2": True, "END2": True,
               "SCALED1": True, "SCALED2": True}  # fmt: skip
 SHAPES = {
@@ -200,58 +273,73 @@ SHAPES = {
     "states alone": {"READ": False, "END1": True, "END2": True},
     "64 keys": {"BD": 64},
     "64 values": {"BV": 64},
-    "narrow": {"WHOLE_D": False, "WHOLE_V": False},
+    "narrow": {},
     "o in float32": {"WIDE": True, "KEEP": True},
-    "odd rows": {"WHOLE_D": False, "WHOLE_V": False, "FAST": False},
+    "odd rows": {},
     "segments": {"START1": True, "START2": True},
     "segments, states alone": {"READ": False, "START1": True, "END2": True},
 }
+STATES3 = {f"{when}{i}": True for when in ("START", "END") for i in (1, 2, 3)}
+THIRD = {
+    "": {},
+    "all": STATES3 | {"KEEP_Y": True, "KEEP_U": True, "SCALED": True},
+    "64 keys": {"BD": 64},
+    "o in float32": {"WIDE": True, "KEEP_Y": True},
+    "segments, states alone": {"READ": False, "START1": True, "START2": True, "END3": True},
+}
 KERNELS = [
-    *((ahla, gate, shape) for ahla in (False, True) for gate in (0, 1, 2) for shape in ("", "all")),
-    *((ahla, 2, shape) for ahla in (False, True) for shape in ("states alone", "64 keys")),
-    *((ahla, 0, shape) for ahla in (False, True) for shape in ("64 values", "narrow")),
-    *((False, 0, shape) for shape in ("y stored", "states", "o in float32")),
-    (True, 1, "odd rows"),
-    *((ahla, 0, shape) for ahla in (False, True) for shape in SHAPES if "segments" in shape),
-    (False, 2, "segments"),
+    *(
+        (name, gate, shape)
+        for name in ("hla2", "ahla")
+        for gate in (0, 1, 2)
+        for shape in ("", "all")
+    ),
+    *((name, 2, shape) for name in ("hla2", "ahla") for shape in ("states alone", "64 keys")),
+    *((name, 0, shape) for name in ("hla2", "ahla") for shape in ("64 values", "narrow")),
+    *(("hla2", 0, shape) for shape in ("y stored", "states", "o in float32")),
+    ("ahla", 1, "odd rows"),
+    *((name, 0, shape) for name in ("hla2", "ahla") for shape in SHAPES if "segments" in shape),
+    ("hla2", 2, "segments"),
+    *(("hla3", gate, "") for gate in (0, 1)),
+    *(("hla3", 2, shape) for shape in THIRD),
 ]
-SPILLS = {"segments": 176, "segments, states alone": 32, "": 96, "y stored": 16, "narrow": 16, "states": 256, "all": 256,
-          "states alone": 128, "odd rows": 2048}  # bytes a thread; others 16  # fmt: skip
+SPILLS = {"": 96, "segments": 176, "segments, states alone": 64, "states": 256, "all": 320,
+          "o in float32": 256, "states alone": 128, "odd rows": 2048}  # fmt: skip
+# bytes a thread, most of them where addresses are made; others 16
 SHARED = 227 * 1024
 
 
-def prepared(ahla, gate, shape):
+def prepared(name, gate, shape):
     """Return what `ahead` compiles for one case."""
-    power1, power2 = GATED[gate]
-    segments = "segments" in shape
-    given = {
-        "AHLA": ahla, "READ": True, "WIDE": False, "KEEP": False, "GATE": gate,
-        "POWER1": power1, "POWER2": power1 if ahla else power2, "SCALED1": False, "SCALED2": False,
-        "START1": False, "END1": False, "START2": False, "END2": False,
-        "BD": 128, "BV": 128, "WHOLE_D": True, "WHOLE_V": True, "FAST": True,
-    } | SHAPES[shape]  # fmt: skip
+    kernel = hopper3.triple_kernel if name == "hla3" else hopper.pair_kernel
+    names, last = kernel.arg_names, {"hla2": 2, "ahla": 1, "hla3": 3}[name]
+    given = dict.fromkeys((n for n in names if re.fullmatch("[A-Z].+", n)), False) | {
+        "AHLA": name == "ahla", "READ": True, "GATE": gate, "BD": 128, "BV": 128,
+        "POWER1": min(gate, 1), "POWER2": min(gate, 1) * last,
+        "WHOLE_D": shape not in LOOSE, "WHOLE_V": shape not in LOOSE, "FAST": shape != "odd rows",
+    } | (THIRD if name == "hla3" else SHAPES)[shape]  # fmt: skip
+    given = {n: x for n, x in given.items() if n in names}
     present = {
-        "p_q": True, "p_k": True, "p_v": True, "p_y": given["KEEP"], "p_o": given["READ"],
-        "p_start1": given["START1"], "p_end1": given["END1"], "p_start2": given["START2"],
-        "p_end2": given["END2"], "p_gate": gate > 0,
+        "p_y": given.get("KEEP") or given.get("KEEP_Y"), "p_u": given.get("KEEP_U"),
+        "p_o": given.get("READ", True), "p_gate": gate > 0,
+        **{f"p_{n.lower()}": x for n, x in given.items() if re.match("(START|END)[123]", n)},
     }  # fmt: skip
-    signature, constants, names = {}, dict(given), hopper.pair_kernel.arg_names
-    for name in names:
-        if name in given:
-            signature[name] = "constexpr"
-        elif name.startswith("p_"):
-            wide = re.fullmatch("p_(start|end|gate).*", name)
-            wide = wide or (name == "p_o" and given["WIDE"])
-            signature[name] = "*fp32" if wide else "*bf16"
-            if not present[name]:
-                signature[name], constants[name] = "constexpr", None
-        elif re.fullmatch("tokens|s[sefh]n", name) and not segments:
-            signature[name], constants[name] = "constexpr", None
+    signature, constants = {}, dict(given)
+    for n in names:
+        if n in given:
+            signature[n] = "constexpr"
+        elif re.fullmatch("tokens|s[sefhSPF]e?n", n) and "segments" not in shape:
+            signature[n], constants[n] = "constexpr", None
+        elif not n.startswith("p_"):
+            signature[n] = "fp32" if re.match("scale|write|unwrite", n) else "i32"
+        elif not present.get(n, True):
+            signature[n], constants[n] = "constexpr", None
         else:
-            signature[name] = "fp32" if re.match("scale|write|unwrite", name) else "i32"
+            narrow = n in ("p_q", "p_k", "p_v", "p_y", "p_u") or (n == "p_o" and not given["WIDE"])
+            signature[n] = "*bf16" if narrow else "*fp32"
     return {
-        "kernel": "hla.kernels.triton.hopper.pair_kernel", "gluon": True,
-        "signature": signature, "constants": constants, "arch": 90, "options": {"num_warps": 4},
+        "kernel": f"{kernel.__module__}.{kernel.__name__}", "gluon": True, "signature": signature,
+        "constants": constants, "arch": 90, "options": {"num_warps": 4},
         "aligned": [n for n in names if signature[n] == "*bf16" and given["FAST"]],
     }  # fmt: skip
 

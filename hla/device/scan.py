@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..core.adjoint import sum_to
 from ..core.fields import rank
-from ..core.namespace import expand
+from ..core.namespace import expand, sum_to
 from ..core.passes import Shape
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request

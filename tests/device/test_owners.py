@@ -64,15 +64,19 @@ PLANNED = Runner(FAKE._replace(steps=step_of, rows=lambda request, where: owners
     {"return_state": True, "start": True, "gate": "decay"}, {"turned": True}, {"shared": "kv"},
     {"tokens": 68, "return_state": True, "start": True, "gate": "log_gate"},
     {"tokens": 32, "operator": "ahla", "gate": "decay"}, {"tokens": 32, "shared": "kv"},
+    {"gradient": False}, {"operator": "hla3", "normalize": True, "turned": True},
+    {"operator": "hla3", "gate": "log_gate", "D": 40, "return_state": True},
+    {"operator": "hla3", "start": True, "return_state": True, "scale": 0.7, "shared": "k"},
+    {"operator": "hla3", "tokens": 32, "return_state": True, "gate": "decay"},
 ], ids=str)  # fmt: skip
 def test_planned(options):
     """What a call asks for is what the kernel is told, whatever the shapes and strides."""
     given = {"operator": "hla2", "gate": None, "D": 72, "start": False, "turned": False,
-             "shared": "", "normalize": False, "return_state": False,
+             "shared": "", "normalize": False, "return_state": False, "gradient": True,
              "tokens": 0} | options  # fmt: skip
     random = np.random.default_rng(0)
-    gate, D, start, turned, shared, tokens = (
-        given.pop(n) for n in ("gate", "D", "start", "turned", "shared", "tokens")
+    gate, D, start, turned, shared, gradient, tokens = (
+        given.pop(n) for n in ("gate", "D", "start", "turned", "shared", "gradient", "tokens")
     )
     T, V, batch = 70, 128 if D == 40 else 24, (2, 3)
     arrays = {}
@@ -88,7 +92,7 @@ def test_planned(options):
         _, state = hla.scan(**arrays, **given)
         arrays["initial_state"] = state
     names = {"decay": None, "log_gate": None, "scale": 1.0, "mask": "causal"} | arrays | given
-    request, inputs, _ = prepare(**names, gradient=True)
+    request, inputs, _ = prepare(**names, gradient=gradient)
     ran.clear()
     o, state, saved = PLANNED.forward(request, inputs, tokens)
     assert len(ran) == (2 if tokens else 1)
@@ -112,8 +116,9 @@ def test_what_it_serves():
     assert served(operator="ahla", normalize=True) == ["ahla by two state owners"]
     assert served(v=q[..., :8], ridge=0.1) == ["hla2 by two state owners"]
     wide = np.ones((2, 3, 5, 129))
+    assert served(operator="hla3") == ["hla3 by two state owners"]
     for other in (
-        {"operator": "hla3"}, {"mask": "prefix"}, {"operator": "linear"}, {"v": wide},
+        {"mask": "prefix"}, {"operator": "linear"}, {"v": wide},
         {"convention": "paper", "decay": 0.5},
     ):  # fmt: skip
         assert served(**other) == []

@@ -53,6 +53,7 @@ from .warpgroups import (
     add,
     arrive_full,
     barrier,
+    barriers,
     is_first,
     load_chunk,
     load_gate,
@@ -73,6 +74,20 @@ def _put_both(weights, ends, slot, c, last, POWER1: gl.constexpr, POWER2: gl.con
     else:
         put_weights(weights, ends, slot * 2, c * POWER1, last * POWER1)
         put_weights(weights, ends, slot * 2 + 1, c * POWER2, last * POWER2)
+
+
+@gluon.jit
+def _put_decay(
+    weights, ends, p_gate, T, chunks, POWER1: gl.constexpr, POWER2: gl.constexpr
+):  # fmt: skip
+    """Leave the weights of a decay in a whole chunk and, behind them, in the last one."""
+    g = gl.load(p_gate).to(gl.float64)
+    log_g = gl.log(gl.where(g < LEAST, LEAST, g)) * LOG2E  # not maximum: a NaN stays
+    t = gl.arange(0, W, layout=TOKENS)
+    rest = T - (chunks - 1) * W
+    c = gl.where(t < rest, t + 1, rest) * log_g
+    _put_both(weights, ends, 0, (t + 1) * log_g, W * log_g, POWER1, POWER2)
+    _put_both(weights, ends, 1, c, rest * log_g, POWER1, POWER2)
 
 
 @gluon.jit
@@ -195,12 +210,12 @@ def _at(c, i_q, chunks, GATE: gl.constexpr, GROUPS: gl.constexpr, GROUP: gl.cons
 def _first(
     qs, ks, xs, made, tiles, weights, ends, q_full, q_free, k_full, k_free, v_full, v_free,
     there, taken, chunks, p_start, ssd, ssv, p_end, sed, sev, writes, D, V, scale, write, unwrite,
-    HALVES: gl.constexpr, BD: gl.constexpr, AHLA: gl.constexpr,
+    HALVES: gl.constexpr, BD: gl.constexpr, AHLA: gl.constexpr, HANDS: gl.constexpr,
     GATE: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr,
     START: gl.constexpr, END: gl.constexpr,
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
-    """Own the state of the first pass; hand on what it makes, and of ahla its A'."""
+    """Own the state of the first pass; hand on what it makes, and where asked its A'."""
     S0 = load_state(p_start, ssd, ssv, D, V, unwrite, 0, BD, START, SCALED)
     S1 = S0
     if HALVES == 2:
@@ -209,18 +224,19 @@ def _first(
         i_q, i_k, i_v, h = c % Q, c % K, c % V_, c % 2
         at = _at(c, i_q, chunks, GATE, GROUPS, 0)
         b_qT, b_k, made_h = qs.index(i_q).permute((1, 0)), ks.index(i_k), made.index(h)
-        b_xT, tile = b_k.permute((1, 0)), tiles.index(0)
+        b_xT, tile = b_k.permute((1, 0)), tiles.index(h if HANDS else 0)
         mbarrier.wait(q_full.index(i_q), (c // Q) & 1)
         mbarrier.wait(k_full.index(i_k), (c // K) & 1)
         if AHLA:
-            b_xT, tile = xs.index(i_v).permute((1, 0)), tiles.index(h)
+            b_xT = xs.index(i_v).permute((1, 0))
+        if HANDS:
             mbarrier.wait(taken.index(h), ((c // 2) & 1) ^ 1)
         fence_async_shared()
         _pairs(tile, b_k, b_qT, weights, at, GATE > 0)
         if AHLA:
             mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
             fence_async_shared()
-        else:
+        if not HANDS:
             mbarrier.wait(taken.index(h), ((c // 2) & 1) ^ 1)
         S0, S1, x0, x1 = _reads(
             made_h, None, S0, S1, b_qT, b_xT, tile, weights, ends, at, 0, 0, 0, 0, 0, scale,
@@ -294,20 +310,17 @@ def _second(
 
 @gluon.jit
 def _mover(
-    p_q, p_k, p_v, p_y, p_o, p_gate, qs, ks, vs, made, out, weights, ends,
-    q_full, q_free, k_full, k_free, v_full, v_free, there, taken, ready, stored,
-    chunks, T, T_y, D, V, sqt, sqd, skt, skd, svt, svd, syt, syd, sot, sod, sgt,
+    p_q, p_k, p_v, p_y, p_u, p_o, p_gate, qs, ks, vs, made, us, out, weights, ends,
+    q_full, q_free, k_full, k_free, v_full, v_free, there, taken, u_there, u_taken, ready, stored,
+    chunks, T, T_y, T_u, D, V, sqt, sqd, skt, skd, svt, svd, syt, syd, sut, sud, sot, sod, sgt,
     BD: gl.constexpr, BV: gl.constexpr, AHLA: gl.constexpr,
     GATE: gl.constexpr, POWER1: gl.constexpr, POWER2: gl.constexpr,
-    READ: gl.constexpr, KEEP: gl.constexpr, FAST: gl.constexpr,
-    WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
+    READ: gl.constexpr, KEEP: gl.constexpr, KEEP_U: gl.constexpr, FAST: gl.constexpr,
+    WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr, K_LATER: gl.constexpr, V_LATER: gl.constexpr,
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
     """Load what the owners read, in the order in which they free it; store what they make."""
     BY: gl.constexpr = BV if AHLA else BD
-    # Chunks by which a buffer is free again later than that of q: the first pass is one ahead
-    K_LATER: gl.constexpr = Q - K if AHLA else Q - K - 1
-    V_LATER: gl.constexpr = Q - V_ - 1 if AHLA else Q - V_
     WHOLE_Y: gl.constexpr = WHOLE_V if AHLA else WHOLE_D
     if GATE == 2:
         a = load_gate(p_gate, sgt, 0, T)
@@ -346,6 +359,10 @@ def _mover(
                 width = V if AHLA else D
                 store_chunk(p_y, made.index(h), row, T_y, width, syt, syd, BY, FAST, WHOLE_Y)
                 mbarrier.arrive(taken.index(h), count=1)
+            if KEEP_U:
+                mbarrier.wait(u_there.index(0), e & 1)
+                store_chunk(p_u, us.index(0), row, T_u, V, sut, sud, BV, FAST, WHOLE_V)
+                mbarrier.arrive(u_taken.index(0), count=1)
         if (c >= V_LATER) & (c < chunks + V_LATER):
             e = c - V_LATER
             i_v = e % V_
@@ -457,6 +474,9 @@ def pair_kernel(
     K: gl.constexpr = AHEAD if AHLA and GATE == 0 else AHEAD - 1
     V_: gl.constexpr = 2 if AHLA or GATE > 0 else 3
     GROUPS: gl.constexpr = 1 if POWER1 == POWER2 else 2
+    # Chunks by which a buffer is free again later than that of q: the first pass is one ahead
+    K_LATER: gl.constexpr = Q - K if AHLA else Q - K - 1
+    V_LATER: gl.constexpr = Q - V_ - 1 if AHLA else Q - V_
     SLOTS: gl.constexpr = (AHEAD if GATE == 2 else 2) * GROUPS
     LOADS: gl.constexpr = 128 if FAST else 1  # a copy arrives with each of the mover's threads
     qs = gl.allocate_shared_memory(gl.bfloat16, [Q, W, BD], TILE)
@@ -467,38 +487,13 @@ def pair_kernel(
     tiles = gl.allocate_shared_memory(gl.bfloat16, [2, W, W], TILE)
     weights = gl.allocate_shared_memory(gl.float32, [SLOTS * LISTS, W], LIST)
     ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
-    q_full = gl.allocate_shared_memory(gl.int64, [Q, 1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [Q, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [K, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [K, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [V_, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [V_, 1], mbarrier.MBarrierLayout())
-    there = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    stored = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(Q):
-        mbarrier.init(q_full.index(i), count=LOADS + (1 if GATE == 2 else 0))
-        mbarrier.init(q_free.index(i), count=2)
-    for i in gl.static_range(K):
-        mbarrier.init(k_full.index(i), count=LOADS)
-        mbarrier.init(k_free.index(i), count=2 if AHLA else 1)
-    for i in gl.static_range(V_):
-        mbarrier.init(v_full.index(i), count=LOADS)
-        mbarrier.init(v_free.index(i), count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(there.index(i), count=1)
-        mbarrier.init(taken.index(i), count=2 if KEEP else 1)
-    mbarrier.init(ready.index(0), count=1)
-    mbarrier.init(stored.index(0), count=1)
+    q_full, q_free = barriers(Q, LOADS + (1 if GATE == 2 else 0)), barriers(Q, 2)
+    k_full, k_free = barriers(K, LOADS), barriers(K, 2 if AHLA else 1)
+    v_full, v_free = barriers(V_, LOADS), barriers(V_, 1)
+    there, taken = barriers(2, 1), barriers(2, 2 if KEEP else 1)
+    ready, stored = barriers(1, 1), barriers(1, 1)
     if GATE == 1:
-        g = gl.load(p_gate).to(gl.float64)
-        log_g = gl.log(gl.where(g < LEAST, LEAST, g)) * LOG2E  # not maximum: a NaN stays
-        t = gl.arange(0, W, layout=TOKENS)
-        rest = T - (chunks - 1) * W  # tokens of the last chunk
-        c = gl.where(t < rest, t + 1, rest) * log_g
-        _put_both(weights, ends, 0, (t + 1) * log_g, W * log_g, POWER1, POWER2)
-        _put_both(weights, ends, 1, c, rest * log_g, POWER1, POWER2)
+        _put_decay(weights, ends, p_gate, T, chunks, POWER1, POWER2)
     fence_async_shared()
     barrier()
     gl.warp_specialize(
@@ -508,7 +503,7 @@ def pair_kernel(
                 v_full, v_free, there, taken, chunks,
                 p_start1, ssd, ssv, p_end1, sed, sev, writes1, D, V if AHLA else D,
                 scale1, write1, unwrite1,
-                BY // 64, BD, AHLA, GATE, GROUPS, SCALED1, START1, END1, Q, K, V_,
+                BY // 64, BD, AHLA, AHLA, GATE, GROUPS, SCALED1, START1, END1, Q, K, V_,
             )),
             (_second, (
                 qs, ks, vs, made, out, tiles, weights, ends, q_full, q_free, k_free,
@@ -518,11 +513,12 @@ def pair_kernel(
                 START2, END2, Q, K, V_,
             )),
             (_mover, (
-                p_q, p_k, p_v, p_y, p_o, p_gate, qs, ks, vs, made, out, weights, ends,
-                q_full, q_free, k_full, k_free, v_full, v_free, there, taken, ready, stored,
-                chunks, T, T_y, D, V, sqt, sqd, skt, skd, svt, svd, syt, syd, sot, sod, sgt,
-                BD, BV, AHLA, GATE, POWER1, POWER2, READ and not WIDE, KEEP, FAST,
-                WHOLE_D, WHOLE_V, Q, K, V_,
+                p_q, p_k, p_v, p_y, None, p_o, p_gate, qs, ks, vs, made, made, out, weights, ends,
+                q_full, q_free, k_full, k_free, v_full, v_free, there, taken, there, taken,
+                ready, stored, chunks, T, T_y, T_y, D, V,
+                sqt, sqd, skt, skd, svt, svd, syt, syd, syt, syd, sot, sod, sgt,
+                BD, BV, AHLA, GATE, POWER1, POWER2, READ and not WIDE, KEEP, False, FAST,
+                WHOLE_D, WHOLE_V, K_LATER, V_LATER, Q, K, V_,
             )),
         ],
         [4, 4],

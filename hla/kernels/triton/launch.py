@@ -316,7 +316,7 @@ NAMES = ("q", "k", "v", "o", "start", "end", "v2", "o2", "start2", "end2", "x", 
          "dots", "states")  # fmt: skip
 RANKS = {"gate": 0, "states": 3}  # the axes that are an operand's own; others have two
 # and these one more, of segments
-STATES = {"start", "end", "start1", "end1", "start2", "end2"}
+STATES = {f"{when}{i}" for when in ("start", "end") for i in ("", 1, 2, 3)}
 GATE = NAMES.index("gate")
 
 

@@ -47,6 +47,15 @@ def add(a, b):
 
 
 @gluon.jit
+def barriers(N: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Allocate barriers, each of so many arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
 def put_weights(weights, ends, at, c, last):
     """Leave the weights of a chunk by the sums of its gate in base 2, [W] and the last, float64."""
     weights.index(at * LISTS + UNTIL).store(c.to(gl.float32))
