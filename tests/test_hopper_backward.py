@@ -25,7 +25,7 @@ from hla.core.linear import LinearState  # noqa: E402
 from hla.device.scan import Call, Runner  # noqa: E402
 from hla.device.steps import Ref  # noqa: E402
 from hla.device.tiles import Layout  # noqa: E402
-from hla.kernels.triton import hopper_backward, run  # noqa: E402
+from hla.kernels.triton import hopper_backward, launch, run  # noqa: E402
 
 CUDA = torch.device("cuda")
 H = 2
@@ -94,7 +94,7 @@ def given(rng, T, D, V, lead=(H,), keys=None):
     return {n: rng.standard_normal((*b, T, w)) * w**-0.25 for n, (b, w) in sizes.items()}
 
 
-def gradients(arrays, options, dtype, start=None, layout=None, operator="hla2"):
+def gradients(arrays, options, dtype, start=None, layout=None, operator="hla2", tokens=0):
     """Those of the sweeps, and of the core in float64 by the same rounded arrays."""
     place = layout or (lambda x: x)
     tensors = {n: place(torch.tensor(x).to(dtype)) for n, x in arrays.items()}
@@ -118,7 +118,7 @@ def gradients(arrays, options, dtype, start=None, layout=None, operator="hla2"):
     saved = hla.scan(*made_of, operator="linear", initial_state=S, **same)
     device = Runner(run.RUNNER.device._replace(rows=rows))
     saved = [torch.tensor(saved).to(dtype)]
-    return device.backward(request, made, saved, tensors["do"], None), want
+    return device.backward(request, made, saved, tensors["do"], None, tokens), want
 
 
 def close(got, want, most=EXACT):
@@ -144,23 +144,48 @@ def runs(operator):
     return [1, 1] if operator == "hla2" else [2, 1]
 
 
+def first_state(rng, operator, D, V):
+    """A state of an operator."""
+    kind = {"hla2": HLA2State, "ahla": AHLAState}[operator]
+    matrices = {"S": (D, D), "F": (D, V), "P": (D, V), "E": (D, V)}
+    return kind(*(rng.standard_normal((H, *matrices.get(n, (D,)))) for n in kind._fields))
+
+
+@pytest.mark.parametrize(("operator", "D", "V", "gate", "states"), [
+    ("hla2", 128, 64, None, False), ("hla2", 40, 128, "decay", True),
+    ("hla2", 64, 64, "log_gate", True), ("ahla", 40, 64, "decay", True),
+])  # fmt: skip
+def test_segments(kernels, monkeypatch, operator, D, V, gate, states):
+    """Three, the last short: of hla2 dy again for the states of Z, then the sweeps from states."""
+    rng, T = np.random.default_rng(4), 170
+    monkeypatch.setattr(run, "limits", lambda *call: launch.WIDE._replace(period=80))
+    made = kernels(exact=True)
+    options = {"scale": 0.5} | gates(rng, gate, (H,), T)
+    start = first_state(rng, operator, D, V) if states else None
+    arrays = given(rng, T, D, V)
+    got, want = gradients(arrays, options, torch.float64, start, operator=operator, tokens=80)
+    sweeps = [False, True] if operator == "hla2" else [True, True]
+    assert [[x.get("READ", True) for x in kernel.ran] for kernel in made] == [sweeps, [True]]
+    for name in ("dq", "dk", "dv"):
+        close(getattr(got, name), getattr(want, name), most=1e-6)  # carried in float32
+    if states:
+        for x, y in zip(got.dinitial_state, want.dinitial_state, strict=True):
+            close(x, y, most=1e-6)
+
+
 @pytest.mark.parametrize(("operator", "T", "D", "V", "gate", "states"), CASES)
 def test_gradients_are_exact(kernels, operator, T, D, V, gate, states):
     rng = np.random.default_rng(T)
     made = kernels(exact=True, seed=T)
     options = {"scale": 0.5} | gates(rng, gate, (H,), T)
-    start, matrices = None, {"S": (D, D), "F": (D, V), "P": (D, V), "E": (D, V)}
-    if states:
-        kind = {"hla2": HLA2State, "ahla": AHLAState}[operator]
-        sizes = (matrices.get(n, (D,)) for n in kind._fields)
-        start = kind(*(rng.standard_normal((H, *s)) for s in sizes))
+    start = first_state(rng, operator, D, V) if states else None
     arrays = given(rng, T, D, V)
     got, want = gradients(arrays, options, torch.float64, start, operator=operator)
     assert [len(kernel.ran) for kernel in made] == runs(operator)
     assert made[0].ran[0]["FAST"] == (D % 8 == V % 8 == 0)
     for name in ("dq", "dk", "dv"):
         close(getattr(got, name), getattr(want, name))
-    for name in matrices if states else ():
+    for name in "SFPE" if states else "":
         if hasattr(start, name):  # S by a pass in float32
             x, y = (getattr(z.dinitial_state, name) for z in (got, want))
             close(x, y, most=1e-6 if name == "S" else EXACT)
@@ -217,10 +242,11 @@ def test_gradients_of_last_states(kernels, gate):
         {n: a.dtype for n, a in zip(names, arrays, strict=True)},
         CUDA,
     )
-    refs = {n: Ref(n) for n in names} | ({} if gate else {"gate": None})
+    refs = {n: Ref(n) for n in names[:-1]} | {"left": None, "gate": Ref("gate") if gate else None}
     for do in hopper_backward.launched(
-        call, kernel, (H,), refs, "qkvgyabc", (1.0, 1.0), (1, 2),
-        {"Z": True, "ADD": False, "START1": True, "START2": True, "END2": True},
+        call, kernel, (H,), refs, "qkvgyabc", (1.0, 1.0), (1, 2), 0,
+        {"Z": True, "ADD": False, "READ": True, "START1": True, "START2": True, "END1": False,
+         "END2": True},
     ):  # fmt: skip
         do(arrays, [a.data_ptr() for a in arrays], None)
     got = dict(zip(names, arrays, strict=True))

@@ -52,13 +52,17 @@ def levels(b: Builder, row: Row, launches: list[Launch], inner: tuple[str, ...])
     The states of a level depend on results of those below, which the row makes once more. Of hla2:
     S of k alone; F of y and v, which the row leaves from S, with y made and forgotten; then o.
     """
-    alone, carried, reads = _apart(b, launches)
     of: dict[str, int] = {}  # level of a result
     depths: list[int] = []  # and of a state
     for x in launches:
         depths.append(1 + max(of.get(n, 0) for n in names((x.k, x.v))))
         depth = max(depths[-1], *(of.get(n, 0) for n in names(x.q)))
         of |= {n: max(depth, of.get(n, 0)) for n in names(x.o)}
+    late = [
+        x for x, depth in zip(launches, depths, strict=True) if depth > 1 and _halved(x, launches)
+    ]
+    launches = [x._replace(end=(None,)) if x in late else x for x in launches]
+    alone, carried, reads = _apart(b, launches)
     for now in range(1, max(depths) + 1):
         mine = [i for i, depth in enumerate(depths) if depth == now]
         states = [state for i in mine if (state := alone[i])]
@@ -75,6 +79,14 @@ def levels(b: Builder, row: Row, launches: list[Launch], inner: tuple[str, ...])
             yield from _pairs(b, states)
         yield from (step for i in mine for step in carried[i])
     yield Fused(row.name, tuple(reads), inner)
+    for x in late:
+        size = b.width(x.k[0].name), b.width(x.v[0].name)
+        yield from b.two(x._replace(q=(), o=()), [size], b.tokens)
+
+
+def _halved(x: Launch, launches: list[Launch]) -> bool:
+    """Whether a last state is asked of one of two that a row may leave as halves of their sum."""
+    return any(x.end) and any((x.k, x.v) == (y.v, y.k) and y.o == x.o for y in launches if y != x)
 
 
 def _apart(

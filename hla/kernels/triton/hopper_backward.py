@@ -34,11 +34,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...core.passes import Shape
-from ...core.programs import CAUSAL, adjoint
+from ...core.programs import adjoint
 from ...core.request import Request
 from ...device.scan import Call, Do
 from ...device.steps import Fused, Launch, Ref, Row
 from .launch import Kernel, heads, passes, width
+from .owners import masked
 
 HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
 AHLA = "ahla on Hopper: du, dk", "ahla on Hopper: dv, dk", "ahla on Hopper: dq"
@@ -50,9 +51,7 @@ def rows(request: Request) -> tuple[Row, ...]:
     """Return the sweeps, where they do a request's adjoint."""
     widths, gated = (request.k_shape[-1], request.v_shape[-1]), request.gate is not None
     plain = request.operator in ("hla2", "ahla") and not (request.normalize or request.empty)
-    plain = plain and [s.does for s in request.program.steps] == [
-        s.does for s in CAUSAL[request.operator].steps
-    ]
+    plain = plain and masked(request) == len(request.program.steps)
     if not plain or request.scale == 0 or not 0 < min(widths) <= max(widths) <= WIDEST:
         return ()
     if gated and request.gate_given:  # its gradient asks for more
@@ -60,9 +59,10 @@ def rows(request: Request) -> tuple[Row, ...]:
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     queries = tuple(s for s in back if not s.reverse)
     if request.operator == "hla2":
-        return Row(HLA2[0], tuple(s for s in back if s.reverse)), Row(HLA2[1], queries)
+        sweeps = tuple(s for s in back if s.reverse)
+        return Row(HLA2[0], sweeps, segments=True), Row(HLA2[1], queries, segments=True)
     steps = (tuple(s for s in back if s.reverse and s.step == i) for i in (1, 0))
-    return tuple(Row(*row) for row in zip(AHLA, (*steps, queries), strict=True))
+    return tuple(Row(*row, segments=True) for row in zip(AHLA, (*steps, queries), strict=True))
 
 
 class Aligned:
@@ -92,6 +92,7 @@ def launched(
     letters: str,
     numbers: tuple[float, ...],
     powers: tuple[int, int],
+    tokens: int,
     constants: Mapping[str, bool],
 ) -> Iterator[Do]:
     """Yield what does a sweep.
@@ -112,12 +113,14 @@ def launched(
         What the kernel takes first.
     powers : tuple of int
         Of the gate, by the passes of the program.
+    tokens : int
+        Of a segment; 0: the whole sequence.
     constants : mapping
         What the kernel does, and then which states there are.
     """
     places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
     sizes = [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
-    T, D, V = call.request.tokens, width(places["k"] or places["y"]), width(places["do"])
+    T, D, V = call.request.tokens, width(places.get("q") or places["k"]), width(places["do"])
     B = 64 if max(D, V) <= 64 else WIDEST
     gated = {None: 0, "decay": 1, "log_gate": 2}[call.request.gate]
     power1, power2 = powers if gated else (0, 0)
@@ -125,7 +128,8 @@ def launched(
         {n: x for n, x in constants.items() if n.startswith(("START", "END")) == late}
         for late in (False, True)
     )
-    for counts, first, strides in heads(batch, places, gated == 2):
+    parts, cut = (-(-T // tokens), True) if tokens else (1, False)
+    for counts, first, strides in heads(batch, places, gated == 2, cut=cut):
         own, rest = strides[: len(letters)], strides[len(letters) :]
         steps = {f"s{x}{e}": n for x, s in zip(letters, own, strict=True)
                  for e, n in zip("td", s[3:], strict=True)}  # fmt: skip
@@ -134,11 +138,15 @@ def launched(
             for x, s in zip(first, own, strict=False)
         )
 
-        lead, after = [n for x in own for n in x[:3]], [n for x in rest for n in x]
+        lead = [n for x in own for n in x[:3]]
+        after: list[int | None] = []
+        for name, x in zip([*places][len(letters) :], rest, strict=True):
+            after += x if cut or name == "gate" else (*x[:3], None, *x[3:])
         made = [
             Kernel(
-                function, (math.prod(counts),), first, sizes,
-                *numbers, T, D, V, *counts[-2:], *(n // 8 if fast else n for n in lead), *after,
+                function, (math.prod(counts) * parts,), first, sizes,
+                *numbers, T, tokens or None, D, V, *counts[-2:],
+                *(n // 8 if fast else n for n in lead), *after,
                 **steps, GATE=gated, **does, POWER1=power1, POWER2=power2, **states, B=B,
                 WHOLE_D=D == B, WHOLE_V=V == B, FAST=fast, num_warps=4,
             )
@@ -148,14 +156,26 @@ def launched(
             yield Aligned(made[0], made[-1], len(letters)) if fits else made[0]
 
 
+def flipped(x: Ref | None) -> Ref | None:
+    """Return the transpose of a state."""
+    return x and x._replace(turned=not x.turned)
+
+
 def reverse(call: Call, s: Fused) -> Iterator[Do]:
     """Yield hla2's sweep of dy, dv and dk, last token first."""
+    if not s.launches[1].q:  # of segments: dy again, and of the two that make up Z half the sum
+        dy, half = s.launches
+        again = dict.fromkeys(("q", "k", "v", "do", "y", "dy", "dv", "dk", "Z", "R"))
+        again |= {"q": dy.v[0], "v": dy.q[0], "do": dy.k[0], "R": flipped(dy.start[0])}
+        constants = {"Z": True, "ADD": False, "READ": False}
+        yield from _reverse(call, again, dy, (half.power, dy.power), half.end[0], **constants)
+        return
     dy, dv, _, dk = s.launches
-    refs = {
+    refs: dict[str, Ref | None] = {
         "q": dy.v[0], "k": dk.q[0], "v": dy.q[0], "do": dv.v[0], "y": dv.q[0],
         "dy": dy.o[0], "dv": dv.o[0], "dk": dk.o[0], "Z": dk.start[0], "R": dv.start[0],
     }  # fmt: skip
-    yield from _reverse(call, refs, dv, (dk.power, dv.power), Z=True, ADD=False)
+    yield from _reverse(call, refs, dv, (dk.power, dv.power), Z=True, ADD=False, READ=True)
     if any(dk.end):  # of the two that make up Z the kernel keeps the sum
         yield from passes(call, dk._replace(q=(), o=(), add=False, batch=dk.held))
 
@@ -167,21 +187,28 @@ def one_state(call: Call, s: Fused) -> Iterator[Do]:
         "q": dk.v[0], "k": None, "v": dk.q[0], "do": dk.k[0], "y": dx.q[0],
         "dk": dk.o[0], "dx": dx.o[0], "none": None, "Z": None, "R": dx.start[0],
     }  # fmt: skip
-    yield from _reverse(call, refs, dx, (0, dx.power), Z=False, ADD=dk.add)
+    yield from _reverse(call, refs, dx, (0, dx.power), Z=False, ADD=dk.add, READ=True)
 
 
 def _reverse(
-    call: Call, refs: dict[str, Ref | None], x: Launch, powers: tuple[int, int], **constants: bool
+    call: Call,
+    refs: dict[str, Ref | None],
+    x: Launch,
+    powers: tuple[int, int],
+    left: Ref | None = None,
+    **constants: bool,
 ) -> Iterator[Do]:
     """Yield a sweep from the last token, by the launch that leaves R."""
     from .hopper_reverse import reverse_kernel
 
-    refs["end"] = x.end[0] if x.end else None
+    refs |= {"end": x.end[0] if x.end else None, "left": left}
     refs["gate"] = Ref("gate") if call.request.gate else None
-    there = {"START1": "Z", "START2": "R", "END2": "end"}
+    there = {"START1": "Z", "START2": "R", "END1": "left", "END2": "end"}
     constants |= {name: refs[n] is not None for name, n in there.items()}
     factors = x.write, 1 / x.write
-    yield from launched(call, reverse_kernel, x.batch, refs, "qkvgyabc", factors, powers, constants)
+    yield from launched(
+        call, reverse_kernel, x.batch, refs, "qkvgyabc", factors, powers, x.tokens, constants
+    )
 
 
 def queries(call: Call, s: Fused) -> Iterator[Do]:
@@ -189,7 +216,7 @@ def queries(call: Call, s: Fused) -> Iterator[Do]:
     from .hopper_queries import queries_kernel
 
     first, second = s.launches
-    S, F = (x and x._replace(turned=not x.turned) for x in (second.start[0], first.start[0]))
+    S, F = flipped(second.start[0]), flipped(first.start[0])
     ahla = first.v == second.v  # the k of both passes
     v, y = (second.k[0], first.k[0]) if ahla else (first.k[0], first.v[0])
     refs = {
@@ -199,7 +226,7 @@ def queries(call: Call, s: Fused) -> Iterator[Do]:
     constants = {"AHLA": ahla, "START1": S is not None, "START2": F is not None}
     powers, factors = (second.power, first.power), (first.read,)
     yield from launched(
-        call, queries_kernel, first.batch, refs, "kvgyab", factors, powers, constants
+        call, queries_kernel, first.batch, refs, "kvgyab", factors, powers, first.tokens, constants
     )
 
 

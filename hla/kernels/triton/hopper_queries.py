@@ -162,22 +162,22 @@ def _mover_f(
         "sk0", "sk1", "sk2", "sv0", "sv1", "sv2",
         "sg0", "sg1", "sg2", "sy0", "sy1", "sy2",
         "sa0", "sa1", "sa2", "sb0", "sb1", "sb2",
-        "ss0", "ss1", "ss2", "ssd", "ssv", "sz0", "sz1", "sz2", "szd", "sze",
+        "ss0", "ss1", "ss2", "ssn", "ssd", "ssv", "sz0", "sz1", "sz2", "szn", "szd", "sze",
         "sf0", "sf1", "sf2", "sft",
     ],
     do_not_specialize_on_alignment=["p_gate", "p_start1", "p_start2"],
 )  # fmt: skip
 def queries_kernel(
     p_k, p_v, p_g, p_y, p_e, p_dq, p_start1, p_start2, p_gate,
-    scale, T, D, V, N1, N2,
+    scale, T, tokens, D, V, N1, N2,
     sk0, sk1, sk2,
     sv0, sv1, sv2,
     sg0, sg1, sg2,
     sy0, sy1, sy2,
     sa0, sa1, sa2,  # dy
     sb0, sb1, sb2,  # dq
-    sz0, sz1, sz2, szd, sze,  # the first S
-    ss0, ss1, ss2, ssd, ssv,  # the first F
+    sz0, sz1, sz2, szn, szd, sze,  # the first S
+    ss0, ss1, ss2, ssn, ssd, ssv,  # the first F
     sf0, sf1, sf2, sft,
     skt: gl.constexpr,
     skd: gl.constexpr,
@@ -202,13 +202,31 @@ def queries_kernel(
     WHOLE_V: gl.constexpr,
     FAST: gl.constexpr,  # rows are of whole 16 bytes; strides of the batch count by 8
 ):  # fmt: skip
-    """One head, its first token first: dq."""
+    """One head, or one segment of so many ``tokens`` of it, its first token first: dq."""
     STAGES: gl.constexpr = 2  # chunks in shared memory
     UNIT: gl.constexpr = 8 if FAST else 1
     HALVES: gl.constexpr = B // 64
-    i_2 = (gl.program_id(0) % N2).to(gl.int64)
-    i_1 = (gl.program_id(0) // N2 % N1).to(gl.int64)
-    i_0 = (gl.program_id(0) // N2 // N1).to(gl.int64)
+    i_head = gl.program_id(0)
+    if tokens is not None:  # a segment is a batch entry
+        parts = (T + tokens - 1) // tokens
+        part, i_head = (i_head % parts).to(gl.int64), i_head // parts
+        first = part * tokens
+        T = gl.minimum(T - first, tokens).to(gl.int32)
+        p_k += first * skt
+        p_v += first * svt
+        p_g += first * sgt
+        p_y += first * syt
+        p_e += first * sat
+        p_dq += first * sbt
+        if GATE == 2:
+            p_gate += first * sft
+        if START1:
+            p_start1 += part * szn
+        if START2:
+            p_start2 += part * ssn
+    i_2 = (i_head % N2).to(gl.int64)
+    i_1 = (i_head // N2 % N1).to(gl.int64)
+    i_0 = (i_head // N2 // N1).to(gl.int64)
     p_k += (i_0 * sk0 + i_1 * sk1 + i_2 * sk2) * UNIT
     p_v += (i_0 * sv0 + i_1 * sv1 + i_2 * sv2) * UNIT
     p_g += (i_0 * sg0 + i_1 * sg1 + i_2 * sg2) * UNIT

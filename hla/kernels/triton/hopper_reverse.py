@@ -72,7 +72,8 @@ def _owner_r(
     qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there, chunks, zero,
     p_start, ssd, ssv, p_end, sed, sev, D, V, scale, unscale,
     HALVES: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, POWER: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
+    GATE: gl.constexpr, POWER: gl.constexpr, READ: gl.constexpr,
+    START: gl.constexpr, END: gl.constexpr,
 ):  # fmt: skip
     """Own R, [D, V]: make dy and dv."""
     ACC: gl.constexpr = ACC128 if B == 128 else ACC64
@@ -99,12 +100,13 @@ def _owner_r(
         b_v.store((dy * scale).to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(dy_there.index(s), count=1)
-        a = warpgroup_mma_wait(0, deps=[_pairs(b_y, b_q)])
-        _put_pairs(tile, a, weights, slot, True, POWER)
-        fence_async_shared()
-        barrier()
-        dv = _rows(b_y, copy, tile, b_g, weights, slot, POWER, B)
-        b_y.store((dv * scale).to(gl.bfloat16))
+        if READ:
+            a = warpgroup_mma_wait(0, deps=[_pairs(b_y, b_q)])
+            _put_pairs(tile, a, weights, slot, True, POWER)
+            fence_async_shared()
+            barrier()
+            dv = _rows(b_y, copy, tile, b_g, weights, slot, POWER, B)
+            b_y.store((dv * scale).to(gl.bfloat16))
         qT = b_q.permute((1, 0))
         if POWER > 0:
             R0 = _total(R0, ends, slot, POWER, ACC)
@@ -145,6 +147,17 @@ def _block(p, s0, s1, D, unscale, ROW: gl.constexpr, COLUMN: gl.constexpr, START
 
 
 @gluon.jit
+def _leave_block(p, Z, s0, s1, D, factor, ROW: gl.constexpr, COLUMN: gl.constexpr):
+    """Store a block of Z, times a factor, and the one that mirrors it."""
+    d = ROW + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC64)).to(gl.int64)[:, None]
+    e = COLUMN + gl.arange(0, 64, layout=gl.SliceLayout(0, ACC64)).to(gl.int64)[None, :]
+    there = (d < D) & (e < D)
+    gl.store(p + d * s0 + e * s1, Z * factor, mask=there)
+    if ROW != COLUMN:
+        gl.store(p + e * s0 + d * s1, Z * factor, mask=there)
+
+
+@gluon.jit
 def _read_block(o, weights, slot, POWER: gl.constexpr):
     """Weigh what was read from a state, tokens in columns."""
     if POWER > 0:
@@ -163,9 +176,9 @@ def _add_block(Z, qT, dyT, b_q, b_dy):
 @gluon.jit
 def _owner_z(
     qs, ks, vs, tiles, crosses, weights, ends, full, dy_there, dk_there, chunks, zero,
-    p_start, ss0, ss1, D, scale, unscale,
-    HALVES: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, POWER: gl.constexpr, START: gl.constexpr,
+    p_start, ss0, ss1, p_end, se0, se1, D, scale, unscale,
+    HALVES: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, POWER: gl.constexpr,
+    READ: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
 ):  # fmt: skip
     """Own Z, [D, D], symmetric: of its four blocks three; make dk."""
     Z00 = _block(p_start, ss0, ss1, D, unscale, 0, 0, START)
@@ -183,41 +196,46 @@ def _owner_z(
         qT0, dyT0 = b_q.permute((1, 0)).slice(0, 64, 0), b_dy.permute((1, 0)).slice(0, 64, 0)
         mbarrier.wait(full.index(s), (i // STAGES) & 1)
         fence_async_shared()
-        a = warpgroup_mma_wait(0, deps=[_pairs(b_q, b_k)])
-        _put_pairs(tile1, a, weights, slot, False, POWER)
+        if READ:
+            a = warpgroup_mma_wait(0, deps=[_pairs(b_q, b_k)])
+            _put_pairs(tile1, a, weights, slot, False, POWER)
         mbarrier.wait(dy_there.index(s), (i // STAGES) & 1)
-        a = warpgroup_mma_wait(0, deps=[_pairs(b_dy, b_k)])
-        _put_pairs(tile2, a, weights, slot, False, POWER)
-        fence_async_shared()
-        barrier()
-        o = gl.zeros([64, W], gl.float32, ACC64)
-        o = warpgroup_mma(_operand(Z00), kT.slice(0, 64, 0), o, use_acc=False, is_async=True)
-        if HALVES == 2:
-            o = warpgroup_mma(_operand(Z01), kT.slice(64, 64, 0), o, is_async=True)
-        o = _read_block(o, weights, slot, POWER)
-        o = warpgroup_mma(dyT0, tile1, o, is_async=True)
-        o = warpgroup_mma(qT0, tile2, o, is_async=True)
-        o = warpgroup_mma_wait(0, deps=[o])
-        dk0 = (o * scale).to(gl.bfloat16)
+        if READ:
+            a = warpgroup_mma_wait(0, deps=[_pairs(b_dy, b_k)])
+            _put_pairs(tile2, a, weights, slot, False, POWER)
+            fence_async_shared()
+            barrier()
+            o = gl.zeros([64, W], gl.float32, ACC64)
+            o = warpgroup_mma(_operand(Z00), kT.slice(0, 64, 0), o, use_acc=False, is_async=True)
+            if HALVES == 2:
+                o = warpgroup_mma(_operand(Z01), kT.slice(64, 64, 0), o, is_async=True)
+            o = _read_block(o, weights, slot, POWER)
+            o = warpgroup_mma(dyT0, tile1, o, is_async=True)
+            o = warpgroup_mma(qT0, tile2, o, is_async=True)
+            o = warpgroup_mma_wait(0, deps=[o])
+            dk0 = (o * scale).to(gl.bfloat16)
         q0, dy0 = b_q.slice(0, 64, 1), b_dy.slice(0, 64, 1)
         if POWER == 0:
             Z00 = _add_block(Z00, qT0, dyT0, q0, dy0)
         if HALVES == 2:
             q1, dy1 = b_q.slice(64, 64, 1), b_dy.slice(64, 64, 1)
             qT1, dyT1 = q1.permute((1, 0)), dy1.permute((1, 0))
-            o = gl.zeros([64, W], gl.float32, ACC64)
-            o = warpgroup_mma(
-                crosses.index(z).permute((1, 0)), kT.slice(0, 64, 0), o, use_acc=False,
-                is_async=True,
-            )  # fmt: skip
-            o = warpgroup_mma(_operand(Z11), kT.slice(64, 64, 0), o, is_async=True)
-            o = _read_block(o, weights, slot, POWER)
-            o = warpgroup_mma(dyT1, tile1, o, is_async=True)
-            o = warpgroup_mma(qT1, tile2, o, is_async=True)
-            Z00, o = warpgroup_mma_wait(0, deps=[Z00, o])
-            kT.slice(64, 64, 0).store((o * scale).to(gl.bfloat16))
-            kT.slice(0, 64, 0).store(dk0)
-        else:
+            if READ:
+                o = gl.zeros([64, W], gl.float32, ACC64)
+                o = warpgroup_mma(
+                    crosses.index(z).permute((1, 0)), kT.slice(0, 64, 0), o, use_acc=False,
+                    is_async=True,
+                )  # fmt: skip
+                o = warpgroup_mma(_operand(Z11), kT.slice(64, 64, 0), o, is_async=True)
+                o = _read_block(o, weights, slot, POWER)
+                o = warpgroup_mma(dyT1, tile1, o, is_async=True)
+                o = warpgroup_mma(qT1, tile2, o, is_async=True)
+                Z00, o = warpgroup_mma_wait(0, deps=[Z00, o])
+                kT.slice(64, 64, 0).store((o * scale).to(gl.bfloat16))
+                kT.slice(0, 64, 0).store(dk0)
+            else:
+                Z00 = warpgroup_mma_wait(0, deps=[Z00])
+        elif READ:
             kT.store(dk0)
         if POWER > 0:  # half by half, else registers would not suffice
             w_q = _weighed(qT0, weights, slot, BEFORE, POWER, A64)
@@ -241,6 +259,11 @@ def _owner_z(
         if HALVES == 2:
             crosses.index(z).store(Z01.to(gl.bfloat16))
         mbarrier.arrive(dk_there.index(s), count=1)
+    if END:
+        _leave_block(p_end, Z00, se0, se1, D, 0.5 * scale, 0, 0)
+        if HALVES == 2:
+            _leave_block(p_end, Z01, se0, se1, D, 0.5 * scale, 0, 64)
+            _leave_block(p_end, Z11, se0, se1, D, 0.5 * scale, 64, 64)
 
 
 @gluon.jit
@@ -285,6 +308,32 @@ def _mover_r(
                 mbarrier.arrive(full.index(s), count=1)
 
 
+@gluon.jit
+def _mover_z(
+    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys, weights, ends,
+    full, dy_there, dv_there, dk_there, chunks, T, D, V,
+    sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd, sft,
+    Z: gl.constexpr, ADD: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
+    FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
+):  # fmt: skip
+    """Load what Z alone is made of."""
+    for i in range(chunks):
+        s, turn = i % STAGES, ((i // STAGES) & 1) ^ 1
+        row = (chunks - 1 - i) * W
+        if i >= STAGES:
+            mbarrier.wait(dv_there.index(s), turn)
+            mbarrier.wait(dk_there.index(s), turn)
+        _fetch(gs.index(s), p_g, row, T, V, sgt, sgd, B, FAST, WHOLE_V)
+        _fetch(qs.index(s), p_q, row, T, D, sqt, sqd, B, FAST, WHOLE_D)
+        _fetch(vs.index(s), p_v, row, T, V, svt, svd, B, FAST, WHOLE_V)
+        if FAST:
+            async_copy.mbarrier_arrive(full.index(s), increment_count=False)
+        if GATE == 2:
+            _put_gate(weights, ends, s, p_gate, sft, row, T)
+        if GATE == 2 or not FAST:
+            mbarrier.arrive(full.index(s), count=1)
+
+
 @gluon.jit(
     do_not_specialize=[
         "scale", "unscale", "T", "D", "V", "N1", "N2",
@@ -292,15 +341,15 @@ def _mover_r(
         "sv0", "sv1", "sv2", "sg0", "sg1", "sg2",
         "sy0", "sy1", "sy2", "sa0", "sa1", "sa2",
         "sb0", "sb1", "sb2", "sc0", "sc1", "sc2",
-        "ss0", "ss1", "ss2", "ssd", "ssv", "se0", "se1", "se2", "sed", "sev",
-        "sz0", "sz1", "sz2", "szd", "sze",
+        "ss0", "ss1", "ss2", "ssn", "ssd", "ssv", "se0", "se1", "se2", "sen", "sed", "sev",
+        "sz0", "sz1", "sz2", "szn", "szd", "sze", "sw0", "sw1", "sw2", "swn", "swd", "swe",
         "sf0", "sf1", "sf2", "sft",
     ],
-    do_not_specialize_on_alignment=["p_gate", "p_start1", "p_start2", "p_end2"],
+    do_not_specialize_on_alignment=["p_gate", "p_start1", "p_start2", "p_end2", "p_end1"],
 )  # fmt: skip
 def reverse_kernel(
-    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_start1, p_start2, p_end2, p_gate,
-    scale, unscale, T, D, V, N1, N2,
+    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_start1, p_start2, p_end2, p_end1, p_gate,
+    scale, unscale, T, tokens, D, V, N1, N2,
     sq0, sq1, sq2,
     sk0, sk1, sk2,
     sv0, sv1, sv2,
@@ -309,9 +358,10 @@ def reverse_kernel(
     sa0, sa1, sa2,  # dy
     sb0, sb1, sb2,  # dv
     sc0, sc1, sc2,  # dk
-    sz0, sz1, sz2, szd, sze,  # the last Z
-    ss0, ss1, ss2, ssd, ssv,  # the last R
-    se0, se1, se2, sed, sev,  # R at the first token
+    sz0, sz1, sz2, szn, szd, sze,  # the last Z
+    ss0, ss1, ss2, ssn, ssd, ssv,  # the last R
+    se0, se1, se2, sen, sed, sev,  # R at the first token
+    sw0, sw1, sw2, swn, swd, swe,  # half of Z there
     sf0, sf1, sf2, sft,
     sqt: gl.constexpr,
     sqd: gl.constexpr,
@@ -332,37 +382,68 @@ def reverse_kernel(
     GATE: gl.constexpr,  # 0 none, 1 decay, 2 log_gate
     Z: gl.constexpr,  # there is Z, which makes dk
     ADD: gl.constexpr,  # dy is added to what is there
+    READ: gl.constexpr,  # dy, dv and dk are asked, not Z alone
     POWER1: gl.constexpr,  # of Z
     POWER2: gl.constexpr,  # of R
     START1: gl.constexpr,
     START2: gl.constexpr,
+    END1: gl.constexpr,
     END2: gl.constexpr,
     B: gl.constexpr,  # tiles of 64 or 128 keys and values
     WHOLE_D: gl.constexpr,  # D == B
     WHOLE_V: gl.constexpr,
     FAST: gl.constexpr,  # rows are of whole 16 bytes; strides of the batch count by 8
 ):  # fmt: skip
-    """One head, its last token first: dy, dv and dk."""
+    """One head, or one segment of so many ``tokens`` of it, its last token first."""
     STAGES: gl.constexpr = 2  # chunks in shared memory
     UNIT: gl.constexpr = 8 if FAST else 1
     HALVES: gl.constexpr = B // 64
-    i_2 = (gl.program_id(0) % N2).to(gl.int64)
-    i_1 = (gl.program_id(0) // N2 % N1).to(gl.int64)
-    i_0 = (gl.program_id(0) // N2 // N1).to(gl.int64)
+    i_head = gl.program_id(0)
+    if tokens is not None:  # a segment is a batch entry
+        parts = (T + tokens - 1) // tokens
+        part, i_head = (i_head % parts).to(gl.int64), i_head // parts
+        first = part * tokens
+        T = gl.minimum(T - first, tokens).to(gl.int32)
+        p_q += first * sqt
+        p_v += first * svt
+        p_g += first * sgt
+        if READ:
+            p_y += first * syt
+            p_dy += first * sat
+            p_dv += first * sbt
+        if READ and Z:
+            p_k += first * skt
+            p_dk += first * sct
+        if GATE == 2:
+            p_gate += first * sft
+        if START1:
+            p_start1 += part * szn
+        if START2:
+            p_start2 += part * ssn
+        if END1:
+            p_end1 += part * swn
+        if END2:
+            p_end2 += part * sen
+    i_2 = (i_head % N2).to(gl.int64)
+    i_1 = (i_head // N2 % N1).to(gl.int64)
+    i_0 = (i_head // N2 // N1).to(gl.int64)
     p_q += (i_0 * sq0 + i_1 * sq1 + i_2 * sq2) * UNIT
-    if Z:
+    if READ and Z:
         p_k += (i_0 * sk0 + i_1 * sk1 + i_2 * sk2) * UNIT
     p_v += (i_0 * sv0 + i_1 * sv1 + i_2 * sv2) * UNIT
     p_g += (i_0 * sg0 + i_1 * sg1 + i_2 * sg2) * UNIT
-    p_y += (i_0 * sy0 + i_1 * sy1 + i_2 * sy2) * UNIT
-    p_dy += (i_0 * sa0 + i_1 * sa1 + i_2 * sa2) * UNIT
-    p_dv += (i_0 * sb0 + i_1 * sb1 + i_2 * sb2) * UNIT
-    if Z:
+    if READ:
+        p_y += (i_0 * sy0 + i_1 * sy1 + i_2 * sy2) * UNIT
+        p_dy += (i_0 * sa0 + i_1 * sa1 + i_2 * sa2) * UNIT
+        p_dv += (i_0 * sb0 + i_1 * sb1 + i_2 * sb2) * UNIT
+    if READ and Z:
         p_dk += (i_0 * sc0 + i_1 * sc1 + i_2 * sc2) * UNIT
     if START1:
         p_start1 += i_0 * sz0 + i_1 * sz1 + i_2 * sz2
     if START2:
         p_start2 += i_0 * ss0 + i_1 * ss1 + i_2 * ss2
+    if END1:
+        p_end1 += i_0 * sw0 + i_1 * sw1 + i_2 * sw2
     if END2:
         p_end2 += i_0 * se0 + i_1 * se1 + i_2 * se2
     if GATE > 0:
@@ -400,14 +481,14 @@ def reverse_kernel(
                 (_owner_r, (
                     qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there,
                     chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale, unscale,
-                    HALVES, B, STAGES, GATE, POWER2, START2, END2,
+                    HALVES, B, STAGES, GATE, POWER2, READ, START2, END2,
                 )),
                 (_owner_z, (
                     qs, ks, vs, tiles, crosses, weights, ends, full, dy_there, dk_there,
-                    chunks, T >> 31, p_start1, szd, sze, D, scale, unscale,
-                    HALVES, STAGES, GATE, POWER1, START1,
+                    chunks, T >> 31, p_start1, szd, sze, p_end1, swd, swe, D, scale, unscale,
+                    HALVES, STAGES, GATE, POWER1, READ, START1, END1,
                 )),
-                (_mover_r, (
+                (_mover_r if READ else _mover_z, (
                     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,
                     weights, ends, full, dy_there, dv_there, dk_there, chunks, T, D, V,
                     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd,
@@ -423,9 +504,9 @@ def reverse_kernel(
                 (_owner_r, (
                     qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there,
                     chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale, unscale,
-                    HALVES, B, STAGES, GATE, POWER2, START2, END2,
+                    HALVES, B, STAGES, GATE, POWER2, READ, START2, END2,
                 )),
-                (_mover_r, (
+                (_mover_r if READ else _mover_z, (
                     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,
                     weights, ends, full, dy_there, dv_there, dk_there, chunks, T, D, V,
                     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd,

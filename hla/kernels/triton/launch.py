@@ -317,6 +317,7 @@ NAMES = ("q", "k", "v", "o", "start", "end", "v2", "o2", "start2", "end2", "x", 
 RANKS = {"gate": 0, "states": 3}  # the axes that are an operand's own; others have two
 # and these one more, of segments
 STATES = {f"{when}{i}" for when in ("start", "end") for i in ("", 1, 2, 3)}
+STATES |= {"S", "F", "R", "Z", "end", "left"}  # of the adjoint's sweeps
 GATE = NAMES.index("gate")
 
 

@@ -34,16 +34,22 @@ def able(request: Request, where: torch.device) -> bool:
     return hopper and request.dtype == "bfloat16" and VERSIONS[0] <= version() <= VERSIONS[1]
 
 
+def masked(request: Request) -> int:
+    """Count the steps of the operator's causal program, 0 where a request does not begin so."""
+    steps = CAUSAL[request.operator].steps
+    begins = [s.does for s in request.program.steps[: len(steps)]]
+    return len(steps) if begins == [s.does for s in steps] else 0
+
+
 def rows(request: Request) -> tuple[Row, ...]:
     """Return the fused row of a request, where there is one; denominators are passes apart."""
     D, V = request.k_shape[-1], request.v_shape[-1]
     if request.operator not in OPERATORS or not HALF < max(D, V) <= WIDEST:
         return ()
-    masked = [s.does for s in CAUSAL[request.operator].steps]
-    given = [s.does for s in request.program.steps[: len(masked)]]
-    if request.empty or 0 in (D, V) or given != masked:
+    count = masked(request)
+    if request.empty or 0 in (D, V) or not count:
         return ()
-    steps = (s for s in request.passes if s.step < len(masked) and "|" not in s.out)
+    steps = (s for s in request.passes if s.step < count and "|" not in s.out)
     return (Row(NAME.format(request.operator), tuple(steps), segments=True),)
 
 
