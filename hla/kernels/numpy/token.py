@@ -1,101 +1,24 @@
-"""One token through a program in NumPy: each state is decayed, updated by one product, then read.
-
-With k, v and the gate g of the token, a state S and its mass m (S of the column of ones of v):
-
-    S <- g S + k v'     m <- g m + k w     out = q' S     w of out = q' m
-
-and a strict pass reads before it updates. A donated state is updated where it lies; then it is read
-and written once, and nothing of its size is made but k v'.
-"""
+"""One token through a program in NumPy, with the state updated where it lies where it may be."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ...core.passes import Shape
-from ...core.programs import Program, summed
 from ...core.request import Inputs, Request
+from ...device.token import Ops, run, updates
 
 Array = Any  # of NumPy
 
 
-class Turn(NamedTuple):
-    """One pass: what it reads and writes, by name."""
-
-    q: str
-    k: str
-    v: str
-    out: str
-    matrix: str
-    mass: str | None  # field of the state
-    shape: Shape  # of the matrix
-    mass_shape: Shape
-    power: int
-    strict: bool
-    first: bool  # of those that share this state
-    weighs: bool  # the mass of what it reads is asked for
-
-
-@functools.lru_cache(maxsize=1024)
-def _turns(request: Request) -> tuple[Program, tuple[Turn, ...]]:
-    """Return the program of a request, and its passes."""
-    program, shapes = request.program, request.state_shapes()
-    weighed = {s.v for s in program.steps}
-    if request.normalize:
-        weighed |= {name for _, name in program.outputs}
-    found: list[Turn] = []
-    for s in program.steps:
-        matrix, mass = s.state[0], s.state[1] if len(s.state) == 2 else None
-        first = all(turn.matrix != matrix for turn in found)
-        sizes = shapes[matrix], shapes[mass] if mass else ()
-        strict, weighs = s.kind == "strict", mass is not None and s.out in weighed
-        found.append(
-            Turn(s.q, s.k, s.v, s.out, matrix, mass, *sizes, s.power, strict, first, weighs)
-        )
-    return program, tuple(found)
-
-
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
     """Return (o, state) of one token; with ``donate`` in the memory of the given state."""
-    program, turns = _turns(request)
-    dtype: Any = request.accumulate
-    x = {name: getattr(inputs, name)[..., 0, :].astype(dtype, copy=False) for name in "qkv"}
-    if request.scaled:
-        x["q"] = x["q"] * request.scale
     given = {} if inputs.state is None else inputs.state._asdict()
-    donate = donate and not any(turn.strict for turn in turns)
-    donate = donate and _owned(given, inputs, request.state_shapes())
-    factors: dict[int, Array] = {}
-    before: dict[str, Array | None] = {}
-    after: dict[str, Array] = {}
-    mass: dict[str, Array] = {}  # of every name that has one but v, whose is 1
-    for turn in turns:
-        q, k, v, matrix = x[turn.q], x[turn.k], x[turn.v], turn.matrix
-        if turn.first:
-            gate = _gate(inputs, turn.power, factors)
-            before[matrix] = given.get(matrix)
-            square = None if gate is None else gate[..., None]
-            pair = k[..., :, None], v[..., None, :]
-            after[matrix] = _advanced(before[matrix], square, *pair, turn.shape, donate)
-            if turn.mass:
-                before[turn.mass] = given.get(turn.mass)
-                ones = 1 if turn.v == "v" else mass[turn.v][..., None]
-                own = before[turn.mass], gate, k, ones, turn.mass_shape
-                after[turn.mass] = _advanced(*own, donate)
-        states = before if turn.strict else after
-        x[turn.out] = _read(q, states[matrix], turn.shape)
-        if turn.weighs and turn.mass:
-            mass[turn.out] = _weight(q, states[turn.mass], turn.mass_shape)
-    o: Array = summed(program, x)
-    if request.normalize:
-        den: Array = summed(program, mass)
-        o = o / (den[..., None] + request.eps)
-    kind: Any = request.state_type
-    return o[..., None, :].astype(inputs.v.dtype, copy=False), kind(**after)
+    donate = donate and updates(request) and _owned(given, inputs, request.state_shapes())
+    return run(request, inputs, OPS, donate)
 
 
 def _owned(given: dict[str, Array], inputs: Inputs, shapes: Mapping[str, Shape]) -> bool:
@@ -107,15 +30,8 @@ def _owned(given: dict[str, Array], inputs: Inputs, shapes: Mapping[str, Shape])
     )
 
 
-def _gate(inputs: Inputs, power: int, factors: dict[int, Array]) -> Array | None:
-    """Return the decay of this token for states of one power, (*batch, 1)."""
-    if not power or (inputs.decay is None and inputs.log_gate is None):
-        return None
-    if power not in factors:
-        a: Any = inputs.log_gate
-        g: Any = inputs.decay
-        factors[power] = np.exp(power * a) if g is None else (g**power)[..., None]
-    return factors[power]
+def _cast(x: Array, dtype: Any) -> Array:
+    return x.astype(dtype, copy=False)
 
 
 def _advanced(
@@ -141,3 +57,6 @@ def _weight(q: Array, state: Array | None, shape: Shape) -> Array:
     if state is None:
         return np.zeros(shape[:-1], q.dtype)
     return np.vecdot(q, state)
+
+
+OPS = Ops(_cast, _advanced, _read, _weight)
