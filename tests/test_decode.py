@@ -7,6 +7,7 @@ import pytest
 from conftest import OPERATORS, budget, draw, installed, load
 from devices import (
     STREAMING,
+    accelerated,
     bits,
     each,
     gate_of,
@@ -109,6 +110,31 @@ def stepped(device, inputs, state, **options):
 
 def each_array(device, token):
     return {n: device.array(x, device.dtype if n in "qkv" else "float32") for n, x in token.items()}
+
+
+@per_device("operator", OPERATORS, where=lambda x: of_torch(x) and accelerated(x))
+def test_a_full_device(device, operator):
+    """Many heads of the widest tiles, in place, packed and not, again and again to the bit."""
+    D, heads = 128, 600
+    inputs = inputs_of(3, "per_head", device.dtype, D=D, V=D, heads=heads)
+    decay = inputs.pop("decay")
+    options = {"operator": operator, "scale": 0.1, "backend": "array_api"}
+    first = [x[:, :2] for x in inputs.values()]
+    _, start = hla.scan(*first, decay=decay, return_state=True, **options)
+    start, token = rounded(start), {n: x[:, 2] for n, x in inputs.items()}
+    want = step(token | {"decay": decay}, start, **options)
+    given = {n: device.array(x, device.dtype) for n, x in token.items()}
+    given["decay"] = device.array(decay)
+    for packed in (False, True):
+        found = []
+        for _ in range(3):
+            own = device.array(start)
+            own = own.pack() if packed else own
+            got = step(given, own, donate=True, **options | {"backend": device.backend})
+            within(got, want, device.dtype, D)
+            found.append(got)
+        bits(found[1], found[0])
+        bits(found[2], found[0])
 
 
 @per_device("D, V", [(128, 128), (100, 60), (64, 20), (33, 11)], where=of_torch)

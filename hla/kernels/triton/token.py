@@ -129,66 +129,31 @@ def _turn(
 
 @triton.jit
 def _triangle(
-    p_q, sqd, scale, p_k, skd, g, p_S, p_T, i0, i1, i2, sS0, sS1, sS2, sSd, sT0, sT1, sT2, sTd, D,
-    START: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
+    q, k, g, p_S, p_T, i0, i1, i2, sS0, sS1, sS2, sSd, sT0, sT1, sT2, sTd, D,
+    START: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Update S = sum k k', packed as its upper triangle, and read it: return S q.
-
-    Row p of a tile holds row p of the triangle and, before its diagonal, what row e = BD - 1 - p
-    has behind its own, last column first: of BD / 2 rows nothing is left over but BD / 2 diagonals.
-    A tile has a third axis, of lanes: of two, Triton would give a thread four columns as in F, and
-    a row of the triangle starts anywhere.
-    """
-    NB: tl.constexpr = BD // R
-    L: tl.constexpr = min(BD, 32)
-    c = tl.arange(0, BD // L)[:, None] * L + tl.arange(0, L)[None, :]
-    last = BD - 1 - c
-    q = tl.load(p_q + c.to(tl.int64) * sqd, mask=c < D, other=0.0).to(tl.float32)[None] * scale
-    k = tl.load(p_k + c.to(tl.int64) * skd, mask=c < D, other=0.0).to(tl.float32)[None]
-    q_last = tl.load(p_q + last.to(tl.int64) * sqd, mask=last < D, other=0.0)
-    k_last = tl.load(p_k + last.to(tl.int64) * skd, mask=last < D, other=0.0)
-    q_last, k_last = q_last.to(tl.float32)[None] * scale, k_last.to(tl.float32)[None]
+    """Update S = sum k k', packed as its upper triangle, R rows at a time; return S q."""
+    BD: tl.constexpr = k.shape[0]
+    c = tl.arange(0, BD)
     own = _own_rows(i0, i1, i2, sT0, sT1, sT2, D)
     p_T += i0 * sT0 + i1 * sT1 + i2 * sT2
     if START:
         p_S += i0 * sS0 + i1 * sS1 + i2 * sS2
-    ahead = tl.zeros([R, BD // L, L], tl.float32)
-    behind = tl.zeros([R, BD // L, L], tl.float32)
-    y, z = tl.zeros([NB, R], tl.float32), tl.zeros([NB, R], tl.float32)
-    for b in range(NB // 2):
+    sums, below = tl.zeros([R, BD], tl.float32), tl.zeros([BD // R, R], tl.float32)
+    for b in tl.range(BD // R, num_stages=3):
         r = b * R + tl.arange(0, R)
-        e = BD - 1 - r
-        r_q = tl.load(p_q + r.to(tl.int64) * sqd, mask=r < D, other=0.0).to(tl.float32) * scale
-        r_k = tl.load(p_k + r.to(tl.int64) * skd, mask=r < D, other=0.0).to(tl.float32)
-        e_q = tl.load(p_q + e.to(tl.int64) * sqd, mask=e < D, other=0.0).to(tl.float32) * scale
-        e_k = tl.load(p_k + e.to(tl.int64) * skd, mask=e < D, other=0.0).to(tl.float32)
-        front = c[None] >= r[:, None, None]
-        row = tl.where(front, r[:, None, None], e[:, None, None])
-        column = tl.where(front, c[None], last[None])
-        there = column < D  # and so row
-        at = row * (2 * D - row - 1) // 2 + column
-        at = tl.max_contiguous(at, [1, 1, 2])  # for the order of lanes: it is so in each part
-        at_e = e * (2 * D - e + 1) // 2  # its diagonal
-        S = tl.where(front, r_k[:, None, None], e_k[:, None, None]) * tl.where(front, k, k_last)
-        diagonal = e_k * e_k
+        S = _rows(k, b, R)[:, None] * k[None, :]
+        there = (r < D)[:, None] & (c < D)[None, :] & (r[:, None] <= c[None, :])
+        at = (r * (2 * D - r - 1) // 2)[:, None] + c[None, :]
         if START:
             S += g * tl.load(p_S + at.to(tl.int64) * sSd, mask=there, other=0.0)
-            diagonal += g * tl.load(p_S + at_e.to(tl.int64) * sSd, mask=e < D, other=0.0)
         S = tl.where(there, S, 0.0)
-        diagonal = tl.where(e < D, diagonal, 0.0)
-        tl.store(p_T + at.to(tl.int64) * sTd, S, mask=there & (r < own)[:, None, None])
-        tl.store(p_T + at_e.to(tl.int64) * sTd, diagonal, mask=e < own)
-        read = S * tl.where(front, r_q[:, None, None], e_q[:, None, None])
-        ahead += tl.where(c[None] > r[:, None, None], read, 0.0)
-        behind += tl.where(front, 0.0, read)
-        read = S * tl.where(front, q, q_last)
-        here = (tl.arange(0, NB) == b)[:, None]
-        sums = tl.sum(tl.sum(tl.where(front, read, 0.0), 1), 1)
-        y = tl.where(here, sums[None, :], y)
-        sums = tl.sum(tl.sum(tl.where(front, 0.0, read), 1), 1) + diagonal * e_q
-        z = tl.where(here, sums[None, :], z)
-    y = tl.reshape(y, [BD]) + tl.reshape(tl.sum(ahead, 0), [BD])
-    return y + tl.flip(tl.reshape(z, [BD]) + tl.reshape(tl.sum(behind, 0), [BD]), 0)
+        tl.store(p_T + at.to(tl.int64) * sTd, S, mask=there & (r < own)[:, None])
+        sums += S * _rows(q, b, R)[:, None]
+        above = tl.where(r[:, None] < c[None, :], S, 0.0)  # stands for what is below too
+        part = tl.sum(above * q[None, :], 1)
+        below = tl.where((tl.arange(0, BD // R) == b)[:, None], part[None, :], below)
+    return tl.sum(sums, 0) + tl.reshape(below, [BD])
 
 
 @triton.jit
@@ -236,9 +201,8 @@ def token_kernel(
     if PACKED:  # the first pass is that of S
         w1 = 0.0
         x1 = _triangle(
-            p_q + (i0 * sq0 + i1 * sq1 + i2 * sq2), sqd, scale,
-            p_k + (i0 * sk0 + i1 * sk1 + i2 * sk2), skd, g, p_S1, p_T1, i0, i1, i2,
-            sS10, sS11, sS12, sS1v, sT10, sT11, sT12, sT1v, D, START, min(R, BD // 2), BD,
+            q, k, g, p_S1, p_T1, i0, i1, i2, sS10, sS11, sS12, sS1v, sT10, sT11, sT12, sT1v, D,
+            START, R,
         )  # fmt: skip
     else:
         x1, w1 = _turn(
