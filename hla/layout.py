@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .core.adjoint import sum_to
-from .core.namespace import Array, moveaxis, namespace
+from .core.namespace import Array, moveaxis, namespace, sum_to
 from .core.passes import Shape
 from .core.triangle import STATE_OF, pack_gradient, unpack_gradient
 

@@ -107,8 +107,9 @@ def report(made, log):
         sass = subprocess.run(shown, capture_output=True, text=True, check=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", done.stdout + done.stderr)
     registers, stack, _, local = map(int, usage.groups())
-    races, pipelined = overwritten(made.asm["ttgir"])
-    code = made.asm["ttir"]
+    gluon = "ttir" not in made.asm  # whose loads follow no schedule of the compiler
+    races, pipelined = ([], 0) if gluon else overwritten(made.asm["ttgir"])
+    code = made.asm["ttgir" if gluon else "ttir"]
     return {
         "triton": triton.__version__,
         "assembler": float(get_ptxas(made.metadata.target.arch).version),

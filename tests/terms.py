@@ -7,8 +7,8 @@ Per pass with exponent p the gradient of the log gate is, at token s,
 
 and that of a decay is the sum of d_s / decay over passes and tokens. The pair i = t is in both
 products of a token (in a strict pass the pair of neighbours) and cancels: it is no term here.
-A quotient's gradients come by its numerator and its denominator, those of the paper's letters by
-each letter, and the last state's beside them.
+A quotient's gradients come by its numerator and its denominator, those of the paper's recurrences
+by each of their sums, and the last state's beside them.
 """
 
 import itertools
@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from conftest import UNIT, budget, rms
 
-from hla.core.passes import Gate, causal_pass
+from hla.core.passes import Gate
 from hla.core.programs import program
+from hla.core.run import causal_pass
 
 DRAWS = 16  # of random signs
 
@@ -43,7 +44,7 @@ def from_here(x):
 
 
 def columns(state, step, call, shared=False):
-    """A pass's state with its mass as the last column, written out; a gradient is shared out."""
+    """A pass's state, its denominator as the last column, written out; a gradient is shared out."""
     if state is None or any(getattr(state, n, None) is None for n in step.state):
         return None
     found = []
@@ -72,18 +73,18 @@ class Call:
         self.start, self.last = inputs.get("initial_state"), (*given, None)[1]
         names = (options["operator"], options.get("mask", "causal"))
         ridge, kind = options.get("ridge", 0.0), None if self.start is None else type(self.start)
-        found = program(*names, options.get("convention", "exact"), bool(ridge), kind)
-        outputs = [(ridge if name == "ridge" else c, name) for c, name in found.outputs]
-        self.program = found._replace(outputs=tuple(outputs))
+        found = program(*names, options.get("convention", "exact"), ridge, kind)
+        self.steps = [s._replace(out=f"o{s.step}") if s.out == "o" else s for s in found.steps]
+        self.addends = [(s.read, s.out) for s in self.steps if s.out[:1] == "o"]
         self.scale = options.get("scale", 1.0)
         self.values = {"q": q * self.scale, "k": k}
         self.values["v"] = np.concatenate([v, np.ones((*v.shape[:-1], 1))], -1)
         self.ends = {}
-        for s in self.program.steps:
+        for s in self.steps:
             operands = (self.values[n] for n in (s.q, s.k, s.v))
             self.values[s.out], self.ends[s] = self.run(s, *operands, columns(self.start, s, self))
         do = np.broadcast_to(given[0], (*self.batch, *np.shape(given[0])[-2:]))
-        outs = [c * self.values[name] for c, name in self.program.outputs]
+        outs = [c * self.values[name] for c, name in self.addends]
         zero, self.outputs = 0 * do[..., :1], outs
         self.cotangents = [np.concatenate([do, zero], -1)]  # what is added to that of the outputs
         if options.get("normalize"):
@@ -91,9 +92,9 @@ class Call:
             num = sum(outs)[..., :-1]
             self.outputs = [x[..., :-1] / den for x in outs]
             self.outputs += [num * x[..., -1:] / den**2 for x in outs]
-            masses = (-(do * x[..., :-1]).sum(-1, keepdims=True) / den**2 for x in outs)
+            dens = (-(do * x[..., :-1]).sum(-1, keepdims=True) / den**2 for x in outs)
             self.cotangents = [np.concatenate([do / den, zero], -1)]
-            self.cotangents += [np.concatenate([0 * do, x], -1) for x in masses]
+            self.cotangents += [np.concatenate([0 * do, x], -1) for x in dens]
 
     def of_random_signs(self):
         """Draws of the cotangents of the outputs, each token of each with a sign of its own.
@@ -104,7 +105,7 @@ class Call:
         rng = np.random.default_rng(5)
         for _ in range(DRAWS):
             signed: dict = {}
-            for (c, name), do in itertools.product(self.program.outputs, self.cotangents):
+            for (c, name), do in itertools.product(self.addends, self.cotangents):
                 sign = rng.choice([-1.0, 1.0], (*do.shape[:-1], 1))
                 signed[name] = signed.get(name, 0) + sign * c * do / math.sqrt(DRAWS)
             yield signed
@@ -117,7 +118,7 @@ class Call:
     def adjoint(self, do, last):
         """Gradients of values by name and of states by fields; `products`."""
         grads, states, products = dict(do), {}, []
-        for s in reversed(self.program.steps):
+        for s in reversed(self.steps):
             q, k, v = (self.values[n] for n in (s.q, s.k, s.v))
             dout = grads.pop(s.out, np.zeros_like(self.values[s.out]))
             taken = s.state in states  # an earlier step has this state's gradient
@@ -134,7 +135,7 @@ class Call:
         return grads, states, products
 
     def products(self, s, dout, dv, end):
-        """p do.o and p v.dv by token without what cancels, p <dS, S>; values apart from masses."""
+        """p do.o and p v.dv by token without what cancels, p <dS, S>; denominators apart."""
         q, k, v, o = (self.values[n] for n in (s.q, s.k, s.v, s.out))
         inner = 0 * v[..., 0, 0] if end is None else (end * self.ends[s]).sum((-1, -2))
         found = []
@@ -154,7 +155,7 @@ class Call:
     def all_terms(self):
         """Those of the gate's gradient, by pass."""
         do = sum(self.cotangents)
-        return self.adjoint({name: c * do for c, name in self.program.outputs}, self.last)[2]
+        return self.adjoint({name: c * do for c, name in self.addends}, self.last)[2]
 
 
 def parts(inputs, options, given):
@@ -183,7 +184,7 @@ def parts(inputs, options, given):
         add_states(states)
 
     found["o"] = np.sqrt(sum(x[..., : inputs["v"].shape[-1]] ** 2 for x in call.outputs))
-    for (c, name), do in itertools.product(call.program.outputs, call.cotangents):
+    for (c, name), do in itertools.product(call.addends, call.cotangents):
         add_all({name: c * do}, None)
     if call.last is not None:
         add_all({}, call.last)

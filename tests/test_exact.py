@@ -21,9 +21,8 @@ from conftest import (
 )
 
 import hla
-from hla.core import programs
+from hla.core import run
 from hla.core.passes import Gate, Pass
-from hla.core.programs import Program
 from hla.kernels.numpy import program as numpy_program
 from hla.kernels.numpy import threads as numpy_threads
 
@@ -202,15 +201,13 @@ def test_pairs_used_again_keep_their_own_keys():
     """Steps between two uses of (q, k) that transpose the same k, then another, disturb neither."""
     q, k, v = np.random.default_rng(2).integers(-2, 3, size=(3, 2, 70, 4)).astype(np.float64)
     steps = (
-        Pass("a", "q", "k", "v", ("A",)),
-        Pass("b", "k", "k", "k", ("B",)),
-        Pass("c", "q", "b", "v", ("C",)),
-        Pass("d", "q", "k", "v", ("D",)),
+        Pass("a", "q", "k", "v", ("A",), end="A@T"),
+        Pass("b", "k", "k", "k", ("B",), end="B@T"),
+        Pass("o", "q", "b", "v", ("C",), end="C@T"),
+        Pass("o", "q", "k", "v", ("D",), end="D@T"),
     )
-    program = Program(steps, outputs=((1, "c"), (1, "d")))
     values = {"q": q, "k": k, "v": v}
-    want, trace = programs.run(program, values, Gate(), {}, chunk=8)
-    o, swept = numpy_program.run(program, values, Gate(), {}, chunk=8)
-    np.testing.assert_array_equal(o, want)
-    for x, y in zip(swept.states, trace.states, strict=True):
-        np.testing.assert_array_equal(x, y)
+    want = run.run(steps, values, Gate(), chunk=8)
+    got = numpy_program.run(steps, values, Gate(), chunk=8)
+    for name in ("o", *(s.end for s in steps)):
+        np.testing.assert_array_equal(got[name], want[name])

@@ -32,6 +32,7 @@ SPILLS = {
     ("further keys, log gate", 128): 24,
     ("adjoint, decay", 128): 80,
     ("adjoint, both", 128): 88,
+    ("adjoint, both; segments", 128): 96,
     ("gradient, decay", 64): 32,  # chunks of 64, faster all the same
     ("adjoint, decay", 64): 248,
 }  # bytes a thread; others none
@@ -61,9 +62,14 @@ KINDS = {
     "adjoint, decay": (0, 1, ADJOINT),
     "adjoint, both": (0, 1, ADJOINT | {"BOTH": True, "EVERY": 8}),
 }
+SEGMENTS = ("plain; segments", "no query; log gate; segments", "adjoint, both; segments",
+            "further keys, states; segments")  # fmt: skip
 CASES = [
     (kind, width, dtype, arch)
-    for dtype, kinds in (("bf16", KINDS), ("fp32", ("plain", "log gate", "gradient", "adjoint")))
+    for dtype, kinds in (
+        ("bf16", (*KINDS, *SEGMENTS)),
+        ("fp32", ("plain", "log gate", "gradient", "adjoint", "adjoint; segments")),
+    )
     for kind in kinds
     for width in (64, 128)
     for arch in (80, 90)
@@ -81,6 +87,10 @@ SHAPES = {
     "mass": (1, {}),
     "mass, v is k": (1, {"V_IS_K": True}),
     "no query": (0, {"READ": False, "END": True}),
+    "no query, mass": (1, {"READ": False, "END": True}),
+    "no query, two values": ("V", {"READ": False, "END": True}),
+    "no query, both": (0, {"READ": False, "END": True, "REVERSE": True, "BOTH": True}),
+    "no query, further keys": (0, {"READ": False, "END": True, "BC": 16}),
     "further keys": (0, {"BC": 16}),
     "64 values": (0, {"BV": 64}),
     "64 values, mass": (1, {"BV": 64}),
@@ -94,11 +104,13 @@ KINDS_OF_RACES = {
     for weights, (gated, other) in WEIGHTS.items()
 }
 RACES = [(kind, width, "bf16", 90) for kind in KINDS_OF_RACES for width in (64, 128)]
+RACES += [(f"{kind}; segments", 128, "bf16", 90) for kind in ("no query; none", "plain; write")]
 
 
 def prepared(kind, width, dtype, arch):
     """Return what `ahead` compiles for one case."""
     names = pass_kernel.arg_names
+    kind, segments = kind.removesuffix("; segments"), kind.endswith("; segments")
     more, gated, options = (KINDS | KINDS_OF_RACES | UNALIGNED)[kind]
     V2 = width if more == "V" else more
     BV2, two = launch.tile(V2), V2 > 0
@@ -144,11 +156,13 @@ def prepared(kind, width, dtype, arch):
             signature[name] = "fp32"
         elif re.fullmatch(r"s(?:[qkvox]|v2|o2|qc|kc)d|s[se]2?v", name):  # the innermost stride
             signature[name], constants[name] = "constexpr", 1
+        elif re.fullmatch(r"tokens|s[se]2?n", name) and not segments:
+            signature[name], constants[name] = "constexpr", None
         else:
             signature[name] = "i32"
     unknown = set(given) - set(names)
     assert not unknown, f"the kernel has no {unknown}"
-    stride = r"s\w+[0-9d]$" if kind in UNALIGNED else r"s\w+[0-9td]$"
+    stride = r"s\w+[0-9d]$" if kind in UNALIGNED else r"tokens|s\w+[0-9tdn]$"
     aligned = [n for n in names if signature[n][0] == "*" or re.match(stride, n)]
     return {
         "kernel": "hla.kernels.triton.causal.pass_kernel",
@@ -160,17 +174,23 @@ def prepared(kind, width, dtype, arch):
     }
 
 
-def compiled(cases, cache):
-    """Compile cases in a process that is not interpreted; return what is found, by case."""
+def compiled_cases(given, cache):
+    """Compile what `ahead` takes in a process that is not interpreted; return what is found."""
     python, variables = sys.executable, environment(TRITON_CACHE_DIR=str(cache))
     if other := os.environ.get("HLA_TRITON_PYTHON"):  # which has its own hla
         python = other
         del variables["PYTHONPATH"]
     command = [python, pathlib.Path(__file__).with_name("ahead.py")]
-    given = json.dumps([prepared(*case) for case in cases])
-    done = subprocess.run(command, env=variables, input=given, capture_output=True, text=True)
+    text = json.dumps(given)
+    done = subprocess.run(command, env=variables, input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return dict(zip(cases, json.loads(done.stdout), strict=True))
+    return json.loads(done.stdout)
+
+
+def compiled(cases, cache):
+    """Return what is found in compiled kernels, by case."""
+    found = compiled_cases([prepared(*case) for case in cases], cache)
+    return dict(zip(cases, found, strict=True))
 
 
 def safe(found):
@@ -202,6 +222,33 @@ def test_compiled_for_the_hardware(reports, case):
     if (dtype, arch) == ("bf16", 90):
         spills = OLDER_SPILLS if found["assembler"] < 13 else SPILLS
         assert found["spills"] <= spills.get((kind, width), 0)
+
+
+def carried(blocks, once, gated):
+    """Return what `ahead` compiles of the kernel that carries states over segments."""
+    names = importlib.import_module("hla.kernels.triton.carry").carry_kernel.arg_names
+    constants = {"REVERSE": False, "ONCE": once, "BLOCKS": blocks, "E": 128, "ssv": 1, "sev": 1}
+    constants |= {"sfn": 1} if gated else {"sfn": 0, "p_fading": None}
+    signature = {n: "*fp32" if n.startswith("p_") else "i32" for n in names}
+    signature |= {"p_fading": "*fp64"} | dict.fromkeys(constants, "constexpr")
+    even = ("p_local", "p_o", "p_start", "p_end", "size", "V", "ssd", "sed")
+    return {
+        "kernel": "hla.kernels.triton.carry.carry_kernel", "signature": signature,
+        "constants": constants, "aligned": even, "arch": 90, "options": {"num_warps": 1},
+    }  # fmt: skip
+
+
+@pytest.mark.aot
+def test_states_are_carried_in_registers(tmp_path):
+    """All loads of a run of segments are known, by 16 bytes; nothing is spilled or exchanged."""
+    cases = [(n, once, gated) for n, once in ((8, True), (16, False)) for gated in (False, True)]
+    for case, found in zip(
+        cases, compiled_cases([carried(*x) for x in cases], tmp_path), strict=True
+    ):
+        assert found["spills"] == 0, case
+        assert set(found["offsets"]) == {"i64"}, case
+        assert not found["narrow"], case
+        assert case[2] or not found["shuffles"], case
 
 
 @pytest.mark.aot

@@ -9,7 +9,9 @@ from conftest import MASKS, OPERATORS, close
 import hla
 from hla.core.hla2 import HLA2RidgeState
 from hla.core.passes import Gate, broadcast
-from hla.core.programs import adjoint, d, program, prune, run_single, single_passes
+from hla.core.programs import adjoint, d, program, prune, single_passes, sweeps
+from hla.core.run import by_passes, causal_pass, pull
+from hla.core.run import run as interpret
 
 T, D, V = 7, 3, 2
 # of order 8: what a program returns is a polynomial of degree 7 at most in q, k, v and its states
@@ -22,12 +24,10 @@ PROGRAMS = [
 ]
 
 
-def passes(operator, mask, convention, ridge=0.0, scale=0.7):
+def passes(operator, mask, convention, ridge=0.0, scale=0.7, single=True):
     kind = HLA2RidgeState if ridge and mask == "causal" and convention == "exact" else None
-    found = program(operator, mask, convention, ridge > 0, kind)
-    if ridge:
-        found = found._replace(outputs=(*found.outputs[:-1], (ridge, "ridge")))
-    return single_passes(found, scale)
+    found = program(operator, mask, convention, ridge, kind)
+    return single_passes(found, scale) if single else found.steps
 
 
 def gate_of(mask, kind):
@@ -41,7 +41,8 @@ def values_of(steps, gate, started):
     """Inputs of a program, k shared by two heads, and the states that its passes start from."""
     rng = np.random.default_rng(5)
     found = {"q": rng.normal(size=(2, T, D)), "k": rng.normal(size=(T, D))}
-    found |= {"v": rng.normal(size=(2, T, V)), "v|1": np.ones((T, 1))}
+    found |= {"v": rng.normal(size=(2, T, V))}
+    found |= {"v|1": np.ones((T, 1))} if any(s.v == "v|1" for s in steps) else {}
     shapes = {name: x.shape for name, x in found.items()}
     for s in steps:
         k, v = shapes[s.k], shapes[s.v]
@@ -54,25 +55,21 @@ def values_of(steps, gate, started):
 
 def run(steps, values, gate, wanted):
     steps, _ = prune(steps, set(values), wanted)
-    return run_single(steps, values, gate, chunk=3)
-
-
-def to(x, shape):
-    """Sum over the axes that were broadcast."""
-    x = x.sum(tuple(range(x.ndim - len(shape))))
-    return x.sum(tuple(i for i, n in enumerate(shape) if n != x.shape[i]), keepdims=True)
+    return interpret(steps, values, gate, chunk=3, keep=True)
 
 
 @pytest.mark.parametrize("kind", ["none", "decay", "log_gate"])
+@pytest.mark.parametrize("single", [False, True], ids=["joined", "single"])
 @pytest.mark.parametrize("case", PROGRAMS, ids=str)
-def test_the_adjoint_is_a_program(case, kind):
+def test_the_adjoint_is_a_program(case, single, kind):
     """Along lines of q, k, v and every first state; of o, its denominator, the last states."""
-    steps, mask = passes(*case), case[1]
+    steps, mask = passes(*case, single=single), case[1]
     gate, ordered = gate_of(mask, kind), mask != "none"
     values, rng = values_of(steps, gate, ordered), np.random.default_rng(6)
     ends = {s.end for s in steps if s.end} if ordered else set()
-    found = run(steps, values, gate, {"o", "o|1", *ends})
-    cotangents = {n: rng.normal(size=found[n].shape) for n in sorted({"o", "o|1", *ends})}
+    wanted = {"o", *(["o|1"] if single else []), *ends}
+    found = run(steps, values, gate, wanted)
+    cotangents = {n: rng.normal(size=found[n].shape) for n in sorted(wanted)}
 
     def loss(values):
         got = run(steps, values, gate, set(cotangents))
@@ -80,17 +77,50 @@ def test_the_adjoint_is_a_program(case, kind):
 
     moved = [n for n in values if n != "v|1"]
     given = found | {d(n): x for n, x in cotangents.items()}
-    for s in steps:  # each head has its share of a state's gradient
-        if s.end in ends:
-            copies = np.prod(found[s.out].shape[:-2]) / max(1, np.prod(found[s.end].shape[:-2]))
-            given[d(s.end)] = cotangents[s.end] / copies
-    grads = run(adjoint(steps), given, gate, {d(n) for n in moved})
+    steps, _ = prune(steps, set(values), wanted)
+    grads = pull(steps, given, gate, with_gate=False, chunk=3)
     for name in moved:
         line, h = rng.normal(size=values[name].shape), 0.2
         along = lambda t, n=name, x=line: loss(values | {n: values[n] + t * x})  # noqa: E731
         want = sum(c * (along(i * h) - along(-i * h)) for i, c in CENTRAL.items()) / h
-        got = (to(grads[d(name)], values[name].shape) * line).sum() if d(name) in grads else 0.0
+        got = (grads[d(name)] * line).sum() if d(name) in grads else 0.0
         assert abs(got - want) < 1e-8 * max(1.0, abs(want)), (name, got, want)
+
+
+@pytest.mark.parametrize("kind", ["decay", "log_gate"])
+@pytest.mark.parametrize("case", [c for c in PROGRAMS if c[1] != "none"], ids=str)
+def test_every_way_has_the_gates_gradient(case, kind):
+    """In sweeps, pass by pass, of single passes: one derivation, and differences of a decay."""
+    gate, rng = gate_of("causal", kind), np.random.default_rng(7)
+    found, cotangents, same = [], {}, {}
+    for single in (False, True):
+        steps = passes(*case, scale=1.0, single=single)
+        values = values_of(steps, gate, True) | same
+        same, start = values, rng.normal(size=(2, T, V))
+        cotangents.setdefault("d.o", start)
+        steps, _ = prune(steps, set(values), {"o"})
+        given = interpret(steps, values, gate, chunk=3, keep=True) | cotangents
+        for engine in (pull, by_passes(causal_pass).pull):
+            found.append(engine(steps, given, gate, with_gate=True, chunk=3)["d.gate"])
+        if kind == "decay" and not single:
+
+            def loss(g, steps=steps, values=values):
+                return (interpret(steps, values, Gate(g), chunk=3)["o"] * cotangents["d.o"]).sum()
+
+            h = 1e-6
+            for i, step in enumerate(np.eye(2) * h):
+                slope = (loss(gate.decay + step) - loss(gate.decay - step)) / (2 * h)
+                assert abs(found[0][i] - slope) < 1e-7 * max(1.0, abs(slope))
+    for other in found[1:]:
+        close(other, found[0], 1e-12)
+
+
+@pytest.mark.parametrize("case", PROGRAMS, ids=str)
+def test_an_adjoint_is_two_sweeps(case):
+    """Of the paper's recurrences three, where what a strict pass makes is read both ways."""
+    found = sweeps(adjoint(passes(*case)))
+    assert len(found) == (3 if case[2] == "paper" else 2)
+    assert sorted(s for group in found for s in group) == sorted(adjoint(passes(*case)))
 
 
 @pytest.mark.parametrize("case", PROGRAMS, ids=str)

@@ -73,6 +73,38 @@ def test_further_columns_of_keys(device, D, V, operator, mask, gate, monkeypatch
     check(device, inputs, options | {"normalize": True})
 
 
+def cut(monkeypatch, tokens):
+    """Have sequences cut into segments of so many tokens, a multiple of 64."""
+    from hla.kernels.triton import launch, run
+
+    monkeypatch.setattr(launch, "PERIOD", 64)
+    monkeypatch.setattr(run, "limits", lambda *call: launch.WIDE._replace(period=64))
+    monkeypatch.setattr(run, "segments", lambda *call: tokens)
+    monkeypatch.setattr(run.RUNNER, "ready", {})
+
+
+@per_device(
+    "operator, mask, gate, count",
+    [("linear", "causal", "resets", 18), ("hla2", "causal", "none", 3),
+     ("hla2", "causal", "per_head", 3), ("ahla", "causal", "resets", 3),
+     ("hla3", "prefix", "per_head", 2), ("hla3", "causal", "resets", 2)],
+    where=interpreted,
+)  # fmt: skip
+def test_segments(device, operator, mask, gate, count, monkeypatch):
+    """Their last is short, and their states are joined once or in two levels; from a state on."""
+    from hla.device.steps import Carry
+    from hla.kernels.triton import run
+
+    cut(monkeypatch, 64)
+    options = {"operator": operator, "mask": mask, "scale": 0.25}
+    normalize = {"normalize": True, "eps": 1e4} if operator == "hla2" else {}
+    inputs = device.inputs(64 * (count - 1) + 5, gate, positive=bool(normalize))
+    inputs["initial_state"] = state_of(options, gate, positive=bool(normalize), **device.widths)
+    check(device, inputs, options | normalize | {"return_state": True})
+    for ready in run.RUNNER.ready.values():
+        assert any(isinstance(x, Carry) for x in ready.plan.steps)
+
+
 @per_device("operator", ["hla2", "hla3"], where=compiled)
 def test_one_head_runs_the_kernels_of_forty(device, operator):
     from hla.kernels.triton import run

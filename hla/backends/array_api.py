@@ -8,11 +8,11 @@ import array_api_compat
 
 from ..contract import Capabilities, Machine
 from ..core import reference
-from ..core.adjoint import ONE_TOKEN
 from ..core.namespace import Array, device, library_of, namespace
 from ..core.passes import Shape
 from ..core.reference import Gradients
 from ..core.request import FLOATS, Inputs, Request
+from ..core.run import ONE_TOKEN
 
 CAPABILITIES = Capabilities(FLOATS, serves=(("any", False), ("any", True)))
 
@@ -25,8 +25,8 @@ def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, 
 
 
 def _forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
-    o, state, trace = reference.forward(request, inputs)
-    return o, state, reference.saved(request, trace)
+    o, state, env = reference.forward(request, inputs)
+    return o, state, reference.saved(request, env)
 
 
 def empty(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
@@ -54,8 +54,7 @@ def backward(
 def _backward(
     request: Request, inputs: Inputs, saved: Any, do: Array | None, dstate: Any
 ) -> Gradients:
-    trace = reference.restored(request, inputs, saved)
-    return reference.backward(request, inputs, trace, do, dstate)
+    return reference.backward(request, inputs, reference.restored(request, saved), do, dstate)
 
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:

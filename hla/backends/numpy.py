@@ -8,13 +8,13 @@ import numpy as np
 
 from ..contract import Capabilities, Machine
 from ..core import reference
-from ..core.adjoint import CORE, Engine
 from ..core.namespace import Array, library_of
 from ..core.reference import Gradients
 from ..core.request import FLOATS, Inputs, Request
+from ..core.run import CORE, Engine
 from ..kernels.numpy import program, token
 
-SWEEP = Engine(program.run, program.adjoint)
+SWEEP = Engine(program.run, program.pull)
 CAPABILITIES = Capabilities(
     FLOATS,
     libraries=("numpy",),
@@ -42,10 +42,10 @@ def _rows(x: Array) -> Array:
 
 def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, Any]:
     """Return (o, state, what `backward` needs)."""
-    o, state, trace = library_of(inputs.q).run(
+    o, state, env = library_of(inputs.q).run(
         reference.forward, request, _readable(inputs), _engine(request)
     )
-    return o, state, trace
+    return o, state, env
 
 
 def backward(

@@ -87,12 +87,14 @@ def plan(request: Request) -> str:
     from ..kernels.triton import launch, rows
 
     where = torch.device("cpu" if _interpreted() else _device(request))
-    found = plans.forward(request, launch.limits(request, where), rows.rows(request, where))
+    tokens = launch.segments(request, where)
+    found = plans.forward(request, launch.limits(request, where), rows.rows(request, where), tokens)
     fused = sum(isinstance(step, Fused) for step in found.steps)
     count = sum(isinstance(step, Launch) for step in found.steps)
     kinds = [f"{fused} fused"] if fused else []
     kinds += [f"{count} of the causal pass"] if count or not fused else []
-    return f"launches: {' and '.join(kinds)}: {found}"
+    cut = f"segments of {tokens} tokens" if tokens else "whole"
+    return f"{cut}, launches: {' and '.join(kinds)}: {found}"
 
 
 @functools.cache

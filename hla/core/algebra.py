@@ -15,7 +15,7 @@ from .namespace import Array, namespace
 
 Fields = Mapping[str, Array]
 Parts = dict[str, list[Array]]  # each matrix and, where there is one, its mass as a column
-MASS = {"P": "m", "C": "m", "E": "n", "F": "eta", "G": "h", "X": "x"}
+DENOMINATOR = {"P": "m", "C": "m", "E": "n", "F": "eta", "G": "h", "X": "x"}
 
 
 class Cross(NamedTuple):
@@ -109,15 +109,15 @@ def inner(a: Array, b: Array) -> Array:
 def _parts(fields: Fields) -> Parts:
     found = {}
     for name, x in fields.items():
-        if name in MASS:
-            found[name] = [x, fields[MASS[name]][..., None]]
+        if name in DENOMINATOR:
+            found[name] = [x, fields[DENOMINATOR[name]][..., None]]
         elif name[0].isupper():
             found[name] = [x]
     return found
 
 
 def _fields(parts: Parts) -> dict[str, Array]:
-    masses = {MASS[name]: x[1][..., 0] for name, x in parts.items() if name in MASS}
+    masses = {DENOMINATOR[name]: x[1][..., 0] for name, x in parts.items() if name in DENOMINATOR}
     return {name: x[0] for name, x in parts.items()} | masses
 
 

@@ -18,9 +18,10 @@ from .namespace import (
     padded,
     powers,
 )
-from .passes import Gate, Shape, broadcast, started
-from .programs import PAPER, final_states
+from .passes import Gate, Shape, broadcast
+from .programs import PAPER
 from .request import Request
+from .run import pruned, run, started
 
 ALGEBRA: dict[tuple[str, str], Algebra] = {
     (name, mask): getattr(module, mask.upper())
@@ -55,9 +56,10 @@ def segment(
         As in `passes.causal_pass`.
     """
     algebra = ALGEBRA[request.operator, request.mask]
-    program = programs.segment_program(request.operator, request.mask)
-    _, trace = programs.run(program, values, gate, {}, chunk=chunk)
-    fields = split(final_states(program, trace), request.state_shapes(segment=True))
+    steps = programs.segment_program(request.operator, request.mask).steps
+    ends = frozenset(s.end for s in steps)
+    env = run(pruned(steps, frozenset(values), ends)[0], values, gate, chunk=chunk)
+    fields = split({s.state: env[s.end] for s in steps}, request.state_shapes(segment=True))
     rho = _attenuation(values["k"], gate)
     rho = namespace(rho).reshape(rho, request.gate_batch)  # without axes that were added
     fields = algebra.moments(fields) | {"rho": rho}

@@ -6,13 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .adjoint import sum_to
-from .namespace import Array, expand, library_of, namespace
-from .passes import Shape
+from .namespace import Array, expand, library_of, namespace, sum_to
+from .passes import Fields, Shape
+from .programs import d
 from .request import Request
-
-Fields = tuple[str, ...]
-Keyed = dict[Fields, Array]
 
 
 def aligned(request: Request, xs: Sequence[Array]) -> list[Array]:
@@ -25,7 +22,7 @@ def aligned(request: Request, xs: Sequence[Array]) -> list[Array]:
 
 
 def rank(field: str) -> int:
-    """Axes of a field beyond the batch: masses, the lower-case fields, are vectors."""
+    """Axes of a field beyond the batch: the lower-case fields, of denominators, are vectors."""
     return 1 if field[0].islower() else 2
 
 
@@ -34,12 +31,11 @@ def batch_rank(field: str, x: Array) -> int:
     return len(x.shape) - (0 if field == "rho" else rank(field))
 
 
-def columns(
-    request: Request, state: Any, *, gradient: bool = False
-) -> dict[Fields, tuple[Array, ...]]:
-    """Matrix and, where asked, mass (as a column) of each pass, of the full shape, by their names.
+def joined(request: Request, state: Any, *, gradient: bool = False) -> dict[str, Array]:
+    """Give matrix and, where asked, denominator of each pass side by side, of the full shape.
 
-    A mass is the same for all values it is broadcast over, so its ``gradient`` is shared out
+    The names are those of the first states, of a ``gradient`` those of the last ones' gradients. A
+    denominator is the same for all values it is broadcast over, so its gradient is shared out
     evenly among them. Fields that are None are left out.
     """
     if state is None:
@@ -51,30 +47,23 @@ def columns(
             continue
         full = shapes[key[0]]
         found = [expand(parts[0], full)]
-        if len(parts) == 2 and request.mass:
+        if len(parts) == 2 and request.ones:
             copies = math.prod(full[:-1]) // (math.prod(shapes[key[1]]) or 1)
-            mass = parts[1] / copies if gradient and copies > 1 else parts[1]
-            found.append(expand(mass, full[:-1])[..., None])
-        out[key] = tuple(found)
+            x = parts[1] / copies if gradient and copies > 1 else parts[1]
+            found.append(expand(x, full[:-1])[..., None])
+        found = aligned(request, found)
+        whole = found[0] if len(found) == 1 else namespace(found[0]).concat(found, axis=-1)
+        out[d(f"{key[0]}@T") if gradient else f"{key[0]}@0"] = whole
     return out
 
 
-def joined(request: Request, state: Any, *, gradient: bool = False) -> Keyed:
-    """Give the `columns` of each pass side by side."""
-    return {
-        key: x[0] if len(x) == 1 else namespace(x[0]).concat(x, axis=-1)
-        for key, parts in columns(request, state, gradient=gradient).items()
-        if (x := aligned(request, parts))
-    }
-
-
 def split(
-    finals: Mapping[Fields, Array], shapes: Mapping[str, Shape] | None, *, mass: bool = True
+    finals: Mapping[Fields, Array], shapes: Mapping[str, Shape] | None, *, ones: bool = True
 ) -> dict[str, Array]:
     """Undo `joined`: each field, with ``shapes`` as a new array of its own full shape."""
     fields = {}
     for key, x in finals.items():
-        parts = [x[..., :-1], x[..., -1]] if mass and len(key) == 2 else [x]
+        parts = [x[..., :-1], x[..., -1]] if ones and len(key) == 2 else [x]
         for field, part in zip(key, parts, strict=False):
             fields[field] = part if shapes is None else own(part, shapes[field])
     return fields
@@ -92,11 +81,13 @@ def own(x: Array, shape: Shape) -> Array:
     return namespace(x).astype(x[(*index, ...)], x.dtype, copy=True)
 
 
-def gradient_fields(request: Request, state: Any, grads: Keyed) -> Any:
+def gradient_fields(request: Request, state: Any, grads: Mapping[str, Array]) -> Any:
     """Gradient of the incoming state, each field in the shape it came in."""
     if state is None:
         return None
-    parts = split(grads, None, mass=request.mass)
+    steps = request.program.steps
+    found = {s.state: grads[d(s.start)] for s in steps if d(s.start) in grads}
+    parts = split(found, None, ones=request.ones)
     fields = (
         sum_to(parts[field], x.shape) if field in parts else namespace(x).zeros_like(x)
         for field, x in state._asdict().items()

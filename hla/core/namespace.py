@@ -166,6 +166,18 @@ def expand(x: Array, shape: tuple[int, ...]) -> Array:
     return x if tuple(x.shape) == tuple(shape) else namespace(x).broadcast_to(x, shape)
 
 
+def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sum ``x`` over the axes along which ``shape`` was broadcast to it."""
+    extra = len(x.shape) - len(shape)
+    axes = tuple(range(extra)) + tuple(
+        i + extra for i, n in enumerate(shape) if n == 1 and x.shape[i + extra] != 1
+    )
+    if not axes:
+        return x
+    xp = namespace(x)
+    return xp.reshape(xp.sum(x, axis=axes), shape)
+
+
 def moveaxis(x: Array, source: int, destination: int) -> Array:
     """Move one axis."""
     return library_of(x).moveaxis(x, source, destination)

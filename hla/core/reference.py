@@ -7,16 +7,16 @@ two-level exclusive scan (its Algorithms 1 and 4) with the operator's own combin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from . import associative
-from .adjoint import CORE, Engine, sum_to
-from .fields import Keyed, aligned, gradient_fields, joined, split
-from .namespace import Array, library_of, namespace
+from .fields import aligned, gradient_fields, joined, split
+from .namespace import Array, library_of, namespace, padded, sum_to
 from .passes import CHUNK, Gate, Shape, broadcast
-from .programs import Trace, all_shapes, final_states, summed, with_ones
+from .programs import Passes, all_shapes
 from .request import Inputs, Request
+from .run import CORE, GATE, Engine, Env, pruned
 
 FORMS = ("chunked", "recurrent", "associative", "dense")
 
@@ -38,8 +38,8 @@ def width(request: Request) -> int:
     return widths.get(request.form or "chunked", request.chunk_size or CHUNK)
 
 
-def accumulated(request: Request, inputs: Inputs) -> tuple[dict[str, Array], Gate, Keyed]:
-    """Return inputs in the accumulation dtype, q scaled; the gate; states by their fields."""
+def accumulated(request: Request, inputs: Inputs) -> tuple[Env, Gate]:
+    """Return inputs and states by name in the accumulation dtype, q scaled; and the gate."""
     xp = namespace(inputs.q)
     dtype = getattr(xp, request.accumulate)
     q, k, v = (xp.astype(x, dtype, copy=False) for x in inputs[:3])
@@ -49,13 +49,21 @@ def accumulated(request: Request, inputs: Inputs) -> tuple[dict[str, Array], Gat
     if library_of(q).meshes:
         q, k, v, *given = aligned(request, (q, k, v, *gate.arrays))
         gate = gate.of(given)
-    values = {"q": q, "k": k, "v": with_ones(v) if request.mass else v}
-    return values, gate, joined(request, inputs.state)
+    v = padded(v, -1, after=1, fill=1.0) if request.ones else v
+    return {"q": q, "k": k, "v": v} | joined(request, inputs.state), gate
+
+
+def alive(request: Request, start: bool) -> Passes:
+    """Return the passes that a forward runs, from an initial state where there is one."""
+    steps = request.program.steps
+    given = {"q", "k", "v"} | {s.start for s in steps if start}
+    wanted = {"o"} | {s.end for s in steps if request.return_state}
+    return pruned(steps, frozenset(given), frozenset(wanted))[0]
 
 
 def forward(
     request: Request, inputs: Inputs, engine: Engine = CORE
-) -> tuple[Array, Any, Trace | None]:
+) -> tuple[Array, Any, Env | None]:
     """Compute a request in its form.
 
     Parameters
@@ -71,47 +79,50 @@ def forward(
     -------
     o : array, (*batch, T, V), v's dtype
     state : NamedTuple or None
-    trace : Trace or None
-        What `backward` needs.
+    env : dict or None
+        What `backward` needs, by name.
     """
     if request.form == "associative":
         plain = dataclasses.replace(request, normalize=False, return_state=False)
-        values, gate, _ = accumulated(plain, inputs)
+        values, gate = accumulated(plain, inputs)
         out, state = associative.scan(request, values, gate, inputs.state, width(request))
-        out, trace = out if request.mass else out[..., :-1], None
         state = state if request.return_state else None
-    else:
-        out, trace = _run(request, inputs, engine)
-        finals = final_states(request.program, trace)
-        state = None
-        if request.return_state:
-            assert request.state_type is not None
-            state = request.state_type(**split(finals, request.state_shapes()))
-    return _finish(request, inputs, out), state, trace
+        return _finish(request, inputs, out if request.ones else out[..., :-1]), state, None
+    env, steps = _run(request, inputs, engine), request.program.steps
+    state = None
+    if request.return_state:
+        assert request.state_type is not None
+        finals = {s.state: env[s.end] for s in steps if s.end}
+        state = request.state_type(**split(finals, request.state_shapes()))
+    return _finish(request, inputs, env["o"]), state, env
 
 
-def _run(request: Request, inputs: Inputs, engine: Engine) -> tuple[Array, Trace]:
-    values, gate, initial = accumulated(request, inputs)
-    return engine.run(
-        request.program, values, gate, initial, chunk=width(request), keep=request.gradient
-    )
+def _run(request: Request, inputs: Inputs, engine: Engine) -> Env:
+    values, gate = accumulated(request, inputs)
+    steps = alive(request, inputs.state is not None)
+    found: Env = engine.run(steps, values, gate, chunk=width(request), keep=request.gradient)
+    return found
 
 
-def saved(request: Request, trace: Trace | None) -> tuple[Array, ...]:
-    """Return what `backward` needs of a trace beside the inputs; `restored` undoes it."""
-    if trace is None or not request.gradient:
+def saved_names(request: Request) -> tuple[str, ...]:
+    """Name what `backward` needs beside the inputs: what later steps read, of a quotient o."""
+    if request.form == "associative" or not request.gradient:
         return ()
-    assert not trace.kept, "core's engine keeps nothing else"
-    return tuple(trace.values[s.out] for s in request.program.steps)
+    steps = alive(request, False)
+    read = {name for s in steps for name in (s.q, s.k, s.v)}
+    read |= {"o"} if request.normalize else set()
+    return tuple(dict.fromkeys(s.out for s in steps if s.out in read))
 
 
-def restored(request: Request, inputs: Inputs, saved: Sequence[Array]) -> Trace | None:
-    """Return the trace that was `saved`."""
-    if not saved:
-        return None
-    steps = request.program.steps
-    values, _, _ = accumulated(request, inputs)
-    return Trace(values | {s.out: x for s, x in zip(steps, saved, strict=True)}, ())
+def saved(request: Request, env: Env | None) -> tuple[Array, ...]:
+    """Return the arrays of `saved_names`; `restored` undoes it."""
+    return () if env is None else tuple(env[name] for name in saved_names(request))
+
+
+def restored(request: Request, saved: Sequence[Array]) -> Env | None:
+    """Return what was `saved`, by name; None where nothing was to be."""
+    kept = request.gradient and request.form != "associative"
+    return dict(zip(saved_names(request), saved, strict=True)) if kept else None
 
 
 def shapes(request: Request) -> tuple[Shape, tuple[Shape, ...], tuple[Shape, ...]]:
@@ -121,12 +132,10 @@ def shapes(request: Request) -> tuple[Shape, tuple[Shape, ...], tuple[Shape, ...
     o = (*broadcast(*(x[:-2] for x in given)), request.tokens, request.v_shape[-1])
     fields = request.state_shapes()
     state = tuple(fields[x] for x in kind._fields) if request.return_state else ()
-    if request.form == "associative" or not request.gradient:
-        return o, state, ()
-    given[2] = (*given[2][:-1], given[2][-1] + request.mass)
+    given[2] = (*given[2][:-1], given[2][-1] + request.ones)
     named = dict(zip("qkv", given, strict=True))
-    values, _ = all_shapes(request.program, named, request.gate_batch)
-    return o, state, tuple(values[s.out] for s in request.program.steps)
+    values, _ = all_shapes(alive(request, False), named, request.gate_batch)
+    return o, state, tuple(values[name] for name in saved_names(request))
 
 
 def _finish(request: Request, inputs: Inputs, out: Array) -> Array:
@@ -134,7 +143,7 @@ def _finish(request: Request, inputs: Inputs, out: Array) -> Array:
     xp = namespace(out)
     if request.normalize:
         out = out[..., :-1] / (out[..., -1:] + request.eps)
-    elif request.mass:
+    elif request.ones:
         out = out[..., :-1]
     return xp.astype(out, inputs.v.dtype, copy=False)
 
@@ -142,7 +151,7 @@ def _finish(request: Request, inputs: Inputs, out: Array) -> Array:
 def backward(
     request: Request,
     inputs: Inputs,
-    trace: Trace | None,
+    env: Mapping[str, Array] | None,
     do: Array | None,
     dstate: Any,
     engine: Engine = CORE,
@@ -151,29 +160,36 @@ def backward(
 
     Parameters
     ----------
-    request, inputs, trace, engine
-        As given to and returned by `forward`.
+    request, inputs, env, engine
+        As given to and returned by `forward`, of ``env`` at least what is `saved`.
     do : array, (*batch, T, V), or None
         Gradient of the output.
     dstate : NamedTuple of arrays or None, or None
         Gradient of the final state.
     """
-    if trace is None:  # the associative form has the chunked form's gradient
+    if env is None:  # the associative form has the chunked form's gradient
         request = dataclasses.replace(request, form="chunked")
-        _, trace = _run(request, inputs, engine)
-    xp = namespace(inputs.q)
-    values, gate, initial = accumulated(request, inputs)
-    dtype = values["q"].dtype
-    dout = _unfinish(request, trace, values, do)
-    dfinal = joined(request, _cast_state(xp, dstate, dtype), gradient=True)
-    options = {"with_gate": request.gate_given, "chunk": width(request)}
-    grads = engine.adjoint(request.program, trace, gate, initial, dout, dfinal, **options)
-    dq, dk, dv = (grads.values[x] for x in "qkv")
+        env = _run(request, inputs, engine)
+    values, gate = accumulated(request, inputs)
+    values = dict(env) | values | joined(request, _cast_state(values["q"], dstate), gradient=True)
+    if do is not None:
+        values["d.o"] = _unfinish(request, values, do)
+    found = engine.pull(
+        alive(request, inputs.state is not None),
+        values,
+        gate,
+        with_gate=request.gate_given,
+        chunk=width(request),
+    )
+    dq, dk, dv = (
+        found[f"d.{x}"] if f"d.{x}" in found else namespace(values[x]).zeros_like(values[x])
+        for x in "qkv"
+    )
     if request.scaled:
         dq = dq * request.scale
-    dv = dv[..., :-1] if request.mass else dv
-    gates = gate_gradients(gate, grads.gate)
-    dinitial = gradient_fields(request, inputs.state, grads.states)
+    dv = dv[..., :-1] if request.ones else dv
+    gates = gate_gradients(gate, found.get(GATE))
+    dinitial = gradient_fields(request, inputs.state, found)
     return Gradients(
         *(_of_input(*x) for x in zip((dq, dk, dv, *gates, dinitial), inputs, strict=True))
     )
@@ -197,29 +213,27 @@ def gate_gradients(gate: Gate, grad: Array | None) -> tuple[Array | None, Array 
     return None, xp.where(xp.isinf(gate.log_gate), xp.zeros_like(grad), grad)
 
 
-def _unfinish(request: Request, trace: Trace, values: dict[str, Array], do: Array | None) -> Array:
+def _unfinish(request: Request, values: Env, do: Array) -> Array:
     """Gradient of the program's output from that of o."""
-    xp, out = namespace(values["q"]), summed(request.program, trace.values)
-    assert out is not None
-    if do is None:
-        return xp.zeros_like(out)
-    do = xp.broadcast_to(xp.astype(do, out.dtype), (*out.shape[:-1], do.shape[-1]))
-    if not request.mass:
-        return do
+    xp, like = namespace(values["q"]), values["q"]
+    do = xp.astype(do, like.dtype, copy=False)
     if not request.normalize:
-        return xp.concat([do, xp.zeros_like(out[..., -1:])], axis=-1)
+        return padded(do, -1, after=1) if request.ones else do
+    out = values["o"]
     dnum = do / (out[..., -1:] + request.eps)
     dden = -xp.sum(dnum * out[..., :-1], axis=-1, keepdims=True) / (out[..., -1:] + request.eps)
     return xp.concat([dnum, dden], axis=-1)
 
 
-def _cast_state(xp: Any, state: Any, dtype: Any) -> Any:
+def _cast_state(like: Array, state: Any) -> Any:
+    """Return a state's gradient in the dtype of ``like``."""
     if state is None:
         return None
-    return type(state)(*(None if x is None else xp.astype(x, dtype) for x in state))
+    cast = (None if x is None else namespace(like).astype(x, like.dtype) for x in state)
+    return type(state)(*cast)
 
 
 def summarize(request: Request, inputs: Inputs) -> Any:
     """Summary of a whole sequence as one segment, in the accumulation dtype."""
-    values, gate, _ = accumulated(request, inputs)
+    values, gate = accumulated(request, inputs)
     return associative.segment(request, values, gate, chunk=width(request))

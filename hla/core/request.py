@@ -81,19 +81,14 @@ class Request:
         return "float64" if self.dtype == "float64" else "float32"
 
     @property
-    def mass(self) -> bool:
-        """Whether denominators or their part of the state are computed."""
+    def ones(self) -> bool:
+        """Whether v has a column of ones, for denominators or their part of the state."""
         return self.normalize or self.return_state
 
     @property
     def program(self) -> Program:
         """The passes that compute this request."""
-        kind: Any = self.state_type
-        ridged = self.ridged
-        found = program(self.operator, self.mask, self.convention, ridged, kind)
-        if not ridged:
-            return found
-        return found._replace(outputs=(*found.outputs[:-1], (self.ridge, "ridge")))
+        return program(self.operator, self.mask, self.convention, self.ridge, self.state_type)
 
     @functools.cached_property
     def passes(self) -> Passes:
@@ -125,7 +120,7 @@ class Request:
         return self._shapes(self.program)
 
     def _shapes(self, of: Program) -> dict[str, Shape]:
-        return state_shapes(of, self.q_shape, self.k_shape, self.v_shape, self.gate_batch)
+        return state_shapes(of.steps, self.q_shape, self.k_shape, self.v_shape, self.gate_batch)
 
 
 FIELDS = tuple(x.name for x in dataclasses.fields(Request))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.passes import Gate, Shape
 from .scan import Call, Do
-from .steps import Border, Carry, Divide, GateGradient, GateSum, Ref, Step, Sum
+from .steps import Border, Carry, Divide, Fading, GateGradient, GateSum, Ref, Step, Sum
 
 Array = Any
 Take = Callable[[Ref], Array]  # what a reference means
@@ -168,29 +168,31 @@ def gate_sum(xp: Any, s: GateSum, take: Take, gate: Gate) -> Made:
     return [(s.o, xp.where(xp.isinf(gate.log_gate), xp.zeros_like(result), result))]
 
 
+def fading(xp: Any, s: Fading, take: Take, gate: Gate) -> Made:
+    """Do a Fading."""
+    o, firsts = take(s.o), range(0, s.total, s.tokens)
+    if gate.log_gate is not None:
+        sums = [xp.sum(gate.log_gate[..., i : i + s.tokens], axis=-1) for i in firsts]
+        return [(s.o, xp.stack(sums, axis=-1))]
+    lengths = xp.asarray([min(s.tokens, s.total - i) for i in firsts], dtype=o.dtype)
+    g = take(s.gate)
+    return [(s.o, xp.log(xp.where(g < LEAST, LEAST, g))[..., None] * lengths)]
+
+
 def carry(xp: Any, s: Carry, take: Take, gate: Gate) -> Made:
     """Do a Carry."""
     local = take(s.local)
     count, shape = local.shape[-3], local.shape[:-3] + local.shape[-2:]
     S = xp.zeros(shape, dtype=local.dtype) if s.start is None else take(s.start)
+    r = None if s.fading is None else xp.exp(s.power * take(s.fading))[..., None, None]
     before: list[Array] = [None] * count
     for i in reversed(range(count)) if s.reverse else range(count):
         before[i] = xp.broadcast_to(S, shape)
-        S = S * fading(xp, s, gate, i) + local[..., i, :, :]
+        S = (S if r is None else S * r[..., i, :, :]) + local[..., i, :, :]
     return [(s.o, xp.stack(before, axis=-3))] + ([(s.end, S)] if s.end else [])
-
-
-def fading(xp: Any, s: Carry, gate: Gate, i: int) -> Array:
-    """Return what the gate leaves of a state over segment i."""
-    if gate.log_gate is not None and s.power:
-        a = gate.log_gate[..., sum(s.lengths[:i]) : sum(s.lengths[: i + 1])]
-        return xp.exp(s.power * xp.sum(a, axis=-1))[..., None, None]
-    if gate.decay is not None and s.power:
-        return (gate.decay ** (s.power * s.lengths[i]))[..., None, None]
-    return 1.0
 
 
 ELEMENTWISE: dict[type, Callable[[Any, Any, Take, Gate], Made]] = {
     Sum: total, Divide: divide, Border: border, GateGradient: gate_gradient, GateSum: gate_sum,
-    Carry: carry,
+    Fading: fading, Carry: carry,
 }  # fmt: skip

@@ -16,11 +16,13 @@ from ..core.passes import Pass, Shape, broadcast
 from ..core.programs import Passes, adjoint, d, prune
 from ..core.request import Request
 from .gates import GateTerms
+from .segments import levels
 from .shapes import alive, named, saved
 from .steps import (
     Buffer,
     Carry,
     Divide,
+    Fading,
     Fused,
     GateSum,
     Launch,
@@ -56,6 +58,13 @@ def dtype_of(request: Request, name: str) -> str:
     return "bfloat16" if narrow else request.accumulate
 
 
+# What the states of a launch do not depend on
+WHATEVER: dict[str, Any] = {
+    "q": (), "o": (), "end": (), "read": 1.0, "add": False, "x": None, "dots": None,
+    "states": None, "batch": (), "tokens": 0, "chunk": 0,
+}  # fmt: skip
+
+
 class Builder:
     """Collects buffers and steps."""
 
@@ -65,7 +74,7 @@ class Builder:
         whole = tokens == 0 or tokens >= request.tokens
         self.request, self.limits, self.forward = request, limits, forward
         self.tokens = 0 if whole else tokens
-        self.rows = tuple(rows) if whole and request.tokens else ()
+        self.rows = tuple(r for r in rows if request.tokens and (whole or r.segments))
         self.shape = named(request)
         self.wide = request.accumulate
         self.narrow = "bfloat16" if request.dtype == "bfloat16" else self.wide  # of products
@@ -75,6 +84,7 @@ class Builder:
         self.given: set[str] = set()  # names that come from outside
         self.written: set[str] = set()
         self.gates = GateTerms(self)
+        self.states: dict[Launch, tuple[Ref, ...]] = {}  # before segments, of launches
         self.buffer("v|1", fill=1.0)
 
     def of(self, name: str) -> Shape:
@@ -151,13 +161,21 @@ class Builder:
         inner = tuple(n for n in dict.fromkeys(s.out for s in passes) if n and n not in used)
         before: list[Sum] = []
         found: list[Launch] = []
-        after: Sums = []
+        after: dict[str, Ref] = {}
         for s in passes:
             sums, launches, rest = self.launches(Group((s,), (s,)), pending, whole=True)
-            before, after = before + sums, after + rest
-            found += [x for x in launches if isinstance(x, Launch)]
+            before += sums
+            own = [x for x in launches if isinstance(x, Launch)]
+            for name, aside in rest:  # what is added to one name goes aside together
+                if (first := after.setdefault(name, aside)) != aside:
+                    del self.buffers[aside.name]
+                    own = [x._replace(o=(first,), add=True) for x in own]
+            found += own
         self.buffers = {n: x for n, x in self.buffers.items() if n not in inner}
-        return before, [Fused(row.name, tuple(found), inner)], after
+        steps: list[Step] = [Fused(row.name, tuple(found), inner)]
+        if self.tokens:
+            steps = list(levels(self, row, found, inner))
+        return before, steps, list(after.items())
 
     @staticmethod
     def ready(s: Pass, pending: Iterable[Pass], group: Collection[Pass] = ()) -> bool:
@@ -174,6 +192,7 @@ class Builder:
         able = all(
             self.ready(s, pending, group)
             and (s.out not in inner or self.lead(s)[0] == self.of(s.out)[:-2])
+            and (not self.tokens or (s.out and s.out not in inner & self.written))
             for s in group
         )
         return tuple(group) if able and len(group) == len(row.steps) else ()
@@ -260,7 +279,7 @@ class Builder:
                 held, chunk=chunk,
             )  # fmt: skip
             sizes: list[Shape] = [(hi - lo, self.width(t.v)) for _, lo, hi in pack for t in values]
-            tokens = self.tokens if s.kind != "full" else 0
+            tokens = self.tokens if s.kind != "full" and not whole else 0
             found += self.two(one, sizes, tokens) if s.kind == "full" or tokens else [one]
         return before, found, after
 
@@ -314,21 +333,45 @@ class Builder:
         A full pass sums all tokens first. A segment is a batch entry with a first state: each
         leaves its own state, those are carried over segments, and all run from what was carried.
         """
-        T = self.request.tokens
-        cuts = tuple(min(n, T - i) for i in range(0, T, n)) if n else ()
-        axis = (len(cuts),) if n else ()
+        none = (None,) * len(sizes)
+        if n and x.q and (begin := self.begun(x)):
+            yield x._replace(start=begin, tokens=n)
+            return
+        axis = (-(-self.request.tokens // n),) if n else ()
         sizes = [(*x.held, *axis, *size) for size in sizes]
         local, begin = (tuple(self.temporary("state", z) for z in sizes) for _ in "ab")
-        none = (None,) * len(sizes)
         alone = x._replace(q=(), o=(), start=none, end=local, add=False, batch=x.held)
         yield alone._replace(x=None, dots=None, states=None, chunk=0, tokens=n)
         if n:
+            fading = self.fading(n) if x.power and self.request.gate else None
             for o, end, mine, start in zip(begin, x.end, local, x.start, strict=True):
-                yield Carry(o, end, mine, start, x.power, x.reverse, cuts)
+                yield Carry(o, end, mine, start, fading, x.power, x.reverse)
+            self.states[x._replace(**WHATEVER)] = begin
         if x.q and n:
             yield x._replace(start=begin, end=none, tokens=n)
         elif x.q:
             yield x._replace(k=(), v=(), start=local)
+
+    def begun(self, x: Launch) -> tuple[Ref, ...] | None:
+        """Return first states of segments that are there, or are the transposes of those."""
+        if any(x.end):
+            return None
+        key = x._replace(**WHATEVER)
+        if key in self.states or len(x.k) > 1 or len(x.v) > 1:
+            return self.states.get(key)
+        turned = tuple(ref and ref._replace(turned=not ref.turned) for ref in x.start)
+        found = self.states.get(key._replace(k=x.v, v=x.k, start=turned), ())
+        return tuple(ref._replace(turned=True) for ref in found) or None
+
+    def fading(self, n: int) -> Ref:
+        """Return the sums of the log gate over segments."""
+        T, name = self.request.tokens, "fading"
+        shape = (*self.request.gate_batch, -(-T // n))
+        o = self.buffer(name, shape, "float64")
+        if name not in self.written:
+            self.steps.append(Fading(o, Ref("gate"), n, T))
+            self.written.add(name)
+        return o
 
 
 def finished(b: Builder, results: Mapping[str, str], kept: tuple[str, ...] = ()) -> Plan:

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..core.adjoint import sum_to
 from ..core.fields import rank
-from ..core.namespace import expand
+from ..core.namespace import expand, sum_to
 from ..core.passes import Shape
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request
@@ -67,6 +66,7 @@ class Device(NamedTuple):
         ready(arrays, addresses, None)
     )
     rows: Callable[[Request, Any], tuple[Row, ...]] = lambda request, where: ()  # that fit it
+    segments: Callable[[Request, Any], int] = lambda request, where: 0  # tokens of one; 0: whole
 
 
 class Turn(NamedTuple):
@@ -154,12 +154,13 @@ class Kind(NamedTuple):
     start: bool  # there is an initial state
     do: Any = None  # dtype of the gradient of o
     dstate: bool = False
-    tokens: int = 0  # of a segment
+    tokens: int | None = None  # of a segment; None: as the device has it
 
     def plan(self, device: Device, request: Request, where: Any) -> Plan:
         """Return the plan of such a call."""
+        tokens = device.segments(request, where) if self.tokens is None else self.tokens
         rows = device.rows(request, where)
-        given = request, device.limits(request, where), rows, self.tokens
+        given = request, device.limits(request, where), rows, tokens
         if not self.back:
             return plans.forward(*given, start=self.start)
         there = self.do is not None
@@ -204,7 +205,7 @@ class Runner:
         return ready, device.run(ready, arrays, addresses)
 
     def forward(
-        self, request: Request, inputs: Inputs, tokens: int = 0
+        self, request: Request, inputs: Inputs, tokens: int | None = None
     ) -> tuple[Array, Any, tuple[Array, ...]]:
         """Return (o, state, the arrays that `backward` reads).
 
@@ -212,8 +213,8 @@ class Runner:
         ----------
         request, inputs
             What is asked, and its arrays.
-        tokens : int
-            Of a segment; 0 for the whole sequence as one.
+        tokens : int, optional
+            Of a segment, 0 for the whole sequence as one; by default as the device has it.
         """
         kind = Kind(False, inputs.state is not None, tokens=tokens)
         ready, found = self.run(request, kind, given(request, inputs))
@@ -231,7 +232,7 @@ class Runner:
         saved: Sequence[Array],
         do: Array | None,
         dstate: Any,
-        tokens: int = 0,
+        tokens: int | None = None,
     ) -> Gradients:
         """Return the gradients of `forward`.
 

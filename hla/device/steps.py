@@ -146,6 +146,18 @@ class GateSum(NamedTuple):
     terms: tuple[Ref, ...]
 
 
+class Fading(NamedTuple):
+    """Sum of the log gate over each segment, (*gate batch, segments), of a decay times its length.
+
+    A segment has ``tokens``, the last of the ``total`` what is left.
+    """
+
+    o: Ref
+    gate: Ref
+    tokens: int
+    total: int
+
+
 class Carry(NamedTuple):
     """States over segments: o_n = state before segment n, of what each adds; end = the last.
 
@@ -156,9 +168,9 @@ class Carry(NamedTuple):
     end: Ref | None
     local: Ref
     start: Ref | None
+    fading: Ref | None  # sums of the log gate; None without a gate
     power: int
     reverse: bool
-    lengths: Shape
 
 
 class Fused(NamedTuple):
@@ -169,7 +181,7 @@ class Fused(NamedTuple):
     inner: tuple[str, ...]  # names that only they use: there is no such buffer
 
 
-Step = Launch | Sum | Divide | Border | GateGradient | GateSum | Carry | Fused
+Step = Launch | Sum | Divide | Border | GateGradient | GateSum | Fading | Carry | Fused
 
 
 class Row(NamedTuple):
@@ -180,6 +192,7 @@ class Row(NamedTuple):
 
     name: str
     steps: Passes
+    segments: bool = False  # also some of the passes from states, and the states of others alone
 
 
 class Plan(NamedTuple):
@@ -215,6 +228,8 @@ def names(x: Any) -> set[str]:
     """Names of all arrays that a step, or a part of one, refers to."""
     if isinstance(x, Ref):
         return {x.name}
+    if isinstance(x, Fused):
+        return names(x.launches) - {*x.inner}
     return set().union(*map(names, x)) if isinstance(x, tuple) else set()
 
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from ..core.namespace import Array, namespace
 from ..core.passes import Shape
-from ..core.programs import Program, summed
 from ..core.request import Inputs, Request
 from ..core.triangle import STATE_OF
 
@@ -35,38 +34,38 @@ class Turn(NamedTuple):
     v: str
     out: str
     matrix: str
-    mass: str | None  # field of the state
+    vector: str | None  # field of the state, of the denominator
     shape: Shape  # of the matrix
-    mass_shape: Shape
+    vector_shape: Shape
     power: int
     strict: bool
+    factor: float  # of what is read
     first: bool  # of those that share this state
-    weighs: bool  # the mass of what it reads is asked for
+    weighs: bool  # the denominator of what it reads is asked for
 
 
 @functools.lru_cache(maxsize=1024)
-def turns(request: Request) -> tuple[Program, tuple[Turn, ...]]:
-    """Return the program of a request, and its passes."""
-    program, shapes = request.program, request.state_shapes()
-    weighed = {s.v for s in program.steps}
-    if request.normalize:
-        weighed |= {name for _, name in program.outputs}
+def turns(request: Request) -> tuple[Turn, ...]:
+    """Return the passes of a request's program."""
+    steps, shapes = request.program.steps, request.state_shapes()
+    weighed = {s.v for s in steps} | ({"o"} if request.normalize else set())
     found: list[Turn] = []
-    for s in program.steps:
-        matrix, mass = s.state[0], s.state[1] if len(s.state) == 2 else None
+    for s in steps:
+        matrix, vector = s.state[0], s.state[1] if len(s.state) == 2 else None
         first = all(turn.matrix != matrix for turn in found)
-        sizes = shapes[matrix], shapes[mass] if mass else ()
-        strict, weighs = s.kind == "strict", mass is not None and s.out in weighed
-        found.append(
-            Turn(s.q, s.k, s.v, s.out, matrix, mass, *sizes, s.power, strict, first, weighs)
+        sizes = shapes[matrix], shapes[vector] if vector else ()
+        strict, weighs = s.kind == "strict", vector is not None and s.out in weighed
+        one = Turn(
+            s.q, s.k, s.v, s.out, matrix, vector, *sizes, s.power, strict, s.read, first, weighs
         )
-    return program, tuple(found)
+        found.append(one)
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=1024)
 def updates(request: Request) -> bool:
     """Whether a state may be updated where it lies: no pass reads what it was before."""
-    return not any(turn.strict for turn in turns(request)[1])
+    return not any(turn.strict for turn in turns(request))
 
 
 class Ops(NamedTuple):
@@ -92,7 +91,6 @@ def run(request: Request, inputs: Inputs, ops: Ops, donate: bool) -> tuple[Array
     donate : bool
         Whether `updates`, and the fields are whole and in memory of their own.
     """
-    program, passes = turns(request)
     dtype = getattr(namespace(inputs.q), request.accumulate)
     x = {name: ops.cast(getattr(inputs, name)[..., 0, :], dtype) for name in "qkv"}
     if request.scaled:
@@ -101,8 +99,8 @@ def run(request: Request, inputs: Inputs, ops: Ops, donate: bool) -> tuple[Array
     factors: dict[int, Array] = {}
     before: dict[str, Array | None] = {}
     after: dict[str, Array] = {}
-    mass: dict[str, Array] = {}  # of every name that has one but v, whose is 1
-    for turn in passes:
+    dens: dict[str, Array] = {}  # denominators of every name that has one but v, whose is 1
+    for turn in turns(request):
         q, k, v, matrix = x[turn.q], x[turn.k], x[turn.v], turn.matrix
         if turn.first:
             gate = _gate(inputs, turn.power, factors)
@@ -110,21 +108,25 @@ def run(request: Request, inputs: Inputs, ops: Ops, donate: bool) -> tuple[Array
             square = None if gate is None else gate[..., None]
             pair = k[..., :, None], v[..., None, :]
             after[matrix] = ops.advanced(before[matrix], square, *pair, turn.shape, donate)
-            if turn.mass:
-                before[turn.mass] = given.get(turn.mass)
-                ones = 1 if turn.v == "v" else mass[turn.v][..., None]
-                own = before[turn.mass], gate, k, ones, turn.mass_shape
-                after[turn.mass] = ops.advanced(*own, donate)
+            if turn.vector:
+                before[turn.vector] = given.get(turn.vector)
+                ones = 1 if turn.v == "v" else dens[turn.v][..., None]
+                own = before[turn.vector], gate, k, ones, turn.vector_shape
+                after[turn.vector] = ops.advanced(*own, donate)
         states = before if turn.strict else after
-        x[turn.out] = ops.read(q, states[matrix], turn.shape)
-        if turn.weighs and turn.mass:
-            mass[turn.out] = ops.weight(q, states[turn.mass], turn.mass_shape)
-    o: Array = summed(program, x)
+        _add(x, turn, ops.read(q, states[matrix], turn.shape))
+        if turn.weighs and turn.vector:
+            _add(dens, turn, ops.weight(q, states[turn.vector], turn.vector_shape))
+    o = x["o"]
     if request.normalize:
-        den: Array = summed(program, mass)
-        o = o / (den[..., None] + request.eps)
+        o = o / (dens["o"][..., None] + request.eps)
     kind: Any = request.state_type
     return ops.cast(o[..., None, :], inputs.v.dtype), kind(**after)
+
+
+def _add(results: dict[str, Array], turn: Turn, x: Array) -> None:
+    x = x if turn.factor == 1 else turn.factor * x
+    results[turn.out] = results[turn.out] + x if turn.out in results else x
 
 
 def _gate(inputs: Inputs, power: int, factors: dict[int, Array]) -> Array | None:

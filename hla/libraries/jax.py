@@ -15,8 +15,7 @@ from jax import export, lax
 from jax import numpy as jnp
 
 from ..contract import Capabilities
-from ..core.adjoint import sum_to
-from ..core.namespace import Array
+from ..core.namespace import Array, sum_to
 from .generic import Generic
 
 

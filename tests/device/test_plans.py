@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import MASKS, OPERATORS, installed
-from fakes import FUSED, functional, in_place, small
+from fakes import CUT, FUSED, functional, in_place, small
 
 import hla
 from hla.arguments import prepare
@@ -33,6 +33,7 @@ DEVICES = {
     "fused": (FUSED, 0),
     "functional": (functional(np, CHUNKS), 0),
     "segments": (in_place(CHUNKS), 4),
+    "fused segments": (CUT, 4),
     "narrow functional segments": (functional(np, TIGHT), 2),
 }  # fmt: skip
 KINDS = [
@@ -218,12 +219,15 @@ def test_no_tokens_need_no_fused_row():
 
 
 def test_what_only_a_fused_row_reads_has_no_buffer():
-    request = dataclasses.replace(some(normalize=False)[2], gradient=False)
+    arrays, options, request, inputs, do = some(normalize=False)
+    request = dataclasses.replace(request, gradient=False)
     plan = plans.forward(request, Limits(), rows=small(request))
     (step,) = plan.steps
     assert step.inner == ("y",)
     assert set(plan.buffers) == {"o"}
+    assert plan.given == ("k", "q", "v")
     assert plan.saved == ()
+    agree({"o": FUSED.forward(request, inputs)[0]}, {"o": autograd(arrays, options, do, None)["o"]})
 
 
 @pytest.mark.parametrize("gate", [None, "decay", "log_gate"])
@@ -271,11 +275,31 @@ def test_a_segment_is_a_batch_entry_with_a_first_state():
     states, carried, read = plan.steps
     assert (states.q, states.tokens, read.tokens) == ((), 4, 4)
     assert isinstance(carried, Carry)
-    assert carried.lengths == (4, 4, 3)
+    assert (carried.local.name, carried.fading) == (states.end[0].name, None)
     assert plan.buffers[carried.o.name].shape == (2, 3, 4, 3)
     assert read.start == (carried.o,)
     with pytest.raises(ValueError, match="5 tokens; expected a multiple of 4"):
         plans.backward(some(gate="decay")[2], CHUNKS, tokens=5)
+
+
+def test_a_fused_row_in_segments_is_cut_level_by_level():
+    """States of the keys, those of y from them, then all; of two transposes one is left."""
+    request = some(normalize=False)[2]
+    plan = plans.forward(request, Limits(), small(request), 4)
+    S, carried, F, _, whole = plan.steps
+    assert isinstance(S, Launch)
+    assert (S.k, S.v, S.q, S.tokens) == ((Ref("k"),), (Ref("k"),), (), 4)
+    assert isinstance(carried, Carry)
+    y, state = F.launches
+    assert (y.start, state.q, state.k) == ((carried.o,), (), y.o)
+    assert F.inner == ("y",)
+    assert [x.tokens for x in whole.launches] == [4, 4]
+    assert [x.end for x in whole.launches] == [(None,), (None,)]
+    back = plans.backward(request, Limits(), small(request), 4)
+    kinds = [type(x).__name__ for x in back.steps]
+    assert " ".join(kinds) == (
+        "Launch Carry Fused Carry Fused Launch Launch Carry Carry Fused"  # dk, dv, dy; then dq
+    )
 
 
 def test_under_jit():

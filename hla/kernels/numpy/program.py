@@ -33,9 +33,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...core.adjoint import Adjoint, shared_out, sum_to
-from ...core.passes import CHUNK, Fields, Gate, Pass, Shape, Weights, broadcast, weights
-from ...core.programs import Program, Trace
+from ...core.namespace import sum_to
+from ...core.passes import CHUNK, Gate, Pass, Shape, Weights, broadcast, weights
+from ...core.programs import Passes, d
+from ...core.run import GATE, add, begun
 from .threads import Part, spread
 
 Array = np.ndarray[Any, Any]
@@ -48,101 +49,97 @@ ONE_THREAD = 2 * 64**3  # multiply-adds of a product for which OpenBLAS starts t
 
 
 def run(
-    program: Program,
+    steps: Passes,
     values: Mapping[str, Array],
     gate: Gate,
-    initial: Mapping[Fields, Array],
     *,
     chunk: int = CHUNK,
     keep: bool = False,
-) -> tuple[Array, Trace]:
-    """Run a program as `core.programs.run` does; ``keep`` what `adjoint` needs."""
-    env, states, kept = dict(values), [], []
+) -> dict[str, Any]:
+    """Run a program as `core.run.run` does; ``keep`` what `pull` needs, states under "kept"."""
+    env: dict[str, Any] = dict(values)
+    states, kept = list[Array](), list[Array]()
     T, dtype = values["k"].shape[-2], values["k"].dtype
-    for s in program.steps:
+    for s in steps:
         batch = broadcast(env[s.k].shape[:-2], env[s.v].shape[:-2], gate.batch)
         S = np.zeros((*batch, env[s.k].shape[-1], env[s.v].shape[-1]), dtype=dtype)
-        if s.state in initial:
-            S[...] = initial[s.state]
+        if s.start:
+            S[...] = values[s.start]
         states.append(S)
         # without a gradient to follow, intermediates and states live in buffers of one group
         kept.append(np.empty((*batch, -(-T // chunk) if keep else 0, *S.shape[-2:]), dtype=dtype))
         shape = (*broadcast(batch, env[s.q].shape[:-2]), T if keep else 0, S.shape[-1])
-        env[s.out] = np.empty(shape, dtype=dtype)
-    full = broadcast(*(x.shape[:-2] for x in env.values()))
-    o = np.empty((*full, T, values["v"].shape[-1]), dtype=dtype)
-    if len(program.outputs) == 1:
-        env[program.outputs[0][1]] = o
-
+        if s.out not in ("o", ""):
+            env[s.out] = np.empty(shape, dtype=dtype)
+    full = broadcast(*(x.shape[:-2] for x in env.values()), *(S.shape[:-2] for S in states))
+    o = env["o"] = np.empty((*full, T, values["v"].shape[-1]), dtype=dtype)
     ends: list[list[tuple[Array, Array]]] = []  # written when no thread reads its start any more
 
     def job(part: Part, buffers: Buffers) -> None:
         arrays = {name: part(values[name], 2) for name in "qkv"}
-        for step in program.steps:  # where heads share an intermediate, each thread makes its own
-            arrays[step.out] = part.output(env[step.out], 2)
-        out, held = part(o, 2), [part.output(x, 3) for x in kept]
-        heads = math.prod(out.shape[:-2])
-        sweep = _Sweep(program, part.gate(gate), T, chunk, heads, dtype, buffers)
-        after = sweep.forward(arrays, [part(S, 2).copy() for S in states], held, out)
+        for s in steps:  # where heads share an intermediate, each thread makes its own
+            if s.out and s.out not in arrays:
+                arrays[s.out] = part.output(env[s.out], 2)
+        held = [part.output(x, 3) for x in kept]
+        heads = math.prod(arrays["o"].shape[:-2])
+        sweep = _Sweep(steps, part.gate(gate), T, chunk, heads, dtype, buffers)
+        after = sweep.forward(arrays, [part(S, 2).copy() for S in states], held)
         ends.append([(part.output(S, 2), end) for S, end in zip(states, after, strict=True)])
 
-    spread(job, full, _work(program, values, chunk, o.size))
+    spread(job, full, _work(steps, values, chunk, o.size))
     for S, end in itertools.chain.from_iterable(ends):
         S[...] = end
-    return o, Trace(env, tuple(states), tuple(kept))
+    env |= {s.end: S for s, S in zip(steps, states, strict=True) if s.end}
+    return env | {"kept": kept}
 
 
-def adjoint(
-    program: Program,
-    trace: Trace,
+def pull(
+    steps: Passes,
+    values: Mapping[str, Any],
     gate: Gate,
-    initial: Mapping[Fields, Array],
-    do: Array,
-    dfinal: Mapping[Fields, Array],
     *,
     with_gate: bool,
     chunk: int = CHUNK,
-) -> Adjoint:
-    """Run a program's adjoint as `core.programs.adjoint` does, in one sweep."""
-    full, T, dtype = do.shape[:-2], do.shape[-2], do.dtype
-    pending, ends = dict(dfinal), []
-    for s in reversed(program.steps):
-        ends.append(pending.pop(s.state, None))
-    ends.reverse()
-    R = [np.zeros((*full, *S.shape[-2:]), dtype=dtype) for S in trace.states]
-    for r, end in zip(R, ends, strict=True):
-        if end is not None:
-            r[...] = shared_out(end, r.shape)
-    active = [end is not None for end in ends]
-    grads = {x: np.zeros((*full, T, trace.values[x].shape[-1]), dtype=dtype) for x in "qkv"}
-    dlog = np.zeros((*full, T), dtype=dtype) if with_gate else None  # of the gate's logarithm
+) -> dict[str, Array]:
+    """Run a program's adjoint as `core.run.pull` does, in one sweep."""
+    T, dtype = values["k"].shape[-2], values["k"].dtype
+    shapes = [(*x.shape[:-3], *x.shape[-2:]) for x in values["kept"]]
+    full = broadcast(*(values[x].shape[:-2] for x in "qkv"), *(x[:-2] for x in shapes))
+    do = values.get("d.o")
+    do = np.zeros((*full, T, values["v"].shape[-1]), dtype) if do is None else do
+    R = [np.zeros((*full, *shape[-2:]), dtype) for shape in shapes]
+    active = [d(s.end) in values for s in steps]
+    for s, r in zip(steps, R, strict=True):
+        if d(s.end) in values:
+            r[...] = begun(s._replace(start=d(s.end)), values, full)
+    grads = {x: np.zeros((*full, T, values[x].shape[-1]), dtype) for x in "qkv"}
+    dlog = np.zeros((*full, T), dtype) if with_gate else None  # of the gate's logarithm
 
     def job(part: Part, buffers: Buffers) -> None:
         dout = part(do, 2)
         heads = math.prod(dout.shape[:-2])
-        sweep = _Sweep(program, part.gate(gate), T, chunk, heads, dtype, buffers)
-        arrays = {name: part(x, 2) for name, x in trace.values.items()}
-        out = {name: part(x, 2) for name, x in grads.items()}
+        sweep = _Sweep(steps, part.gate(gate), T, chunk, heads, dtype, buffers)
+        names = {name for s in steps for name in (s.q, s.k, s.v)}
         sweep.backward(
-            arrays,
-            [part(x, 3) for x in trace.kept],
-            part(do, 2),
+            {name: part(values[name], 2) for name in names},
+            [part(x, 3) for x in values["kept"]],
+            dout,
             [part(r, 2) for r in R],
             active,
-            out,
+            {name: part(x, 2) for name, x in grads.items()},
             None if dlog is None else part(dlog, 1),
         )
 
-    spread(job, full, _work(program, trace.values, chunk, 3 * do.size))
-    dinitial: dict[Fields, Array] = {}
-    for s, r in zip(program.steps, R, strict=True):
-        if s.state in initial:
-            g = sum_to(r, initial[s.state].shape)
-            dinitial[s.state] = dinitial[s.state] + g if s.state in dinitial else g
-    dgate = None if dlog is None else sum_to(dlog, (*gate.batch, T))
-    if dgate is not None and gate.decay is not None:
-        dgate = dgate.sum(-1) / gate.decay
-    return Adjoint({x: sum_to(g, trace.values[x].shape) for x, g in grads.items()}, dinitial, dgate)
+    spread(job, full, _work(steps, {x: values[x] for x in "qkv"}, chunk, 3 * do.size))
+    found: dict[str, Array] = {}
+    for s, r in zip(steps, R, strict=True):
+        add(found, d(s.start), r, values)
+    for name, x in grads.items():
+        add(found, d(name), x, values)
+    if dlog is not None:
+        grad = sum_to(dlog, (*gate.batch, T))
+        found[GATE] = grad if gate.decay is None else grad.sum(-1) / gate.decay
+    return found
 
 
 class _Turn(NamedTuple):
@@ -208,10 +205,10 @@ def _blocks(rows: int, work: int, most: int = BLOCK) -> Iterator[slice]:
     return (slice(a, min(a + size, rows)) for a in range(0, rows, size))
 
 
-def _work(program: Program, values: Mapping[str, Array], chunk: int, size: int) -> int:
+def _work(steps: Passes, values: Mapping[str, Array], chunk: int, size: int) -> int:
     """Return the multiply-adds to spread over threads: none where BLAS takes its own."""
     width, W = max(x.shape[-1] for x in values.values()), min(chunk, values["k"].shape[-2])
-    return 4 * len(program.steps) * size * chunk if _rows((width + W) * width, BLOCK) else 0
+    return 4 * len(steps) * size * chunk if _rows((width + W) * width, BLOCK) else 0
 
 
 class _Sweep:
@@ -219,7 +216,7 @@ class _Sweep:
 
     def __init__(
         self,
-        program: Program,
+        steps: Passes,
         gate: Gate,
         T: int,
         chunk: int,
@@ -227,13 +224,13 @@ class _Sweep:
         dtype: Any,
         buffers: Buffers,
     ) -> None:
-        self.program, self.gate, self.T = program, gate, T
+        self.steps, self.gate, self.T = steps, gate, T
         self.chunk, self.group, self.dtype = chunk, max(1, GROUP // max(1, heads * chunk)), dtype
         self.buffers = buffers
 
     def turns(self, *, reverse: bool) -> Iterator[_Turn]:
         """Yield the groups of chunks, last first where ``reverse``."""
-        kinds = frozenset((s.power, s.kind) for s in self.program.steps)
+        kinds = frozenset((s.power, s.kind) for s in self.steps)
         each = Gate(None if self.gate.decay is None else self.gate.decay[..., None])
 
         def weigh(gate: Gate, W: int) -> Weighed:
@@ -345,13 +342,12 @@ class _Sweep:
         arrays: dict[str, Array],
         states: list[Array],
         kept: list[Array],
-        o: Array,
     ) -> list[Array]:
         """Write o and, where kept, intermediates and states; return the final states."""
         for turn in self.turns(reverse=False):
             local = {name: turn.view(arrays[name]) for name in "qkv"}
             lefts: dict[str, tuple[tuple[str, int, str], Array]] = {}
-            for i, s in enumerate(self.program.steps):
+            for i, s in enumerate(self.steps):
                 w, key = turn.weights[s.power, s.kind][0], (s.k, s.power, s.kind)
                 q, k, v = local[s.q], local[s.k], local[s.v]
                 if s.q not in lefts or lefts[s.q][0] != key:
@@ -359,17 +355,20 @@ class _Sweep:
                 left, right = lefts[s.q][1], self.advanced(states[i], k, v, w)
                 if kept[i].shape[-3]:
                     kept[i][..., turn.chunks, :, :] = right[..., : k.shape[-1], :]
-                if arrays[s.out].shape[-2]:
+                if not s.out:
+                    continue
+                if arrays[s.out].shape[-2] and s.out not in local:
                     out = turn.view(arrays[s.out])
                 else:
                     shape = broadcast(left.shape[:-2], right.shape[:-2])
                     out = self.buffer(f"out {s.out}", *shape, left.shape[-1], v.shape[-1])
-                local[s.out] = _read(left, right, out)
-            if len(self.program.outputs) > 1:
-                view, terms = turn.view(o), self.program.outputs
-                np.multiply(local[terms[0][1]], terms[0][0], out=view)
-                for coefficient, name in terms[1:]:
-                    view += coefficient * local[name]
+                out = _read(left, right, out)
+                if s.read != 1:
+                    out *= s.read
+                if s.out in local:
+                    local[s.out] += out
+                else:
+                    local[s.out] = out
         return states
 
     def backward(
@@ -383,13 +382,11 @@ class _Sweep:
         dlog: Array | None,
     ) -> None:
         """Write the gradients of q, k, v and the log gate; leave those of the states in R."""
-        steps = list(enumerate(self.program.steps))
+        steps = list(enumerate(self.steps))
         for turn in self.turns(reverse=True):
             local = {name: turn.view(x) for name, x in arrays.items()}
             into = _Into(self, {name: turn.view(x) for name, x in grads.items()})
-            for coefficient, name in self.program.outputs:
-                dout = turn.view(do)
-                into.grads[name] = dout if coefficient == 1 else coefficient * dout
+            into.grads["o"] = turn.view(do)
             for i, s in reversed(steps):
                 if s.out not in into.grads:
                     if not active[i]:
@@ -409,6 +406,7 @@ class _Sweep:
     ) -> None:
         """Take one step's adjoint over one group of chunks: a pass and two reversed."""
         (w, back), dout = turn.weights[s.power, s.kind], into.grads[s.out]
+        dout = dout if s.read == 1 else s.read * dout
         q, k, v = local[s.q], local[s.k], local[s.v]
         later = self.advanced(R, q, dout, back, reverse=True)
         after = later[..., q.shape[-2] :, :]

@@ -124,17 +124,17 @@ def _keep(p_states, step, S, m_S, chunk, EVERY: tl.constexpr, ROW: tl.constexpr)
 def pass_kernel(
     p_q, p_k, p_v, p_o, p_start, p_end, p_v2, p_o2, p_start2, p_end2, p_x, p_qc, p_kc,
     p_gate, p_dots, p_states,
-    read, write, power, T, D, DC, V, V2, N1, N2,
+    read, write, power, T, tokens, D, DC, V, V2, N1, N2,
     sq0, sq1, sq2, sqt, sqd,
     sk0, sk1, sk2, skt, skd,
     sv0, sv1, sv2, svt, svd,
     so0, so1, so2, sot, sod,
-    ss0, ss1, ss2, ssd, ssv,
-    se0, se1, se2, sed, sev,
+    ss0, ss1, ss2, ssn, ssd, ssv,
+    se0, se1, se2, sen, sed, sev,
     sv20, sv21, sv22, sv2t, sv2d,
     so20, so21, so22, so2t, so2d,
-    ss20, ss21, ss22, ss2d, ss2v,
-    se20, se21, se22, se2d, se2v,
+    ss20, ss21, ss22, ss2n, ss2d, ss2v,
+    se20, se21, se22, se2n, se2d, se2v,
     sx0, sx1, sx2, sxt, sxd,
     sqc0, sqc1, sqc2, sqct, sqcd,
     skc0, skc1, skc2, skct, skcd,
@@ -167,9 +167,15 @@ def pass_kernel(
     OPERAND: tl.constexpr,  # dtype of the operands of products
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head and one tile of values; the grid counts tiles fastest, so that they share loads."""
+    """One head and one tile of values; the grid counts tiles fastest, so that they share loads.
+
+    With ``tokens`` (None: the whole sequence) also one segment of so many: it counts after tiles.
+    """
     tiles = tl.cdiv(V, BV)
     i_v, i_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    if tokens is not None:
+        parts = tl.cdiv(T, tokens)
+        part, i_head = (i_head % parts).to(tl.int64), i_head // parts
     i_2 = (i_head % N2).to(tl.int64)
     i_1 = (i_head // N2 % N1).to(tl.int64)
     i_0 = (i_head // N2 // N1).to(tl.int64)
@@ -205,6 +211,36 @@ def pass_kernel(
         p_states += i_head.to(tl.int64) * sa0 + i_v.to(tl.int64) * BV * ROW
     if GATE != 0:
         p_gate += i_0 * sg0 + i_1 * sg1 + i_2 * sg2
+    length, earlier = T, 0  # tokens, and chunks before them
+    if tokens is not None:
+        first = part * tokens
+        length, earlier = tl.minimum(T - first, tokens).to(tl.int32), (first // W).to(tl.int32)
+        p_k += first * skt
+        p_v += first * svt
+        if TWO:
+            p_v2 += first * sv2t
+        if BC:
+            p_kc += first * skct
+        if READ:
+            p_q += first * sqt
+            p_o += first * sot
+            if BC:
+                p_qc += first * sqct
+            if TWO:
+                p_o2 += first * so2t
+        if DOT:
+            p_x += first * sxt
+            p_dots += first
+        if GATE == 2:
+            p_gate += first * sgt
+        if START:
+            p_start += part * ssn
+            if TWO or BC:
+                p_start2 += part * ss2n
+        if END:
+            p_end += part * sen
+            if TWO or BC:
+                p_end2 += part * se2n
 
     S = tl.zeros([BV, BD], tl.float32)
     m_S = m_v[:, None] & m_d[None, :]
@@ -231,7 +267,7 @@ def pass_kernel(
     else:
         m_pair = t[:, None] < t[None, :] if STRICT else t[:, None] <= t[None, :]
 
-    chunks = tl.cdiv(T, W)
+    chunks = tl.cdiv(length, W)
     if GATE == 1:
         g = tl.load(p_gate).to(tl.float64)
         log_g = tl.log(tl.where(g < LEAST, LEAST, g)) * power  # not maximum, which would drop a NaN
@@ -241,23 +277,23 @@ def pass_kernel(
         pair = tl.exp(tl.where(m_pair, span, 0.0)).to(tl.float32)
         before, after = tl.exp(up).to(tl.float32), tl.exp((W - 1 - t) * log_g).to(tl.float32)
         total = tl.exp(W * log_g).to(tl.float32)
-        rest = T - (chunks - 1) * W  # tokens of the last chunk
+        rest = length - (chunks - 1) * W  # tokens of the last chunk
         after_rest = tl.exp(tl.where(t < rest, rest - 1 - t, 0) * log_g).to(tl.float32)
         total_rest = tl.exp(rest * log_g).to(tl.float32)
 
     for i in range(chunks):
         row = ((chunks - 1 - i) if REVERSE else i) * W
-        m_t = t < T - row
+        m_t = t < length - row
         row64 = row.to(tl.int64)
         if EVERY and not REVERSE:
-            _keep(p_states, saa, S, m_S, i, EVERY, ROW)
+            _keep(p_states, saa, S, m_S, earlier + i, EVERY, ROW)
             if BC:
-                _keep(p_states + D.to(tl.int64), saa, Sc, m_Sc, i, EVERY, ROW)
+                _keep(p_states + D.to(tl.int64), saa, Sc, m_Sc, earlier + i, EVERY, ROW)
         m_tk, m_tv, m_tv2 = m_t[:, None] & m_d, m_t[:, None] & m_v, m_t[:, None] & m_v2
         w_pair, w_in, w_out, w_total = 1.0, 1.0, 1.0, 1.0
         if GATE == 1:
-            w_pair, w_in, w_out = pair, before, tl.where(row + W > T, after_rest, after)
-            w_total = tl.where(row + W > T, total_rest, total)
+            w_pair, w_in, w_out = pair, before, tl.where(row + W > length, after_rest, after)
+            w_total = tl.where(row + W > length, total_rest, total)
         if GATE == 2:
             w_pair, w_in, w_out, w_total = _chunk_weights(
                 p_gate + (row64 + t64) * sgt, m_t, m_pair, power, STRICT, REVERSE
@@ -341,10 +377,13 @@ def pass_kernel(
             S = _write(S, b_k, b_v, w_out, w_total, write, GATE, WRITE, OPERAND, PRECISION)
             if BOTH:
                 S = _write(S, b_v, b_k, w_out, 1.0, write, GATE, WRITE, OPERAND, PRECISION)
+            if not READ:  # no chunk would await the last product: see `launch.config`
+                S = tl.where(chunks > 0, S, 0.0)
             if EVERY and REVERSE:
-                _keep(p_states, saa, S, m_S, chunks - 1 - i, EVERY, ROW)
+                chunk = earlier + chunks - 1 - i
+                _keep(p_states, saa, S, m_S, chunk, EVERY, ROW)
                 if BC:
-                    _keep(p_states + D.to(tl.int64), saa, Sc, m_Sc, chunks - 1 - i, EVERY, ROW)
+                    _keep(p_states + D.to(tl.int64), saa, Sc, m_Sc, chunk, EVERY, ROW)
 
     if END:  # of the heads that share a state, those along an axis of stride 0, the first writes it
         later = tl.where(se0 == 0, i_0, 0) + tl.where(se1 == 0, i_1, 0) + tl.where(se2 == 0, i_2, 0)

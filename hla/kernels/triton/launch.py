@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.passes import Shape
 from ...core.request import Request
+from ...device import segments as rule
 from ...device.scan import Call, Place
 from ...device.steps import Launch, Limits, Ref
 from ...device.tiles import grids, inner
@@ -61,6 +62,7 @@ def config(
     too few (triton-lang/triton 6691, 7110): the next load lands on what the product still reads. So
     the last product must be one that the next chunk awaits at once: S2 is updated before S, and
     where k and v are read in each other's place (``mirrored``) and weighed a chunk has 32 tokens.
+    Without queries nothing awaits it: the kernel then tests the state in registers, always true.
     tests/test_kernels.py looks for such loads. On Blackwell a scaled accumulator that another
     product reads is not safe with loads ahead either (10993).
     """
@@ -100,6 +102,19 @@ def narrow(major: int) -> Limits:
 def capability(device: torch.device) -> int:
     """Major compute capability of a device; the interpreter has Hopper's."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; the interpreter has Hopper's."""
+    cuda = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).multi_processor_count if cuda else 132
+
+
+def segments(request: Request, where: torch.device) -> int:
+    """Return the tokens of a segment, 0 for the whole sequence as one."""
+    wide = max(request.k_shape[-1], request.v_shape[-1]) > 64  # one program a multiprocessor
+    return rule.tokens(request, processors(where) * (1 if wide else 2), PERIOD, WIDEST)
 
 
 def limits(request: Request, where: torch.device) -> Limits:
@@ -222,15 +237,7 @@ def view(arrays: list[Any], x: Place | None) -> torch.Tensor | None:
 
 
 def passes(call: Call, s: Launch) -> Iterator[Kernel]:
-    """Return the kernels of one launch: one, or more where the batch has axes that are not one.
-
-    Raises
-    ------
-    NotImplementedError
-        It is one of segments.
-    """
-    if s.tokens:
-        raise NotImplementedError("the Triton pass runs whole sequences, not segments")
+    """Return the kernels of one launch: one, or more where the batch has axes that are not one."""
     if 0 in s.batch and s.q:  # nobody reads, and yet states of keys may be asked
         s = s._replace(q=(), o=(), batch=s.held, x=None, dots=None, states=None)
         if not any(s.end):
@@ -242,22 +249,23 @@ def passes(call: Call, s: Launch) -> Iterator[Kernel]:
         gated = 1 if call.request.gate == "decay" else 2
         refs["gate"] = Ref("gate")
     places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
+    parts = -(-call.request.tokens // s.tokens) if s.tokens else 1
     constants, chosen, scalars = settings(call, s, places, gated)
     sizes = [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
     tiles = value_tiles(width(places["v"]))
-    for counts, first, strides in heads(s.batch, places, gated == 2):
+    for counts, first, strides in heads(s.batch, places, gated == 2, cut=s.tokens > 0):
         if not tiles * math.prod(counts):
             continue
-        every = [n for own in strides[: GATE + 1] for n in own]
+        every = listed(NAMES[: GATE + 1], strides, cut=s.tokens > 0)
         yield Kernel(
-            pass_kernel, (math.prod(counts) * tiles,), first, sizes,
-            *scalars[:8], *counts[-2:], *every, *scalars[8:],
+            pass_kernel, (math.prod(counts) * parts * tiles,), first, sizes,
+            *scalars[:9], *counts[-2:], *every, *scalars[9:],
             **constants, num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
 
 
 def heads(
-    batch: Shape, places: Mapping[str, Place | None], log: bool
+    batch: Shape, places: Mapping[str, Place | None], log: bool, *, cut: bool = False
 ) -> Iterator[tuple[Shape, list[Place | None], list[Shape]]]:
     """Yield the grids of a kernel that does one head at a time, of at most three batch axes each.
 
@@ -269,6 +277,8 @@ def heads(
         Operands by name; `RANKS` has how many axes are their own.
     log : bool
         Whether the gate has tokens.
+    cut : bool
+        Whether there are segments, one more axis of the states (-3).
 
     Yields
     ------
@@ -280,6 +290,7 @@ def heads(
         Of each operand, along those axes and its own; 0 for what it lacks.
     """
     ranks = [1 if name == "gate" and log else RANKS.get(name, 2) for name in places]
+    ranks = [n + (cut and name in STATES) for n, name in zip(ranks, places, strict=True)]
     found = list(places.values())
     lists = [None if x is None else (x.layout, n) for x, n in zip(found, ranks, strict=True)]
     for counts, strides, offsets in grids(batch, lists):
@@ -293,9 +304,19 @@ def heads(
         yield counts, first, [(*a, *(b or (0,))) for a, b in zip(strides, own, strict=True)]
 
 
+def listed(names: Iterable[str], strides: Iterable[Shape], *, cut: bool) -> list[int | None]:
+    """Return strides of operands one after the other; None of segments where there are none."""
+    found: list[int | None] = []
+    for name, own in zip(names, strides, strict=False):
+        found += own if cut or name not in STATES else (*own[:3], None, *own[3:])
+    return found
+
+
 NAMES = ("q", "k", "v", "o", "start", "end", "v2", "o2", "start2", "end2", "x", "qc", "kc", "gate",
          "dots", "states")  # fmt: skip
 RANKS = {"gate": 0, "states": 3}  # the axes that are an operand's own; others have two
+# and these one more, of segments
+STATES = {f"{when}{i}" for when in ("start", "end") for i in ("", 1, 2, 3)}
 GATE = NAMES.index("gate")
 
 
@@ -354,4 +375,5 @@ def settings(
         "OPERAND": tl.bfloat16 if narrow else tl.float32,
         "PRECISION": "tf32" if tf32 else exact,
     }  # fmt: skip
-    return constants, chosen, (read, write, s.power, T, D, DC, V, V2, apart, step)
+    numbers = read, write, s.power, T, s.tokens or None, D, DC, V, V2, apart, step
+    return constants, chosen, numbers

@@ -8,14 +8,19 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ...core.request import Request
-from ...device.scan import Call
+from ...device.scan import Call, Do
 from ...device.steps import Fused, Row
-from .launch import Kernel
+from . import hopper_backward, owners
 
-KERNELS: dict[str, Callable[[Call, Fused], Iterator[Kernel]]] = {}  # by the row's name
+KERNELS: dict[str, Callable[[Call, Fused], Iterator[Do]]] = {  # by the row's name
+    **owners.KERNELS,
+    **hopper_backward.KERNELS,
+}
 
 
 @functools.lru_cache(maxsize=1024)
 def rows(request: Request, where: torch.device) -> tuple[Row, ...]:
     """Return the fused kernels of a request, of either direction, the best first."""
-    return ()
+    if not owners.able(request, where):
+        return ()
+    return owners.rows(request) + hopper_backward.rows(request)

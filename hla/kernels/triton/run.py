@@ -18,14 +18,26 @@ from ...device.elementwise import fit
 from ...device.plan import dtype_of
 from ...device.scan import Call, Device, Do, Place, Ready, Runner
 from ...device.shapes import shapes
-from ...device.steps import Border, Divide, Fused, GateGradient, GateSum, Launch, Step, Sum
+from ...device.steps import (
+    Border,
+    Carry,
+    Divide,
+    Fading,
+    Fused,
+    GateGradient,
+    GateSum,
+    Launch,
+    Step,
+    Sum,
+)
 from ...device.tiles import Layout, strides_like, whole
 from ...device.token import unpacked
 from . import normalize, rows
 from . import step as one_token
+from .carry import carry, fading
 from .causal import LEAST
 from .gate import gate_kernel, settings
-from .launch import Kernel, addresses, limits, passes, shapes_alone, stream_of, view
+from .launch import Kernel, addresses, limits, passes, segments, shapes_alone, stream_of, view
 
 
 def steps(call: Call, step: Step) -> list[Do]:
@@ -48,6 +60,10 @@ def steps(call: Call, step: Step) -> list[Do]:
     if isinstance(step, Border):
         pairs = [(call.place(S), call.place(dS)) for S, dS in step.pairs]
         return [functools.partial(_border, call.place(step.o), pairs)]
+    if isinstance(step, Fading):
+        return list(fading(call, step))
+    if isinstance(step, Carry):
+        return list(carry(call, step))
     raise NotImplementedError(f"Triton has no {type(step).__name__}")
 
 
@@ -202,6 +218,7 @@ RUNNER = Runner(
         steps=steps,
         limits=lambda request, where: limits(request, where),
         rows=lambda request, where: rows.rows(request, where),
+        segments=lambda request, where: segments(request, where),
         layout=lambda x: Layout(tuple(x.shape), x.stride()),
         empty=empty_strided,
         constant=constant,

@@ -28,7 +28,7 @@ GATES = (None, "decay", "log_gate")
 
 def fits(request: Request) -> bool:
     """Whether a kernel takes such a token: no strict pass, tiles that registers hold."""
-    _, passes = turns(request)
+    passes = turns(request)
     D, V = request.k_shape[-1], request.v_shape[-1]
     plain = all(turn.first and not turn.strict for turn in passes)
     return plain and len(passes) <= PASSES and 0 < D <= WIDEST and 0 < V <= WIDEST
@@ -149,11 +149,11 @@ def _prepare(
         parts = allocated((size,)) if split > 1 else None
         kernels = _by_rows(request, batch, [*ends, *states], parts, split)
     else:
-        for turn in turns(request)[1]:
+        for turn in turns(request):
             for x in (old, new):
                 ends.append(Operand(x[turn.matrix] if x else None, ranks[turn.matrix], 2))
-                ends.append(Operand(x.get(turn.mass), 1, 1))
-        ends += [Operand(None, n, n) for n in (2, 1, 2, 1)] * (PASSES - len(turns(request)[1]))
+                ends.append(Operand(x.get(turn.vector), 1, 1))
+        ends += [Operand(None, n, n) for n in (2, 1, 2, 1)] * (PASSES - len(turns(request)))
         kernels = _by_passes(request, batch, ends, packed, start=bool(old))
     sizes = [x.element_size() for x in arrays] + [dtype.itemsize for _, _, dtype in fresh]
     made = tuple(kernel(sizes) for kernel in kernels)
@@ -259,7 +259,7 @@ def _by_passes(
 @functools.lru_cache(maxsize=1024)
 def _program(request: Request, packed: bool) -> dict[str, Any]:
     """Return the passes of a request as the kernel's constants, and which of them make o."""
-    program, passes = turns(request)
+    passes = turns(request)
     wide = {"q": False, "k": False, "v": True}
     found: dict[str, Any] = {}
     for n in range(PASSES):
@@ -270,14 +270,13 @@ def _program(request: Request, packed: bool) -> dict[str, Any]:
         found |= {
             f"POWER{n + 1}": turn.power if turn else 0,
             f"WIDE{n + 1}": turn is not None and wide[turn.v],
-            f"MASS{n + 1}": turn is not None and turn.mass is not None,
+            f"DEN{n + 1}": turn is not None and turn.vector is not None,
         }
         if turn is not None:
             wide[turn.out] = wide[turn.v]
-    outputs = [name for _, name in program.outputs]
-    place = [turn.out for turn in passes].index(outputs[0]) + 1
+    outs = [turn.out for turn in passes]
     packed = packed and passes[0].matrix == "S"
-    return found | {"PACKED": packed, "RIDGE": "ridge" in outputs, "OUT": place}
+    return found | {"PACKED": packed, "RIDGE": outs.count("o") == 2, "OUT": outs.index("o") + 1}
 
 
 def _launch(ready: Ready, arrays: list[Any], pointers: list[Any], stream: int | None) -> None:

@@ -68,7 +68,7 @@ def _own_rows(i0, i1, i2, s0, s1, s2, D):
 
 
 @triton.jit
-def _mass(
+def _denominator(
     q, k, w, g, p_m, p_n, i0, i1, i2, sm0, sm1, sm2, smd, sn0, sn1, sn2, snd, D,
     START: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def _mass(
 def _turn(
     q, k, v, w, g, p_S, p_m, p_T, p_n, i0, i1, i2,
     sS0, sS1, sS2, sSd, sSv, sm0, sm1, sm2, smd, sT0, sT1, sT2, sTd, sTv, sn0, sn1, sn2, snd, D, V,
-    POWER: tl.constexpr, MASS: tl.constexpr, START: tl.constexpr, GATE: tl.constexpr,
+    POWER: tl.constexpr, DEN: tl.constexpr, START: tl.constexpr, GATE: tl.constexpr,
     WHOLE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Update a state (S, m) as (T, n), R rows at a time, and read it: return q' T and q' n."""
@@ -120,8 +120,8 @@ def _turn(
             tl.store(p_T + at, S, mask=(r < own)[:, None] & m_c)
         sums += S * _rows(q, b, R)[:, None]
     weight = 0.0
-    if MASS:
-        weight = _mass(
+    if DEN:
+        weight = _denominator(
             q, k, w, g, p_m, p_n, i0, i1, i2, sm0, sm1, sm2, smd, sn0, sn1, sn2, snd, D, START
         )
     return tl.sum(sums, 0), weight
@@ -177,11 +177,11 @@ def token_kernel(
     sS30, sS31, sS32, sS3d, sS3v, sm30, sm31, sm32, sm3d,
     sT30, sT31, sT32, sT3d, sT3v, sn30, sn31, sn32, sn3d,
     Q1: tl.constexpr, K1: tl.constexpr, V1: tl.constexpr, POWER1: tl.constexpr,
-    WIDE1: tl.constexpr, MASS1: tl.constexpr,
+    WIDE1: tl.constexpr, DEN1: tl.constexpr,
     Q2: tl.constexpr, K2: tl.constexpr, V2: tl.constexpr, POWER2: tl.constexpr,
-    WIDE2: tl.constexpr, MASS2: tl.constexpr,
+    WIDE2: tl.constexpr, DEN2: tl.constexpr,
     Q3: tl.constexpr, K3: tl.constexpr, V3: tl.constexpr, POWER3: tl.constexpr,
-    WIDE3: tl.constexpr, MASS3: tl.constexpr,
+    WIDE3: tl.constexpr, DEN3: tl.constexpr,
     PACKED: tl.constexpr, RIDGE: tl.constexpr, OUT: tl.constexpr,
     START: tl.constexpr, GATE: tl.constexpr,
     NORMALIZE: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr,
@@ -210,7 +210,7 @@ def token_kernel(
             _of(V1, q, k, v, None, None), 1.0, g, p_S1, p_m1, p_T1, p_n1, i0, i1, i2,
             sS10, sS11, sS12, sS1d, sS1v, sm10, sm11, sm12, sm1d,
             sT10, sT11, sT12, sT1d, sT1v, sn10, sn11, sn12, sn1d, D, V if WIDE1 else D,
-            POWER1, MASS1, START, GATE, WHOLE, R,
+            POWER1, DEN1, START, GATE, WHOLE, R,
         )  # fmt: skip
     if K2 >= 0:
         x2, w2 = _turn(
@@ -218,7 +218,7 @@ def token_kernel(
             _of(V2, 1.0, 1.0, 1.0, w1, None), g, p_S2, p_m2, p_T2, p_n2, i0, i1, i2,
             sS20, sS21, sS22, sS2d, sS2v, sm20, sm21, sm22, sm2d,
             sT20, sT21, sT22, sT2d, sT2v, sn20, sn21, sn22, sn2d, D, V if WIDE2 else D,
-            POWER2, MASS2, START, GATE, WHOLE, R,
+            POWER2, DEN2, START, GATE, WHOLE, R,
         )  # fmt: skip
     if K3 >= 0:
         x3, w3 = _turn(
@@ -226,7 +226,7 @@ def token_kernel(
             _of(V3, 1.0, 1.0, 1.0, w1, w2), g, p_S3, p_m3, p_T3, p_n3, i0, i1, i2,
             sS30, sS31, sS32, sS3d, sS3v, sm30, sm31, sm32, sm3d,
             sT30, sT31, sT32, sT3d, sT3v, sn30, sn31, sn32, sn3d, D, V if WIDE3 else D,
-            POWER3, MASS3, START, GATE, WHOLE, R,
+            POWER3, DEN3, START, GATE, WHOLE, R,
         )  # fmt: skip
     if OUT == 1:
         o, den = x1, w1

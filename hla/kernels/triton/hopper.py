@@ -1,0 +1,526 @@
+"""Two causal passes on Hopper, the second of what the first makes (design: two state owners).
+
+    hla2: y_t = pass(q, k, k), o_t = pass(q, y, v)    ahla: u_t = pass(q, k, v), o_t = pass(q, k, u)
+
+A program does a head with three warpgroups. Two own a state each, transposed, in float32
+registers: the first makes y (or u), up to two chunks ahead of the second, which makes o; only y
+passes between them, in shared memory. The third loads q, k and v, each as soon as there is a buffer
+for it (freed together they kept one chunk in flight: 0.228 ms, not 0.198), and stores y and o. A
+chunk of W = 64 tokens, of keys K and values X of either pass, operands as they are stored:
+
+    A' = upper(K Q')  [W, W]    O' = S' Q' + X' A'  [V, W]    S' = S' + X' K  [V, D]
+
+S' enters its product from registers, in bfloat16 and by halves of 64 values: a half is read and
+its O' stored before the other is touched, else registers would not suffice. ahla has one A'.
+
+The weights of a gate (`warpgroups`; `causal` defines them) are those of each pass's power. A
+decay's lie ready, a log gate's are put beside q by the third warpgroup.
+
+Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024 (y too: 1280). Operations:
+197 k (hla2). At 3.0 TB/s and 790 TFLOP/s the bytes bind: 0.179 ms for B = 8, T = 4096, H = 16 (y
+too: 0.224). One H100 took 0.198 (90%), 0.242 with y, ahla 0.196. No atomics; bits depend on nothing
+but the head's data.
+
+Each product that reads registers is awaited before they change; assemblers up to CUDA 12.9 can
+reuse them before (triton-lang/triton 11781), which tests/test_hopper.py looks for.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .warpgroups import (
+    A64,
+    A128,
+    ACC64,
+    ACC128,
+    AFTER,
+    BEFORE,
+    LEAST,
+    LIST,
+    LISTS,
+    LOG2E,
+    RESET,
+    TILE,
+    TOKENS,
+    UNTIL,
+    W,
+    add,
+    arrive_full,
+    barrier,
+    barriers,
+    is_first,
+    load_chunk,
+    load_gate,
+    load_state,
+    put_weights,
+    store_chunk,
+    store_state,
+)
+
+AHEAD = gl.constexpr(4)  # chunks of q in shared memory
+
+
+@gluon.jit
+def _put_both(weights, ends, slot, c, last, POWER1: gl.constexpr, POWER2: gl.constexpr):
+    """Leave the weights of a chunk in both passes, one list where their powers are one."""
+    if POWER1 == POWER2:
+        put_weights(weights, ends, slot, c * POWER1, last * POWER1)
+    else:
+        put_weights(weights, ends, slot * 2, c * POWER1, last * POWER1)
+        put_weights(weights, ends, slot * 2 + 1, c * POWER2, last * POWER2)
+
+
+@gluon.jit
+def _put_decay(
+    weights, ends, p_gate, T, chunks, POWER1: gl.constexpr, POWER2: gl.constexpr
+):  # fmt: skip
+    """Leave the weights of a decay in a whole chunk and, behind them, in the last one."""
+    g = gl.load(p_gate).to(gl.float64)
+    log_g = gl.log(gl.where(g < LEAST, LEAST, g)) * LOG2E  # not maximum: a NaN stays
+    t = gl.arange(0, W, layout=TOKENS)
+    rest = T - (chunks - 1) * W
+    c = gl.where(t < rest, t + 1, rest) * log_g
+    _put_both(weights, ends, 0, (t + 1) * log_g, W * log_g, POWER1, POWER2)
+    _put_both(weights, ends, 1, c, rest * log_g, POWER1, POWER2)
+
+
+@gluon.jit
+def _pairs(tile, b_k, b_qT, weights, at, GATED: gl.constexpr):
+    """Leave A' = upper(K Q'), weighed."""
+    s = gl.arange(0, W, layout=gl.SliceLayout(1, ACC64))
+    t = gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))
+    a = gl.zeros([W, W], gl.float32, ACC64)
+    a = warpgroup_mma(b_k, b_qT, a, use_acc=False, is_async=True)
+    a = warpgroup_mma_wait(0, deps=[a])
+    if GATED:
+        until = weights.index(at * LISTS + UNTIL)
+        c_s, c_t = until.load(gl.SliceLayout(1, ACC64)), until.load(gl.SliceLayout(0, ACC64))
+        a *= gl.exp2(c_t[None, :] - c_s[:, None])  # where it overflows no pair is
+    a = gl.where(s[:, None] <= t[None, :], a, 0.0)
+    tile.store(a.to(gl.bfloat16))
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def _read(
+    S, b_qT, b_xT, tile, weights, ends, at,
+    FIRST: gl.constexpr, BD: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """Begin one half of a Q S + A X; return it, and the state as the gate leaves it."""
+    a = gl.convert_layout(S.to(gl.bfloat16), A64)
+    o = gl.zeros([64, W], gl.float32, ACC64)
+    o = warpgroup_mma(a, b_qT, o, use_acc=False, is_async=True)
+    if GATED:
+        S = _fade(S, ends, at, BD)  # as the product runs
+        before = weights.index(at * LISTS + BEFORE).load(gl.SliceLayout(0, ACC64))
+        o = warpgroup_mma_wait(0, deps=[o])
+        o *= before[None, :]
+    return warpgroup_mma(b_xT.slice(FIRST, 64, 0), tile, o, is_async=True), S
+
+
+@gluon.jit
+def _fade(S, ends, at, BD: gl.constexpr):
+    """Return a state, weighed by its chunk's gate."""
+    ACC: gl.constexpr = ACC128 if BD == 128 else ACC64
+    return S * ends.index(at).load(gl.SliceLayout(1, ACC))[:, None]
+
+
+@gluon.jit
+def _leave(
+    made, p_o, o, row, T, V, sot, sod, scale,
+    FIRST: gl.constexpr, SCALED: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """Store one half of what was read once it is there: as bfloat16 in shared memory, or wide."""
+    o = warpgroup_mma_wait(0, deps=[o])
+    if SCALED:
+        o *= scale
+    if WIDE:
+        v = FIRST + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC64))
+        t = row + gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))
+        p = p_o + t.to(gl.int64)[None, :] * sot + v.to(gl.int64)[:, None] * sod
+        gl.store(p, o, mask=(v < V)[:, None] & (t < T)[None, :])
+    else:
+        made.permute((1, 0)).slice(FIRST, 64, 0).store(o.to(gl.bfloat16))
+
+
+@gluon.jit
+def _weighed(b_xT, weights, at, FIRST: gl.constexpr, BD: gl.constexpr, GATED: gl.constexpr):
+    """Return one half of the values as they enter the state, [64, W]."""
+    x = b_xT.slice(FIRST, 64, 0)
+    if GATED:
+        A: gl.constexpr = A128 if BD == 128 else A64
+        after = weights.index(at * LISTS + AFTER).load(gl.SliceLayout(0, A))
+        return (x.load(A).to(gl.float32) * after[None, :]).to(gl.bfloat16)
+    else:
+        return x
+
+
+@gluon.jit
+def _reads(
+    made, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, row, T, V, sot, sod, scale,
+    HALVES: gl.constexpr, BD: gl.constexpr, GATED: gl.constexpr, SCALED: gl.constexpr,
+    READ: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """Leave O of a chunk; return both halves of the state and the values as the gate has them."""
+    if READ:
+        o, S0 = _read(S0, b_qT, b_xT, tile, weights, ends, at, 0, BD, GATED)
+        if HALVES == 2:
+            _leave(made, p_o, o, row, T, V, sot, sod, scale, 0, SCALED, WIDE)
+            o, S1 = _read(S1, b_qT, b_xT, tile, weights, ends, at, 64, BD, GATED)
+    elif GATED:
+        S0, S1 = _fade(S0, ends, at, BD), _fade(S1, ends, at, BD)
+    x0 = _weighed(b_xT, weights, at, 0, BD, GATED)
+    x1 = x0
+    if HALVES == 2:
+        x1 = _weighed(b_xT, weights, at, 64, BD, GATED)
+    if READ:
+        _leave(made, p_o, o, row, T, V, sot, sod, scale, 64 * HALVES - 64, SCALED, WIDE)
+    return S0, S1, x0, x1
+
+
+@gluon.jit
+def _update(S0, S1, x0, x1, b_k, HALVES: gl.constexpr):
+    """Return both halves of S' + X' K."""
+    S0 = warpgroup_mma(x0, b_k, S0, is_async=True)
+    if HALVES == 2:
+        S1 = warpgroup_mma(x1, b_k, S1, is_async=True)
+        S0, S1 = warpgroup_mma_wait(0, deps=[S0, S1])
+    else:
+        S0 = warpgroup_mma_wait(0, deps=[S0])
+    return S0, S1
+
+
+@gluon.jit
+def _at(c, i_q, chunks, GATE: gl.constexpr, GROUPS: gl.constexpr, GROUP: gl.constexpr):
+    """Where the weights of a chunk lie; of a decay all chunks but the last have the same."""
+    if GATE == 1:
+        return (c == chunks - 1).to(gl.int32) * GROUPS + GROUP
+    else:
+        return i_q * GROUPS + GROUP
+
+
+@gluon.jit
+def _first(
+    qs, ks, xs, made, tiles, weights, ends, q_full, q_free, k_full, k_free, v_full, v_free,
+    there, taken, chunks, p_start, ssd, ssv, p_end, sed, sev, writes, D, V, scale, write, unwrite,
+    HALVES: gl.constexpr, BD: gl.constexpr, AHLA: gl.constexpr, HANDS: gl.constexpr,
+    GATE: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr,
+    START: gl.constexpr, END: gl.constexpr,
+    Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
+):  # fmt: skip
+    """Own the state of the first pass; hand on what it makes, and where asked its A'."""
+    S0 = load_state(p_start, ssd, ssv, D, V, unwrite, 0, BD, START, SCALED)
+    S1 = S0
+    if HALVES == 2:
+        S1 = load_state(p_start, ssd, ssv, D, V, unwrite, 64, BD, START, SCALED)
+    for c in range(chunks):
+        i_q, i_k, i_v, h = c % Q, c % K, c % V_, c % 2
+        at = _at(c, i_q, chunks, GATE, GROUPS, 0)
+        b_qT, b_k, made_h = qs.index(i_q).permute((1, 0)), ks.index(i_k), made.index(h)
+        b_xT, tile = b_k.permute((1, 0)), tiles.index(h if HANDS else 0)
+        mbarrier.wait(q_full.index(i_q), (c // Q) & 1)
+        mbarrier.wait(k_full.index(i_k), (c // K) & 1)
+        if AHLA:
+            b_xT = xs.index(i_v).permute((1, 0))
+        if HANDS:
+            mbarrier.wait(taken.index(h), ((c // 2) & 1) ^ 1)
+        fence_async_shared()
+        _pairs(tile, b_k, b_qT, weights, at, GATE > 0)
+        if AHLA:
+            mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
+            fence_async_shared()
+        if not HANDS:
+            mbarrier.wait(taken.index(h), ((c // 2) & 1) ^ 1)
+        S0, S1, x0, x1 = _reads(
+            made_h, None, S0, S1, b_qT, b_xT, tile, weights, ends, at, 0, 0, 0, 0, 0, scale,
+            HALVES, BD, GATE > 0, SCALED, True, False,
+        )  # fmt: skip
+        fence_async_shared()
+        mbarrier.arrive(there.index(h), count=1)
+        S0, S1 = _update(S0, S1, x0, x1, b_k, HALVES)
+        mbarrier.arrive(k_free.index(i_k), count=1)
+        mbarrier.arrive(q_free.index(i_q), count=1)
+        if AHLA:
+            mbarrier.arrive(v_free.index(i_v), count=1)
+    if END:
+        store_state(p_end, S0, S1, sed, sev, writes, D, V, write, HALVES, BD, SCALED)
+
+
+@gluon.jit
+def _second(
+    qs, ks, xs, made, out, tiles, weights, ends, q_full, q_free, k_free, v_full, v_free,
+    there, taken, ready, stored, chunks, p_o, T, sot, sod,
+    p_start, ssd, ssv, p_end, sed, sev, writes, D, V, scale, write, unwrite,
+    HALVES: gl.constexpr, BD: gl.constexpr, AHLA: gl.constexpr,
+    GATE: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr, READ: gl.constexpr,
+    WIDE: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
+    Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
+):  # fmt: skip
+    """Own the state of the second pass, whose keys (of ahla: whose values) the first made."""
+    S0 = load_state(p_start, ssd, ssv, D, V, unwrite, 0, BD, START, SCALED)
+    S1 = S0
+    if HALVES == 2:
+        S1 = load_state(p_start, ssd, ssv, D, V, unwrite, 64, BD, START, SCALED)
+    for c in range(chunks):
+        i_q, i_k, i_v, h = c % Q, c % K, c % V_, c % 2
+        at = _at(c, i_q, chunks, GATE, GROUPS, GROUPS - 1)
+        b_qT, out_0 = qs.index(i_q).permute((1, 0)), out.index(0)
+        if AHLA:
+            b_k, b_xT, tile = ks.index(i_k), made.index(h).permute((1, 0)), tiles.index(h)
+        else:
+            b_k, b_xT, tile = made.index(h), xs.index(i_v).permute((1, 0)), tiles.index(1)
+        mbarrier.wait(q_full.index(i_q), (c // Q) & 1)
+        mbarrier.wait(there.index(h), (c // 2) & 1)
+        fence_async_shared()
+        if READ:
+            if not AHLA:
+                _pairs(tile, b_k, b_qT, weights, at, GATE > 0)
+            if not WIDE:
+                mbarrier.wait(stored.index(0), (c & 1) ^ 1)
+        if not AHLA:
+            mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
+            fence_async_shared()
+        S0, S1, x0, x1 = _reads(
+            out_0, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, c * W, T, V, sot, sod, scale,
+            HALVES, BD, GATE > 0, SCALED, READ, WIDE,
+        )  # fmt: skip
+        if READ:
+            if not WIDE:
+                mbarrier.arrive(ready.index(0), count=1)
+            if GATE < 2:
+                mbarrier.arrive(q_free.index(i_q), count=1)
+        S0, S1 = _update(S0, S1, x0, x1, b_k, HALVES)
+        if GATE == 2 or not READ:
+            mbarrier.arrive(q_free.index(i_q), count=1)
+        if AHLA:
+            mbarrier.arrive(k_free.index(i_k), count=1)
+        else:
+            mbarrier.arrive(v_free.index(i_v), count=1)
+        mbarrier.arrive(taken.index(h), count=1)
+    if END:
+        store_state(p_end, S0, S1, sed, sev, writes, D, V, write, HALVES, BD, SCALED)
+
+
+@gluon.jit
+def _mover(
+    p_q, p_k, p_v, p_y, p_u, p_o, p_gate, qs, ks, vs, made, us, out, weights, ends,
+    q_full, q_free, k_full, k_free, v_full, v_free, there, taken, u_there, u_taken, ready, stored,
+    chunks, T, T_y, T_u, D, V, sqt, sqd, skt, skd, svt, svd, syt, syd, sut, sud, sot, sod, sgt,
+    BD: gl.constexpr, BV: gl.constexpr, AHLA: gl.constexpr,
+    GATE: gl.constexpr, POWER1: gl.constexpr, POWER2: gl.constexpr,
+    READ: gl.constexpr, KEEP: gl.constexpr, KEEP_U: gl.constexpr, FAST: gl.constexpr,
+    WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr, K_LATER: gl.constexpr, V_LATER: gl.constexpr,
+    Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
+):  # fmt: skip
+    """Load what the owners read, in the order in which they free it; store what they make."""
+    BY: gl.constexpr = BV if AHLA else BD
+    WHOLE_Y: gl.constexpr = WHOLE_V if AHLA else WHOLE_D
+    if GATE == 2:
+        a = load_gate(p_gate, sgt, 0, T)
+    for c in range(chunks + Q):
+        # A minimum is no sum of steps, of which the compiler would keep an address for each row
+        if (c >= K_LATER) & (c < chunks + K_LATER):
+            e = c - K_LATER
+            i_k = e % K
+            row = gl.minimum(e * W, T)
+            mbarrier.wait(k_free.index(i_k), ((e // K) & 1) ^ 1)
+            load_chunk(ks.index(i_k), p_k, row, T, D, skt, skd, BD, FAST, WHOLE_D)
+            arrive_full(k_full.index(i_k), FAST)
+        if c < chunks:
+            i_q = c % Q
+            row = gl.minimum(c * W, T)
+            mbarrier.wait(q_free.index(i_q), ((c // Q) & 1) ^ 1)
+            load_chunk(qs.index(i_q), p_q, row, T, D, sqt, sqd, BD, FAST, WHOLE_D)
+            arrive_full(q_full.index(i_q), FAST)
+            if GATE == 2:
+                g = a.to(gl.float64) * LOG2E
+                g = gl.where(g < RESET, RESET, g)  # not maximum: a NaN stays
+                a = load_gate(p_gate, sgt, row + W, T)
+                sums = gl.associative_scan(g, 0, add)
+                _put_both(weights, ends, i_q, sums, gl.sum(g, 0), POWER1, POWER2)
+                mbarrier.arrive(q_full.index(i_q), count=1)
+        if c >= Q:
+            e = c - Q
+            row = gl.minimum(e * W, T)
+            if READ:
+                mbarrier.wait(ready.index(0), e & 1)
+                store_chunk(p_o, out.index(0), row, T, V, sot, sod, BV, FAST, WHOLE_V)
+                mbarrier.arrive(stored.index(0), count=1)
+            if KEEP:
+                h = e % 2
+                mbarrier.wait(there.index(h), (e // 2) & 1)
+                width = V if AHLA else D
+                store_chunk(p_y, made.index(h), row, T_y, width, syt, syd, BY, FAST, WHOLE_Y)
+                mbarrier.arrive(taken.index(h), count=1)
+            if KEEP_U:
+                mbarrier.wait(u_there.index(0), e & 1)
+                store_chunk(p_u, us.index(0), row, T_u, V, sut, sud, BV, FAST, WHOLE_V)
+                mbarrier.arrive(u_taken.index(0), count=1)
+        if (c >= V_LATER) & (c < chunks + V_LATER):
+            e = c - V_LATER
+            i_v = e % V_
+            row = gl.minimum(e * W, T)
+            mbarrier.wait(v_free.index(i_v), ((e // V_) & 1) ^ 1)
+            load_chunk(vs.index(i_v), p_v, row, T, V, svt, svd, BV, FAST, WHOLE_V)
+            arrive_full(v_full.index(i_v), FAST)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "scale1", "write1", "unwrite1", "scale2", "write2", "unwrite2", "T", "D", "V", "N1", "N2",
+        "sq0", "sq1", "sq2", "sqt", "sqd", "sk0", "sk1", "sk2", "skt", "skd",
+        "sv0", "sv1", "sv2", "svt", "svd", "sy0", "sy1", "sy2", "syt", "syd",
+        "so0", "so1", "so2", "sot", "sod", "ss0", "ss1", "ss2", "ssn", "ssd", "ssv",
+        "se0", "se1", "se2", "sen", "sed", "sev", "sf0", "sf1", "sf2", "sfn", "sfd", "sfv",
+        "sh0", "sh1", "sh2", "shn", "shd", "shv", "sg0", "sg1", "sg2", "sgt",
+    ],
+    do_not_specialize_on_alignment=["p_gate", "p_start1", "p_end1", "p_start2", "p_end2"],
+)  # fmt: skip
+def pair_kernel(
+    p_q, p_k, p_v, p_y, p_o, p_start1, p_end1, p_start2, p_end2, p_gate,
+    scale1, write1, unwrite1, scale2, write2, unwrite2, T, tokens, D, V, N1, N2,
+    sq0, sq1, sq2, sqt, sqd,
+    sk0, sk1, sk2, skt, skd,
+    sv0, sv1, sv2, svt, svd,
+    sy0, sy1, sy2, syt, syd,
+    so0, so1, so2, sot, sod,
+    ss0, ss1, ss2, ssn, ssd, ssv,
+    se0, se1, se2, sen, sed, sev,
+    sf0, sf1, sf2, sfn, sfd, sfv,
+    sh0, sh1, sh2, shn, shd, shv,
+    sg0, sg1, sg2, sgt,
+    AHLA: gl.constexpr,  # the first pass makes the values of the second; else its keys
+    READ: gl.constexpr,  # o is asked, not the states alone
+    WIDE: gl.constexpr,  # in float32
+    KEEP: gl.constexpr,  # y (u) is stored
+    GATE: gl.constexpr,  # 0 none, 1 decay, 2 log_gate
+    POWER1: gl.constexpr,
+    POWER2: gl.constexpr,
+    SCALED1: gl.constexpr,  # scale1 (of what is read) or write1 is not 1; unwrite1 = 1 / write1
+    SCALED2: gl.constexpr,
+    START1: gl.constexpr,
+    END1: gl.constexpr,
+    START2: gl.constexpr,
+    END2: gl.constexpr,
+    BD: gl.constexpr,  # tiles of 64 or 128 keys and values
+    BV: gl.constexpr,
+    WHOLE_D: gl.constexpr,  # D == BD
+    WHOLE_V: gl.constexpr,
+    FAST: gl.constexpr,  # rows are of whole 16 bytes; strides of q, k, v, y and o count by 8
+):  # fmt: skip
+    """One head; with ``tokens`` (None: the whole sequence) one segment of so many of it."""
+    UNIT: gl.constexpr = 8 if FAST else 1
+    BY: gl.constexpr = BV if AHLA else BD
+    i_head = gl.program_id(0)
+    if tokens is not None:
+        parts = (T + tokens - 1) // tokens
+        part, i_head = (i_head % parts).to(gl.int64), i_head // parts
+        first = part * tokens
+        T = gl.minimum(T - first, tokens).to(gl.int32)
+        p_q += first * sqt * UNIT
+        p_k += first * skt * UNIT
+        p_v += first * svt * UNIT
+        if KEEP:
+            p_y += first * syt * UNIT
+        if READ:
+            p_o += first * sot * UNIT
+        if GATE == 2:
+            p_gate += first * sgt
+        if START1:
+            p_start1 += part * ssn
+        if END1:
+            p_end1 += part * sen
+        if START2:
+            p_start2 += part * sfn
+        if END2:
+            p_end2 += part * shn
+    i_2 = (i_head % N2).to(gl.int64)
+    i_1 = (i_head // N2 % N1).to(gl.int64)
+    i_0 = (i_head // N2 // N1).to(gl.int64)
+    p_q += (i_0 * sq0 + i_1 * sq1 + i_2 * sq2) * UNIT
+    p_k += (i_0 * sk0 + i_1 * sk1 + i_2 * sk2) * UNIT
+    p_v += (i_0 * sv0 + i_1 * sv1 + i_2 * sv2) * UNIT
+    T_y = T  # of the heads that share y, those along an axis of stride 0, the first stores it
+    if KEEP:
+        p_y += (i_0 * sy0 + i_1 * sy1 + i_2 * sy2) * UNIT
+        T_y = gl.where(is_first(i_0, i_1, i_2, sy0, sy1, sy2), T, 0)
+    if READ:
+        p_o += (i_0 * so0 + i_1 * so1 + i_2 * so2) * UNIT
+    if START1:
+        p_start1 += i_0 * ss0 + i_1 * ss1 + i_2 * ss2
+    if START2:
+        p_start2 += i_0 * sf0 + i_1 * sf1 + i_2 * sf2
+    writes1, writes2 = True, True
+    if END1:
+        p_end1 += i_0 * se0 + i_1 * se1 + i_2 * se2
+        writes1 = is_first(i_0, i_1, i_2, se0, se1, se2)
+    if END2:
+        p_end2 += i_0 * sh0 + i_1 * sh1 + i_2 * sh2
+        writes2 = is_first(i_0, i_1, i_2, sh0, sh1, sh2)
+    if GATE > 0:
+        p_gate += i_0 * sg0 + i_1 * sg1 + i_2 * sg2
+
+    chunks = (T + W - 1) // W
+    sot64 = gl.to_tensor(sot).to(gl.int64)
+    # Buffers of q, k and v: as many as there is memory for, by how long both owners read them
+    Q: gl.constexpr = AHEAD
+    K: gl.constexpr = AHEAD if AHLA and GATE == 0 else AHEAD - 1
+    V_: gl.constexpr = 2 if AHLA or GATE > 0 else 3
+    GROUPS: gl.constexpr = 1 if POWER1 == POWER2 else 2
+    # Chunks by which a buffer is free again later than that of q: the first pass is one ahead
+    K_LATER: gl.constexpr = Q - K if AHLA else Q - K - 1
+    V_LATER: gl.constexpr = Q - V_ - 1 if AHLA else Q - V_
+    SLOTS: gl.constexpr = (AHEAD if GATE == 2 else 2) * GROUPS
+    LOADS: gl.constexpr = 128 if FAST else 1  # a copy arrives with each of the mover's threads
+    qs = gl.allocate_shared_memory(gl.bfloat16, [Q, W, BD], TILE)
+    ks = gl.allocate_shared_memory(gl.bfloat16, [K, W, BD], TILE)
+    vs = gl.allocate_shared_memory(gl.bfloat16, [V_, W, BV], TILE)
+    made = gl.allocate_shared_memory(gl.bfloat16, [2, W, BY], TILE)
+    out = gl.allocate_shared_memory(gl.bfloat16, [1, W, BV], TILE)
+    tiles = gl.allocate_shared_memory(gl.bfloat16, [2, W, W], TILE)
+    weights = gl.allocate_shared_memory(gl.float32, [SLOTS * LISTS, W], LIST)
+    ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
+    q_full, q_free = barriers(Q, LOADS + (1 if GATE == 2 else 0)), barriers(Q, 2)
+    k_full, k_free = barriers(K, LOADS), barriers(K, 2 if AHLA else 1)
+    v_full, v_free = barriers(V_, LOADS), barriers(V_, 1)
+    there, taken = barriers(2, 1), barriers(2, 2 if KEEP else 1)
+    ready, stored = barriers(1, 1), barriers(1, 1)
+    if GATE == 1:
+        _put_decay(weights, ends, p_gate, T, chunks, POWER1, POWER2)
+    fence_async_shared()
+    barrier()
+    gl.warp_specialize(
+        [
+            (_first, (
+                qs, ks, vs, made, tiles, weights, ends, q_full, q_free, k_full, k_free,
+                v_full, v_free, there, taken, chunks,
+                p_start1, ssd, ssv, p_end1, sed, sev, writes1, D, V if AHLA else D,
+                scale1, write1, unwrite1,
+                BY // 64, BD, AHLA, AHLA, GATE, GROUPS, SCALED1, START1, END1, Q, K, V_,
+            )),
+            (_second, (
+                qs, ks, vs, made, out, tiles, weights, ends, q_full, q_free, k_free,
+                v_full, v_free, there, taken, ready, stored, chunks, p_o, T, sot64 * UNIT, sod,
+                p_start2, sfd, sfv, p_end2, shd, shv, writes2, D, V, scale2, write2, unwrite2,
+                BV // 64, BD, AHLA, GATE, GROUPS, SCALED2, READ, WIDE,
+                START2, END2, Q, K, V_,
+            )),
+            (_mover, (
+                p_q, p_k, p_v, p_y, None, p_o, p_gate, qs, ks, vs, made, made, out, weights, ends,
+                q_full, q_free, k_full, k_free, v_full, v_free, there, taken, there, taken,
+                ready, stored, chunks, T, T_y, T_y, D, V,
+                sqt, sqd, skt, skd, svt, svd, syt, syd, syt, syd, sot, sod, sgt,
+                BD, BV, AHLA, GATE, POWER1, POWER2, READ and not WIDE, KEEP, False, FAST,
+                WHOLE_D, WHOLE_V, K_LATER, V_LATER, Q, K, V_,
+            )),
+        ],
+        [4, 4],
+        [224, 56],
+    )  # fmt: skip

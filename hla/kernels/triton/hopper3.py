@@ -1,0 +1,284 @@
+"""hla3 on Hopper: two programs a head, of half of the values each (design: two state owners).
+
+    y = pass(q, k, k) and S    u = pass(q, k, v) and P    o = pass^3(q, y, u) and F
+
+As `hopper` has it, with the same three warpgroups. Three states of 128 x 128 fill more than the
+registers, so a program has 64 values: its first owner holds S and makes y, the second holds P' and
+F' (64, D), half of the registers each, and makes u and o. u reaches memory only where it is asked
+for. The programs of a head run side by side and read q
+and k by way of L2; both make y.
+
+Chunk by chunk, where A' = upper(K Q') is the first owner's and B' = upper(Y Q') the second's:
+
+    U' = P' Q' + V' A'    O' = F' Q' + U' B'    P' = P' + V' K    F' = F' + U' Y
+
+Operations a token and head at D = V = 128: 393 k, 0.26 ms for B = 8, T = 4096, H = 16 at 790
+TFLOP/s, twice what bytes take in one wave; 256 programs are two waves of 132.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper import AHEAD, _at, _fade, _first, _leave, _mover, _pairs, _put_decay, _read, _weighed
+from .warpgroups import (
+    LIST,
+    LISTS,
+    TILE,
+    W,
+    barrier,
+    barriers,
+    is_first,
+    load_state,
+    store_state,
+)
+
+
+@gluon.jit
+def _second(
+    qs, ks, vs, made, us, out, tiles, weights, ends, q_full, q_free, k_free, v_full, v_free,
+    there, taken, u_there, u_taken, ready, stored, chunks, p_o, T, sot, sod,
+    p_start2, sPd, sPv, p_end2, sPed, sPev, p_start3, sFd, sFv, p_end3, sFed, sFev,
+    writes_P, writes_F, D, V, scale_u, scale_o,
+    BD: gl.constexpr, GATE: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr,
+    READ: gl.constexpr, WIDE: gl.constexpr, KEEP_U: gl.constexpr,
+    START2: gl.constexpr, END2: gl.constexpr, START3: gl.constexpr, END3: gl.constexpr,
+    Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
+):  # fmt: skip
+    """Own the states of u and of o."""
+    GATED: gl.constexpr = GATE > 0
+    P = load_state(p_start2, sPd, sPv, D, V, 1.0, 0, BD, START2, False)
+    F = load_state(p_start3, sFd, sFv, D, V, 1.0, 0, BD, START3, False)
+    for c in range(chunks):
+        i_q, i_k, i_v, h = c % Q, c % K, c % V_, c % 2
+        at1, at3 = (
+            _at(c, i_q, chunks, GATE, GROUPS, 0),
+            _at(c, i_q, chunks, GATE, GROUPS, GROUPS - 1),
+        )
+        b_qT, b_k, b_y = qs.index(i_q).permute((1, 0)), ks.index(i_k), made.index(h)
+        b_vT, tile = vs.index(i_v).permute((1, 0)), tiles.index(2)
+        b_uT = us.index(0).permute((1, 0))
+        mbarrier.wait(q_full.index(i_q), (c // Q) & 1)
+        mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
+        mbarrier.wait(there.index(h), (c // 2) & 1)
+        fence_async_shared()
+        u, P = _read(P, b_qT, b_vT, tiles.index(h), weights, ends, at1, 0, BD, GATED)
+        if KEEP_U:
+            mbarrier.wait(u_taken.index(0), (c & 1) ^ 1)
+        _leave(us.index(0), None, u, 0, 0, 0, 0, 0, scale_u, 0, SCALED, False)
+        if READ:
+            _pairs(tile, b_y, b_qT, weights, at3, GATED)  # and fences u
+        else:
+            fence_async_shared()
+            barrier()
+        if KEEP_U:
+            mbarrier.arrive(u_there.index(0), count=1)
+        if READ:
+            if not WIDE:
+                mbarrier.wait(stored.index(0), (c & 1) ^ 1)
+            o, F = _read(F, b_qT, b_uT, tile, weights, ends, at3, 0, BD, GATED)
+            _leave(out.index(0), p_o, o, c * W, T, V, sot, sod, scale_o, 0, SCALED, WIDE)
+            if not WIDE:
+                mbarrier.arrive(ready.index(0), count=1)
+        elif GATED:
+            F = _fade(F, ends, at3, BD)
+        if GATE < 2:
+            mbarrier.arrive(q_free.index(i_q), count=1)
+        P = warpgroup_mma(_weighed(b_vT, weights, at1, 0, BD, GATED), b_k, P, is_async=True)
+        F = warpgroup_mma(_weighed(b_uT, weights, at3, 0, BD, GATED), b_y, F, is_async=True)
+        P, F = warpgroup_mma_wait(0, deps=[P, F])
+        if GATE == 2:
+            mbarrier.arrive(q_free.index(i_q), count=1)
+        mbarrier.arrive(k_free.index(i_k), count=1)
+        mbarrier.arrive(v_free.index(i_v), count=1)
+        mbarrier.arrive(taken.index(h), count=1)
+    if END2:
+        store_state(p_end2, P, P, sPed, sPev, writes_P, D, V, 1.0, 1, BD, False)
+    if END3:
+        store_state(p_end3, F, F, sFed, sFev, writes_F, D, V, 1.0, 1, BD, False)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "scale_y", "scale_u", "scale_o", "T", "D", "V", "N1", "N2",
+        "sq0", "sq1", "sq2", "sqt", "sqd",
+        "sk0", "sk1", "sk2", "skt", "skd",
+        "sv0", "sv1", "sv2", "svt", "svd",
+        "sy0", "sy1", "sy2", "syt", "syd",
+        "su0", "su1", "su2", "sut", "sud",
+        "so0", "so1", "so2", "sot", "sod",
+        "sS0", "sS1", "sS2", "sSn", "sSd", "sSv",
+        "sSe0", "sSe1", "sSe2", "sSen", "sSed", "sSev",
+        "sP0", "sP1", "sP2", "sPn", "sPd", "sPv",
+        "sPe0", "sPe1", "sPe2", "sPen", "sPed", "sPev",
+        "sF0", "sF1", "sF2", "sFn", "sFd", "sFv",
+        "sFe0", "sFe1", "sFe2", "sFen", "sFed", "sFev",
+        "sg0", "sg1", "sg2", "sgt",
+    ],
+    do_not_specialize_on_alignment=[
+        "p_gate", "p_start1", "p_end1", "p_start2", "p_end2", "p_start3", "p_end3",
+    ],
+)  # fmt: skip
+def triple_kernel(
+    p_q, p_k, p_v, p_y, p_u, p_o, p_start1, p_end1, p_start2, p_end2, p_start3, p_end3, p_gate,
+    scale_y, scale_u, scale_o, T, tokens, D, V, N1, N2,
+    sq0, sq1, sq2, sqt, sqd,
+    sk0, sk1, sk2, skt, skd,
+    sv0, sv1, sv2, svt, svd,
+    sy0, sy1, sy2, syt, syd,
+    su0, su1, su2, sut, sud,
+    so0, so1, so2, sot, sod,
+    sS0, sS1, sS2, sSn, sSd, sSv,
+    sSe0, sSe1, sSe2, sSen, sSed, sSev,
+    sP0, sP1, sP2, sPn, sPd, sPv,
+    sPe0, sPe1, sPe2, sPen, sPed, sPev,
+    sF0, sF1, sF2, sFn, sFd, sFv,
+    sFe0, sFe1, sFe2, sFen, sFed, sFev,
+    sg0, sg1, sg2, sgt,
+    READ: gl.constexpr,  # o is asked, not the states alone
+    WIDE: gl.constexpr,  # in float32
+    KEEP_Y: gl.constexpr,  # y is stored
+    KEEP_U: gl.constexpr,
+    GATE: gl.constexpr,  # 0 none, 1 decay, 2 log_gate
+    POWER1: gl.constexpr,  # of y and u
+    POWER2: gl.constexpr,
+    SCALED: gl.constexpr,  # a scale is not 1
+    START1: gl.constexpr,
+    END1: gl.constexpr,
+    START2: gl.constexpr,
+    END2: gl.constexpr,
+    START3: gl.constexpr,
+    END3: gl.constexpr,
+    BD: gl.constexpr,  # tile of 64 or 128 keys; of values it is 64
+    WHOLE_D: gl.constexpr,  # D == BD
+    WHOLE_V: gl.constexpr,  # 64 divides V
+    FAST: gl.constexpr,  # rows are of whole 16 bytes; strides of q, k, v, y, u and o count by 8
+):  # fmt: skip
+    """One head, or a segment of ``tokens`` of one, and 64 values; the grid counts these fastest."""
+    UNIT: gl.constexpr = 8 if FAST else 1
+    tiles_v = (V + 63) // 64
+    i_v, i_head = gl.program_id(0) % tiles_v, gl.program_id(0) // tiles_v
+    if tokens is not None:
+        parts = (T + tokens - 1) // tokens
+        part, i_head = (i_head % parts).to(gl.int64), i_head // parts
+        first = part * tokens
+        T = gl.minimum(T - first, tokens).to(gl.int32)
+        p_q += first * sqt * UNIT
+        p_k += first * skt * UNIT
+        p_v += first * svt * UNIT
+        if KEEP_Y:
+            p_y += first * syt * UNIT
+        if KEEP_U:
+            p_u += first * sut * UNIT
+        if READ:
+            p_o += first * sot * UNIT
+        if GATE == 2:
+            p_gate += first * sgt
+        if START1:
+            p_start1 += part * sSn
+        if END1:
+            p_end1 += part * sSen
+        if START2:
+            p_start2 += part * sPn
+        if END2:
+            p_end2 += part * sPen
+        if START3:
+            p_start3 += part * sFn
+        if END3:
+            p_end3 += part * sFen
+    i_2 = (i_head % N2).to(gl.int64)
+    i_1 = (i_head // N2 % N1).to(gl.int64)
+    i_0 = (i_head // N2 // N1).to(gl.int64)
+    v64 = i_v.to(gl.int64) * 64
+    V = V - i_v * 64
+    p_q += (i_0 * sq0 + i_1 * sq1 + i_2 * sq2) * UNIT
+    p_k += (i_0 * sk0 + i_1 * sk1 + i_2 * sk2) * UNIT
+    p_v += (i_0 * sv0 + i_1 * sv1 + i_2 * sv2) * UNIT + v64 * svd
+    if READ:
+        p_o += (i_0 * so0 + i_1 * so1 + i_2 * so2) * UNIT + v64 * sod
+    T_y, T_u = T, T
+    if KEEP_Y:
+        p_y += (i_0 * sy0 + i_1 * sy1 + i_2 * sy2) * UNIT
+        T_y = gl.where(is_first(i_0, i_1, i_2, sy0, sy1, sy2) & (i_v == 0), T, 0)
+    if KEEP_U:
+        p_u += (i_0 * su0 + i_1 * su1 + i_2 * su2) * UNIT + v64 * sud
+        T_u = gl.where(is_first(i_0, i_1, i_2, su0, su1, su2), T, 0)
+    if START1:
+        p_start1 += i_0 * sS0 + i_1 * sS1 + i_2 * sS2
+    if START2:
+        p_start2 += i_0 * sP0 + i_1 * sP1 + i_2 * sP2 + v64 * sPv
+    if START3:
+        p_start3 += i_0 * sF0 + i_1 * sF1 + i_2 * sF2 + v64 * sFv
+    writes_S, writes_P, writes_F = True, True, True
+    if END1:
+        p_end1 += i_0 * sSe0 + i_1 * sSe1 + i_2 * sSe2
+        writes_S = is_first(i_0, i_1, i_2, sSe0, sSe1, sSe2) & (i_v == 0)
+    if END2:
+        p_end2 += i_0 * sPe0 + i_1 * sPe1 + i_2 * sPe2 + v64 * sPev
+        writes_P = is_first(i_0, i_1, i_2, sPe0, sPe1, sPe2)
+    if END3:
+        p_end3 += i_0 * sFe0 + i_1 * sFe1 + i_2 * sFe2 + v64 * sFev
+        writes_F = is_first(i_0, i_1, i_2, sFe0, sFe1, sFe2)
+    if GATE > 0:
+        p_gate += i_0 * sg0 + i_1 * sg1 + i_2 * sg2
+
+    chunks = (T + W - 1) // W
+    sot64 = gl.to_tensor(sot).to(gl.int64)
+    Q: gl.constexpr = AHEAD
+    K: gl.constexpr = AHEAD if GATE == 0 else AHEAD - 1
+    V_: gl.constexpr = 3
+    GROUPS: gl.constexpr = 1 if POWER1 == POWER2 else 2
+    SLOTS: gl.constexpr = (AHEAD if GATE == 2 else 2) * GROUPS
+    LOADS: gl.constexpr = 128 if FAST else 1  # a copy arrives with each of the mover's threads
+    qs = gl.allocate_shared_memory(gl.bfloat16, [Q, W, BD], TILE)
+    ks = gl.allocate_shared_memory(gl.bfloat16, [K, W, BD], TILE)
+    vs = gl.allocate_shared_memory(gl.bfloat16, [V_, W, 64], TILE)
+    made = gl.allocate_shared_memory(gl.bfloat16, [2, W, BD], TILE)
+    us = gl.allocate_shared_memory(gl.bfloat16, [1, W, 64], TILE)
+    out = gl.allocate_shared_memory(gl.bfloat16, [1, W, 64], TILE)
+    tiles = gl.allocate_shared_memory(gl.bfloat16, [3, W, W], TILE)  # A', A', B'
+    weights = gl.allocate_shared_memory(gl.float32, [SLOTS * LISTS, W], LIST)
+    ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
+    q_full, q_free = barriers(Q, LOADS + (1 if GATE == 2 else 0)), barriers(Q, 2)
+    k_full, k_free = barriers(K, LOADS), barriers(K, 2)
+    v_full, v_free = barriers(V_, LOADS), barriers(V_, 1)
+    there, taken = barriers(2, 1), barriers(2, 2 if KEEP_Y else 1)
+    u_there, u_taken = barriers(1, 1), barriers(1, 1)
+    ready, stored = barriers(1, 1), barriers(1, 1)
+    if GATE == 1:
+        _put_decay(weights, ends, p_gate, T, chunks, POWER1, POWER2)
+    fence_async_shared()
+    barrier()
+    gl.warp_specialize(
+        [
+            (_first, (
+                qs, ks, vs, made, tiles, weights, ends, q_full, q_free, k_full, k_free,
+                v_full, v_free, there, taken, chunks,
+                p_start1, sSd, sSv, p_end1, sSed, sSev, writes_S, D, D, scale_y, 1.0, 1.0,
+                BD // 64, BD, False, True, GATE, GROUPS, SCALED, START1, END1, Q, K, V_,
+            )),
+            (_second, (
+                qs, ks, vs, made, us, out, tiles, weights, ends, q_full, q_free, k_free,
+                v_full, v_free, there, taken, u_there, u_taken, ready, stored,
+                chunks, p_o, T, sot64 * UNIT, sod,
+                p_start2, sPd, sPv, p_end2, sPed, sPev, p_start3, sFd, sFv, p_end3, sFed, sFev,
+                writes_P, writes_F, D, V, scale_u, scale_o,
+                BD, GATE, GROUPS, SCALED, READ, WIDE, KEEP_U, START2, END2, START3, END3, Q, K, V_,
+            )),
+            (_mover, (
+                p_q, p_k, p_v, p_y, p_u, p_o, p_gate, qs, ks, vs, made, us, out, weights, ends,
+                q_full, q_free, k_full, k_free, v_full, v_free, there, taken, u_there, u_taken,
+                ready, stored, chunks, T, T_y, T_u, D, V,
+                sqt, sqd, skt, skd, svt, svd, syt, syd, sut, sud, sot, sod, sgt,
+                BD, 64, False, GATE, POWER1, POWER2, READ and not WIDE, KEEP_Y, KEEP_U, FAST,
+                WHOLE_D, WHOLE_V, Q - K, Q - V_, Q, K, V_,
+            )),
+        ],
+        [4, 4],
+        [224, 56],
+    )  # fmt: skip

@@ -1,0 +1,207 @@
+"""The adjoints of hla2 and ahla on Hopper in sweeps, as rows of the planner and their launches.
+
+From q, k, v, the gradient do of the output and the saved y, with powers p of the gate:
+
+    reverse   R = sum q do' (p = 2)          dy = R v, dv = R' y
+              Z = sum q dy' + dy q' (p = 1)  dk = Z k
+    queries   F = sum y v' (p = 2), S = sum k k' (p = 1)    dq = F do + S dy
+
+A program does a head: two warpgroups own states in float32 registers, a third moves chunks of W =
+64 tokens between memory and shared memory. Rows are tokens; up (lo) keeps the pairs whose row is
+not later (not earlier) than its column:
+
+    owner of R   dY = V R' + up(V dO') Q     dV = Y R + up(Y Q') dO     R += Q' dO
+    owner of Z   dK' = Z K' + dY' lo(Q K') + Q' lo(dY K')               Z += Q' dY + dY' Q
+    of queries   dQ' = F dO' + Y' up(V dO') + S dY' + K' up(K dY')      F += Y' V, S += K' K
+
+ahla's are three sweeps of the same kernels: from R1 = sum q do' du = R1' k and a part of dk, R1 u;
+from R2 = sum q du' dv = R2' k and the other part, R2 v, which is added; queries have E and P for F
+and S, u and du for y and dy.
+
+Weights of a gate are those of `causal`: the reverse sweep reads its states by the weights of what
+is left of a chunk, and writes by those of what came before.
+
+Bytes a token and head, D = V = 128, bfloat16: 3584, 0.627 ms for B = 8, T = 4096, H = 16 at 3.0
+TB/s; 0.681 ms on one H100 (92%). Operations: 524 k, 0.35 ms at 790 TFLOP/s. No atomics; bits depend
+on nothing but the head's data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...core.passes import Shape
+from ...core.programs import CAUSAL, adjoint
+from ...core.request import Request
+from ...device.scan import Call, Do
+from ...device.steps import Fused, Launch, Ref, Row
+from .launch import Kernel, heads, passes, width
+
+HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
+AHLA = "ahla on Hopper: du, dk", "ahla on Hopper: dv, dk", "ahla on Hopper: dq"
+WIDEST = 128  # columns of a tile
+FAR = 1 << 24  # elements between tokens: offsets inside a chunk have 32 bits
+
+
+def rows(request: Request) -> tuple[Row, ...]:
+    """Return the sweeps, where they do a request's adjoint."""
+    widths, gated = (request.k_shape[-1], request.v_shape[-1]), request.gate is not None
+    plain = request.operator in ("hla2", "ahla") and not (request.normalize or request.empty)
+    plain = plain and request.program.steps == CAUSAL[request.operator].steps
+    if not plain or request.scale == 0 or not 0 < min(widths) <= max(widths) <= WIDEST:
+        return ()
+    if gated and request.gate_given:  # its gradient asks for more
+        return ()
+    back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
+    queries = tuple(s for s in back if not s.reverse)
+    if request.operator == "hla2":
+        return Row(HLA2[0], tuple(s for s in back if s.reverse)), Row(HLA2[1], queries)
+    steps = (tuple(s for s in back if s.reverse and s.step == i) for i in (1, 0))
+    return tuple(Row(*row) for row in zip(AHLA, (*steps, queries), strict=True))
+
+
+class Aligned:
+    """Of two kernels that do the same, the first where all rows begin at whole 16 bytes.
+
+    Memory is aligned alike in all calls of one plan, so the first call chooses.
+    """
+
+    def __init__(self, aligned: Kernel, other: Kernel, rows: int) -> None:
+        self.aligned, self.other, self.rows = aligned, other, rows
+        self.chosen: Kernel | None = None
+
+    def __call__(self, arrays: list[Any], addresses: list[Any], stream: int | None) -> None:
+        """Launch one of them."""
+        if self.chosen is None:
+            starts = zip(self.aligned.slots(addresses), self.aligned.offsets, strict=True)
+            apart = [p and (p + n) % 16 for p, n in itertools.islice(starts, self.rows)]
+            self.chosen = self.other if any(apart) else self.aligned
+        self.chosen(arrays, addresses, stream)
+
+
+def launched(
+    call: Call,
+    function: Any,
+    batch: Shape,
+    refs: Mapping[str, Ref | None],
+    letters: str,
+    numbers: tuple[float, ...],
+    powers: tuple[int, int],
+    constants: Mapping[str, bool],
+) -> Iterator[Do]:
+    """Yield what does a sweep.
+
+    Parameters
+    ----------
+    call : Call
+        What is known of the arrays.
+    function : kernel
+        Of the operands, numbers and sizes, strides, and constants, in this order.
+    batch : tuple of int
+        Of all operands.
+    refs : mapping
+        Operands by name: of rows as many as ``letters``, then states and the gate.
+    letters : str
+        How the kernel names the strides of rows.
+    numbers : tuple of float
+        What the kernel takes first.
+    powers : tuple of int
+        Of the gate, by the passes of the program.
+    constants : mapping
+        What the kernel does, and then which states there are.
+    """
+    places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
+    sizes = [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
+    T, D, V = call.request.tokens, width(places["k"] or places["y"]), width(places["do"])
+    B = 64 if max(D, V) <= 64 else WIDEST
+    gated = {None: 0, "decay": 1, "log_gate": 2}[call.request.gate]
+    power1, power2 = powers if gated else (0, 0)
+    does, states = (
+        {n: x for n, x in constants.items() if n.startswith(("START", "END")) == late}
+        for late in (False, True)
+    )
+    for counts, first, strides in heads(batch, places, gated == 2):
+        own, rest = strides[: len(letters)], strides[len(letters) :]
+        steps = {f"s{x}{e}": n for x, s in zip(letters, own, strict=True)
+                 for e, n in zip("td", s[3:], strict=True)}  # fmt: skip
+        fits = D % 8 == V % 8 == 0 and all(
+            x is None or (s[4] == 1 and s[3] < FAR and not any(n % 8 for n in s[:4]))
+            for x, s in zip(first, own, strict=False)
+        )
+
+        lead, after = [n for x in own for n in x[:3]], [n for x in rest for n in x]
+        made = [
+            Kernel(
+                function, (math.prod(counts),), first, sizes,
+                *numbers, T, D, V, *counts[-2:], *(n // 8 if fast else n for n in lead), *after,
+                **steps, GATE=gated, **does, POWER1=power1, POWER2=power2, **states, B=B,
+                WHOLE_D=D == B, WHOLE_V=V == B, FAST=fast, num_warps=4,
+            )
+            for fast in ((True, False) if fits else (False,))
+        ]  # fmt: skip
+        if math.prod(counts):
+            yield Aligned(made[0], made[-1], len(letters)) if fits else made[0]
+
+
+def reverse(call: Call, s: Fused) -> Iterator[Do]:
+    """Yield hla2's sweep of dy, dv and dk, last token first."""
+    dy, dv, _, dk = s.launches
+    refs = {
+        "q": dy.v[0], "k": dk.q[0], "v": dy.q[0], "do": dv.v[0], "y": dv.q[0],
+        "dy": dy.o[0], "dv": dv.o[0], "dk": dk.o[0], "Z": dk.start[0], "R": dv.start[0],
+    }  # fmt: skip
+    yield from _reverse(call, refs, dv, (dk.power, dv.power), Z=True, ADD=False)
+    if any(dk.end):  # of the two that make up Z the kernel keeps the sum
+        yield from passes(call, dk._replace(q=(), o=(), add=False, batch=dk.held))
+
+
+def one_state(call: Call, s: Fused) -> Iterator[Do]:
+    """Yield a sweep of ahla's, last token first: of du and its part of dk, or of dv and dk."""
+    dk, dx = s.launches
+    refs = {
+        "q": dk.v[0], "k": None, "v": dk.q[0], "do": dk.k[0], "y": dx.q[0],
+        "dk": dk.o[0], "dx": dx.o[0], "none": None, "Z": None, "R": dx.start[0],
+    }  # fmt: skip
+    yield from _reverse(call, refs, dx, (0, dx.power), Z=False, ADD=dk.add)
+
+
+def _reverse(
+    call: Call, refs: dict[str, Ref | None], x: Launch, powers: tuple[int, int], **constants: bool
+) -> Iterator[Do]:
+    """Yield a sweep from the last token, by the launch that leaves R."""
+    from .hopper_reverse import reverse_kernel
+
+    refs["end"] = x.end[0] if x.end else None
+    refs["gate"] = Ref("gate") if call.request.gate else None
+    there = {"START1": "Z", "START2": "R", "END2": "end"}
+    constants |= {name: refs[n] is not None for name, n in there.items()}
+    factors = x.write, 1 / x.write
+    yield from launched(call, reverse_kernel, x.batch, refs, "qkvgyabc", factors, powers, constants)
+
+
+def queries(call: Call, s: Fused) -> Iterator[Do]:
+    """Yield the sweep of dq, first token first."""
+    from .hopper_queries import queries_kernel
+
+    first, second = s.launches
+    S, F = (x and x._replace(turned=not x.turned) for x in (second.start[0], first.start[0]))
+    ahla = first.v == second.v  # the k of both passes
+    v, y = (second.k[0], first.k[0]) if ahla else (first.k[0], first.v[0])
+    refs = {
+        "k": second.v[0], "v": v, "do": first.q[0], "y": y, "dy": second.q[0],
+        "dq": first.o[0], "S": S, "F": F, "gate": Ref("gate") if call.request.gate else None,
+    }  # fmt: skip
+    constants = {"AHLA": ahla, "START1": S is not None, "START2": F is not None}
+    powers, factors = (second.power, first.power), (first.read,)
+    yield from launched(
+        call, queries_kernel, first.batch, refs, "kvgyab", factors, powers, constants
+    )
+
+
+KERNELS = {
+    **dict(zip(HLA2, (reverse, queries), strict=True)),
+    **dict(zip(AHLA, (one_state, one_state, queries), strict=True)),
+}

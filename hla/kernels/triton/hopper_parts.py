@@ -1,0 +1,186 @@
+"""What the sweeps of `hopper_backward` share beyond `warpgroups`: copies, states and pairs.
+
+Strides of tokens and of columns are constants, so that what copies a chunk computes an address a
+thread and not one a row: a kernel is compiled for each (D, or heads times D).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+
+from .warpgroups import (
+    A64,
+    ACC64,
+    ACC128,
+    LEAST,
+    LISTS,
+    LOG2E,
+    RESET,
+    ROWS64,
+    ROWS128,
+    TOKENS,
+    UNTIL,
+    W,
+    add,
+    copy,
+    load_gate,
+    put_weights,
+)
+
+
+@gluon.jit
+def _power(x, POWER: gl.constexpr):
+    """Return the first, second or third power."""
+    if POWER == 1:
+        return x
+    elif POWER == 2:
+        return x * x
+    else:
+        return x * x * x
+
+
+@gluon.jit
+def _weigh(weights, slot, row: gl.constexpr, layout: gl.constexpr):
+    """Return one list of a chunk's weights, [W]."""
+    return weights.index(slot * LISTS + row).load(layout)
+
+
+@gluon.jit
+def _put_decay(weights, ends, p_gate, T, chunks):
+    """Leave the weights of a decay: of a whole chunk, and of the last one."""
+    g = gl.load(p_gate).to(gl.float64)
+    log_g = gl.log(gl.where(g < LEAST, LEAST, g)) * LOG2E  # not maximum: a NaN stays
+    t = gl.arange(0, W, layout=TOKENS)
+    rest = T - (chunks - 1) * W
+    put_weights(weights, ends, 0, (t + 1) * log_g, W * log_g)
+    put_weights(weights, ends, 1, gl.where(t < rest, t + 1, rest) * log_g, rest * log_g)
+
+
+@gluon.jit
+def _put_gate(weights, ends, slot, p_gate, sgt, row, T):
+    """Leave the weights of a chunk by its log gate; zeros past the last token."""
+    a = load_gate(p_gate, sgt, row, T).to(gl.float64) * LOG2E
+    a = gl.where(a < RESET, RESET, a)  # not maximum: a NaN stays
+    put_weights(weights, ends, slot, gl.associative_scan(a, 0, add), gl.sum(a, 0))
+
+
+@gluon.jit
+def _slot(c, s, chunks, GATE: gl.constexpr):
+    """Which weights a chunk has: a log gate's its own; of a decay all but the last the same."""
+    if GATE == 1:
+        return (c == chunks - 1).to(gl.int32)
+    else:
+        return s
+
+
+@gluon.jit
+def _state(
+    p, s0, s1, rows, columns, factor,
+    ROW: gl.constexpr, B: gl.constexpr, START: gl.constexpr,
+):  # fmt: skip
+    """Return 64 rows of a first state, [64, B], times a factor."""
+    ACC: gl.constexpr = ACC128 if B == 128 else ACC64
+    S = gl.zeros([64, B], gl.float32, ACC)
+    if START:
+        i = ROW + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC)).to(gl.int64)[:, None]
+        j = gl.arange(0, B, layout=gl.SliceLayout(0, ACC)).to(gl.int64)[None, :]
+        S = gl.load(p + i * s0 + j * s1, mask=(i < rows) & (j < columns), other=0.0) * factor
+    return S
+
+
+@gluon.jit
+def _leave(p, S, s0, s1, rows, columns, factor, ROW: gl.constexpr, B: gl.constexpr):
+    """Store 64 rows of a last state, times a factor."""
+    ACC: gl.constexpr = ACC128 if B == 128 else ACC64
+    i = ROW + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC)).to(gl.int64)[:, None]
+    j = gl.arange(0, B, layout=gl.SliceLayout(0, ACC)).to(gl.int64)[None, :]
+    gl.store(p + i * s0 + j * s1, S * factor, mask=(i < rows) & (j < columns))
+
+
+@gluon.jit
+def _there(
+    row, T, width,
+    ROW: gl.constexpr, N: gl.constexpr, B: gl.constexpr, FAST: gl.constexpr, WHOLE: gl.constexpr,
+):  # fmt: skip
+    """Return N rows of a chunk and its columns, and which of them there are."""
+    ROWS: gl.constexpr = ROWS128 if B == 128 else ROWS64
+    t = gl.arange(0, N, layout=gl.SliceLayout(1, ROWS))[:, None]
+    d = gl.arange(0, B, layout=gl.SliceLayout(0, ROWS))[None, :]
+    m = t < T - row - ROW
+    if not WHOLE:
+        m = m & ((d // 8 < width // 8) if FAST else (d < width))  # by 16 bytes
+    return t + ROW, d, m
+
+
+@gluon.jit
+def _fetch(
+    tile, p, row, T, width, st: gl.constexpr, sd: gl.constexpr,
+    B: gl.constexpr, FAST: gl.constexpr, WHOLE: gl.constexpr,
+):  # fmt: skip
+    """Copy a chunk's rows to shared memory; rows and columns that are not there are zeros."""
+    p += row.to(gl.int64) * st
+    if FAST:
+        t, d, m = _there(row, T, width, 0, W, B, FAST, WHOLE)
+        copy(tile, p + (t * st + d), mask=m)
+    else:
+        for i in gl.static_range(W // 16):
+            t, d, m = _there(row, T, width, i * 16, 16, B, FAST, WHOLE)
+            x = gl.load(p + (t.to(gl.int64) * st + d.to(gl.int64) * sd), mask=m, other=0.0)
+            tile.slice(i * 16, 16, 0).store(x)
+
+
+@gluon.jit
+def _put(
+    p, tile, row, T, width, st: gl.constexpr, sd: gl.constexpr,
+    B: gl.constexpr, FAST: gl.constexpr, WHOLE: gl.constexpr, ADD: gl.constexpr = False,
+):  # fmt: skip
+    """Copy a chunk's rows from shared memory, or add them; few at a time: registers."""
+    p += row.to(gl.int64) * st
+    for i in gl.static_range(W // 16):
+        t, d, m = _there(row, T, width, i * 16, 16, B, FAST, WHOLE)
+        x = tile.slice(i * 16, 16, 0).load(ROWS128 if B == 128 else ROWS64)
+        to = p + (t * st + d) if FAST else p + (t.to(gl.int64) * st + d.to(gl.int64) * sd)
+        if ADD:
+            x = (x.to(gl.float32) + gl.load(to, mask=m, other=0.0).to(gl.float32)).to(gl.bfloat16)
+        gl.store(to, x, mask=m)
+
+
+@gluon.jit
+def _pairs(a, b):
+    """Start the product of all pairs of a chunk, a b'."""
+    o = gl.zeros([W, W], gl.float32, ACC64)
+    return warpgroup_mma(a, b.permute((1, 0)), o, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _put_pairs(tile, a, weights, slot, UP: gl.constexpr, POWER: gl.constexpr):
+    """Leave the pairs of a chunk in shared memory, masked and weighed."""
+    s = gl.arange(0, W, layout=gl.SliceLayout(1, ACC64))[:, None]
+    t = gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))[None, :]
+    if POWER > 0:
+        span = (
+            _weigh(weights, slot, UNTIL, gl.SliceLayout(0, ACC64))[None, :]
+            - (_weigh(weights, slot, UNTIL, gl.SliceLayout(1, ACC64))[:, None])
+        )
+        a *= gl.exp2(span * (POWER if UP else -POWER))  # where it overflows no pair is
+    a = gl.where((s <= t) if UP else (s >= t), a, 0.0)
+    tile.store(a.to(gl.bfloat16))
+
+
+@gluon.jit
+def _operand(S):
+    """Return what registers feed a product with."""
+    return gl.convert_layout(S.to(gl.bfloat16), A64)
+
+
+@gluon.jit
+def _weighed(x, weights, slot, ROW: gl.constexpr, POWER: gl.constexpr, A: gl.constexpr):
+    """Return a transposed operand as the gate weighs its tokens, [64, W]."""
+    w = _power(_weigh(weights, slot, ROW, gl.SliceLayout(0, A)), POWER)
+    return (x.load(A).to(gl.float32) * w[None, :]).to(gl.bfloat16)
+
+
+@gluon.jit
+def _total(S, ends, slot, POWER: gl.constexpr, ACC: gl.constexpr):
+    """Return a state as it is a chunk later."""
+    return S * _power(ends.index(slot).load(gl.SliceLayout(1, ACC)), POWER)[:, None]

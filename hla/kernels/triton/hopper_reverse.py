@@ -1,0 +1,437 @@
+"""Last token first: the gradients of y, v and k (`hopper_backward` has the equations).
+
+The first partition owns R, the second Z, which is symmetric: of its four blocks of 64 three are
+kept, and the one beside the diagonal is read the other way round from a copy in shared memory. R is
+read both ways round, from a bfloat16 copy. The third partition moves: it stores what the owners
+leave in the place of an operand that nobody reads any more (dY takes V's, dV Y's, dK K's) and loads
+the next chunk there.
+
+Bytes a token and head, D = V = 128: 8 rows of 256, 0.358 ms for B = 8, T = 4096, H = 16 at 3.0
+TB/s; 0.399 ms on one H100 (90%), 0.197 at D = 64 (91%).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper_parts import (
+    _fetch,
+    _leave,
+    _operand,
+    _pairs,
+    _power,
+    _put,
+    _put_decay,
+    _put_gate,
+    _put_pairs,
+    _slot,
+    _state,
+    _total,
+    _weigh,
+    _weighed,
+)
+from .warpgroups import (
+    A64,
+    A128,
+    ACC64,
+    ACC128,
+    AFTER,
+    BEFORE,
+    LIST,
+    LISTS,
+    TILE,
+    W,
+    barrier,
+)
+
+
+@gluon.jit
+def _rows(
+    a, R, tile, b, weights, slot,
+    POWER: gl.constexpr, B: gl.constexpr,
+):  # fmt: skip
+    """Return a R + tile b, [W, B]."""
+    ACC: gl.constexpr = ACC128 if B == 128 else ACC64
+    o = gl.zeros([W, B], gl.float32, ACC)
+    o = warpgroup_mma(a, R, o, use_acc=False, is_async=True)
+    if POWER > 0:
+        o = warpgroup_mma_wait(0, deps=[o])
+        o *= _power(_weigh(weights, slot, AFTER, gl.SliceLayout(1, ACC)), POWER)[:, None]
+    o = warpgroup_mma(tile, b, o, is_async=True)
+    return warpgroup_mma_wait(0, deps=[o])
+
+
+@gluon.jit
+def _owner_r(
+    qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there, chunks, zero,
+    p_start, ssd, ssv, p_end, sed, sev, D, V, scale, unscale,
+    HALVES: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
+    GATE: gl.constexpr, POWER: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
+):  # fmt: skip
+    """Own R, [D, V]: make dy and dv."""
+    ACC: gl.constexpr = ACC128 if B == 128 else ACC64
+    A: gl.constexpr = A128 if B == 128 else A64
+    R0 = _state(p_start, ssd, ssv, D, V, unscale, 0, B, START)
+    R1 = R0
+    copy = copies.index(zero)
+    copy.slice(0, 64, 0).store(R0.to(gl.bfloat16))
+    if HALVES == 2:
+        R1 = _state(p_start, ssd, ssv, D, V, unscale, 64, B, START)
+        copy.slice(64, 64, 0).store(R1.to(gl.bfloat16))
+    z = zero
+    for i in range(chunks):
+        c, s, z = chunks - 1 - i, i % STAGES, z & i
+        slot, copy, tile = _slot(c, s, chunks, GATE), copies.index(z), tiles.index(z)
+        mbarrier.wait(full.index(s), (i // STAGES) & 1)
+        fence_async_shared()
+        b_q, b_v, b_g, b_y = qs.index(s), vs.index(s), gs.index(s), ys.index(s)
+        a = warpgroup_mma_wait(0, deps=[_pairs(b_v, b_g)])
+        _put_pairs(tile, a, weights, slot, True, POWER)
+        fence_async_shared()
+        barrier()
+        dy = _rows(b_v, copy.permute((1, 0)), tile, b_q, weights, slot, POWER, B)
+        b_v.store((dy * scale).to(gl.bfloat16))
+        fence_async_shared()
+        mbarrier.arrive(dy_there.index(s), count=1)
+        a = warpgroup_mma_wait(0, deps=[_pairs(b_y, b_q)])
+        _put_pairs(tile, a, weights, slot, True, POWER)
+        fence_async_shared()
+        barrier()
+        dv = _rows(b_y, copy, tile, b_g, weights, slot, POWER, B)
+        b_y.store((dv * scale).to(gl.bfloat16))
+        qT = b_q.permute((1, 0))
+        if POWER > 0:
+            R0 = _total(R0, ends, slot, POWER, ACC)
+            x = _weighed(qT.slice(0, 64, 0), weights, slot, BEFORE, POWER, A)
+            R0 = warpgroup_mma(x, b_g, R0, is_async=True)
+            if HALVES == 2:
+                R1 = _total(R1, ends, slot, POWER, ACC)
+                x1 = _weighed(qT.slice(64, 64, 0), weights, slot, BEFORE, POWER, A)
+                R1 = warpgroup_mma(x1, b_g, R1, is_async=True)
+        else:
+            R0 = warpgroup_mma(qT.slice(0, 64, 0), b_g, R0, is_async=True)
+            if HALVES == 2:
+                R1 = warpgroup_mma(qT.slice(64, 64, 0), b_g, R1, is_async=True)
+        if HALVES == 2:
+            R0, R1 = warpgroup_mma_wait(0, deps=[R0, R1])
+            copy.slice(64, 64, 0).store(R1.to(gl.bfloat16))
+        else:
+            R0 = warpgroup_mma_wait(0, deps=[R0])
+        copy.slice(0, 64, 0).store(R0.to(gl.bfloat16))
+        mbarrier.arrive(dv_there.index(s), count=1)
+    if END:
+        _leave(p_end, R0, sed, sev, D, V, scale, 0, B)
+        if HALVES == 2:
+            _leave(p_end, R1, sed, sev, D, V, scale, 64, B)
+
+
+@gluon.jit
+def _block(p, s0, s1, D, unscale, ROW: gl.constexpr, COLUMN: gl.constexpr, START: gl.constexpr):
+    """Return a block of Z after the last token, of the sum of a matrix and its transpose."""
+    Z = gl.zeros([64, 64], gl.float32, ACC64)
+    if START:
+        d = ROW + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC64)).to(gl.int64)[:, None]
+        e = COLUMN + gl.arange(0, 64, layout=gl.SliceLayout(0, ACC64)).to(gl.int64)[None, :]
+        there = (d < D) & (e < D)
+        Z = gl.load(p + d * s0 + e * s1, mask=there, other=0.0)
+        Z = (Z + gl.load(p + e * s0 + d * s1, mask=there, other=0.0)) * unscale
+    return Z
+
+
+@gluon.jit
+def _read_block(o, weights, slot, POWER: gl.constexpr):
+    """Weigh what was read from a state, tokens in columns."""
+    if POWER > 0:
+        o = warpgroup_mma_wait(0, deps=[o])
+        o *= _power(_weigh(weights, slot, AFTER, gl.SliceLayout(0, ACC64)), POWER)[None, :]
+    return o
+
+
+@gluon.jit
+def _add_block(Z, qT, dyT, b_q, b_dy):
+    """Start a block of Z + Q' dY + dY' Q."""
+    Z = warpgroup_mma(qT, b_dy, Z, is_async=True)
+    return warpgroup_mma(dyT, b_q, Z, is_async=True)
+
+
+@gluon.jit
+def _owner_z(
+    qs, ks, vs, tiles, crosses, weights, ends, full, dy_there, dk_there, chunks, zero,
+    p_start, ss0, ss1, D, scale, unscale,
+    HALVES: gl.constexpr, STAGES: gl.constexpr,
+    GATE: gl.constexpr, POWER: gl.constexpr, START: gl.constexpr,
+):  # fmt: skip
+    """Own Z, [D, D], symmetric: of its four blocks three; make dk."""
+    Z00 = _block(p_start, ss0, ss1, D, unscale, 0, 0, START)
+    Z01, Z11 = Z00, Z00
+    if HALVES == 2:
+        Z01 = _block(p_start, ss0, ss1, D, unscale, 0, 64, START)
+        Z11 = _block(p_start, ss0, ss1, D, unscale, 64, 64, START)
+        crosses.index(zero).store(Z01.to(gl.bfloat16))
+    z = zero
+    for i in range(chunks):
+        c, s, z = chunks - 1 - i, i % STAGES, z & i
+        slot, tile1, tile2 = _slot(c, s, chunks, GATE), tiles.index(z + 1), tiles.index(z + 2)
+        b_q, b_k, b_dy = qs.index(s), ks.index(s), vs.index(s)
+        kT = b_k.permute((1, 0))
+        qT0, dyT0 = b_q.permute((1, 0)).slice(0, 64, 0), b_dy.permute((1, 0)).slice(0, 64, 0)
+        mbarrier.wait(full.index(s), (i // STAGES) & 1)
+        fence_async_shared()
+        a = warpgroup_mma_wait(0, deps=[_pairs(b_q, b_k)])
+        _put_pairs(tile1, a, weights, slot, False, POWER)
+        mbarrier.wait(dy_there.index(s), (i // STAGES) & 1)
+        a = warpgroup_mma_wait(0, deps=[_pairs(b_dy, b_k)])
+        _put_pairs(tile2, a, weights, slot, False, POWER)
+        fence_async_shared()
+        barrier()
+        o = gl.zeros([64, W], gl.float32, ACC64)
+        o = warpgroup_mma(_operand(Z00), kT.slice(0, 64, 0), o, use_acc=False, is_async=True)
+        if HALVES == 2:
+            o = warpgroup_mma(_operand(Z01), kT.slice(64, 64, 0), o, is_async=True)
+        o = _read_block(o, weights, slot, POWER)
+        o = warpgroup_mma(dyT0, tile1, o, is_async=True)
+        o = warpgroup_mma(qT0, tile2, o, is_async=True)
+        o = warpgroup_mma_wait(0, deps=[o])
+        dk0 = (o * scale).to(gl.bfloat16)
+        q0, dy0 = b_q.slice(0, 64, 1), b_dy.slice(0, 64, 1)
+        if POWER == 0:
+            Z00 = _add_block(Z00, qT0, dyT0, q0, dy0)
+        if HALVES == 2:
+            q1, dy1 = b_q.slice(64, 64, 1), b_dy.slice(64, 64, 1)
+            qT1, dyT1 = q1.permute((1, 0)), dy1.permute((1, 0))
+            o = gl.zeros([64, W], gl.float32, ACC64)
+            o = warpgroup_mma(
+                crosses.index(z).permute((1, 0)), kT.slice(0, 64, 0), o, use_acc=False,
+                is_async=True,
+            )  # fmt: skip
+            o = warpgroup_mma(_operand(Z11), kT.slice(64, 64, 0), o, is_async=True)
+            o = _read_block(o, weights, slot, POWER)
+            o = warpgroup_mma(dyT1, tile1, o, is_async=True)
+            o = warpgroup_mma(qT1, tile2, o, is_async=True)
+            Z00, o = warpgroup_mma_wait(0, deps=[Z00, o])
+            kT.slice(64, 64, 0).store((o * scale).to(gl.bfloat16))
+            kT.slice(0, 64, 0).store(dk0)
+        else:
+            kT.store(dk0)
+        if POWER > 0:  # half by half, else registers would not suffice
+            w_q = _weighed(qT0, weights, slot, BEFORE, POWER, A64)
+            w_dy = _weighed(dyT0, weights, slot, BEFORE, POWER, A64)
+            Z00 = _add_block(_total(Z00, ends, slot, POWER, ACC64), w_q, w_dy, q0, dy0)
+            if HALVES == 2:
+                Z01 = _add_block(_total(Z01, ends, slot, POWER, ACC64), w_q, w_dy, q1, dy1)
+                Z00, Z01 = warpgroup_mma_wait(0, deps=[Z00, Z01])
+                w_q = _weighed(qT1, weights, slot, BEFORE, POWER, A64)
+                w_dy = _weighed(dyT1, weights, slot, BEFORE, POWER, A64)
+                Z11 = _add_block(_total(Z11, ends, slot, POWER, ACC64), w_q, w_dy, q1, dy1)
+                Z11 = warpgroup_mma_wait(0, deps=[Z11])
+            else:
+                Z00 = warpgroup_mma_wait(0, deps=[Z00])
+        elif HALVES == 2:
+            Z01 = _add_block(Z01, qT0, dyT0, q1, dy1)
+            Z11 = _add_block(Z11, qT1, dyT1, q1, dy1)
+            Z01, Z11 = warpgroup_mma_wait(0, deps=[Z01, Z11])
+        else:
+            Z00 = warpgroup_mma_wait(0, deps=[Z00])
+        if HALVES == 2:
+            crosses.index(z).store(Z01.to(gl.bfloat16))
+        mbarrier.arrive(dk_there.index(s), count=1)
+
+
+@gluon.jit
+def _mover_r(
+    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys, weights, ends,
+    full, dy_there, dv_there, dk_there, chunks, T, D, V,
+    sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd, sft,
+    Z: gl.constexpr, ADD: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
+    FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
+):  # fmt: skip
+    """Load what the owners read; store what they leave in its place."""
+    for i in range(chunks + STAGES):
+        s, turn = i % STAGES, ((i // STAGES) & 1) ^ 1
+        row = (chunks - 1 - i) * W
+        left = row + STAGES * W
+        if i >= STAGES:
+            mbarrier.wait(dy_there.index(s), turn)
+            _put(p_dy, vs.index(s), left, T, D, sat, sad, B, FAST, WHOLE_D, ADD)
+            mbarrier.wait(dv_there.index(s), turn)
+            _put(p_dv, ys.index(s), left, T, V, sbt, sbd, B, FAST, WHOLE_V)
+            barrier()
+        if i < chunks:
+            _fetch(ys.index(s), p_y, row, T, D, syt, syd, B, FAST, WHOLE_D)
+            _fetch(gs.index(s), p_g, row, T, V, sgt, sgd, B, FAST, WHOLE_V)
+        if Z and i >= STAGES:
+            mbarrier.wait(dk_there.index(s), turn)
+        if i < chunks:
+            _fetch(qs.index(s), p_q, row, T, D, sqt, sqd, B, FAST, WHOLE_D)
+            _fetch(vs.index(s), p_v, row, T, V, svt, svd, B, FAST, WHOLE_V)
+        if Z:
+            if i >= STAGES:
+                _put(p_dk, ks.index(s), left, T, D, sct, scd, B, FAST, WHOLE_D)
+                barrier()
+            if i < chunks:
+                _fetch(ks.index(s), p_k, row, T, D, skt, skd, B, FAST, WHOLE_D)
+        if i < chunks:
+            if FAST:
+                async_copy.mbarrier_arrive(full.index(s), increment_count=False)
+            if GATE == 2:
+                _put_gate(weights, ends, s, p_gate, sft, row, T)
+            if GATE == 2 or not FAST:
+                mbarrier.arrive(full.index(s), count=1)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "scale", "unscale", "T", "D", "V", "N1", "N2",
+        "sq0", "sq1", "sq2", "sk0", "sk1", "sk2",
+        "sv0", "sv1", "sv2", "sg0", "sg1", "sg2",
+        "sy0", "sy1", "sy2", "sa0", "sa1", "sa2",
+        "sb0", "sb1", "sb2", "sc0", "sc1", "sc2",
+        "ss0", "ss1", "ss2", "ssd", "ssv", "se0", "se1", "se2", "sed", "sev",
+        "sz0", "sz1", "sz2", "szd", "sze",
+        "sf0", "sf1", "sf2", "sft",
+    ],
+    do_not_specialize_on_alignment=["p_gate", "p_start1", "p_start2", "p_end2"],
+)  # fmt: skip
+def reverse_kernel(
+    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_start1, p_start2, p_end2, p_gate,
+    scale, unscale, T, D, V, N1, N2,
+    sq0, sq1, sq2,
+    sk0, sk1, sk2,
+    sv0, sv1, sv2,
+    sg0, sg1, sg2,
+    sy0, sy1, sy2,
+    sa0, sa1, sa2,  # dy
+    sb0, sb1, sb2,  # dv
+    sc0, sc1, sc2,  # dk
+    sz0, sz1, sz2, szd, sze,  # the last Z
+    ss0, ss1, ss2, ssd, ssv,  # the last R
+    se0, se1, se2, sed, sev,  # R at the first token
+    sf0, sf1, sf2, sft,
+    sqt: gl.constexpr,
+    sqd: gl.constexpr,
+    skt: gl.constexpr,
+    skd: gl.constexpr,
+    svt: gl.constexpr,
+    svd: gl.constexpr,
+    sgt: gl.constexpr,
+    sgd: gl.constexpr,
+    syt: gl.constexpr,
+    syd: gl.constexpr,
+    sat: gl.constexpr,
+    sad: gl.constexpr,
+    sbt: gl.constexpr,
+    sbd: gl.constexpr,
+    sct: gl.constexpr,
+    scd: gl.constexpr,
+    GATE: gl.constexpr,  # 0 none, 1 decay, 2 log_gate
+    Z: gl.constexpr,  # there is Z, which makes dk
+    ADD: gl.constexpr,  # dy is added to what is there
+    POWER1: gl.constexpr,  # of Z
+    POWER2: gl.constexpr,  # of R
+    START1: gl.constexpr,
+    START2: gl.constexpr,
+    END2: gl.constexpr,
+    B: gl.constexpr,  # tiles of 64 or 128 keys and values
+    WHOLE_D: gl.constexpr,  # D == B
+    WHOLE_V: gl.constexpr,
+    FAST: gl.constexpr,  # rows are of whole 16 bytes; strides of the batch count by 8
+):  # fmt: skip
+    """One head, its last token first: dy, dv and dk."""
+    STAGES: gl.constexpr = 2  # chunks in shared memory
+    UNIT: gl.constexpr = 8 if FAST else 1
+    HALVES: gl.constexpr = B // 64
+    i_2 = (gl.program_id(0) % N2).to(gl.int64)
+    i_1 = (gl.program_id(0) // N2 % N1).to(gl.int64)
+    i_0 = (gl.program_id(0) // N2 // N1).to(gl.int64)
+    p_q += (i_0 * sq0 + i_1 * sq1 + i_2 * sq2) * UNIT
+    if Z:
+        p_k += (i_0 * sk0 + i_1 * sk1 + i_2 * sk2) * UNIT
+    p_v += (i_0 * sv0 + i_1 * sv1 + i_2 * sv2) * UNIT
+    p_g += (i_0 * sg0 + i_1 * sg1 + i_2 * sg2) * UNIT
+    p_y += (i_0 * sy0 + i_1 * sy1 + i_2 * sy2) * UNIT
+    p_dy += (i_0 * sa0 + i_1 * sa1 + i_2 * sa2) * UNIT
+    p_dv += (i_0 * sb0 + i_1 * sb1 + i_2 * sb2) * UNIT
+    if Z:
+        p_dk += (i_0 * sc0 + i_1 * sc1 + i_2 * sc2) * UNIT
+    if START1:
+        p_start1 += i_0 * sz0 + i_1 * sz1 + i_2 * sz2
+    if START2:
+        p_start2 += i_0 * ss0 + i_1 * ss1 + i_2 * ss2
+    if END2:
+        p_end2 += i_0 * se0 + i_1 * se1 + i_2 * se2
+    if GATE > 0:
+        p_gate += i_0 * sf0 + i_1 * sf1 + i_2 * sf2
+
+    chunks = (T + W - 1) // W
+    qs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, W, B], TILE)
+    ks = gl.allocate_shared_memory(gl.bfloat16, [STAGES if Z else 1, W, B], TILE)
+    vs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, W, B], TILE)
+    gs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, W, B], TILE)
+    ys = gl.allocate_shared_memory(gl.bfloat16, [STAGES, W, B], TILE)
+    copies = gl.allocate_shared_memory(gl.bfloat16, [1, B, B], TILE)
+    tiles = gl.allocate_shared_memory(gl.bfloat16, [3, W, W], TILE)
+    crosses = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], TILE)
+    SLOTS: gl.constexpr = STAGES if GATE == 2 else 2
+    weights = gl.allocate_shared_memory(gl.float32, [SLOTS * LISTS, W], LIST)
+    ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    dy_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    dv_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    dk_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ALONE: gl.constexpr = 0 if GATE == 2 or not FAST else 1
+    for i in gl.static_range(STAGES):  # a copy arrives with each of the mover's threads
+        mbarrier.init(full.index(i), count=(128 if FAST else 0) + (1 - ALONE))
+        mbarrier.init(dy_there.index(i), count=1)
+        mbarrier.init(dv_there.index(i), count=1)
+        mbarrier.init(dk_there.index(i), count=1)
+    if GATE == 1:
+        _put_decay(weights, ends, p_gate, T, chunks)
+    fence_async_shared()
+    barrier()
+    if Z:
+        gl.warp_specialize(
+            [
+                (_owner_r, (
+                    qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there,
+                    chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale, unscale,
+                    HALVES, B, STAGES, GATE, POWER2, START2, END2,
+                )),
+                (_owner_z, (
+                    qs, ks, vs, tiles, crosses, weights, ends, full, dy_there, dk_there,
+                    chunks, T >> 31, p_start1, szd, sze, D, scale, unscale,
+                    HALVES, STAGES, GATE, POWER1, START1,
+                )),
+                (_mover_r, (
+                    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,
+                    weights, ends, full, dy_there, dv_there, dk_there, chunks, T, D, V,
+                    sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd,
+                    sft, Z, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
+                )),
+            ],
+            [4, 4],
+            [216, 48],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_owner_r, (
+                    qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there,
+                    chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale, unscale,
+                    HALVES, B, STAGES, GATE, POWER2, START2, END2,
+                )),
+                (_mover_r, (
+                    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,
+                    weights, ends, full, dy_there, dv_there, dk_there, chunks, T, D, V,
+                    sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd,
+                    sft, Z, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
+                )),
+            ],
+            [4],
+            [56],
+        )  # fmt: skip

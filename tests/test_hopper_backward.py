@@ -1,0 +1,254 @@
+"""The sweeps of the adjoints of hla2 and ahla on Hopper, interpreted: against core in float64.
+
+Exact, every float a float64, errors are those of the algebra; in bfloat16 they are roundings.
+"""
+
+import dataclasses
+import importlib
+import types
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import EXACT, installed, rms, within_budget
+
+installed("triton")
+torch = installed("torch")
+import gluon_interpreter  # noqa: E402
+
+import hla  # noqa: E402
+from hla.arguments import prepare  # noqa: E402
+from hla.core.ahla import AHLAState  # noqa: E402
+from hla.core.hla2 import HLA2State  # noqa: E402
+from hla.core.linear import LinearState  # noqa: E402
+from hla.device.scan import Call, Runner  # noqa: E402
+from hla.device.steps import Ref  # noqa: E402
+from hla.device.tiles import Layout  # noqa: E402
+from hla.kernels.triton import hopper_backward, run  # noqa: E402
+
+CUDA = torch.device("cuda")
+H = 2
+
+
+class Interpreted:
+    """A Gluon kernel on tensors of the host."""
+
+    def __init__(self, kernel, exact, seed):
+        self.kernel, self.exact, self.seed, self.ran = kernel, exact, seed, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.ran.append(constants)
+            given = [at(x) if isinstance(x, torch.Tensor) else x for x in args]
+            gluon_interpreter.run(
+                self.kernel, grid, *given, seed=self.seed, exact=self.exact, **constants
+            )
+
+        return launch
+
+
+def at(x):
+    """Where a tensor begins, in its memory as a NumPy array."""
+    whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    if x.dtype != torch.bfloat16:
+        return gluon_interpreter.At(whole.numpy(), x.storage_offset())
+    flat = whole.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return gluon_interpreter.At(flat, x.storage_offset())
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Kernels of both sweeps, interpreted; exact or not."""
+
+    def use(exact, seed=0):
+        found = []
+        for name in ("reverse", "queries"):
+            module = importlib.import_module(f"hla.kernels.triton.hopper_{name}")
+            found.append(Interpreted(getattr(module, f"{name}_kernel"), exact, seed))
+            monkeypatch.setattr(module, f"{name}_kernel", found[-1])
+        return found
+
+    return use
+
+
+def rows(request, where):
+    """The rows of a request on an H100, also of float64."""
+    return hopper_backward.rows(request)
+
+
+def gates(rng, gate, lead, T):
+    """The arguments of a gate: none, a number that has no gradient, one a token."""
+    if gate == "decay":
+        return {"decay": 0.93}
+    if gate == "log_gate":
+        a = -rng.uniform(0, 0.3, size=(*lead, T))
+        a[..., T // 3] = -np.inf
+        return {"log_gate": a}
+    return {}
+
+
+def given(rng, T, D, V, lead=(H,), keys=None):
+    """Arrays of unit size; keys may be shared."""
+    sizes = {"q": (lead, D), "k": (keys or lead, D), "v": (lead, V), "do": (lead, V)}
+    return {n: rng.standard_normal((*b, T, w)) * w**-0.25 for n, (b, w) in sizes.items()}
+
+
+def gradients(arrays, options, dtype, start=None, layout=None, operator="hla2"):
+    """Those of the sweeps, and of the core in float64 by the same rounded arrays."""
+    place = layout or (lambda x: x)
+    tensors = {n: place(torch.tensor(x).to(dtype)) for n, x in arrays.items()}
+    exact = {n: x.double().numpy() for n, x in tensors.items()}
+    do, truth = exact.pop("do"), dict(exact)
+    inputs = {n: tensors[n] for n in "qkv"} | {
+        n: torch.tensor(x) for n, x in options.items() if n == "log_gate"
+    }
+    plain = {"decay": options.get("decay"), "log_gate": None, "scale": options["scale"]}
+    if start is not None:
+        inputs["initial_state"] = truth["initial_state"] = start
+        inputs["initial_state"] = type(start)(*map(torch.tensor, start))
+    request, made, _ = prepare(**plain | inputs, operator=operator, gradient=True)
+    request = dataclasses.replace(request, gate_given=False)
+    same = {n: options[n] for n in ("decay", "log_gate", "scale") if n in options}
+    _, pull = hla.vjp(**truth, **same, operator=operator, backend="array_api")
+    want = pull(do)
+    S = None if start is None else LinearState(start[0], np.zeros(start[0].shape[:-1]))
+    values = exact["k" if operator == "hla2" else "v"]
+    made_of = exact["q"], exact["k"], values
+    saved = hla.scan(*made_of, operator="linear", initial_state=S, **same)
+    device = Runner(run.RUNNER.device._replace(rows=rows))
+    saved = [torch.tensor(saved).to(dtype)]
+    return device.backward(request, made, saved, tensors["do"], None), want
+
+
+def close(got, want, most=EXACT):
+    assert rms(got.double().numpy() - want) <= most * rms(want)
+
+
+CASES = [  # operator, T, D, V, gate, whether there is a state
+    ("hla2", 130, 64, 64, None, False),
+    ("hla2", 200, 128, 128, "decay", True),
+    ("hla2", 64, 128, 128, "log_gate", False),
+    ("hla2", 67, 24, 40, "log_gate", True),
+    ("hla2", 1, 128, 96, "decay", True),
+    ("hla2", 70, 20, 100, None, False),  # rows of no whole 16 bytes
+    ("ahla", 130, 64, 64, None, True),
+    ("ahla", 200, 128, 128, "decay", False),
+    ("ahla", 67, 24, 100, "log_gate", True),
+    ("ahla", 65, 100, 20, None, False),
+]
+
+
+def runs(operator):
+    """How often the two kernels run."""
+    return [1, 1] if operator == "hla2" else [2, 1]
+
+
+@pytest.mark.parametrize(("operator", "T", "D", "V", "gate", "states"), CASES)
+def test_gradients_are_exact(kernels, operator, T, D, V, gate, states):
+    rng = np.random.default_rng(T)
+    made = kernels(exact=True, seed=T)
+    options = {"scale": 0.5} | gates(rng, gate, (H,), T)
+    start, matrices = None, {"S": (D, D), "F": (D, V), "P": (D, V), "E": (D, V)}
+    if states:
+        kind = {"hla2": HLA2State, "ahla": AHLAState}[operator]
+        sizes = (matrices.get(n, (D,)) for n in kind._fields)
+        start = kind(*(rng.standard_normal((H, *s)) for s in sizes))
+    arrays = given(rng, T, D, V)
+    got, want = gradients(arrays, options, torch.float64, start, operator=operator)
+    assert [len(kernel.ran) for kernel in made] == runs(operator)
+    assert made[0].ran[0]["FAST"] == (D % 8 == V % 8 == 0)
+    for name in ("dq", "dk", "dv"):
+        close(getattr(got, name), getattr(want, name))
+    for name in matrices if states else ():
+        if hasattr(start, name):  # S by a pass in float32
+            x, y = (getattr(z.dinitial_state, name) for z in (got, want))
+            close(x, y, most=1e-6 if name == "S" else EXACT)
+
+
+@pytest.mark.parametrize(("operator", "gate"), [("hla2", "log_gate"), ("ahla", None)])
+def test_shared_keys_and_any_strides(kernels, operator, gate):
+    """Gradients of keys that heads share are summed; tokens lie outside heads, features apart."""
+    rng = np.random.default_rng(1)
+    kernels(exact=True)
+    options = {"scale": 1.0} | gates(rng, gate, (2, 1), 70)
+    arrays = given(rng, 70, 32, 32, (2, 2), keys=(2, 1))
+    for layout in (
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x.mT.contiguous().mT,
+    ):
+        got, want = gradients(arrays, options, torch.float64, layout=layout, operator=operator)
+        for name in ("dq", "dk", "dv"):
+            close(getattr(got, name), getattr(want, name))
+
+
+@pytest.mark.parametrize(
+    ("operator", "gate"), [("hla2", "decay"), ("hla2", "log_gate"), ("ahla", None)]
+)
+def test_bfloat16(kernels, operator, gate):
+    rng = np.random.default_rng(2)
+    made = kernels(exact=False)
+    options = {"scale": 1.0} | gates(rng, gate, (H,), 200)
+    arrays = given(rng, 200, 128, 128)
+    got, want = gradients(arrays, options, torch.bfloat16, operator=operator)
+    assert [len(kernel.ran) for kernel in made] == runs(operator)
+    for name in ("dq", "dk", "dv"):
+        x, y = getattr(got, name).double().numpy(), getattr(want, name)
+        within_budget(x, y, "bfloat16", D=128, operator=operator, gradient=True)
+
+
+@pytest.mark.parametrize("gate", [None, "decay"])
+def test_gradients_of_last_states(kernels, gate):
+    """The reverse sweep begins from them; dS need not be symmetric."""
+    rng, T, D, V = np.random.default_rng(3), 80, 128, 64
+    kernel, _ = kernels(exact=True)
+    x = given(rng, T, D, V) | {"dS": rng.standard_normal((H, D, D))}
+    x |= {"dF": rng.standard_normal((H, D, V)), "gate": np.full(H, 0.9)}
+    decay = {"decay": 0.9} if gate else {}
+    x["y"] = hla.scan(x["q"], x["k"], x["k"], operator="linear", **decay)
+    x |= {n: np.full_like(x[m], np.nan) for n, m in (("dy", "k"), ("dk", "k"), ("dv", "v"))}
+    x["dF0"] = np.full_like(x["dF"], np.nan)
+    names = ("q", "k", "v", "do", "y", "dy", "dv", "dk", "dS", "dF", "dF0", "gate")
+    arrays = [torch.tensor(x[n]) for n in names]
+    call = Call(
+        types.SimpleNamespace(tokens=T, gate=gate),
+        {n: i for i, n in enumerate(names)},
+        {n: Layout(tuple(a.shape), a.stride()) for n, a in zip(names, arrays, strict=True)},
+        {n: a.dtype for n, a in zip(names, arrays, strict=True)},
+        CUDA,
+    )
+    refs = {n: Ref(n) for n in names} | ({} if gate else {"gate": None})
+    for do in hopper_backward.launched(
+        call, kernel, (H,), refs, "qkvgyabc", (1.0, 1.0), (1, 2),
+        {"Z": True, "ADD": False, "START1": True, "START2": True, "END2": True},
+    ):  # fmt: skip
+        do(arrays, [a.data_ptr() for a in arrays], None)
+    got = dict(zip(names, arrays, strict=True))
+    state = HLA2State(*(np.zeros((H, *s)) for s in ((D, D), (D, V), (D,))))
+    _, pull = hla.vjp(
+        x["q"], x["k"], x["v"], operator="hla2", return_state=True, initial_state=state, **decay
+    )
+    want = pull(x["do"], HLA2State(x["dS"], x["dF"], np.zeros((H, D))))
+    close(got["dk"], want.dk)
+    close(got["dv"], want.dv)
+    close(got["dF0"], want.dinitial_state.F)
+
+
+def test_what_is_not_served():
+    """Other programs, wide heads and the gradient of a gate take the passes."""
+
+    def served(D=64, **options):
+        q, k, v = (torch.zeros(2, 8, D, dtype=torch.bfloat16) for _ in "qkv")
+        options = {"operator": "hla2", "decay": None, "log_gate": None, "scale": 1.0} | options
+        request, _, _ = prepare(q, k, v, gradient=True, **options)
+        return [row.name for row in hopper_backward.rows(request)]
+
+    assert len(served()) == len(served(decay=0.5)) == len(served(scale=0.3)) == 2
+    assert len(served(operator="ahla")) == 3
+    gate = {"log_gate": torch.zeros(2, 8)}
+    for options in (
+        gate, {"D": 130}, {"normalize": True}, {"ridge": 0.1}, {"operator": "hla3"},
+        {"operator": "linear"}, {"mask": "prefix"}, {"scale": 0.0},
+    ):  # fmt: skip
+        assert not served(**options), options
+    assert served(decay=0.5, convention="exact")
+    assert not served(decay=0.5, convention="paper")
