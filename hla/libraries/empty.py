@@ -21,6 +21,7 @@ class Filled:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
+        self.capabilities = backend.capabilities._replace(packed=False)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)

@@ -139,7 +139,10 @@ class Generic:
         )
 
     def key(self, x: Array) -> Any:
-        """Return what tells `facts` and shape of ``x`` from others', hashable; None if nothing."""
+        """Return what tells `facts` and shape of ``x`` from others', None if nothing.
+
+        It is hashable but for the symbols of a compiler.
+        """
         return None
 
     def dtype_name(self, x: Array) -> str:
@@ -225,6 +228,10 @@ class Generic:
     def done(self, x: Array) -> Callable[[], bool]:
         """Return what tells whether the work queued until now on x's device is done."""
         return lambda: True
+
+    def in_place(self, request: Any, inputs: Any) -> tuple[Array, Any] | None:
+        """Take one token with the state updated in its own memory; None where that cannot be."""
+        return None
 
     def underflow(self) -> AbstractContextManager[Any]:
         """Context in which a result too small for its dtype is 0, whatever np.errstate says."""
