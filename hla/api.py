@@ -15,6 +15,7 @@ from .core.namespace import Array
 from .core.reference import Gradients
 from .core.request import Inputs, Request
 from .core.triangle import STATE_OF
+from .device.token import unpacked
 from .dispatch import Explanation, Info
 from .errors import Unsupported
 from .layout import Layout
@@ -163,9 +164,11 @@ def step(q_t: Any, k_t: Any, v_t: Any, state: Any = None, **options: Any) -> Any
     log_gate : float or array <= 0, optional
         This token's log decay, broadcasts to batch.
     donate : bool
-        Let the backend update ``state`` in place; it must then not be used again. NumPy does where
-        every field is whole, contiguous, writable, of the state's own dtype, and shares no memory;
-        elsewhere it changes nothing (under ``jax.jit`` use its ``donate_argnums``).
+        Let the backend update ``state`` in place; it must then not be used again. NumPy, torch and
+        Triton do where every field is whole, of the state's own dtype, and shares no memory; for
+        NumPy it must also be contiguous and writable, for torch need no gradient. Triton takes
+        packed states too. Elsewhere it changes nothing: under ``jax.jit`` use its
+        ``donate_argnums``.
 
     Returns
     -------
@@ -200,6 +203,8 @@ def _step(
         q, k, v, one_token=True, initial_state=state, return_state=True, **options
     )
     chosen = dispatch.choose(request, backend, autograd=True, node=node)
+    if layout.packed and not chosen.capabilities.packed:
+        inputs = inputs._replace(state=unpacked(inputs.state))
     o, new = chosen.step(request, inputs, donate and inputs.state is state)  # not of a copy
     return layout.tokens_out(o), layout.state_out(new)
 

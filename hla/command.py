@@ -70,7 +70,7 @@ class Stream:
 
 
 def prepare_files(folder: Path, *names: str) -> None:
-    """Make the folder that files will be written to; ValueError says why one cannot be."""
+    """Make the folder that files will be written to; ValueError gives the reason against it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in (Path(folder, name).resolve() for name in names):
@@ -87,7 +87,7 @@ def save(path: Path, write: Callable[[Path], object]) -> bool:
     Returns
     -------
     bool
-        False where it could not be written; then one line on the standard error says so.
+        False where it could not be written, which one line on the standard error reports.
     """
     path = path.resolve()
     part = path.with_name(f".{path.name}.{os.getpid()}")

@@ -43,6 +43,8 @@ class Capabilities(NamedTuple):
         The library's autograd cannot see through its arithmetic: it is wrapped as one operator.
     gradients : bool
         Whether it has a ``backward``.
+    packed : bool
+        ``step`` takes packed states too, and then returns one; else they come unpacked.
     """
 
     dtypes: tuple[str, ...]
@@ -57,6 +59,7 @@ class Capabilities(NamedTuple):
     traced: tuple[str, ...] = (ANY,)
     opaque: bool = False
     gradients: bool = True
+    packed: bool = False
 
 
 class Machine(NamedTuple):
@@ -96,7 +99,7 @@ class Backend(NamedTuple):
     machine : callable
         () to `Machine`.
     plan : callable, optional
-        (request) to what `hla.explain` says of how it runs, where the generic words are not true.
+        (request) to the plan that `hla.explain` reports, where the generic one is not true.
     empty : callable, optional
         As ``forward``, with nothing computed.
     """
@@ -265,7 +268,7 @@ def _check_capabilities(module: Any, found: Any) -> None:
             f"its plugin's CAPABILITIES is {found!r}; expected hla.contract.Capabilities{hint}"
         )
     for field, value in found._asdict().items():
-        if field in ("opaque", "gradients"):
+        if field in ("opaque", "gradients", "packed"):
             good, expected = isinstance(value, bool), "True or False"
         elif field == "native":
             good, expected = isinstance(value, str), "the name of a library"

@@ -73,7 +73,7 @@ def choose(
 def pick(
     request: Request, backend: str | Sequence[str] | None, *, summarize: bool = False
 ) -> tuple[str, dict[str, str]]:
-    """Name the backend to run and say why each one tried before it would not do.
+    """Name the backend to run, and the reason against each one tried before it.
 
     Parameters
     ----------

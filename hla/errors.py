@@ -10,7 +10,7 @@ class Unsupported(NotImplementedError):
 
 
 class SlowPathWarning(UserWarning):
-    """``backend=None`` ran the generic array code on an accelerator; said once per reason."""
+    """``backend=None`` ran the generic array code on an accelerator; given once per reason."""
 
 
 def kind_of(value: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from .core.namespace import Array, moveaxis, namespace, sum_to
 from .core.passes import Shape
-from .core.triangle import pack_gradient, unpack_gradient
+from .core.triangle import STATE_OF, pack_gradient, unpack_gradient
 
 
 class Layout(NamedTuple):
@@ -58,7 +58,8 @@ class Layout(NamedTuple):
 
     def state_out(self, state: Any) -> Any:
         """Return a state in the type in which the caller gave one."""
-        return state.pack() if self.packed and state is not None else state
+        packs = self.packed and state is not None and type(state) not in STATE_OF
+        return state.pack() if packs else state
 
     def dstate_in(self, grad: Any) -> Any:
         """Gradient of the outgoing state from that of what `state_out` made of it."""

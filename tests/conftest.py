@@ -303,7 +303,7 @@ def movable(kind, H, T):
 def states(H, options, inputs, first=None, seed=0):
     """A state the inputs can start from, and a random cotangent of their last one.
 
-    `first` are options of the call that makes the state; its type can hang on them (a decay there).
+    `first` are options of the call that makes the state, on which its type can depend (a decay).
     """
     rng = np.random.default_rng(seed)
     names = {n: x for n, x in options.items() if n not in ("form", "chunk_size", "backend")}

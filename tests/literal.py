@@ -1,14 +1,14 @@
-"""The definitions as literal index sums and the paper's recurrences letter by letter, in float64.
+"""The definitions as literal index sums and the paper's recurrences as printed, in float64.
 
 Nothing here knows the package, a chunk or a pass. `scan` and `fields` sum over explicit index sets:
-A[t, j] = q_t . k_j, w_j = exp(a_{j+1} + ... + a_t), and the mask `legal` says which i <= j count.
+A[t, j] = q_t . k_j, w_j = exp(a_{j+1} + ... + a_t), and the mask `legal` tells which i <= j count.
 `paper` is Algorithm 1 (second order), 2 (AHLA) and 3 (third order), in the paper's order of lines.
 """
 
 import numpy as np
 
 READ = {"linear": "P", "hla2": "F", "ahla": "E", "hla3": "F"}
-MASS = {  # the statistic with v = 1 that belongs to each statistic with v
+DENOMINATOR = {  # the statistic with v = 1 that belongs to each statistic with v
     "linear": {"P": "m"},
     "hla2": {"C": "m", "F": "eta", "G": "h"},
     "ahla": {"P": "m", "E": "n"},
@@ -55,7 +55,7 @@ def sums(q, k, v, w, operator, mask):
 
 
 def statistics(q, k, v, a, operator, mask, only=()):
-    """Every statistic of one head after its last token: matrices, their masses, and rho."""
+    """Every statistic of one head after its last token: matrices, their denominators, and rho."""
     w = weights(a) if mask != "none" else np.ones(len(q))
     v_and_1 = np.concatenate([v, np.ones((len(v), 1))], axis=1)
     found = {"rho": np.exp(a.sum())}
@@ -64,8 +64,8 @@ def statistics(q, k, v, a, operator, mask, only=()):
             continue
         found[name] = np.einsum(subscripts, *operands, optimize=len(q) > 16)
         if subscripts.endswith("v"):
-            if name in MASS[operator]:
-                found[MASS[operator][name]] = found[name][:, -1]
+            if name in DENOMINATOR[operator]:
+                found[DENOMINATOR[operator][name]] = found[name][:, -1]
             found[name] = found[name][:, :-1]
     return found
 
@@ -73,7 +73,7 @@ def statistics(q, k, v, a, operator, mask, only=()):
 def read(s, q, operator, ridge):
     """Numerator and denominator of one token from its statistics; S_eff = S + ridge I."""
     F = s[READ[operator]]
-    eta = s[MASS[operator][READ[operator]]]
+    eta = s[DENOMINATOR[operator][READ[operator]]]
     if not ridge:
         return q @ F, q @ eta
     return q @ (F + ridge * s["C"]), q @ (eta + ridge * s["m"])

@@ -44,7 +44,7 @@ def as_library(lib, inputs):
 
 
 def agree(found, want):
-    """Gradients by input name against hla.vjp's; masses that nothing reads may be None.
+    """Gradients by input name against hla.vjp's; denominators that nothing reads may be None.
 
     S and Q are symmetric, so only the symmetric part of their gradients is anyone's.
     """

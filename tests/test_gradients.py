@@ -86,7 +86,7 @@ def check_vjp(inputs, options, start=None, dstate=None, do_seed=1):
     for seed, (name, x) in enumerate(fields.items()):
         gradient = getattr(gradients.dinitial_state, name)
         if name in ("eta", "m", "n", "h", "h1", "h2", "h3") and not gradient.any():
-            assert dstate is None  # a mass that nothing reads: no denominator was asked for
+            assert dstate is None  # a denominator that nothing reads: none was asked for
             assert not options.get("normalize")
             continue
         check_gradient(lambda x, n=name: loss(**{"_" + n: x}), x, gradient, name, seed)

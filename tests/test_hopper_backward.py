@@ -15,6 +15,7 @@ from conftest import EXACT, installed, rms, within_budget
 installed("triton")
 torch = installed("torch")
 import gluon_interpreter  # noqa: E402
+from test_kernels import compiled_cases, safe  # noqa: E402
 
 import hla  # noqa: E402
 from hla.arguments import prepare  # noqa: E402
@@ -278,3 +279,69 @@ def test_what_is_not_served():
         assert not served(**options), options
     assert served(decay=0.5, convention="exact")
     assert not served(decay=0.5, convention="paper")
+
+
+# Ahead of time
+STATES = {"START1": True, "START2": True, "END2": True}
+KERNELS = [  # kernel, what it does, gate, what differs
+    *(("reverse", {"Z": True}, gate, more) for gate in (0, 1, 2) for more in ({}, STATES)),
+    *(("reverse", {"Z": False, "ADD": add}, gate, {}) for add in (False, True) for gate in (0, 2)),
+    *(("queries", {"AHLA": ahla}, gate, {}) for ahla in (False, True) for gate in (0, 1, 2)),
+    ("queries", {"AHLA": False}, 2, STATES),
+    *((name, {}, 2, {"B": 64}) for name in ("reverse", "queries")),
+    *((name, {}, 0, {"WHOLE_D": False, "WHOLE_V": False}) for name in ("reverse", "queries")),
+    *((name, {}, 0, {"FAST": False, "WHOLE_D": False}) for name in ("reverse", "queries")),
+]
+SPILLS = 64, 416  # bytes a thread, mostly in the mover; from the assembler of CUDA 13 on
+BEGIN = 448  # before the first chunk, of states that are loaded
+ODD = 1024  # in the mover, where rows are of no whole 16 bytes
+
+
+def prepared(name, does, gate, more):
+    """Return what `ahead` compiles for one case."""
+    module = importlib.import_module(f"hla.kernels.triton.hopper_{name}")
+    kernel = getattr(module, f"{name}_kernel")
+    powers = (1, 1) if does.get("AHLA") or not does.get("Z", True) else (1, 2)
+    powers = powers if gate else (0, 0)
+    given = {
+        "Z": True, "ADD": False, "AHLA": False, "GATE": gate, "POWER1": powers[0],
+        "POWER2": powers[1], "START1": False, "START2": False, "END2": False,
+        "B": 128, "WHOLE_D": True, "WHOLE_V": True, "FAST": True,
+    } | does | more  # fmt: skip
+    given |= {f"s{x}{e}": 2048 if e == "t" else 1 for x in "qkvgyabc" for e in "td"}
+    asked = {"p_start1": "START1", "p_start2": "START2", "p_end2": "END2", "p_gate": "GATE"}
+    asked |= {"p_k": "Z", "p_dk": "Z"} if name == "reverse" else {}
+    signature, constants = {}, {n: x for n, x in given.items() if n in kernel.arg_names}
+    for n in kernel.arg_names:
+        wide = n.startswith(("p_start", "p_end", "p_gate"))
+        if n in constants:
+            signature[n] = "constexpr"
+        elif n.startswith("p_") and not given.get(asked.get(n), True):
+            signature[n], constants[n] = "constexpr", None
+        elif n.startswith("p_"):
+            signature[n] = "*fp32" if wide else "*bf16"
+        else:
+            signature[n] = "fp32" if n in ("scale", "unscale") else "i32"
+    return {
+        "kernel": f"{module.__name__}.{name}_kernel", "gluon": True, "signature": signature,
+        "constants": constants, "arch": 90, "options": {"num_warps": 4},
+        "aligned": [n for n, x in signature.items() if x == "*bf16" and given["FAST"]],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    cases = [prepared(*case) for case in KERNELS]
+    return compiled_cases(cases, tmp_path_factory.mktemp("triton"))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("i", range(len(KERNELS)), ids=lambda i: f"{KERNELS[i]}")
+def test_compiled_for_the_hardware(reports, i):
+    found, (_, _, _, more) = reports[i], KERNELS[i]
+    assert found["shared"] <= 227 * 1024
+    assert found["wgmma"] > 0
+    assert found["mma"] == 0
+    most = BEGIN if "START1" in more else SPILLS[found["assembler"] >= 13]
+    assert found["spills"] <= (most if more.get("FAST", True) else ODD)
+    safe(found)

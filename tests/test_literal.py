@@ -126,11 +126,11 @@ def test_paper_convention_is_the_papers_recurrence(row: Row, gate, normalize):
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.9])
-def test_the_papers_letters_are_an_associative_scan_without_decay(ridge):
+def test_the_papers_recurrence_is_an_associative_scan_without_decay(ridge):
     q, k, v = draw(H, 13, positive=True)
     same = {"ridge": ridge, "normalize": True, "eps": 0.01}
     options = same | {"form": "associative", "convention": "paper", "chunk_size": W}
-    want, letters = literal.paper(q, k, v, operator="hla2", **same)
+    want, sums = literal.paper(q, k, v, operator="hla2", **same)
     _, start = hla.scan(*(x[:, :6] for x in (q, k, v)), return_state=True, **options)
     o, state = hla.scan(
         *(x[:, 6:] for x in (q, k, v)), initial_state=start, return_state=True, **options
@@ -138,7 +138,7 @@ def test_the_papers_letters_are_an_associative_scan_without_decay(ridge):
     assert state._fields == ("S", "C", "m", "G", "h")
     close(o, want[:, 6:])
     for name, got in state._asdict().items():
-        close(got, letters[name])
+        close(got, sums[name])
 
 
 @pytest.mark.parametrize("mask", MASKS)

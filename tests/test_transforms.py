@@ -111,7 +111,7 @@ def test_torch_func_of_every_argument(operator, form, gate, axis):
         mapped = grad(lambda xs, f=f: (vmap(f, in_dims=-1)(xs) * weights).sum())
         is_first(mapped(scaled)[..., 0])
         leaf = x.clone().requires_grad_()
-        none = 0 * leaf.square().sum()  # a mass has no gradient here, some slopes are constant
+        none = 0 * leaf.square().sum()  # a denominator has no slope here, some are constant
         (slope,) = torch.autograd.grad(loss(leaf) + none, leaf, create_graph=True)
         (second,) = torch.autograd.grad((slope * along).sum() + none, leaf)
         curved = torch.func.hessian(loss)(x).reshape(x.numel(), -1) @ along.reshape(-1)

@@ -63,9 +63,12 @@ def prepare(
     """
     options = DEFAULTS | given
     decay, log_gate, start = _arrays(options)
-    q, k, v = (library_of(x).operand(x) for x in (q, k, v))
+    q, k, v = [library_of(x).operand(x) for x in (q, k, v)]
     key = _key((q, k, v), decay, log_gate, start, (*_plain(options), one_token, gradient))
-    known = None if key is None else _known.get(key)
+    try:
+        known = None if key is None else _known.get(key)
+    except TypeError:  # a compiler's symbols have no hash
+        key = known = None
     if known is None:
         known, inputs = _check(q, k, v, options, one_token, gradient)
         if key is not None:
@@ -78,7 +81,7 @@ def prepare(
     request, layout, whole = known
     decay, log_gate = gate.brought(q, decay, log_gate, layout)
     if not whole:
-        start = state.brought(_state_name(one_token), request, q, start)
+        start = _brought(one_token, request, q, start)
     tokens_in = layout.tokens_in
     inputs = Inputs(tokens_in(q), tokens_in(k), tokens_in(v), decay, log_gate, start)
     return request, inputs, layout
@@ -128,6 +131,12 @@ def _state_name(one_token: bool) -> str:
     return "state" if one_token else "initial_state"
 
 
+def _brought(one_token: bool, request: Request, q: Array, start: Any) -> Any:
+    """Check and bring the incoming state; a packed one stays so for one token."""
+    found = state.brought(_state_name(one_token), request, q, start)
+    return found if one_token or type(found) not in STATE_OF else found.unpack()
+
+
 def _check(
     q: Array, k: Array, v: Array, options: dict[str, Any], one_token: bool, gradient: bool
 ) -> tuple[Checked, Inputs]:
@@ -167,8 +176,9 @@ def _check(
     )
     whole = True
     if start is not None:
-        found_state = state.brought(_state_name(one_token), request, q, start)
+        found_state = _brought(one_token, request, q, start)
         layout = layout._replace(state_ranks=tuple(x.ndim for x in start))
-        whole = not layout.packed and all(x is y for x, y in zip(found_state, start, strict=True))
+        whole = type(found_state) is type(start)
+        whole = whole and all(x is y for x, y in zip(found_state, start, strict=True))
         inputs = inputs._replace(state=start if whole else found_state)
     return Checked(request, layout, whole), inputs

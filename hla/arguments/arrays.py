@@ -17,7 +17,7 @@ def array(
 ) -> Array:
     """Check that ``x`` is an array of one library and device with ``like``, plain in memory.
 
-    ``number`` says what else would have done.
+    ``number`` names the numbers that would be accepted too, for the error.
     """
     library = library_of(x)
     if not library.name:

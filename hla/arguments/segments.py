@@ -88,7 +88,7 @@ def _arrays(sides: dict[str, Any], right: Any) -> None:
 
 
 def _widths(right: Any) -> tuple[int, int]:
-    """D and V, read off the mass m and the matrix C or P of a segment."""
+    """D and V, from the vector m and the matrix C or P of a segment."""
     name = "C" if hasattr(right, "C") else "P"
     matrix = getattr(right, name)
     if right.m.ndim < 1 or matrix.ndim < 2:

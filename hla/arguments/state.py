@@ -42,7 +42,7 @@ def state_type(name: str, state: Any, default: type[Any] | None, ridge: float) -
 
 
 def brought(name: str, request: Request, q: Array, state: Any) -> Any:
-    """Check each field of the incoming state, bring it to the accumulation dtype and unpack it."""
+    """Check each field of the incoming state and bring it to the accumulation dtype."""
     xp, fields, packed = namespace(q), {}, type(state) in STATE_OF
     dtype = getattr(xp, request.accumulate)
     for field, shape in request.state_shapes().items():
@@ -62,5 +62,4 @@ def brought(name: str, request: Request, q: Array, state: Any) -> Any:
             x = xp.reshape(x, x.shape[extra:]) if extra else x
         broadcasts(label, x.shape, full, "its shape here. Keep the heads and widths of its call")
         fields[field] = xp.astype(x, dtype, copy=False)
-    given = type(state)(**fields)
-    return given.unpack() if packed else given
+    return type(state)(**fields)

@@ -58,8 +58,12 @@ def _backward(
 
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
-    """Return (o, state) of one token; never donates."""
-    o, state, _ = library_of(inputs.q).run(_one_token, request, inputs)
+    """Return (o, state) of one token, with ``donate`` in the given state's memory where it can."""
+    library: Any = library_of(inputs.q)
+    found: tuple[Array, Any] | None = library.in_place(request, inputs) if donate else None
+    if found is not None:
+        return found
+    o, state, _ = library.run(_one_token, request, inputs)
     return o, state
 
 

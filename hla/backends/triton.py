@@ -24,6 +24,7 @@ CAPABILITIES = Capabilities(
     forms=("chunked",),
     traced=("torch",),
     opaque=True,
+    packed=True,
 )
 
 
@@ -96,20 +97,30 @@ def plan(request: Request) -> str:
     return f"{cut}, launches: {' and '.join(kinds)}: {found}"
 
 
-def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
-    """Return (o, state, what `backward` needs)."""
+@functools.cache
+def _kernels() -> Any:
     from ..kernels.triton import run
 
-    return run.forward(request, inputs)
+    return run
+
+
+def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
+    """Return (o, state, what `backward` needs)."""
+    return _kernels().forward(request, inputs)  # type: ignore[no-any-return]
 
 
 def backward(
     request: Request, inputs: Inputs, saved: Any, do: Array | None, dstate: Any
 ) -> Gradients:
     """Return the gradients of `forward`."""
-    from ..kernels.triton import run
+    found: Gradients = _kernels().backward(request, inputs, saved, do, dstate)
+    return found
 
-    return run.backward(request, inputs, saved, do, dstate)
+
+def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
+    """Return (o, state) of one token, with ``donate`` in the given state's memory where it can."""
+    found: tuple[Array, Any] = _kernels().step(request, inputs, donate)
+    return found
 
 
 def summarize(request: Request, inputs: Inputs) -> Any:

@@ -1,8 +1,8 @@
 """Join adjacent stretches of a sequence: the paper's associative operator, for any operator's data.
 
 An operator gives its join as data: the power of r = rho(right) that scales each earlier matrix, and
-the products that cross the border; and what is read as products after q'. Masses (m, eta, ...) are
-not named: each is one more column of its matrix, and what holds of the matrix holds of it.
+the products that cross the border; and what is read as products after q'. Denominators (m, eta,
+...) are not named: each is one more column of its matrix, joined and read as the matrix is.
 ``join`` evaluates the data and ``join_adjoint`` is its transpose.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from .namespace import Array, namespace
 
 Fields = Mapping[str, Array]
-Parts = dict[str, list[Array]]  # each matrix and, where there is one, its mass as a column
+Parts = dict[str, list[Array]]  # each matrix and, where there is one, its denominator as a column
 DENOMINATOR = {"P": "m", "C": "m", "E": "n", "F": "eta", "G": "h", "X": "x"}
 
 
@@ -117,8 +117,8 @@ def _parts(fields: Fields) -> Parts:
 
 
 def _fields(parts: Parts) -> dict[str, Array]:
-    masses = {DENOMINATOR[name]: x[1][..., 0] for name, x in parts.items() if name in DENOMINATOR}
-    return {name: x[0] for name, x in parts.items()} | masses
+    dens = {DENOMINATOR[name]: x[1][..., 0] for name, x in parts.items() if name in DENOMINATOR}
+    return {name: x[0] for name, x in parts.items()} | dens
 
 
 def _scaled(r: Array, power: int, x: Array) -> Array:

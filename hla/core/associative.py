@@ -19,9 +19,9 @@ from .namespace import (
     powers,
 )
 from .passes import Gate, Shape, broadcast
-from .programs import PAPER
+from .programs import PAPER, pruned
 from .request import Request
-from .run import pruned, run, started
+from .run import run, started
 
 ALGEBRA: dict[tuple[str, str], Algebra] = {
     (name, mask): getattr(module, mask.upper())
@@ -53,7 +53,7 @@ def segment(
     values : dict
         "q", "k" and "v" with its column of ones, (*batch, T, features).
     gate, chunk
-        As in `passes.causal_pass`.
+        As in `run.causal_pass`.
     """
     algebra = ALGEBRA[request.operator, request.mask]
     steps = programs.segment_program(request.operator, request.mask).steps
@@ -181,11 +181,11 @@ def _started(
     fields, kind = {}, request.state_type
     assert kind is not None
     for field, shape in request.state_shapes().items():
-        x, mass = None if state is None else getattr(state, field), rank(field) == 1
-        own = (*shape[-1:], 1) if mass else shape[-2:]
-        x = x[..., None] if mass and x is not None else x
+        x, vector = None if state is None else getattr(state, field), rank(field) == 1
+        own = (*shape[-1:], 1) if vector else shape[-2:]
+        x = x[..., None] if vector and x is not None else x
         x = started(x, (*batch, *own), made_of, gate)
-        fields[field] = x[..., 0] if mass else x
+        fields[field] = x[..., 0] if vector else x
     return kind(**fields)
 
 

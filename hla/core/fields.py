@@ -1,4 +1,4 @@
-"""States between the public fields (matrix and mass apart) and the passes (side by side)."""
+"""Convert states between public fields and the [matrix | denominator] that passes use."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ def aligned(request: Request, xs: Sequence[Array]) -> list[Array]:
     if not library.meshes:
         return list(xs)
     axes = max(map(len, (request.q_shape, request.k_shape, request.v_shape)))
-    return library.aligned(xs, axes)
+    found: list[Array] = library.aligned(xs, axes)
+    return found
 
 
 def rank(field: str) -> int:
-    """Axes of a field beyond the batch: the lower-case fields, of denominators, are vectors."""
+    """Axes of a field beyond the batch: denominators, the lower-case fields, are vectors."""
     return 1 if field[0].islower() else 2
 
 

@@ -112,7 +112,7 @@ def view(segment: HLA2Segment) -> dict[str, Array]:
 
 
 def moments(final: dict[str, Array]) -> dict[str, Array]:
-    """Return the paper's letters from final states: G = S C - F and h = S m - eta."""
+    """Return the paper's G and h from final states: G = S C - F and h = S m - eta."""
     S, C, m, F, eta = (final[x] for x in ("S", "C", "m", "F", "eta"))
     return {"S": S, "C": C, "m": m, "G": S @ C - F, "h": dot(S, m) - eta}
 

@@ -1,14 +1,13 @@
 """What core asks of an array library: its namespace, and a few things that the standard lacks.
 
-`Library` does these in terms of the standard alone. The adapters of `hla.libraries` do better where
-a library has a way of its own: what adapts which library is data, `ADAPTERS`, and an adapter is
+`hla.libraries` answers: `Generic` in terms of the standard alone, other adapters better where a
+library has a way of its own. What adapts which library is data, `ADAPTERS`, and an adapter is
 imported when the first array of its library comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import array_api_compat as compat
@@ -16,106 +15,10 @@ import numpy as np
 
 Array = Any
 Namespace = Any
+Library = Any  # one object of `hla.libraries` for each; arrays are arguments, so it serves all
 
 # The adapter of each library by its name, from name and namespace; of any other by "".
 ADAPTERS: dict[str, Callable[[str, Namespace], Library]] = {}
-
-
-class Library:
-    """An array library as core uses it; arrays are arguments, so that one object serves all.
-
-    Parameters
-    ----------
-    name : str
-        Of the library; "" for what is no array that is computed with.
-    xp : module or None
-        Its Array API namespace.
-    """
-
-    meshes = False  # whether an array's type may say how it lies on a mesh of devices
-
-    def __init__(self, name: str, xp: Namespace) -> None:
-        self.name, self.xp = name, xp
-        self._kept: dict[Any, np.ndarray[Any, Any]] = {}
-
-    def device(self, x: Array) -> Any:
-        """Device on which to make arrays beside ``x``; None where they follow it by themselves."""
-        return compat.device(x)
-
-    def moveaxis(self, x: Array, source: int, destination: int) -> Array:
-        """Move one axis."""
-        return self.xp.moveaxis(x, source, destination)
-
-    def unstack(self, x: Array, axis: int) -> tuple[Array, ...]:
-        """Split along one axis; not by indexing, which has a whole array as gradient a slice."""
-        return tuple(self.xp.unstack(x, axis=axis))
-
-    def underflow(self) -> AbstractContextManager[Any]:
-        """Context in which a result too small for its dtype is 0, silently."""
-        return nullcontext()
-
-    def symbolic(self, size: Any) -> bool:
-        """Whether a size is a symbol, of which no comparison is known."""
-        return False
-
-    def padded(self, x: Array, axis: int, before: int, after: int, fill: float) -> Array:
-        """See `padded`."""
-        xp, parts = self.xp, [x]
-        for count, place in ((before, 0), (after, 2)):
-            if count:
-                shape = (*x.shape[:axis], count, *x.shape[len(x.shape) + axis + 1 :])
-                parts.insert(place, xp.full(shape, fill, dtype=x.dtype, device=self.device(x)))
-        return xp.concat(parts, axis=axis)
-
-    def powers(self, x: Array, n: Array) -> Array:
-        """See `powers`."""
-        return x**n
-
-    def triangle(self, x: Array, k: int, upper: bool) -> Array:
-        """See `triangle`."""
-        return (self.xp.triu if upper else self.xp.tril)(x, k=k)
-
-    def constants(
-        self, like: Array, key: tuple[Any, ...], make: Callable[[], np.ndarray[Any, Any]]
-    ) -> Array:
-        """Return the constants that ``make`` gives and ``key`` names, on the device of ``like``."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self.xp.asarray(self._kept[key], device=self.device(like))
-
-    def fold(
-        self, body: Any, carry: Any, xs: Any, axes: tuple[int, ...], out_axis: int, reverse: bool
-    ) -> Any:
-        """See `fold`."""
-        out = []
-        slices = (self.unstack(x, axis) for x, axis in zip(xs, axes, strict=True))
-        turns = list(zip(*slices, strict=True))
-        for turn in reversed(turns) if reverse else turns:
-            carry, ys = body(carry, turn)
-            out.append(ys)
-        if reverse:
-            out.reverse()
-        return carry, tuple(self.xp.stack(y, axis=out_axis) for y in zip(*out, strict=True))
-
-    def run(self, function: Callable[..., Any], request: Any, inputs: Any, *args: Any) -> Any:
-        """Call ``function(request, inputs, *args)`` as the library runs it best."""
-        return function(request, inputs, *args)
-
-    def explicit(self, x: Array) -> bool:
-        """Whether the type of ``x`` says along which axes it is split among devices."""
-        return False
-
-    def aligned(self, xs: Sequence[Array], axes: int) -> list[Array]:
-        """Give arrays so many axes, and on a mesh one split of those that all share."""
-        return list(xs)
-
-    def laid(self, x: Array, like: Sequence[Array]) -> Array:
-        """Lay ``x`` on a mesh as all of ``like`` together; arrays (*batch, X, Y)."""
-        return x
-
-    def laid_back(self, grad: Array, x: Array) -> Array:
-        """Return the gradient of x from that of x as `laid`."""
-        return grad
 
 
 _libraries: dict[type, Library] = {}  # by class: a look-up takes as long as a small product
@@ -148,7 +51,7 @@ def adapter(name: str, xp: Namespace) -> Library:
 
 def namespace(x: Array) -> Namespace:
     """Array API namespace of ``x``."""
-    return library_of(x).xp or compat.array_namespace(x)  # which says what is wrong with x
+    return library_of(x).xp or compat.array_namespace(x)  # which reports what is wrong with x
 
 
 def device(x: Array) -> Any:

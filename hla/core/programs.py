@@ -203,6 +203,9 @@ def prune(
     return tuple(reversed(kept)), have
 
 
+pruned = remembered(prune)
+
+
 def sweeps(steps: Passes) -> tuple[Passes, ...]:
     """Cut a program into as few groups as can be whose passes run together, token by token."""
     return min((tuple(_alternating(steps, reverse)) for reverse in (False, True)), key=len)

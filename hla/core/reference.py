@@ -14,9 +14,9 @@ from . import associative
 from .fields import aligned, gradient_fields, joined, split
 from .namespace import Array, library_of, namespace, padded, sum_to
 from .passes import CHUNK, Gate, Shape, broadcast
-from .programs import Passes, all_shapes
+from .programs import all_shapes
 from .request import Inputs, Request
-from .run import CORE, GATE, Engine, Env, pruned
+from .run import CORE, GATE, Engine, Env
 
 FORMS = ("chunked", "recurrent", "associative", "dense")
 
@@ -51,14 +51,6 @@ def accumulated(request: Request, inputs: Inputs) -> tuple[Env, Gate]:
         gate = gate.of(given)
     v = padded(v, -1, after=1, fill=1.0) if request.ones else v
     return {"q": q, "k": k, "v": v} | joined(request, inputs.state), gate
-
-
-def alive(request: Request, start: bool) -> Passes:
-    """Return the passes that a forward runs, from an initial state where there is one."""
-    steps = request.program.steps
-    given = {"q", "k", "v"} | {s.start for s in steps if start}
-    wanted = {"o"} | {s.end for s in steps if request.return_state}
-    return pruned(steps, frozenset(given), frozenset(wanted))[0]
 
 
 def forward(
@@ -99,19 +91,14 @@ def forward(
 
 def _run(request: Request, inputs: Inputs, engine: Engine) -> Env:
     values, gate = accumulated(request, inputs)
-    steps = alive(request, inputs.state is not None)
+    steps = request.alive(request.program.steps, inputs.state is not None)
     found: Env = engine.run(steps, values, gate, chunk=width(request), keep=request.gradient)
     return found
 
 
 def saved_names(request: Request) -> tuple[str, ...]:
-    """Name what `backward` needs beside the inputs: what later steps read, of a quotient o."""
-    if request.form == "associative" or not request.gradient:
-        return ()
-    steps = alive(request, False)
-    read = {name for s in steps for name in (s.q, s.k, s.v)}
-    read |= {"o"} if request.normalize else set()
-    return tuple(dict.fromkeys(s.out for s in steps if s.out in read))
+    """Name what `backward` needs beside the inputs."""
+    return () if request.form == "associative" else request.saved(request.program.steps)
 
 
 def saved(request: Request, env: Env | None) -> tuple[Array, ...]:
@@ -134,7 +121,7 @@ def shapes(request: Request) -> tuple[Shape, tuple[Shape, ...], tuple[Shape, ...
     state = tuple(fields[x] for x in kind._fields) if request.return_state else ()
     given[2] = (*given[2][:-1], given[2][-1] + request.ones)
     named = dict(zip("qkv", given, strict=True))
-    values, _ = all_shapes(alive(request, False), named, request.gate_batch)
+    values, _ = all_shapes(request.program.steps, named, request.gate_batch)
     return o, state, tuple(values[name] for name in saved_names(request))
 
 
@@ -175,7 +162,7 @@ def backward(
     if do is not None:
         values["d.o"] = _unfinish(request, values, do)
     found = engine.pull(
-        alive(request, inputs.state is not None),
+        request.alive(request.program.steps, inputs.state is not None),
         values,
         gate,
         with_gate=request.gate_given,

@@ -12,6 +12,7 @@ from .programs import (
     Passes,
     Program,
     program,
+    pruned,
     segment_program,
     single_passes,
     state_shapes,
@@ -94,6 +95,28 @@ class Request:
     def passes(self) -> Passes:
         """The same with denominators as passes of their own, in names and factors."""
         return single_passes(self.program, self.scale)
+
+    def alive(self, steps: Passes, start: bool) -> Passes:
+        """Return those of the program's passes that a forward runs, from an initial state or not.
+
+        They are `program`'s steps, with denominators as columns, or `passes`.
+        """
+        given = {"q", "k", "v", "v|1"} | {s.start for s in steps if start}
+        wanted = {"o"} | ({"o|1"} if self.normalize else set())
+        wanted |= {s.end for s in steps} if self.return_state else set()
+        return pruned(steps, frozenset(given), frozenset(wanted))[0]
+
+    def saved(self, steps: Passes) -> tuple[str, ...]:
+        """Name what the gradient reads beside the inputs, whatever ran the forward.
+
+        These are the intermediates that later passes read and, of a quotient, both of its terms.
+        """
+        if not self.gradient:
+            return ()
+        steps = self.alive(steps, False)
+        read = {name for s in steps for name in (s.q, s.k, s.v)}
+        read |= {"o", "o|1"} if self.normalize else set()
+        return tuple(dict.fromkeys(s.out for s in steps if s.out in read))
 
     @property
     def ridged(self) -> bool:

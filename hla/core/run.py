@@ -41,13 +41,13 @@ from .passes import (
     weights,
     weights_adjoint,
 )
-from .programs import Passes, adjoint, all_shapes, d, prune, sweeps
+from .programs import Passes, adjoint, all_shapes, d, pruned, sweeps
 
 RunPass = Callable[..., tuple[Array, Array]]
 Env = dict[str, Array]
 Kept = dict[int, list[Array]]  # states before every chunk, by the program's step
 GATE = "d.gate"
-grouped, pruned, transpose = remembered(sweeps), remembered(prune), remembered(adjoint)
+grouped, transpose = remembered(sweeps), remembered(adjoint)
 
 
 def run(

@@ -1,6 +1,6 @@
 """Run the plans of requests on a device, prepared once for what a request's arrays are like.
 
-A call that is like an earlier one (its request, and what the device says of its arrays) allocates
+A call that is like an earlier one (its request, and what the device knows of its arrays) allocates
 what its plan names and does the steps that are ready.
 """
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
 
-from ..core.passes import Shape, broadcast
-from ..core.programs import Passes, prune
+from ..core.passes import Shape
+from ..core.programs import Passes, all_shapes
 from ..core.request import Request
 
 
@@ -23,36 +23,22 @@ def named(request: Request) -> dict[str, Shape]:
     The "P@0" and "P@T" of a denominator are columns, (*batch, D, 1). A state has the batch axes of
     just the inputs that it is made of.
     """
-    found = {"q": request.q_shape, "k": request.k_shape, "v": request.v_shape}
-    found["v|1"] = (request.tokens, 1)
-    for s in request.passes:
-        q, k, v = found[s.q], found[s.k], found[s.v]
-        held = broadcast(k[:-2], v[:-2], request.gate_batch if s.kind != "full" else ())
-        found[s.start] = found[s.start.replace("@0", "@T")] = (*held, k[-1], v[-1])
-        before = found.get(s.out, (1, 1))[:-2]
-        found[s.out] = (*broadcast(before, held, q[:-2]), k[-2], v[-1])
+    given = {"q": request.q_shape, "k": request.k_shape, "v": request.v_shape}
+    given["v|1"] = (request.tokens, 1)
+    found, states = all_shapes(request.passes, given, request.gate_batch)
+    for s, shape in zip(request.passes, states, strict=True):
+        found[s.start] = found[s.start.replace("@0", "@T")] = shape
     return found
 
 
 def alive(request: Request, start: bool) -> Passes:
     """Return the passes that a forward runs, from an initial state where there is one."""
-    given = {"q", "k", "v", "v|1"} | {s.start for s in request.passes if start}
-    wanted = {"o"} | ({"o|1"} if request.normalize else set())
-    wanted |= {s.end for s in request.passes} - {""} if request.return_state else set()
-    return prune(request.passes, given, wanted)[0]
+    return request.alive(request.passes, start)
 
 
 def saved(request: Request) -> tuple[str, ...]:
-    """Name what the gradient reads beside the inputs, whatever ran the forward.
-
-    These are the intermediates that later passes read and, of a quotient, both of its terms.
-    """
-    if not request.gradient:
-        return ()
-    steps = alive(request, False)
-    read = {name for s in steps for name in (s.q, s.k, s.v)}
-    read |= {"o", "o|1"} if request.normalize else set()
-    return tuple(dict.fromkeys(s.out for s in steps if s.out in read))
+    """Name what the gradient reads beside the inputs, whatever ran the forward."""
+    return request.saved(request.passes)
 
 
 def shapes(request: Request) -> Shapes:

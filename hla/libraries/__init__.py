@@ -1,4 +1,4 @@
-"""Array libraries: a class for each, which knows what the standard does not say of its arrays."""
+"""Array libraries: a class for each, with what the standard leaves open about its arrays."""
 
 from __future__ import annotations
 

@@ -15,12 +15,13 @@ from ..core.request import Inputs, Request
 class Filled:
     """A backend that runs each empty batch axis as one entry of zeros, and takes it off again.
 
-    A shared mass lies beside its matrices, and a shared key's gradient is summed over the entries:
-    of no entries there would be nothing to read them from.
+    A shared denominator lies beside its matrices, and a shared key's gradient is summed over the
+    entries: of no entries there would be nothing to read them from.
     """
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
+        self.capabilities = backend.capabilities._replace(packed=False)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+import array_api_compat as compat
 import numpy as np
 
 from ..contract import Capabilities
-from ..core.namespace import Array, Library
+from ..core.namespace import Array, Namespace
 
 
 def compiling() -> bool:
@@ -36,11 +37,95 @@ def _dtype_name(kind: Any, dtype: Any) -> str:  # the kind first: dtypes of two 
     return str(dtype).rsplit(".", 1)[-1]
 
 
-class Generic(Library):
-    """What holds for a library of which only the standard is known."""
+class Generic:
+    """What holds for a library of which only the standard is known.
+
+    Parameters
+    ----------
+    name : str
+        Of the library; "" for what is no array that is computed with.
+    xp : module or None
+        Its Array API namespace.
+    """
 
     strided = True  # whether it takes arrays with strides by DLPack
     rule = ""  # module by which its transforms know any backend
+    meshes = False  # whether an array's type may tell its layout on a mesh of devices
+
+    def __init__(self, name: str, xp: Namespace) -> None:
+        self.name, self.xp = name, xp
+        self._kept: dict[Any, np.ndarray[Any, Any]] = {}
+
+    def device(self, x: Array) -> Any:
+        """Device on which to make arrays beside ``x``; None where they follow it by themselves."""
+        return compat.device(x)
+
+    def moveaxis(self, x: Array, source: int, destination: int) -> Array:
+        """Move one axis."""
+        return self.xp.moveaxis(x, source, destination)
+
+    def unstack(self, x: Array, axis: int) -> tuple[Array, ...]:
+        """Split along one axis; not by indexing, which has a whole array as gradient a slice."""
+        return tuple(self.xp.unstack(x, axis=axis))
+
+    def symbolic(self, size: Any) -> bool:
+        """Whether a size is a symbol, of which no comparison is known."""
+        return False
+
+    def padded(self, x: Array, axis: int, before: int, after: int, fill: float) -> Array:
+        """See `core.namespace.padded`."""
+        xp, parts = self.xp, [x]
+        for count, place in ((before, 0), (after, 2)):
+            if count:
+                shape = (*x.shape[:axis], count, *x.shape[len(x.shape) + axis + 1 :])
+                parts.insert(place, xp.full(shape, fill, dtype=x.dtype, device=self.device(x)))
+        return xp.concat(parts, axis=axis)
+
+    def powers(self, x: Array, n: Array) -> Array:
+        """See `core.namespace.powers`."""
+        return x**n
+
+    def triangle(self, x: Array, k: int, upper: bool) -> Array:
+        """See `core.namespace.triangle`."""
+        return (self.xp.triu if upper else self.xp.tril)(x, k=k)
+
+    def constants(
+        self, like: Array, key: tuple[Any, ...], make: Callable[[], np.ndarray[Any, Any]]
+    ) -> Array:
+        """Return the constants that ``make`` gives and ``key`` names, on the device of ``like``."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self.xp.asarray(self._kept[key], device=self.device(like))
+
+    def fold(
+        self, body: Any, carry: Any, xs: Any, axes: tuple[int, ...], out_axis: int, reverse: bool
+    ) -> Any:
+        """See `core.namespace.fold`."""
+        out = []
+        slices = (self.unstack(x, axis) for x, axis in zip(xs, axes, strict=True))
+        turns = list(zip(*slices, strict=True))
+        for turn in reversed(turns) if reverse else turns:
+            carry, ys = body(carry, turn)
+            out.append(ys)
+        if reverse:
+            out.reverse()
+        return carry, tuple(self.xp.stack(y, axis=out_axis) for y in zip(*out, strict=True))
+
+    def explicit(self, x: Array) -> bool:
+        """Whether the type of ``x`` names the axes along which it is split among devices."""
+        return False
+
+    def aligned(self, xs: Sequence[Array], axes: int) -> list[Array]:
+        """Give arrays so many axes, and on a mesh one split of those that all share."""
+        return list(xs)
+
+    def laid(self, x: Array, like: Sequence[Array]) -> Array:
+        """Lay ``x`` on a mesh as all of ``like`` together; arrays (*batch, X, Y)."""
+        return x
+
+    def laid_back(self, grad: Array, x: Array) -> Array:
+        """Return the gradient of x from that of x as `laid`."""
+        return grad
 
     def facts(self, x: Array) -> Facts:
         """Return everything that a request tells of ``x`` beside its shape."""
@@ -54,7 +139,10 @@ class Generic(Library):
         )
 
     def key(self, x: Array) -> Any:
-        """Return what tells `facts` and shape of ``x`` from others', hashable; None if nothing."""
+        """Return what tells `facts` and shape of ``x`` from others', None if nothing.
+
+        It is hashable but for the symbols of a compiler.
+        """
         return None
 
     def dtype_name(self, x: Array) -> str:
@@ -140,6 +228,10 @@ class Generic(Library):
     def done(self, x: Array) -> Callable[[], bool]:
         """Return what tells whether the work queued until now on x's device is done."""
         return lambda: True
+
+    def in_place(self, request: Any, inputs: Any) -> tuple[Array, Any] | None:
+        """Take one token with the state updated in its own memory; None where that cannot be."""
+        return None
 
     def underflow(self) -> AbstractContextManager[Any]:
         """Context in which a result too small for its dtype is 0, whatever np.errstate says."""

@@ -21,6 +21,7 @@ from ..core.namespace import Array
 from ..core.passes import Gate
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request
+from ..device.token import unpacked
 from .exchange import loaded
 
 Found = tuple[Array, Any, Any]
@@ -44,7 +45,7 @@ def step(
     backend: str, node: bool, request: Request, inputs: Inputs, donate: bool
 ) -> tuple[Array, Any]:
     """Return (o, state) of one token, differentiable."""
-    o, state, _ = forward(backend, node, request, inputs)
+    o, state, _ = forward(backend, node, request, inputs._replace(state=unpacked(inputs.state)))
     return o, state
 
 

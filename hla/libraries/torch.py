@@ -15,12 +15,14 @@ from torch import Tensor
 
 from ..contract import Capabilities
 from ..core.namespace import Array
+from ..core.request import Inputs, Request
 from . import torch_tracing as tracing
 from .generic import Generic, compiling
-from .torch_memory import on_memory
+from .torch_memory import PLAIN, on_memory
 
 NUMBERS = 256  # that are kept on a device
 HALF = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
+_precision: Any = torch._C._get_fp32_precision_getter  # what torch.backends.cuda.matmul asks
 WRAPPERS = {  # each imported where there is one; what makes it plain
     ("torch.distributed.tensor", "DTensor"): "x.full_tensor(), or x.to_local() for its part",
     ("torch.masked", "MaskedTensor"): "x.to_tensor(0.0)",
@@ -41,12 +43,7 @@ class Torch(Generic):
         """Return type, shape, dtype and device, as long as it is plain memory."""
         if x.layout is not torch.strided or x.is_nested or x.is_neg() or _wrapper(x):
             return None
-        key = type(x), x.shape, x.dtype, x.device
-        try:
-            hash(key)
-        except TypeError:  # a symbol of torch's compiler
-            return None
-        return key
+        return type(x), x.shape, x.dtype, x.device
 
     def device(self, x: Array) -> Any:
         """Return its device."""
@@ -61,7 +58,7 @@ class Torch(Generic):
 
     def tf32(self) -> bool:
         """Whether torch.backends.cuda.matmul asks for it, however it was set."""
-        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+        return bool(_precision("cuda", "matmul") == "tf32")
 
     def irregular(self, x: Array) -> tuple[str, str] | None:
         """Tell nested, quantized and sparse tensors, and wrappers of several."""
@@ -80,7 +77,7 @@ class Torch(Generic):
     def operand(self, x: Array) -> Array:
         """Cast as torch.autocast, where it is on, casts the operands of a product."""
         x = self.plain(x)
-        if _autocast_is_on(x) and x.dtype in HALF:
+        if torch._C._is_any_autocast_enabled() and _autocast_is_on(x) and x.dtype in HALF:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
@@ -144,6 +141,13 @@ class Torch(Generic):
         done: Callable[[], bool] = torch.cuda.current_stream(x.device).record_event().query
         return done
 
+    def in_place(self, request: Request, inputs: Inputs) -> tuple[Array, Any] | None:
+        """Take one token with the state updated in its own memory; None where that cannot be."""
+        from .torch_token import step
+
+        with self.exact_products(inputs.q):
+            return step(request, inputs)
+
     def underflow(self) -> AbstractContextManager[Any]:
         """Return no context: torch does not tell."""
         return nullcontext()
@@ -197,7 +201,7 @@ TORCH = Torch()
 
 
 def _wrapper(x: Array) -> tuple[str, str] | None:
-    if type(x) in (Tensor, torch.nn.Parameter):
+    if type(x) in PLAIN:
         return None
     for (module, name), remedy in WRAPPERS.items():
         kind = getattr(sys.modules.get(module), name, None)

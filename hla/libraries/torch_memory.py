@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Result = TypeVar("Result")
+PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 def on_memory(function: Callable[..., Result], *trees: Any) -> Result:
@@ -25,7 +26,7 @@ def on_memory(function: Callable[..., Result], *trees: Any) -> Result:
     *trees
         Tensors, None and tuples of them.
     """
-    if all(_is_memory(tree) for tree in trees):
+    if _are_memory(trees):
         return function(*trees)
     flat, spec = tree_flatten(trees)
     specs: list[Any] = []
@@ -43,13 +44,14 @@ def on_memory(function: Callable[..., Result], *trees: Any) -> Result:
     return result
 
 
-def _is_memory(tree: Any) -> bool:
-    if tree is None:
-        return True
-    if isinstance(tree, tuple):
-        return all(_is_memory(x) for x in tree)
-    plain = type(tree) in (Tensor, nn.Parameter)
-    return plain and not tree.is_neg() and not tree._is_zerotensor()
+def _are_memory(trees: Any) -> bool:
+    for x in trees:
+        if type(x) in PLAIN:
+            if x.is_neg() or x._is_zerotensor():
+                return False
+        elif x is not None and not (isinstance(x, tuple) and _are_memory(x)):
+            return False
+    return True
 
 
 def _values(x: Tensor) -> Tensor:

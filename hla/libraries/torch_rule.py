@@ -23,6 +23,8 @@ from .. import states
 from ..core.associative import ALGEBRA
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request
+from ..core.triangle import STATE_OF
+from ..device.token import unpacked
 from . import torch_tracing as tracing
 from .exchange import loaded
 from .torch_options import Options, inputs_of, no_forward_mode, options_of, present, request_of
@@ -39,15 +41,29 @@ def forward(
     backend: str, node: bool, request: Request, inputs: Inputs
 ) -> tuple[Tensor, Any, Sequence[Tensor]]:
     """Return (o, state, what `backward` needs where the request asks for it)."""
-    state = [] if inputs.state is None else list(inputs.state)
-    tensors = present(*inputs[:5], state)
+    module, learns, node = _way(backend, node, request, inputs)
+    if module is not None:
+        return module.forward(request, inputs)  # type: ignore[no-any-return]
+    return _as_operator(backend, node, request, inputs, learns)
+
+
+def _way(backend: str, node: bool, request: Request, inputs: Inputs) -> tuple[Any, bool, bool]:
+    """Return the backend to call as it is, or None; whether a gradient is followed; node."""
+    tensors = [x for x in inputs[:5] if x is not None]
+    if inputs.state is not None:
+        tensors += inputs.state
     module = _in_forward_mode(backend, tensors)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     node = node or _looked_at(request) or (learns and request.gradient)
     if module is None and not (learns or node):
         module = loaded(backend)
-    if module is not None:
-        return module.forward(request, inputs)  # type: ignore[no-any-return]
+    return module, learns, node
+
+
+def _as_operator(
+    backend: str, node: bool, request: Request, inputs: Inputs, learns: bool
+) -> tuple[Tensor, Any, Sequence[Tensor]]:
+    state = [] if inputs.state is None else list(inputs.state)
     if node:  # a transform's tensors do not say whether they need gradients
         keep = learns or request.gradient or tracing.transforming()
         options = options_of(backend, request)
@@ -96,8 +112,13 @@ def step(
     backend: str, node: bool, request: Request, inputs: Inputs, donate: bool
 ) -> tuple[Tensor, Any]:
     """Return (o, state) of one token, differentiable."""
-    o, state, _ = forward(backend, node, request, inputs)
-    return o, state
+    module, learns, node = _way(backend, node, request, inputs)
+    if module is not None:
+        return module.step(request, inputs, donate)  # type: ignore[no-any-return]
+    packed = type(inputs.state) in STATE_OF
+    inputs = inputs._replace(state=unpacked(inputs.state))
+    o, state, _ = _as_operator(backend, node, request, inputs, learns)
+    return o, state.pack() if packed else state
 
 
 def summarize(backend: str, node: bool, request: Request, inputs: Inputs) -> Any:

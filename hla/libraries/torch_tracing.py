@@ -26,7 +26,7 @@ def transforming() -> bool:
 
 def transformed() -> bool:
     """Whether plain types and shapes may stand for something else now."""
-    return compiling() or bool(torch.jit.is_tracing()) or transforming()
+    return compiling() or bool(torch._C._is_tracing()) or transforming()
 
 
 def wrapped(x: Tensor) -> bool:
@@ -45,7 +45,7 @@ def traced(x: Tensor) -> bool:
         or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
         or wrapped(x)
         or compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
     )
 
 

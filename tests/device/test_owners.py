@@ -63,11 +63,11 @@ PLANNED = Runner(FAKE._replace(steps=step_of, rows=lambda request, where: owners
     {"normalize": True}, {"scale": 0.5, "return_state": True}, {"D": 40, "ridge": 0.3},
     {"return_state": True, "start": True, "gate": "decay"}, {"turned": True}, {"shared": "kv"},
     {"tokens": 68, "return_state": True, "start": True, "gate": "log_gate"},
-    {"tokens": 32, "operator": "ahla", "gate": "decay"}, {"tokens": 32, "shared": "kv"},
+    {"tokens": 36, "operator": "ahla", "gate": "decay", "shared": "kv"},
     {"gradient": False}, {"operator": "hla3", "normalize": True, "turned": True},
     {"operator": "hla3", "gate": "log_gate", "D": 40, "return_state": True},
     {"operator": "hla3", "start": True, "return_state": True, "scale": 0.7, "shared": "k"},
-    {"operator": "hla3", "tokens": 32, "return_state": True, "gate": "decay"},
+    {"operator": "hla3", "tokens": 36, "return_state": True, "gate": "decay"},
 ], ids=str)  # fmt: skip
 def test_planned(options):
     """What a call asks for is what the kernel is told, whatever the shapes and strides."""
@@ -78,14 +78,14 @@ def test_planned(options):
     gate, D, start, turned, shared, gradient, tokens = (
         given.pop(n) for n in ("gate", "D", "start", "turned", "shared", "gradient", "tokens")
     )
-    T, V, batch = 70, 128 if D == 40 else 24, (2, 3)
+    T, V, batch = 70, 128 if D == 40 else 24, (2, 2)
     arrays = {}
     for name, n in zip("qkv", (D, D, V), strict=True):
         lead = (2, 1) if name in shared else batch
         x = abs(random.normal(size=(*lead, T, n))) / n**0.5
         arrays[name] = np.moveaxis(np.moveaxis(x, 1, 2).copy(), 2, 1) if turned else x
     if gate == "decay":
-        arrays["decay"] = random.uniform(0.9, 1, 3)
+        arrays["decay"] = random.uniform(0.9, 1, 2)
     elif gate:
         arrays["log_gate"] = -random.exponential(0.1, (*batch, T))
     if start:
@@ -124,3 +124,22 @@ def test_what_it_serves():
         assert served(**other) == []
     small = q[..., :64]
     assert served(v=small, q=small, k=small) == []
+
+
+def test_where_it_runs(monkeypatch):
+    """On Hopper, of bfloat16, by a Triton whose Gluon is known."""
+    torch = installed("torch")
+    q = torch.ones(2, 5, 100, dtype=torch.bfloat16)
+    names = {"decay": None, "log_gate": None, "scale": 1.0, "operator": "ahla", "mask": "causal"}
+    request = prepare(q=q, k=q, v=q, **names, gradient=False)[0]
+    wide = prepare(q=q.float(), k=q.float(), v=q.float(), **names, gradient=False)[0]
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(owners, "capability", lambda where: 9)
+    for version, able in (("3.5.1", False), ("3.6.0+git1", True), ("3.9.0", True), ("3.10", False)):
+        monkeypatch.setattr(owners.triton, "__version__", version)
+        assert owners.able(request, cuda) == able
+    monkeypatch.setattr(owners.triton, "__version__", "3.6.0")
+    assert not owners.able(request, torch.device("cpu"))
+    assert not owners.able(wide, cuda)
+    monkeypatch.setattr(owners, "capability", lambda where: 8)
+    assert not owners.able(request, cuda)

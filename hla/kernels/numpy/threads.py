@@ -68,7 +68,7 @@ def _cores() -> int:
         found = re.match(r"\s*\+?(\d+)", os.environ.get(name, ""), re.ASCII)
         limits.append(int(found[1]) if found else 0)
     controller = _controller()
-    if controller is not None:  # what threadpoolctl, or BLAS's own switch, says now
+    if controller is not None:  # as threadpoolctl, or BLAS's own switch, has it now
         limits += [pool["num_threads"] for pool in controller.info()]
     return min(limit for limit in limits if limit)
 

@@ -18,8 +18,9 @@ decay's lie ready, a log gate's are put beside q by the third warpgroup.
 
 Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024 (y too: 1280). Operations:
 197 k (hla2). At 3.0 TB/s and 790 TFLOP/s the bytes bind: 0.179 ms for B = 8, T = 4096, H = 16 (y
-too: 0.224). One H100 took 0.198 (90%), 0.242 with y, ahla 0.196. No atomics; bits depend on nothing
-but the head's data.
+too: 0.224). One H100 took 0.195 (92%), 0.242 with y, ahla 0.195. With a decay 0.250, with a log
+gate 0.259: there the owners' own chains bind, which weigh pairs, results, values and states. No
+atomics; bits depend on nothing but the head's data.
 
 Each product that reads registers is awaited before they change; assemblers up to CUDA 12.9 can
 reuse them before (triton-lang/triton 11781), which tests/test_hopper.py looks for.

@@ -146,7 +146,7 @@ def addresses(operands: Sequence[torch.Tensor | None]) -> list[Any]:
     Unsupported
         One has no memory, or a tracer is recording, which would see the memory and not the launch.
     """
-    if torch.jit.is_tracing() or _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None:
+    if torch._C._is_tracing() or _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None:
         raise Unsupported(
             "backend triton launches kernels that torch's tracers do not see; trace hla.scan, which"
             " is one operator, or use backend='array_api'"

@@ -1,4 +1,4 @@
-"""Division by the masses on an NVIDIA GPU, and its adjoint, row by row.
+"""Division by the denominators on an NVIDIA GPU, and its adjoint, row by row.
 
     o = num / (den + eps)      dnum = do / (den + eps)      dden = -(dnum . num) / (den + eps)
 
@@ -23,7 +23,7 @@ def normalize_kernel(  # type: ignore[no-untyped-def]
     p_x, p_den, p_o, p_num, p_dden, eps, rows, V,
     BACK: tl.constexpr, R: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """R rows of x / (den + eps); with BACK also their products with num, for the masses."""
+    """R rows of x / (den + eps); with BACK also their products with num."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     m_r = row < rows
     den = tl.load(p_den + row, mask=m_r, other=1.0) + eps

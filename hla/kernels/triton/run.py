@@ -13,6 +13,7 @@ import triton
 from ...core.passes import Shape
 from ...core.reference import Gradients
 from ...core.request import Inputs, Request
+from ...core.triangle import STATE_OF
 from ...device.elementwise import fit
 from ...device.plan import dtype_of
 from ...device.scan import Call, Device, Do, Place, Ready, Runner
@@ -30,7 +31,9 @@ from ...device.steps import (
     Sum,
 )
 from ...device.tiles import Layout, strides_like, whole
+from ...device.token import unpacked
 from . import normalize, rows
+from . import step as one_token
 from .carry import carry, fading
 from .causal import LEAST
 from .gate import gate_kernel, settings
@@ -233,7 +236,19 @@ def forward(request: Request, inputs: Inputs) -> tuple[Any, Any, tuple[Any, ...]
     """Return (o, state, the tensors that `backward` needs)."""
     if request.traced and shapes_alone(inputs.q):
         return empty(request, inputs)
+    if request.tokens == 1 and request.return_state and not request.gradient:
+        return *step(request, inputs, False), ()
     return RUNNER.forward(request, inputs)
+
+
+def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Any, Any]:
+    """Return (o, state) of one token; the state may be packed, and with ``donate`` is written."""
+    if one_token.fits(request):
+        return one_token.step(request, inputs, donate)
+    packed = type(inputs.state) in STATE_OF
+    inputs = inputs._replace(state=unpacked(inputs.state))
+    o, state, _ = RUNNER.forward(request, inputs)
+    return o, state.pack() if packed else state
 
 
 def backward(
