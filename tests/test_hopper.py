@@ -303,9 +303,11 @@ KERNELS = [
     *(("hla3", gate, "") for gate in (0, 1)),
     *(("hla3", 2, shape) for shape in THIRD),
 ]
+# Bytes a thread, most of them where addresses are made; others 24
 SPILLS = {"": 96, "segments": 176, "segments, states alone": 64, "states": 256, "all": 320,
           "o in float32": 256, "states alone": 128, "odd rows": 2048}  # fmt: skip
-# bytes a thread, most of them where addresses are made; others 16
+NEWER_SPILLS = SPILLS | {"": 168, "segments, states alone": 160, "states": 432, "all": 512,
+                         "o in float32": 1016}  # by the assembler of CUDA 13  # fmt: skip
 SHARED = 227 * 1024
 
 
@@ -360,5 +362,6 @@ def test_compiled_for_the_hardware(reports, case):
     assert not found["narrow"]  # nor does a product that is widened later
     assert found["wgmma"] > 0
     assert found["mma"] == 0
-    assert found["spills"] <= SPILLS.get(case[2], 16)
+    spills = SPILLS if found["assembler"] < 13 else NEWER_SPILLS
+    assert found["spills"] <= spills.get(case[2], 24)
     safe(found)
