@@ -9,7 +9,8 @@ chain of 132; up to BLOCKS segments are one step, read once. float32, gates in f
 every sum depends on the number of segments alone.
 
 Bytes a head and segment: `local` and o, 8 D V, 131 kB at D = V = 128; `local` twice where there are
-more than BLOCKS segments, the second time from L2. At 3.0 TB/s 16 heads of 8 segments take 6 us.
+more than BLOCKS segments, the second time from L2. At 3.0 TB/s 16 heads of 8 segments take 6 us;
+one H100 took 4, from L2.
 """
 
 from __future__ import annotations
