@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 
-from sass import astray, hazards, serialised
+from sass import astray, hazards, misdescribed, serialised
 
 
 def overwritten(code):
@@ -119,6 +119,7 @@ def report(made, log):
         "serialised": serialised(log),
         "assembled": "Used" in log,
         "astray": astray(sass),
+        "misdescribed": misdescribed(sass),
         "shuffles": made.asm["ptx"].count("shfl.sync.bfly"),
         "unequal": unequal(made.asm["ptx"]),
         "registers": registers,
@@ -126,6 +127,7 @@ def report(made, log):
         "shared": made.metadata.shared,
         "wgmma": made.asm["ptx"].count("wgmma.mma_async"),
         "mma": made.asm["ptx"].count("mma.sync"),
+        "tcgen05": made.asm["ptx"].count("tcgen05.mma"),
         "offsets": re.findall(r"tt\.addptr [^\n]*, tensor<[^>]*x(i\d+)[,>]", code)
         + re.findall(r"tt\.addptr [^\n]*!tt\.ptr<\w+>, (i\d+)", code),
         "narrow": re.findall(r"muli %(?!c)\w+, %(?!c)\w+ : (?:tensor<\w*x)?i32", code),

@@ -12,6 +12,7 @@ PRODUCT = re.compile(r"[A-Z]GMMA\.64x(\d+)x\d+\.([A-Z]+\d+)\S* +R(\d+), +(?:R(\d
 SILENT = {"BAR", "BRX", "CALL", "KILL", "NANOSLEEP", "R2P", "RET", "WARPSYNC"}  # write no register
 WIDE = {"CS2R": 2, "DADD": 2, "DFMA": 2, "DMUL": 2, "LEPC": 2, "HMMA": 4, "IMMA": 4, "DMMA": 4}
 CONVERSIONS = {"F2F", "F2I", "FRND", "I2F"}  # their first variant is the type of what they write
+PARAMETERS = 0x210  # where they begin
 MOST = 8  # groups of products that are told apart
 
 
@@ -106,6 +107,55 @@ def hazards(code):
     if missed:
         raise ValueError(f"no path leads to the products of lines {missed}")
     return [found[key] for key in sorted(found)]
+
+
+def misdescribed(code):
+    """Descriptors of warpgroup products that are made of a kernel's parameters, as texts.
+
+    A matrix in shared memory is described by constants, its place and a counter of chunks. Looked
+    back for are the last writes of the uniform registers that make up a descriptor.
+    """
+    listing, found = instructions(code)[0], []
+    for i, x in enumerate(listing):
+        place = re.search(r"gdesc\[UR(\d+)\]", x.text) if x.name.endswith("GMMA") else None
+        if place is None:
+            continue
+        first = 2 if PRODUCT.match(x.text)[4] else 0  # where the first operand is in R
+        waiting = [(i, int(place[1]) + j) for j in range(first, 4)]
+        seen = set(waiting)
+        while waiting:
+            j, register = waiting.pop()
+            j = next((j for j in range(j - 1, -1, -1) if register in uniform(listing[j])), None)
+            if j is None:
+                found.append(f"line {x.line}, {x.text}: nothing writes UR{register}")
+                continue
+            y = listing[j]
+            constant = re.search(r"c\[0x0\]\[(0x[0-9a-f]+)\]", y.text)
+            if constant and int(constant[1], 16) >= PARAMETERS:
+                found.append(f"line {x.line}, {x.text}: UR{register} is of line {y.line}, {y.text}")
+            new = {(j, n) for n in reads(y)} - seen
+            seen |= new
+            waiting += new
+    return found
+
+
+def wide(x):
+    """Whether an instruction is of pairs of uniform registers."""
+    return bool({"64", "WIDE"} & {*x.text.split()[0].split(".")})
+
+
+def reads(x):
+    """Numbers of the uniform registers that an instruction reads; a wide one adds a pair."""
+    operands = [re.findall(r"\bUR(\d+)", part) for part in x.text.split(",")[1:]]
+    pairs = operands if "64" in x.text.split()[0].split(".") else operands[-1:] if wide(x) else []
+    second = {int(n) + 1 for part in pairs for n in part}
+    return {int(n) for part in operands for n in part} | second
+
+
+def uniform(x):
+    """Numbers of the uniform registers that an instruction writes."""
+    one = re.match(r"[\w.]+ +(?:UP[0-6T], *)?UR(\d+)\b", x.text)
+    return {int(one[1]), int(one[1]) + wide(x)} if one else set()
 
 
 def serialised(log):

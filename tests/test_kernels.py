@@ -198,6 +198,7 @@ def safe(found):
     assert not found["races"]
     assert not found["hazards"]
     assert not found["astray"]
+    assert not found["misdescribed"]
     assert found["assembled"]  # the search saw the assembler's log
     assert not found["serialised"]
 

@@ -1,7 +1,7 @@
 """The searches of `sass` find what they search for, and nothing else."""
 
 import pytest
-from sass import Instruction, astray, hazards, serialised, written
+from sass import Instruction, astray, hazards, misdescribed, serialised, written
 
 
 def listing(*lines):
@@ -90,3 +90,29 @@ def test_the_search_for_astray_addresses_finds_one():
     wrong = ["IADD3 R18, P2, R1, 0x20, RZ", "MOV R12, R1"]
     found = astray(listing(*mine, *wrong, "[R1]"))
     assert [x.split(maxsplit=1)[1] for x in found] == [f"{x} ;" for x in wrong]
+
+
+PARAMETER, PLACE = (
+    "ULDC UR14, c[0x0][0x294]",
+    ("UIADD3 UR9, UR25, 0x7000, URZ", "USGXT.U32 UR14, UR9, 0xe"),
+)
+HIGH, BASE = "UMOV UR15, 0x40000040", "UMOV UR25, 0x400"
+FIRST = ("UMOV UR12, UR14", "UMOV UR13, UR15")
+DESCRIBED = "HGMMA.64x64x16.F32.BF16 R56, gdesc[UR12].tnspA, R56, gsb0"
+
+
+@pytest.mark.parametrize(("lines", "found"), [
+    ((BASE, *PLACE, HIGH, *FIRST, DESCRIBED), 0),
+    ((PARAMETER, BASE, *PLACE, HIGH, *FIRST, DESCRIBED), 0),  # written over
+    ((BASE, *PLACE, PARAMETER, "UIADD3 UR14, UP0, UR14, 0x2, URZ", HIGH, *FIRST, DESCRIBED), 1),
+    ((BASE, *PLACE, HIGH, FIRST[0], DESCRIBED), 1),  # nothing writes UR13
+    ((BASE, *PLACE, HIGH, DESCRIBED.replace("56, gdesc", "56, R24, gdesc")), 0),
+    ((PARAMETER, HIGH, DESCRIBED.replace("56, gdesc", "56, R24, gdesc")), 1),
+    ((BASE, *PLACE, PARAMETER.replace("14", "10"), "UIMAD.WIDE.U32 UR14, UR9, 0x3, URZ", HIGH,
+      *FIRST, DESCRIBED), 0),  # a product reads single registers
+    ((BASE, *PLACE, PARAMETER.replace("14", "10"), "UIADD3.64 UR14, UR9, UR4, URZ", HIGH, *FIRST,
+      "UMOV UR4, 0x2", "UMOV UR5, 0x2", DESCRIBED), 3),  # UR10, and nothing writes UR4 in time
+], ids=str)  # fmt: skip
+def test_the_search_for_wrong_descriptors_finds_one(lines, found):
+    """ptxas 12.8 made one of a stride where two buffers had one place in shared memory."""
+    assert len(misdescribed(listing(*lines))) == found

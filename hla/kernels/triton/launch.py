@@ -333,6 +333,18 @@ def operands(s: Launch, request: Request) -> dict[str, Ref | None]:
     return found | {"x": s.x, "dots": s.dots, "states": s.states}
 
 
+def multiplied(request: Request, where: torch.device, *, narrow: bool) -> tuple[str, Any, str]:
+    """Return how products are taken, ``narrow`` of bfloat16: name, operands' dtype, precision."""
+    tf32 = (request.tf32 or request.dtype == "float16") and request.tokens > FEW
+    # The matrix unit drops the last bits of a sum after every 32 bytes of operands: products of
+    # three bfloat16 parts take half as many such steps as those of two TF32 parts, and err half.
+    exact = "bf16x6" if where.type == "cuda" else "ieee"  # which the interpreter has not
+    precision = "tf32" if tf32 else exact
+    if narrow:
+        return "bf16", tl.bfloat16, precision
+    return "tf32" if tf32 else "float32", tl.float32, precision
+
+
 def width(x: Place | None) -> int:
     """Columns of an operand."""
     return 0 if x is None else x.layout.shape[-1]
@@ -347,13 +359,8 @@ def settings(
     states = places["states"]
     if not any(s.start) and not any(s.end) and states is None:  # the pass is linear in k v
         read, write = read * write, 1.0
-    tf32 = (call.request.tf32 or call.request.dtype == "float16") and T > FEW
-    key = (s.k or s.q)[0]
-    narrow = call.dtypes[key.name] == torch.bfloat16
-    operand = "bf16" if narrow else "tf32" if tf32 else "float32"
-    # The matrix unit drops the last bits of a sum after every 32 bytes of operands: products of
-    # three bfloat16 parts take half as many such steps as those of two TF32 parts, and err half.
-    exact = "bf16x6" if call.where.type == "cuda" else "ieee"  # which the interpreter has not
+    narrow = call.dtypes[(s.k or s.q)[0].name] == torch.bfloat16
+    operand, dtype, precision = multiplied(call.request, call.where, narrow=narrow)
     v_is_k = s.k[:1] == s.v[:1] != () and gated < 2  # weighed by tokens: slower than loading again
     BD, BC, BV, BV2 = tile(D), tile(DC) if DC else 0, tile(V), tile(V2)
     weighed = gated, write != 1.0, s.symmetric or v_is_k
@@ -373,8 +380,8 @@ def settings(
         "V_IS_K": v_is_k,
         "BD": BD, "BC": BC, "BV": BV, "BV2": BV2, "W": chosen.W,
         "WHOLE_D": D == BD, "WHOLE_V": V % BV == 0, "WHOLE_V2": V2 == BV2,
-        "OPERAND": tl.bfloat16 if narrow else tl.float32,
-        "PRECISION": "tf32" if tf32 else exact,
+        "OPERAND": dtype,
+        "PRECISION": precision,
     }  # fmt: skip
     numbers = read, write, s.power, T, s.tokens or None, D, DC, V, V2, apart, step
     return constants, chosen, numbers

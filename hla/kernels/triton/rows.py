@@ -10,11 +10,12 @@ import torch
 from ...core.request import Request
 from ...device.scan import Call, Do
 from ...device.steps import Fused, Row
-from . import hopper_backward, owners
+from . import fused, hopper_backward, owners
 
 KERNELS: dict[str, Callable[[Call, Fused], Iterator[Do]]] = {  # by the row's name
     **owners.KERNELS,
     **hopper_backward.KERNELS,
+    **fused.KERNELS,
 }
 
 
@@ -22,5 +23,6 @@ KERNELS: dict[str, Callable[[Call, Fused], Iterator[Do]]] = {  # by the row's na
 def rows(request: Request, where: torch.device) -> tuple[Row, ...]:
     """Return the fused kernels of a request, of either direction, the best first."""
     if not owners.able(request, where):
-        return ()
-    return owners.rows(request) + hopper_backward.rows(request)
+        return fused.rows(request, where)
+    forward = owners.rows(request) or fused.rows(request, where)
+    return forward + hopper_backward.rows(request)
