@@ -29,6 +29,7 @@ from .workloads import DECAY, Case, Work, against_truth, inputs, sample
 CHUNK = 64
 LIMIT = 0.02  # a peer promises no accuracy: its error is shown, and refused where it is plain wrong
 CPU, GPU = False, True  # on an accelerator?
+PARTS = slice(None, -1), slice(-1, None)  # all tokens but the last, and that
 
 
 class Peer(NamedTuple):
@@ -140,11 +141,11 @@ def _fla(kernel: str, workload: str, case: Case, accelerator: bool) -> Work:
 
     if workload == "step":
         keep = {"output_final_state": True}
-        _, *past = chain(*(x[:, :-1].contiguous() for x in (q, k, v)), **keep)
-        token = [x[:, -1:].contiguous() for x in (q, k, v)]
+        first, last = ([x[:, part].contiguous() for x in (q, k, v)] for part in PARTS)
+        _, *past = chain(first[0], first[1], first[2], **keep)
 
         def step() -> Arrays:
-            o, *_ = chain(*token, states=past, **keep)
+            o, *_ = chain(last[0], last[1], last[2], past, **keep)
             return (o[:, 0],)
 
         return Work(Call(step, lib), against_truth(workload, case), LIMIT)
