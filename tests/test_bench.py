@@ -406,6 +406,21 @@ def chunk_simple_gla(q, k, v, g=None, g_gamma=None, scale=None):
 
 
 fused_chunk_simple_gla = chunk_simple_gla
+
+
+def fused_recurrent_simple_gla(
+    q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False
+):
+    "Its documented contract: states [B, H, D, V] in float32."
+    B, T, H, D = q.shape
+    S = initial_state
+    S = torch.zeros(B, H, D, v.shape[-1]) if S is None else S
+    out = []
+    for t in range(T):
+        S = S if g_gamma is None else S * torch.exp(g_gamma)[:, None, None]
+        S = S + k[:, t, :, :, None].float() * v[:, t, :, None, :].float()
+        out.append((scale * q[:, t, :, None, :].float() @ S)[:, :, 0].to(v.dtype))
+    return torch.stack(out, 1), S if output_final_state else None
 """
 
 
@@ -432,12 +447,12 @@ def fake_fla(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("fake_fla")
 def test_fla_chained_is_the_operator(operator, gate):
     case = SMALL._replace(operator=operator, gate=gate, batch=2)
-    for name in ("FLA", "FLA fused"):
+    for name in ("FLA", "FLA fused", "FLA recurrent"):
         for workload in peers.PEERS[name].workloads:
             one = peers.peer(name, workload, case, True)
             assert workloads.checked(one) < 2e-6
             out = one.run()
-            assert out[0].shape == (2, 130, 2, 24)
+            assert out[0].shape == ((2, 2, 24) if workload == "step" else (2, 130, 2, 24))
             with pytest.raises(workloads.Wrong):
                 workloads.checked(one._replace(run=lambda out=out: [1.05 * x for x in out]))
     with pytest.raises(NotImplementedError, match="not set up for the gate 'log_gate'"):
@@ -467,6 +482,7 @@ def test_a_run_on_a_gpu_has_the_peers_the_floor_and_the_memory(tmp_path, monkeyp
         ("forward", "FLA fused"),
         ("step", "array_api/torch/gpu"),
         ("step", "torch SDPA"),
+        ("step", "FLA recurrent"),
     }
     both = rows["forward + backward", "array_api/torch/gpu"]
     assert both["seconds"] == 0.2 != both["host_seconds"]

@@ -76,7 +76,7 @@ def within(got, want, dtype, D):
 def test_tokens_within_the_budget(device, operator, mask, gate):
     """From a state and from none, plain and as a quotient, packed or not, in place or beside."""
     for dtype in device.dtypes if gate == "per_head" else (device.dtype,):
-        D, V = device.widths["D"], device.widths["V"] if dtype == "float32" else 64  # to round
+        D, V = device.widths["D"], device.widths["V"] if dtype == "float32" else 128  # to round
         token = token_of(gate, dtype, D=D, V=V)
         arrays = {n: device.array(x, dtype if n in "qkv" else "float32") for n, x in token.items()}
         for normalize, packed, donate in itertools.product([False, True], repeat=3):
@@ -200,7 +200,7 @@ def test_what_cannot_be_updated_is_left_alone(device, kind):
             want, end = step(token, state, backend="array_api")
             o, after = step(token, state, backend=backend, donate=True)
         for x, y in zip((o, *unpacked(after)), (want, *unpacked(end)), strict=True):
-            assert np.linalg.norm(host(x) - host(y)) < 1e-6 * np.linalg.norm(host(y))
+            assert np.linalg.norm(host(x) - host(y)) < 1e-5 * np.linalg.norm(host(y))
         if not (kind == "wide" and backend == "array_api"):
             bits(each(torch.Tensor.detach, state), kept)
 

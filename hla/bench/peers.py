@@ -29,6 +29,7 @@ from .workloads import DECAY, Case, Work, against_truth, inputs, sample
 CHUNK = 64
 LIMIT = 0.02  # a peer promises no accuracy: its error is shown, and refused where it is plain wrong
 CPU, GPU = False, True  # on an accelerator?
+PARTS = slice(None, -1), slice(-1, None)  # all tokens but the last, and that
 
 
 class Peer(NamedTuple):
@@ -128,12 +129,26 @@ def _fla(kernel: str, workload: str, case: Case, accelerator: bool) -> Work:
         heads = np.full(case.heads, math.log(DECAY), np.float32)
         log_decays = [lib.array(s.power * heads, "float32") for s in steps]
 
-    def chain(q: Array, k: Array, v: Array) -> Array:
-        at = {"q": q, "k": k, "v": v}
-        for s, log_decay in zip(steps, log_decays, strict=True):
-            passed = run_pass(at[s.q], at[s.k], at[s.v], g_gamma=log_decay, scale=case.scale)
-            at[s.out] = passed[0]
-        return at["o"]
+    def chain(q: Array, k: Array, v: Array, states: Any = None, **options: Any) -> Arrays:
+        at, ends = {"q": q, "k": k, "v": v}, []
+        for i, (s, log_decay) in enumerate(zip(steps, log_decays, strict=True)):
+            given = options if states is None else {**options, "initial_state": states[i]}
+            at[s.out], end = run_pass(
+                at[s.q], at[s.k], at[s.v], g_gamma=log_decay, scale=case.scale, **given
+            )
+            ends.append(end)
+        return (at["o"], *ends)
+
+    if workload == "step":
+        keep = {"output_final_state": True}
+        first, last = ([x[:, part].contiguous() for x in (q, k, v)] for part in PARTS)
+        _, *past = chain(first[0], first[1], first[2], **keep)
+
+        def step() -> Arrays:
+            o, *_ = chain(last[0], last[1], last[2], past, **keep)
+            return (o[:, 0],)
+
+        return Work(Call(step, lib), against_truth(workload, case), LIMIT)
 
     truth = against_truth(workload, case)
 
@@ -141,9 +156,9 @@ def _fla(kernel: str, workload: str, case: Case, accelerator: bool) -> Work:
         return truth(tuple(x.swapaxes(1, 2) for x in got))
 
     if workload == "forward":
-        return Work(Call(lambda: (chain(q, k, v),), lib), error, LIMIT)
+        return Work(Call(lambda: chain(q, k, v)[:1], lib), error, LIMIT)
     assert lib.vjp is not None
-    back = lib.vjp(chain)
+    back = lib.vjp(lambda q, k, v: chain(q, k, v)[0])
     return Work(Call(lambda: back(q, k, v, do), lib), error, LIMIT)
 
 
@@ -267,6 +282,7 @@ PEERS = {
     "torch SDPA": Peer("torch", (*BOTH_WAYS, "step"), (CPU, GPU), _attention),
     "FLA": _fla_peer("chunk_simple_gla", BOTH_WAYS),
     "FLA fused": _fla_peer("fused_chunk_simple_gla", ("forward",)),
+    "FLA recurrent": _fla_peer("fused_recurrent_simple_gla", ("step",)),
     "jnp chunks": Peer("jax", BOTH_WAYS, (CPU, GPU), _jnp_chunks),
     "NumPy chunks": Peer("numpy", ("forward",), (CPU,), _numpy_chunks),
     "NumPy tokens": Peer("numpy", ("forward", "step"), (CPU,), _numpy_tokens),

@@ -19,7 +19,7 @@ from .peers import PEERS
 TIMED = {
     "forward": "the output of hla.scan",
     "forward + backward": "the output and the gradients of q, k and v",
-    "step": "one token; torch SDPA: one query over T cached keys",
+    "step": "one token; torch SDPA: one query over T cached keys; FLA: a recurrent pass a step",
 }
 
 
