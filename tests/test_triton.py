@@ -268,7 +268,7 @@ def test_a_row_runs_in_place_of_its_passes(device, monkeypatch):
     from hla.device.steps import Row
     from hla.kernels.triton import launch, rows, run
 
-    asked, arrays = [], device.arrays(inputs_of(W + 3, "per_head"))
+    asked, arrays = [], device.arrays(device.inputs(W + 3, "per_head"))
     do = device.array(draw(H, W + 3, V=device.widths["V"])[2], device.dtype)
 
     def mine(request, where):
