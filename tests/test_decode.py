@@ -81,7 +81,7 @@ def test_tokens_within_the_budget(device, operator, mask, gate):
         arrays = {n: device.array(x, dtype if n in "qkv" else "float32") for n, x in token.items()}
         for normalize, packed, donate in itertools.product([False, True], repeat=3):
             options = {"operator": operator, "mask": mask, "normalize": normalize}
-            options["scale"] = 0.1 if dtype == "float16" else 0.2  # it holds what is less than 65520
+            options["scale"] = 0.1 if dtype == "float16" else 0.2  # holds less than 65520
             if operator == "hla2" and normalize and mask == "causal":
                 options["ridge"] = 0.25
             start = state_of(options, gate, D=D, V=V, heads=H, positive=True)
