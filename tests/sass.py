@@ -113,7 +113,9 @@ def misdescribed(code):
     """Descriptors of warpgroup products that are made of a kernel's parameters, as texts.
 
     A matrix in shared memory is described by constants, its place and a counter of chunks. Looked
-    back for are the last writes of the uniform registers that make up a descriptor.
+    back for are the last writes of the uniform registers that make up a descriptor. What a bitwise
+    operation makes is looked at no further: bits of a counter, or a counter and the zero T >> 31, by
+    which kernels keep an address from being made once for all chunks.
     """
     listing, found = instructions(code)[0], []
     for i, x in enumerate(listing):
@@ -133,7 +135,7 @@ def misdescribed(code):
             constant = re.search(r"c\[0x0\]\[(0x[0-9a-f]+)\]", y.text)
             if constant and int(constant[1], 16) >= PARAMETERS:
                 found.append(f"line {x.line}, {x.text}: UR{register} is of line {y.line}, {y.text}")
-            new = {(j, n) for n in reads(y)} - seen
+            new = set() if y.name.startswith("ULOP3") else {(j, n) for n in reads(y)} - seen
             seen |= new
             waiting += new
     return found

@@ -283,6 +283,7 @@ def test_what_is_not_served():
 
 # Ahead of time
 STATES = {"START1": True, "START2": True, "END2": True}
+SEGMENT = {"START1": True, "START2": True, "tokens": 1024}
 KERNELS = [  # kernel, what it does, gate, what differs
     *(("reverse", {"Z": True}, gate, more) for gate in (0, 1, 2) for more in ({}, STATES)),
     *(("reverse", {"Z": False, "ADD": add}, gate, {}) for add in (False, True) for gate in (0, 2)),
@@ -291,7 +292,10 @@ KERNELS = [  # kernel, what it does, gate, what differs
     *((name, {}, 2, {"B": 64}) for name in ("reverse", "queries")),
     *((name, {}, 0, {"WHOLE_D": False, "WHOLE_V": False}) for name in ("reverse", "queries")),
     *((name, {}, 0, {"FAST": False, "WHOLE_D": False}) for name in ("reverse", "queries")),
-]
+    *((name, {}, gate, SEGMENT) for name in ("reverse", "queries") for gate in (0, 2)),
+    *(("reverse", {"READ": False, "END1": True}, gate, {"START2": True, "tokens": 1024})
+      for gate in (0, 1, 2)),
+]  # fmt: skip
 SPILLS = 64, 416  # bytes a thread, mostly in the mover; from the assembler of CUDA 13 on
 BEGIN = 448  # before the first chunk, of states that are loaded
 ODD = 1024  # in the mover, where rows are of no whole 16 bytes
@@ -304,18 +308,23 @@ def prepared(name, does, gate, more):
     powers = (1, 1) if does.get("AHLA") or not does.get("Z", True) else (1, 2)
     powers = powers if gate else (0, 0)
     given = {
-        "Z": True, "ADD": False, "AHLA": False, "GATE": gate, "POWER1": powers[0],
-        "POWER2": powers[1], "START1": False, "START2": False, "END2": False,
+        "Z": True, "ADD": False, "READ": True, "AHLA": False, "GATE": gate, "POWER1": powers[0],
+        "POWER2": powers[1], "START1": False, "START2": False, "END1": False, "END2": False,
         "B": 128, "WHOLE_D": True, "WHOLE_V": True, "FAST": True,
     } | does | more  # fmt: skip
     given |= {f"s{x}{e}": 2048 if e == "t" else 1 for x in "qkvgyabc" for e in "td"}
     asked = {"p_start1": "START1", "p_start2": "START2", "p_end2": "END2", "p_gate": "GATE"}
-    asked |= {"p_k": "Z", "p_dk": "Z"} if name == "reverse" else {}
+    asked |= {"p_end1": "END1", "p_k": "Z", "p_dk": "Z"} if name == "reverse" else {}
+    if not given["READ"]:
+        asked |= dict.fromkeys(("p_k", "p_y", "p_dy", "p_dv", "p_dk"), "READ")
+    cut = given.pop("tokens", 0)
     signature, constants = {}, {n: x for n, x in given.items() if n in kernel.arg_names}
     for n in kernel.arg_names:
         wide = n.startswith(("p_start", "p_end", "p_gate"))
         if n in constants:
             signature[n] = "constexpr"
+        elif n in ("tokens", "szn", "ssn", "sen", "swn") and not cut:
+            signature[n], constants[n] = "constexpr", None
         elif n.startswith("p_") and not given.get(asked.get(n), True):
             signature[n], constants[n] = "constexpr", None
         elif n.startswith("p_"):
