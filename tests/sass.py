@@ -114,8 +114,8 @@ def misdescribed(code):
 
     A matrix in shared memory is described by constants, its place and a counter of chunks. Looked
     back for are the last writes of the uniform registers that make up a descriptor. What a bitwise
-    operation makes is looked at no further: bits of a counter, or a counter and the zero T >> 31, by
-    which kernels keep an address from being made once for all chunks.
+    operation makes is looked at no further: bits of a counter, or a counter and the zero T >> 31,
+    by which kernels keep an address from being made once for all chunks.
     """
     listing, found = instructions(code)[0], []
     for i, x in enumerate(listing):

@@ -318,14 +318,16 @@ def prepared(name, does, gate, more):
     if not given["READ"]:
         asked |= dict.fromkeys(("p_k", "p_y", "p_dy", "p_dv", "p_dk"), "READ")
     cut = given.pop("tokens", 0)
+
+    def absent(n):
+        return n.startswith("p_") and not given.get(asked.get(n), True)
+
     signature, constants = {}, {n: x for n, x in given.items() if n in kernel.arg_names}
     for n in kernel.arg_names:
         wide = n.startswith(("p_start", "p_end", "p_gate"))
         if n in constants:
             signature[n] = "constexpr"
-        elif n in ("tokens", "szn", "ssn", "sen", "swn") and not cut:
-            signature[n], constants[n] = "constexpr", None
-        elif n.startswith("p_") and not given.get(asked.get(n), True):
+        elif (not cut and n in ("tokens", "szn", "ssn", "sen", "swn")) or absent(n):
             signature[n], constants[n] = "constexpr", None
         elif n.startswith("p_"):
             signature[n] = "*fp32" if wide else "*bf16"
