@@ -36,7 +36,11 @@ SPILLS = {
     ("gradient, decay", 64): 32,  # chunks of 64, faster all the same
     ("adjoint, decay", 64): 248,
 }  # bytes a thread; others none
-OLDER_SPILLS = SPILLS | {("further keys, states", 128): 8, ("gradient, decay", 64): 48}  # ptxas 12
+OLDER_SPILLS = SPILLS | {
+    ("further keys, states", 128): 8,
+    ("further keys, states; segments", 128): 16,
+    ("gradient, decay", 64): 48,
+}  # by ptxas 12
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block can have
 
 ADJOINT = {"REVERSE": True, "DOT": True, "PAIRS": True}
