@@ -147,7 +147,7 @@ def test_programs_that_share_a_head_give_its_bits(device, D, V, monkeypatch):
     start = device.array(state_of({"operator": "hla2"}, "per_head", D=D, V=V, heads=H))
     for processors in (1, 2 * H, 132):
         monkeypatch.setattr(launches, "_known", {})
-        monkeypatch.setattr(launches, "_processors", lambda device, n=processors: n)
+        monkeypatch.setattr(launches, "processors", lambda device, n=processors: n)
         found.append(stepped(device, token, start, normalize=True))
         (known,) = launches._known.values()
         kernels = known.ready[False].kernels

@@ -242,7 +242,9 @@ def test_gradients_of_last_states(kernels, gate):
         {n: a.dtype for n, a in zip(names, arrays, strict=True)},
         CUDA,
     )
-    refs = {n: Ref(n) for n in names[:-1]} | {"left": None, "gate": Ref("gate") if gate else None}
+    states = {"dS": "Z", "dF": "R", "dF0": "end"}  # as the kernel's operands are named
+    refs = {states.get(n, n): Ref(n) for n in names[:-1]}
+    refs |= {"left": None, "gate": Ref("gate") if gate else None}
     for do in hopper_backward.launched(
         call, kernel, (H,), refs, "qkvgyabc", (1.0, 1.0), (1, 2), 0,
         {"Z": True, "ADD": False, "READ": True, "START1": True, "START2": True, "END1": False,

@@ -13,7 +13,18 @@ from ...core.request import Request
 from ...device.scan import Call
 from ...device.steps import Fused, Launch, Ref, Row
 from .chain import chain_kernel
-from .launch import WIDEST, Config, Kernel, capability, heads, multiplied, tile, width
+from .launch import (
+    GATES,
+    WIDEST,
+    Config,
+    Kernel,
+    capability,
+    heads,
+    multiplied,
+    placed,
+    tile,
+    width,
+)
 from .owners import masked
 
 NAME = "{} in plain Triton"
@@ -109,7 +120,7 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Kernel]:
     if settings is None or any(x.add for x in fused.launches):
         raise NotImplementedError(f"no fused kernel does {fused}")
     refs = operands(operator, request, fused)
-    places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
+    places, sizes = placed(call, refs)
     there = {name: x is not None for name, x in places.items()}
     T, (D, V) = request.tokens, (width(places[n]) for n in "kv")
     BD, BV = tile(D), tile(V)
@@ -118,14 +129,13 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Kernel]:
     _, operand, precision = multiplied(request, call.where, narrow=narrow)
     constants = {
         "KEYS": "y" in by, "VALUES": "u" in by, "POWER": by["o"].power,
-        "GATE": (None, "decay", "log_gate").index(request.gate),
+        "GATE": GATES.index(request.gate),
         "SCALED": (inner, outer) != (1.0, 1.0), "SUMS": "den" in by,
         "DEN": there["den"], "ONE": there["one"], "Y": there["y"], "U": there["u"],
         "START": there["F"], "END": there["F'"],
         "BD": BD, "BV": BV, "W": settings.W, "WHOLE_D": BD == D, "WHOLE_V": BV == V,
         "OPERAND": operand, "PRECISION": precision,
     }  # fmt: skip
-    sizes = [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
     batch = broadcast(*(x.batch for x in fused.launches))
     for counts, first, strides in heads(batch, places, request.gate == "log_gate"):
         yield Kernel(

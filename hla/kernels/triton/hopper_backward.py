@@ -38,7 +38,7 @@ from ...core.programs import adjoint
 from ...core.request import Request
 from ...device.scan import Call, Do
 from ...device.steps import Fused, Launch, Ref, Row
-from .launch import Kernel, heads, passes, width
+from .launch import GATES, Kernel, heads, listed, passes, placed, width
 from .owners import masked
 
 HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
@@ -118,11 +118,10 @@ def launched(
     constants : mapping
         What the kernel does, and then which states there are.
     """
-    places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
-    sizes = [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
+    places, sizes = placed(call, refs)
     T, D, V = call.request.tokens, width(places.get("q") or places["k"]), width(places["do"])
     B = 64 if max(D, V) <= 64 else WIDEST
-    gated = {None: 0, "decay": 1, "log_gate": 2}[call.request.gate]
+    gated = GATES.index(call.request.gate)
     power1, power2 = powers if gated else (0, 0)
     does, states = (
         {n: x for n, x in constants.items() if n.startswith(("START", "END")) == late}
@@ -139,9 +138,7 @@ def launched(
         )
 
         lead = [n for x in own for n in x[:3]]
-        after: list[int | None] = []
-        for name, x in zip([*places][len(letters) :], rest, strict=True):
-            after += x if cut or name == "gate" else (*x[:3], None, *x[3:])
+        after = listed([*places][len(letters) :], rest, cut=cut)
         made = [
             Kernel(
                 function, (math.prod(counts) * parts,), first, sizes,

@@ -1,4 +1,4 @@
-"""What the sweeps of `hopper_backward` share beyond `warpgroups`: copies, states and pairs.
+"""What the sweeps of `hopper_backward` share beyond `warpgroups`: copies, weights and pairs.
 
 Strides of tokens and of columns are constants, so that what copies a chunk computes an address a
 thread and not one a row: a kernel is compiled for each (D, or heads times D).
@@ -11,7 +11,6 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 from .warpgroups import (
     A64,
     ACC64,
-    ACC128,
     LEAST,
     LISTS,
     LOG2E,
@@ -71,30 +70,6 @@ def _slot(c, s, chunks, GATE: gl.constexpr):
         return (c == chunks - 1).to(gl.int32)
     else:
         return s
-
-
-@gluon.jit
-def _state(
-    p, s0, s1, rows, columns, factor,
-    ROW: gl.constexpr, B: gl.constexpr, START: gl.constexpr,
-):  # fmt: skip
-    """Return 64 rows of a first state, [64, B], times a factor."""
-    ACC: gl.constexpr = ACC128 if B == 128 else ACC64
-    S = gl.zeros([64, B], gl.float32, ACC)
-    if START:
-        i = ROW + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC)).to(gl.int64)[:, None]
-        j = gl.arange(0, B, layout=gl.SliceLayout(0, ACC)).to(gl.int64)[None, :]
-        S = gl.load(p + i * s0 + j * s1, mask=(i < rows) & (j < columns), other=0.0) * factor
-    return S
-
-
-@gluon.jit
-def _leave(p, S, s0, s1, rows, columns, factor, ROW: gl.constexpr, B: gl.constexpr):
-    """Store 64 rows of a last state, times a factor."""
-    ACC: gl.constexpr = ACC128 if B == 128 else ACC64
-    i = ROW + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC)).to(gl.int64)[:, None]
-    j = gl.arange(0, B, layout=gl.SliceLayout(0, ACC)).to(gl.int64)[None, :]
-    gl.store(p + i * s0 + j * s1, S * factor, mask=(i < rows) & (j < columns))
 
 
 @gluon.jit

@@ -27,7 +27,6 @@ from .hopper_parts import (
     _put_gate,
     _put_pairs,
     _slot,
-    _state,
     _total,
     _weigh,
     _weighed,
@@ -44,6 +43,8 @@ from .warpgroups import (
     TILE,
     W,
     barrier,
+    barriers,
+    load_state,
 )
 
 
@@ -59,8 +60,8 @@ def _owner_f(
     ACC: gl.constexpr = ACC128 if B == 128 else ACC64
     A: gl.constexpr = A128 if B == 128 else A64
     ROW: gl.constexpr = 64 * H
-    F = _state(p_start2, ssd, ssv, D, V, 1.0, ROW, B, START2)
-    S = _state(p_start1, szd, sze, D, V if AHLA else D, 1.0, ROW, B, START1)
+    F = load_state(p_start2, ssv, ssd, V, D, 1.0, ROW, B, START2, False)
+    S = load_state(p_start1, sze, szd, V if AHLA else D, D, 1.0, ROW, B, START1, False)
     z = zero
     for c in range(chunks):
         s, h, z = c % STAGES, c % 2, z & c
@@ -251,17 +252,10 @@ def queries_kernel(
     SLOTS: gl.constexpr = STAGES if GATE == 2 else 2
     weights = gl.allocate_shared_memory(gl.float32, [SLOTS * LISTS, W], LIST)
     ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    there = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    stored = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ALONE: gl.constexpr = 0 if GATE == 2 or not FAST else 1
-    for i in gl.static_range(STAGES):  # a copy arrives with each of the mover's threads
-        mbarrier.init(full.index(i), count=(128 if FAST else 0) + (1 - ALONE))
-        mbarrier.init(free.index(i), count=HALVES)
-    for i in gl.static_range(2):
-        mbarrier.init(there.index(i), count=HALVES)
-        mbarrier.init(stored.index(i), count=1)
+    LOADS: gl.constexpr = 128 if FAST else 0  # a copy arrives with each of the mover's threads
+    full, free = barriers(STAGES, LOADS + (1 - ALONE)), barriers(STAGES, HALVES)
+    there, stored = barriers(2, HALVES), barriers(2, 1)
     if GATE == 1:
         _put_decay(weights, ends, p_gate, T, chunks)
     fence_async_shared()

@@ -22,7 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_parts import (
     _fetch,
-    _leave,
     _operand,
     _pairs,
     _power,
@@ -31,7 +30,6 @@ from .hopper_parts import (
     _put_gate,
     _put_pairs,
     _slot,
-    _state,
     _total,
     _weigh,
     _weighed,
@@ -48,6 +46,9 @@ from .warpgroups import (
     TILE,
     W,
     barrier,
+    barriers,
+    load_state,
+    store_half,
 )
 
 
@@ -78,12 +79,12 @@ def _owner_r(
     """Own R, [D, V]: make dy and dv."""
     ACC: gl.constexpr = ACC128 if B == 128 else ACC64
     A: gl.constexpr = A128 if B == 128 else A64
-    R0 = _state(p_start, ssd, ssv, D, V, unscale, 0, B, START)
+    R0 = load_state(p_start, ssv, ssd, V, D, unscale, 0, B, START, True)
     R1 = R0
     copy = copies.index(zero)
     copy.slice(0, 64, 0).store(R0.to(gl.bfloat16))
     if HALVES == 2:
-        R1 = _state(p_start, ssd, ssv, D, V, unscale, 64, B, START)
+        R1 = load_state(p_start, ssv, ssd, V, D, unscale, 64, B, START, True)
         copy.slice(64, 64, 0).store(R1.to(gl.bfloat16))
     z = zero
     for i in range(chunks):
@@ -128,9 +129,9 @@ def _owner_r(
         copy.slice(0, 64, 0).store(R0.to(gl.bfloat16))
         mbarrier.arrive(dv_there.index(s), count=1)
     if END:
-        _leave(p_end, R0, sed, sev, D, V, scale, 0, B)
+        store_half(p_end, R0, sev, sed, V, D, scale, 0, B, True)
         if HALVES == 2:
-            _leave(p_end, R1, sed, sev, D, V, scale, 64, B)
+            store_half(p_end, R1, sev, sed, V, D, scale, 64, B, True)
 
 
 @gluon.jit
@@ -461,16 +462,10 @@ def reverse_kernel(
     SLOTS: gl.constexpr = STAGES if GATE == 2 else 2
     weights = gl.allocate_shared_memory(gl.float32, [SLOTS * LISTS, W], LIST)
     ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    dy_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    dv_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    dk_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ALONE: gl.constexpr = 0 if GATE == 2 or not FAST else 1
-    for i in gl.static_range(STAGES):  # a copy arrives with each of the mover's threads
-        mbarrier.init(full.index(i), count=(128 if FAST else 0) + (1 - ALONE))
-        mbarrier.init(dy_there.index(i), count=1)
-        mbarrier.init(dv_there.index(i), count=1)
-        mbarrier.init(dk_there.index(i), count=1)
+    LOADS: gl.constexpr = 128 if FAST else 0  # a copy arrives with each of the mover's threads
+    full = barriers(STAGES, LOADS + (1 - ALONE))
+    dy_there, dv_there, dk_there = barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 1)
     if GATE == 1:
         _put_decay(weights, ends, p_gate, T, chunks)
     fence_async_shared()
@@ -506,7 +501,7 @@ def reverse_kernel(
                     chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale, unscale,
                     HALVES, B, STAGES, GATE, POWER2, READ, START2, END2,
                 )),
-                (_mover_r if READ else _mover_z, (
+                (_mover_r, (
                     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,
                     weights, ends, full, dy_there, dv_there, dk_there, chunks, T, D, V,
                     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd,

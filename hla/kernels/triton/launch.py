@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -23,7 +23,9 @@ from ...device.tiles import grids, inner
 from ...errors import Unsupported
 from .causal import pass_kernel
 
+Result = TypeVar("Result")
 PERIOD = 256  # tokens between the states that they keep for it
+GATES = (None, "decay", "log_gate")  # by their numbers in a kernel
 FEW = 16  # tokens that are multiplied exactly: their one or two terms can cancel to the roundings
 WIDEST = 128  # a float32 state of 128 x 128 takes half of the registers of 8 warps
 # float32 operands are split in registers: a tile holds fewer keys, and none go along with it, whose
@@ -228,6 +230,16 @@ def stream_of(device: torch.device) -> int | None:
     return found
 
 
+def on_device(device: torch.device, launch: Callable[[int | None], Result]) -> Result:
+    """Launch on torch's stream of a device, which is the current one meanwhile."""
+    if device.type != "cuda":
+        return launch(None)
+    if torch.cuda.current_device() == device.index:
+        return launch(stream_of(device))
+    with torch.cuda.device(device):
+        return launch(stream_of(device))
+
+
 def view(arrays: list[Any], x: Place | None) -> torch.Tensor | None:
     """Return the tensor that an operand means."""
     if x is None:
@@ -246,12 +258,10 @@ def passes(call: Call, s: Launch) -> Iterator[Kernel]:
         return
     refs, gated = operands(s, call.request), 0
     if s.power and call.request.gate is not None:
-        gated = 1 if call.request.gate == "decay" else 2
-        refs["gate"] = Ref("gate")
-    places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
+        gated, refs["gate"] = GATES.index(call.request.gate), Ref("gate")
+    places, sizes = placed(call, refs)
     parts = -(-call.request.tokens // s.tokens) if s.tokens else 1
     constants, chosen, scalars = settings(call, s, places, gated)
-    sizes = [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
     tiles = value_tiles(width(places["v"]))
     for counts, first, strides in heads(s.batch, places, gated == 2, cut=s.tokens > 0):
         if not tiles * math.prod(counts):
@@ -262,6 +272,12 @@ def passes(call: Call, s: Launch) -> Iterator[Kernel]:
             *scalars[:9], *counts[-2:], *every, *scalars[9:],
             **constants, num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
+
+
+def placed(call: Call, refs: Mapping[str, Ref | None]) -> tuple[dict[str, Place | None], list[int]]:
+    """Return where operands lie, by name, and the bytes of an element of each."""
+    places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
+    return places, [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
 
 
 def heads(

@@ -15,7 +15,7 @@ from ...core.programs import CAUSAL
 from ...core.request import Request
 from ...device.scan import Call
 from ...device.steps import Fused, Launch, Ref, Row
-from .launch import WIDEST, Kernel, capability, heads, listed, width
+from .launch import GATES, WIDEST, Kernel, capability, heads, listed, placed, width
 
 NAME = "{} by two state owners"
 OPERATORS = "hla2", "ahla", "hla3"
@@ -103,11 +103,11 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Kernel]:
     third = operator == "hla3"
     refs, constants = (triple if third else pair)(operator, fused)
     refs["gate"] = None if request.gate is None else Ref("gate")
-    places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
+    places, sizes = placed(call, refs)
     D, V = (width(places[n]) for n in "kv")
     constants |= {
         "WIDE": any(call.dtypes[x.name].itemsize > 2 for x in last.o),
-        "GATE": (None, "decay", "log_gate").index(request.gate),
+        "GATE": GATES.index(request.gate),
         "POWER1": first.power, "POWER2": last.power,
         "BD": WIDEST if D > HALF else HALF, "WHOLE_D": D % HALF == 0,
         "BV": WIDEST if V > HALF else HALF, "WHOLE_V": V % HALF == 0, "FAST": False,
@@ -118,7 +118,6 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Kernel]:
         make, kernel, tiles = ThirdOrder, triple_kernel, -(-V // HALF)
         factors = [x.read for x in fused.launches]
     given = {name: constants[name] for name in kernel.arg_names if name in constants}
-    sizes = [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
     batch = broadcast(*(x.batch for x in fused.launches))
     T, tokens = request.tokens, first.tokens
     parts, cut = (-(-T // tokens), True) if tokens else (1, False)

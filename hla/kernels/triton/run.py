@@ -37,7 +37,7 @@ from . import step as one_token
 from .carry import carry, fading
 from .causal import LEAST
 from .gate import gate_kernel, settings
-from .launch import Kernel, addresses, limits, passes, segments, shapes_alone, stream_of, view
+from .launch import Kernel, addresses, limits, on_device, passes, segments, shapes_alone, view
 
 
 def steps(call: Call, step: Step) -> list[Do]:
@@ -204,13 +204,7 @@ def alike(tensors: Sequence[torch.Tensor], pointers: Sequence[int]) -> tuple[Any
 
 def run(ready: Ready, tensors: list[Any], pointers: list[Any]) -> list[Any]:
     """Run a plan on the device of its arrays and on torch's stream."""
-    device = ready.call.where
-    if device.type != "cuda":
-        return ready(tensors, pointers, None)
-    if torch.cuda.current_device() == device.index:
-        return ready(tensors, pointers, stream_of(device))
-    with torch.cuda.device(device):
-        return ready(tensors, pointers, stream_of(device))
+    return on_device(ready.call.where, lambda stream: ready(tensors, pointers, stream))
 
 
 RUNNER = Runner(

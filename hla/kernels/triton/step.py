@@ -17,13 +17,12 @@ from ...core.triangle import STATE_OF, packed_shape
 from ...device.scan import Place
 from ...device.tiles import Layout, grids, inner, strides_like, whole
 from ...device.token import apart, dense, span, turns
-from .launch import Kernel, addresses, stream_of, tile
+from .launch import GATES, Kernel, addresses, on_device, processors, tile
 from .token import add_kernel, rows_kernel, token_kernel
 
 WIDEST = 128  # keys or values of a tile
 PASSES = 3
 MOST = 4096  # calls that are kept ready
-GATES = (None, "decay", "log_gate")
 
 
 def fits(request: Request) -> bool:
@@ -87,13 +86,7 @@ def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Any, Any]:
         arrays.append(x)
         pointers.append(x.data_ptr())
     pointers.append(None)  # the last is that of nothing
-    if device.type != "cuda":
-        _launch(ready, arrays, pointers, None)
-    elif torch.cuda.current_device() == device.index:
-        _launch(ready, arrays, pointers, stream_of(device))
-    else:
-        with torch.cuda.device(device):
-            _launch(ready, arrays, pointers, stream_of(device))
+    on_device(device, lambda stream: _launch(ready, arrays, pointers, stream))
     if own:
         torch.autograd.graph.increment_version(state)
     return arrays[len(known.sizes)], kind(*[arrays[i] for i in ready.fields])
@@ -195,18 +188,10 @@ def _tiles(request: Request) -> tuple[int, int, int, int]:
     return BD, BV, R, max(1, R * max(BD, BV) // 1024)
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a device; the interpreter has those of an H100."""
-    if device.type != "cuda":
-        return 132
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _programs(request: Request, batch: Shape, device: torch.device) -> int:
     """Programs of `rows_kernel` for each batch entry, as many as the device runs at once."""
     BD, _, R, _ = _tiles(request)
-    most = _processors(device) // max(1, math.prod(batch))
+    most = processors(device) // max(1, math.prod(batch))
     return max(1, min(BD // R, 1 << most.bit_length() - 1 if most else 1))
 
 

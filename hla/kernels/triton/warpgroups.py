@@ -69,7 +69,7 @@ def load_state(
     p_start, sd, sv, D, V, unwrite,
     FIRST: gl.constexpr, BD: gl.constexpr, START: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """Return one half of the state before the first token, transposed."""
+    """Return 64 rows of a first state, [values, keys]: a transpose by its strides."""
     ACC: gl.constexpr = ACC128 if BD == 128 else ACC64
     S = gl.zeros([64, BD], gl.float32, ACC)
     if START:
@@ -83,11 +83,11 @@ def load_state(
 
 
 @gluon.jit
-def _store_half(
+def store_half(
     p_end, S, sd, sv, D, V, write,
     FIRST: gl.constexpr, BD: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """Store one half of the state after the last token."""
+    """Store 64 rows of a last state, as `load_state` has them."""
     ACC: gl.constexpr = ACC128 if BD == 128 else ACC64
     v = FIRST + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
     d = gl.arange(0, BD, layout=gl.SliceLayout(0, ACC))
@@ -104,9 +104,9 @@ def store_state(
 ):  # fmt: skip
     """Store the state after the last token, in the head that is to."""
     if writes:
-        _store_half(p_end, S0, sd, sv, D, V, write, 0, BD, SCALED)
+        store_half(p_end, S0, sd, sv, D, V, write, 0, BD, SCALED)
         if HALVES == 2:
-            _store_half(p_end, S1, sd, sv, D, V, write, 64, BD, SCALED)
+            store_half(p_end, S1, sd, sv, D, V, write, 64, BD, SCALED)
 
 
 @gluon.jit
