@@ -26,14 +26,13 @@ STATES = 1e-6  # of states, which are float32
 
 def sums(ahla, q, k, v, log_g, powers, factors, S, F):
     """(made, o, states) of one head in float64, token by token; y or u is what is made."""
-    (read1, write1), (read2, write2) = factors
     made, o = [], []
     for q_t, k_t, v_t, a in zip(q, k, v, log_g, strict=True):
-        S = math.exp(powers[0] * a) * S + write1 * np.outer(k_t, v_t if ahla else k_t)
-        made.append(read1 * q_t @ S)
+        S = math.exp(powers[0] * a) * S + np.outer(k_t, v_t if ahla else k_t)
+        made.append(factors[0] * q_t @ S)
         keys, values = (k_t, made[-1]) if ahla else (made[-1], v_t)
-        F = math.exp(powers[1] * a) * F + write2 * np.outer(keys, values)
-        o.append(read2 * q_t @ F)
+        F = math.exp(powers[1] * a) * F + np.outer(keys, values)
+        o.append(factors[1] * q_t @ F)
     return np.stack(made), np.stack(o), S, F
 
 
@@ -64,7 +63,7 @@ class Case:
     """Arrays of one call, and the call."""
 
     def __init__(self, seed=0, *, T=100, D=128, V=128, heads=(1, 1, 1), shared=(), ahla=False,
-                 gate=0, start=False, end=False, keep=False, read=True, factors=((1, 1), (1, 1)),
+                 gate=0, start=False, end=False, keep=False, read=True, factors=(1, 1),
                  fast=True, wide=False):  # fmt: skip
         random = np.random.default_rng(seed)
         self.ahla, self.gate, self.factors, self.heads = ahla, gate, factors, heads
@@ -96,20 +95,18 @@ class Case:
             self.g = -random.exponential(0.05, (*heads, T)).astype(np.float32)
             self.g[..., T // 3 : T : 40] = -np.inf
         powers = (1, 1) if ahla else (1, 2)
-        (read1, write1), (read2, write2) = factors
         unit, BD, BV = 8 if fast else 1, 64 * -(-D // 64), 64 * -(-V // 64)
         arrays = (self.q, self.k, self.v, self.y, self.o, self.start[0], self.end[0],
                   self.start[1], self.end[1])  # fmt: skip
         steps = [strides(x, 2, unit if i < 5 else 1) for i, x in enumerate(arrays)]
         gates = (0,) * 4 if gate == 0 else (*strides(self.g, gate - 1), 0)[:4]
         steps = [x if i < 5 else (*x[:3], None, *x[3:]) for i, x in enumerate(steps)]
-        self.args = (*arrays, self.g, read1 * write1, write1, 1 / write1,
-                     read2 * write2, write2, 1 / write2, T, None, D, V, *heads[1:],
+        self.args = (*arrays, self.g, *factors, T, None, D, V, *heads[1:],
                      *(n for each in steps for n in each), *gates)  # fmt: skip
         self.constants = {
             "AHLA": ahla, "READ": read, "WIDE": wide, "KEEP": keep, "GATE": gate,
             "POWER1": powers[0] * (gate > 0), "POWER2": powers[1] * (gate > 0),
-            "SCALED1": factors[0] != (1, 1), "SCALED2": factors[1] != (1, 1),
+            "SCALED1": factors[0] != 1, "SCALED2": factors[1] != 1,
             "START1": start, "END1": end, "START2": start, "END2": end,
             "BD": BD, "BV": BV, "WHOLE_D": D == BD, "WHOLE_V": V == BV, "FAST": fast,
         }  # fmt: skip
@@ -140,7 +137,7 @@ def off(x, want):
     return np.linalg.norm(x.astype(np.float64) - want) / np.linalg.norm(want)
 
 
-SCALED = ((0.5, 2.0), (3.0, -1.0))
+SCALED = 0.5, -3.0
 CASES = {
     "one token": {"T": 1, "end": True},
     "63 tokens": {"T": 63, "keep": True},
@@ -333,7 +330,7 @@ def prepared(name, gate, shape):
         elif re.fullmatch("tokens|s[sefhSPF]e?n", n) and "segments" not in shape:
             signature[n], constants[n] = "constexpr", None
         elif not n.startswith("p_"):
-            signature[n] = "fp32" if re.match("scale|write|unwrite", n) else "i32"
+            signature[n] = "fp32" if n.startswith("scale") else "i32"
         elif not present.get(n, True):
             signature[n], constants[n] = "constexpr", None
         else:

@@ -26,11 +26,11 @@ def step_of(call, step):
     if not isinstance(step, Fused):
         return FAKE.steps(call, step)
     (kernel,) = rows.KERNELS[step.row](call, step)
+    kernel = getattr(kernel, "aligned", kernel)
 
     def do(arrays, addresses, stream):
         ran.append(step.row)
         given = [None if x is None else arrays[x.slot] for x in kernel.operands]
-        kernel.settle([0 if x is None else x.ctypes.data for x in given])
         placed = [
             None if x is None else placed_at(x, at)
             for x, at in zip(given, kernel.operands, strict=True)

@@ -210,17 +210,17 @@ def _at(c, i_q, chunks, GATE: gl.constexpr, GROUPS: gl.constexpr, GROUP: gl.cons
 @gluon.jit
 def _first(
     qs, ks, xs, made, tiles, weights, ends, q_full, q_free, k_full, k_free, v_full, v_free,
-    there, taken, chunks, p_start, ssd, ssv, p_end, sed, sev, writes, D, V, scale, write, unwrite,
+    there, taken, chunks, p_start, ssd, ssv, p_end, sed, sev, writes, D, V, scale,
     HALVES: gl.constexpr, BD: gl.constexpr, AHLA: gl.constexpr, HANDS: gl.constexpr,
     GATE: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr,
     START: gl.constexpr, END: gl.constexpr,
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
     """Own the state of the first pass; hand on what it makes, and where asked its A'."""
-    S0 = load_state(p_start, ssd, ssv, D, V, unwrite, 0, BD, START, SCALED)
+    S0 = load_state(p_start, ssd, ssv, D, V, 1.0, 0, BD, START, False)
     S1 = S0
     if HALVES == 2:
-        S1 = load_state(p_start, ssd, ssv, D, V, unwrite, 64, BD, START, SCALED)
+        S1 = load_state(p_start, ssd, ssv, D, V, 1.0, 64, BD, START, False)
     for c in range(chunks):
         i_q, i_k, i_v, h = c % Q, c % K, c % V_, c % 2
         at = _at(c, i_q, chunks, GATE, GROUPS, 0)
@@ -251,24 +251,24 @@ def _first(
         if AHLA:
             mbarrier.arrive(v_free.index(i_v), count=1)
     if END:
-        store_state(p_end, S0, S1, sed, sev, writes, D, V, write, HALVES, BD, SCALED)
+        store_state(p_end, S0, S1, sed, sev, writes, D, V, HALVES, BD)
 
 
 @gluon.jit
 def _second(
     qs, ks, xs, made, out, tiles, weights, ends, q_full, q_free, k_free, v_full, v_free,
     there, taken, ready, stored, chunks, p_o, T, sot, sod,
-    p_start, ssd, ssv, p_end, sed, sev, writes, D, V, scale, write, unwrite,
+    p_start, ssd, ssv, p_end, sed, sev, writes, D, V, scale,
     HALVES: gl.constexpr, BD: gl.constexpr, AHLA: gl.constexpr,
     GATE: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr, READ: gl.constexpr,
     WIDE: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
     """Own the state of the second pass, whose keys (of ahla: whose values) the first made."""
-    S0 = load_state(p_start, ssd, ssv, D, V, unwrite, 0, BD, START, SCALED)
+    S0 = load_state(p_start, ssd, ssv, D, V, 1.0, 0, BD, START, False)
     S1 = S0
     if HALVES == 2:
-        S1 = load_state(p_start, ssd, ssv, D, V, unwrite, 64, BD, START, SCALED)
+        S1 = load_state(p_start, ssd, ssv, D, V, 1.0, 64, BD, START, False)
     for c in range(chunks):
         i_q, i_k, i_v, h = c % Q, c % K, c % V_, c % 2
         at = _at(c, i_q, chunks, GATE, GROUPS, GROUPS - 1)
@@ -306,7 +306,7 @@ def _second(
             mbarrier.arrive(v_free.index(i_v), count=1)
         mbarrier.arrive(taken.index(h), count=1)
     if END:
-        store_state(p_end, S0, S1, sed, sev, writes, D, V, write, HALVES, BD, SCALED)
+        store_state(p_end, S0, S1, sed, sev, writes, D, V, HALVES, BD)
 
 
 @gluon.jit
@@ -375,7 +375,7 @@ def _mover(
 
 @gluon.jit(
     do_not_specialize=[
-        "scale1", "write1", "unwrite1", "scale2", "write2", "unwrite2", "T", "D", "V", "N1", "N2",
+        "scale1", "scale2", "T", "D", "V", "N1", "N2",
         "sq0", "sq1", "sq2", "sqt", "sqd", "sk0", "sk1", "sk2", "skt", "skd",
         "sv0", "sv1", "sv2", "svt", "svd", "sy0", "sy1", "sy2", "syt", "syd",
         "so0", "so1", "so2", "sot", "sod", "ss0", "ss1", "ss2", "ssn", "ssd", "ssv",
@@ -386,7 +386,7 @@ def _mover(
 )  # fmt: skip
 def pair_kernel(
     p_q, p_k, p_v, p_y, p_o, p_start1, p_end1, p_start2, p_end2, p_gate,
-    scale1, write1, unwrite1, scale2, write2, unwrite2, T, tokens, D, V, N1, N2,
+    scale1, scale2, T, tokens, D, V, N1, N2,
     sq0, sq1, sq2, sqt, sqd,
     sk0, sk1, sk2, skt, skd,
     sv0, sv1, sv2, svt, svd,
@@ -404,7 +404,7 @@ def pair_kernel(
     GATE: gl.constexpr,  # 0 none, 1 decay, 2 log_gate
     POWER1: gl.constexpr,
     POWER2: gl.constexpr,
-    SCALED1: gl.constexpr,  # scale1 (of what is read) or write1 is not 1; unwrite1 = 1 / write1
+    SCALED1: gl.constexpr,  # scale1, of what is read, is not 1
     SCALED2: gl.constexpr,
     START1: gl.constexpr,
     END1: gl.constexpr,
@@ -503,13 +503,13 @@ def pair_kernel(
                 qs, ks, vs, made, tiles, weights, ends, q_full, q_free, k_full, k_free,
                 v_full, v_free, there, taken, chunks,
                 p_start1, ssd, ssv, p_end1, sed, sev, writes1, D, V if AHLA else D,
-                scale1, write1, unwrite1,
+                scale1,
                 BY // 64, BD, AHLA, AHLA, GATE, GROUPS, SCALED1, START1, END1, Q, K, V_,
             )),
             (_second, (
                 qs, ks, vs, made, out, tiles, weights, ends, q_full, q_free, k_free,
                 v_full, v_free, there, taken, ready, stored, chunks, p_o, T, sot64 * UNIT, sod,
-                p_start2, sfd, sfv, p_end2, shd, shv, writes2, D, V, scale2, write2, unwrite2,
+                p_start2, sfd, sfv, p_end2, shd, shv, writes2, D, V, scale2,
                 BV // 64, BD, AHLA, GATE, GROUPS, SCALED2, READ, WIDE,
                 START2, END2, Q, K, V_,
             )),

@@ -97,9 +97,9 @@ def _second(
         mbarrier.arrive(v_free.index(i_v), count=1)
         mbarrier.arrive(taken.index(h), count=1)
     if END2:
-        store_state(p_end2, P, P, sPed, sPev, writes_P, D, V, 1.0, 1, BD, False)
+        store_state(p_end2, P, P, sPed, sPev, writes_P, D, V, 1, BD)
     if END3:
-        store_state(p_end3, F, F, sFed, sFev, writes_F, D, V, 1.0, 1, BD, False)
+        store_state(p_end3, F, F, sFed, sFev, writes_F, D, V, 1, BD)
 
 
 @gluon.jit(
@@ -258,7 +258,7 @@ def triple_kernel(
             (_first, (
                 qs, ks, vs, made, tiles, weights, ends, q_full, q_free, k_full, k_free,
                 v_full, v_free, there, taken, chunks,
-                p_start1, sSd, sSv, p_end1, sSed, sSev, writes_S, D, D, scale_y, 1.0, 1.0,
+                p_start1, sSd, sSv, p_end1, sSed, sSev, writes_S, D, D, scale_y,
                 BD // 64, BD, False, True, GATE, GROUPS, SCALED, START1, END1, Q, K, V_,
             )),
             (_second, (

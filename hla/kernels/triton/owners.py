@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ import triton
 from ...core.passes import broadcast
 from ...core.programs import CAUSAL
 from ...core.request import Request
-from ...device.scan import Call
+from ...device.scan import Call, Do
 from ...device.steps import Fused, Launch, Ref, Row
-from .launch import GATES, WIDEST, Kernel, capability, heads, listed, placed, width
+from .launch import GATES, WIDEST, Aligned, Kernel, capability, heads, listed, placed, width
 
 NAME = "{} by two state owners"
 OPERATORS = "hla2", "ahla", "hla3"
@@ -53,40 +53,7 @@ def rows(request: Request) -> tuple[Row, ...]:
     return (Row(NAME.format(request.operator), tuple(steps), segments=True),)
 
 
-class Owners(Kernel):
-    """A kernel, and how it copies rows: by what the first call shows, and `alike` repeats."""
-
-    rows = 5  # operands in front that are copied by rows
-    scalars_before = 12  # numbers in front of their strides
-
-    def __call__(self, arrays: list[Any], addresses: list[Any], stream: int | None) -> None:
-        """Launch it."""
-        if self.compiled is None:
-            given = zip(self.slots(addresses), self.offsets, strict=True)
-            self.settle([0 if p is None else p + n for p, n in given])
-        super().__call__(arrays, addresses, stream)
-
-    def settle(self, addresses: Sequence[int]) -> None:
-        """Copy by 16 bytes where all rows are of whole ones; strides then count by 8 elements."""
-        scalars, first, fast = list(self.scalars), self.scalars_before, True
-        for i, (x, address) in enumerate(zip(self.operands[: self.rows], addresses, strict=False)):
-            *steps, step = scalars[first + 5 * i : first + 5 * i + 5]
-            if x is not None:
-                fast &= step == 1 and not any(n % 8 for n in (*steps, width(x), address // 2))
-        for i in range(5 * self.rows):
-            scalars[first + i] //= 8 if fast and i % 5 < 4 else 1
-        self.scalars, self.constants["FAST"] = tuple(scalars), fast
-        self.rest = (*scalars, *self.constants.values())
-
-
-class ThirdOrder(Owners):
-    """The kernel of hla3."""
-
-    rows = 6
-    scalars_before = 9
-
-
-def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Kernel]:
+def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Do]:
     """Return the kernels of a fused step: one, or more where batch axes cannot become three.
 
     Raises
@@ -110,23 +77,30 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Kernel]:
         "GATE": GATES.index(request.gate),
         "POWER1": first.power, "POWER2": last.power,
         "BD": WIDEST if D > HALF else HALF, "WHOLE_D": D % HALF == 0,
-        "BV": WIDEST if V > HALF else HALF, "WHOLE_V": V % HALF == 0, "FAST": False,
+        "BV": WIDEST if V > HALF else HALF, "WHOLE_V": V % HALF == 0,
     }  # fmt: skip
-    make, kernel, tiles = Owners, pair_kernel, 1
-    factors = [n for read in (first.read, last.read) for n in (read, 1.0, 1.0)]
-    if third:
-        make, kernel, tiles = ThirdOrder, triple_kernel, -(-V // HALF)
-        factors = [x.read for x in fused.launches]
+    kernel, tiles = (triple_kernel, -(-V // HALF)) if third else (pair_kernel, 1)
+    factors = [x.read for x in fused.launches] if third else [first.read, last.read]
     given = {name: constants[name] for name in kernel.arg_names if name in constants}
+    rows = 6 if third else 5  # operands in front that are copied by rows
     batch = broadcast(*(x.batch for x in fused.launches))
     T, tokens = request.tokens, first.tokens
     parts, cut = (-(-T // tokens), True) if tokens else (1, False)
     for counts, operands, strides in heads(batch, places, request.gate == "log_gate", cut=cut):
-        yield make(
-            kernel, (math.prod(counts) * parts * tiles,), operands, sizes, *factors, T,
-            tokens or None, D, V, *counts[-2:], *listed(places, strides, cut=cut), **given,
-            num_warps=4,
-        )  # fmt: skip
+        own = [s for x, s in zip(operands, strides[:rows], strict=False) if x is not None]
+        fits = D % 8 == V % 8 == 0 and all(s[4] == 1 and not any(n % 8 for n in s[:4]) for s in own)
+        made = []
+        for fast in (True, False) if fits else (False,):
+            by = [(*(n // 8 for n in s[:4]), s[4]) if fast else s for s in strides[:rows]]
+            made.append(
+                Kernel(
+                    kernel, (math.prod(counts) * parts * tiles,), operands, sizes, *factors, T,
+                    tokens or None, D, V, *counts[-2:],
+                    *listed(places, (*by, *strides[rows:]), cut=cut), **given, FAST=fast,
+                    num_warps=4,
+                )
+            )  # fmt: skip
+        yield Aligned(made[0], made[-1], rows) if fits else made[0]
 
 
 def kept(fused: Fused, s: Launch) -> Ref | None:

@@ -99,14 +99,13 @@ def store_half(
 
 @gluon.jit
 def store_state(
-    p_end, S0, S1, sd, sv, writes, D, V, write,
-    HALVES: gl.constexpr, BD: gl.constexpr, SCALED: gl.constexpr,
+    p_end, S0, S1, sd, sv, writes, D, V, HALVES: gl.constexpr, BD: gl.constexpr
 ):  # fmt: skip
     """Store the state after the last token, in the head that is to."""
     if writes:
-        store_half(p_end, S0, sd, sv, D, V, write, 0, BD, SCALED)
+        store_half(p_end, S0, sd, sv, D, V, 1.0, 0, BD, False)
         if HALVES == 2:
-            store_half(p_end, S1, sd, sv, D, V, write, 64, BD, SCALED)
+            store_half(p_end, S1, sd, sv, D, V, 1.0, 64, BD, False)
 
 
 @gluon.jit
