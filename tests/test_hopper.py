@@ -274,6 +274,9 @@ SHAPES = {
     "o in float32": {"WIDE": True, "KEEP": True},
     "odd rows": {},
     "segments": {"START1": True, "START2": True},
+    "denominators": {"SUMS": True, "DEN": True},
+    "denominators, all": EVERYTHING | {"SUMS": True, "DEN": True},
+    "states of denominators": EVERYTHING | {"SUMS": True, "READ": False},
     "segments, states alone": {"READ": False, "START1": True, "END2": True},
 }
 STATES3 = {f"{when}{i}": True for when in ("START", "END") for i in (1, 2, 3)}
@@ -283,6 +286,9 @@ THIRD = {
     "64 keys": {"BD": 64},
     "o in float32": {"WIDE": True, "KEEP_Y": True},
     "segments, states alone": {"READ": False, "START1": True, "START2": True, "END3": True},
+    "denominators": {"SUMS": True, "DEN": True},
+    "denominators, all": STATES3
+    | {"KEEP_Y": True, "KEEP_U": True, "SCALED": True, "SUMS": True, "DEN": True},
 }
 KERNELS = [
     *(
@@ -297,14 +303,23 @@ KERNELS = [
     ("ahla", 1, "odd rows"),
     *((name, 0, shape) for name in ("hla2", "ahla") for shape in SHAPES if "segments" in shape),
     ("hla2", 2, "segments"),
+    *(
+        (name, gate, f"denominators{kind}")
+        for name in ("hla2", "ahla")
+        for gate, kind in ((0, ""), (0, ", all"), (2, ", all"))
+    ),
+    ("ahla", 2, "states of denominators"),
     *(("hla3", gate, "") for gate in (0, 1)),
     *(("hla3", 2, shape) for shape in THIRD),
 ]
 # Bytes a thread, most of them where addresses are made; others 24
 SPILLS = {"": 96, "segments": 176, "segments, states alone": 80, "states": 256, "all": 320,
-          "o in float32": 256, "states alone": 128, "odd rows": 2048}  # fmt: skip
+          "o in float32": 256, "states alone": 128, "odd rows": 2048, "denominators": 80,
+          "denominators, all": 448, "states of denominators": 56}  # fmt: skip
 NEWER_SPILLS = SPILLS | {"": 168, "segments, states alone": 160, "states": 432, "all": 512,
-                         "o in float32": 1016}  # by the assembler of CUDA 13  # fmt: skip
+                         "o in float32": 1016, "denominators": 192,
+                         "denominators, all": 1152,
+                         "states of denominators": 272}  # by that of CUDA 13  # fmt: skip
 SHARED = 227 * 1024
 
 
@@ -318,7 +333,9 @@ def prepared(name, gate, shape):
         "WHOLE_D": shape not in LOOSE, "WHOLE_V": shape not in LOOSE, "FAST": shape != "odd rows",
     } | (THIRD if name == "hla3" else SHAPES)[shape]  # fmt: skip
     given = {n: x for n, x in given.items() if n in names}
+    sums = given.get("SUMS") and shape[-1] != "s"  # all that there is of them
     present = {
+        **dict.fromkeys(("p_x", "p_den", "p_one", "p_m", "p_me", "p_n", "p_ne"), sums),
         "p_y": given.get("KEEP") or given.get("KEEP_Y"), "p_u": given.get("KEEP_U"),
         "p_o": given.get("READ", True), "p_gate": gate > 0,
         **{f"p_{n.lower()}": x for n, x in given.items() if re.match("(START|END)[123]", n)},
@@ -327,7 +344,13 @@ def prepared(name, gate, shape):
     for n in names:
         if n in given:
             signature[n] = "constexpr"
-        elif re.fullmatch("tokens|s[sefhSPF]e?n", n) and "segments" not in shape:
+        elif n == "eps" and given.get("DEN"):
+            signature[n] = "fp32"
+        elif (
+            n == "eps"
+            or (re.fullmatch("tokens|s[sefhSPFmn]e?n", n) and "segments" not in shape)
+            or (re.fullmatch("s(x|den|one|me?|ne?)[012ntdv]", n) and not present["p_" + n[1:-1]])
+        ):
             signature[n], constants[n] = "constexpr", None
         elif not n.startswith("p_"):
             signature[n] = "fp32" if n.startswith("scale") else "i32"

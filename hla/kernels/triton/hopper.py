@@ -13,6 +13,8 @@ chunk of W = 64 tokens, of keys K and values X of either pass, operands as they 
 S' enters its product from registers, in bfloat16 and by halves of 64 values: a half is read and
 its O' stored before the other is touched, else registers would not suffice. ahla has one A'.
 
+Denominators are summed by the third warpgroup (`denominators`), while the owners multiply.
+
 The weights of a gate (`warpgroups`; `causal` defines them) are those of each pass's power. A
 decay's lie ready, a log gate's are put beside q by the third warpgroup.
 
@@ -35,6 +37,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .denominators import (
+    COUNT,
+    DIVISOR,
+    DOTS_M,
+    DOTS_N,
+    ONES,
+    add_rows,
+    load_sum,
+    read_pairs,
+    read_states,
+    store_sum,
+)
 from .warpgroups import (
     A64,
     A128,
@@ -135,19 +149,23 @@ def _fade(S, ends, at, BD: gl.constexpr):
 
 @gluon.jit
 def _leave(
-    made, p_o, o, row, T, V, sot, sod, scale,
-    FIRST: gl.constexpr, SCALED: gl.constexpr, WIDE: gl.constexpr,
+    made, p_o, o, row, T, V, sot, sod, scale, lists, FIRST: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """Store one half of what was read once it is there: as bfloat16 in shared memory, or wide."""
+    """Store one half of what was read once it is there, where it is asked.
+
+    As float32 at p_o; in shared memory as bfloat16, divided where there are ``lists``.
+    """
     o = warpgroup_mma_wait(0, deps=[o])
     if SCALED:
         o *= scale
-    if WIDE:
+    if p_o is not None:
         v = FIRST + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC64))
         t = row + gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))
         p = p_o + t.to(gl.int64)[None, :] * sot + v.to(gl.int64)[:, None] * sod
         gl.store(p, o, mask=(v < V)[:, None] & (t < T)[None, :])
-    else:
+    if made is not None:
+        if lists is not None:
+            o *= lists.index(DIVISOR).load(gl.SliceLayout(0, ACC64))[None, :]
         made.permute((1, 0)).slice(FIRST, 64, 0).store(o.to(gl.bfloat16))
 
 
@@ -165,15 +183,18 @@ def _weighed(b_xT, weights, at, FIRST: gl.constexpr, BD: gl.constexpr, GATED: gl
 
 @gluon.jit
 def _reads(
-    made, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, row, T, V, sot, sod, scale,
-    HALVES: gl.constexpr, BD: gl.constexpr, GATED: gl.constexpr, SCALED: gl.constexpr,
-    READ: gl.constexpr, WIDE: gl.constexpr,
+    made, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, c, T, V, sot, sod, scale,
+    lists, divided, HALVES: gl.constexpr, BD: gl.constexpr, GATED: gl.constexpr,
+    SCALED: gl.constexpr, READ: gl.constexpr,
 ):  # fmt: skip
     """Leave O of a chunk; return both halves of the state and the values as the gate has them."""
     if READ:
         o, S0 = _read(S0, b_qT, b_xT, tile, weights, ends, at, 0, BD, GATED)
+        if divided is not None:
+            o = warpgroup_mma_wait(0, deps=[o])
+            mbarrier.wait(divided.index(0), c & 1)
         if HALVES == 2:
-            _leave(made, p_o, o, row, T, V, sot, sod, scale, 0, SCALED, WIDE)
+            _leave(made, p_o, o, c * W, T, V, sot, sod, scale, lists, 0, SCALED)
             o, S1 = _read(S1, b_qT, b_xT, tile, weights, ends, at, 64, BD, GATED)
     elif GATED:
         S0, S1 = _fade(S0, ends, at, BD), _fade(S1, ends, at, BD)
@@ -182,7 +203,7 @@ def _reads(
     if HALVES == 2:
         x1 = _weighed(b_xT, weights, at, 64, BD, GATED)
     if READ:
-        _leave(made, p_o, o, row, T, V, sot, sod, scale, 64 * HALVES - 64, SCALED, WIDE)
+        _leave(made, p_o, o, c * W, T, V, sot, sod, scale, lists, 64 * HALVES - 64, SCALED)
     return S0, S1, x0, x1
 
 
@@ -240,8 +261,8 @@ def _first(
         if not HANDS:
             mbarrier.wait(taken.index(h), ((c // 2) & 1) ^ 1)
         S0, S1, x0, x1 = _reads(
-            made_h, None, S0, S1, b_qT, b_xT, tile, weights, ends, at, 0, 0, 0, 0, 0, scale,
-            HALVES, BD, GATE > 0, SCALED, True, False,
+            made_h, None, S0, S1, b_qT, b_xT, tile, weights, ends, at, c, 0, 0, 0, 0, scale,
+            None, None, HALVES, BD, GATE > 0, SCALED, True,
         )  # fmt: skip
         fence_async_shared()
         mbarrier.arrive(there.index(h), count=1)
@@ -257,11 +278,11 @@ def _first(
 @gluon.jit
 def _second(
     qs, ks, xs, made, out, tiles, weights, ends, q_full, q_free, k_free, v_full, v_free,
-    there, taken, ready, stored, chunks, p_o, T, sot, sod,
+    there, taken, ready, stored, paired, divided, lists, chunks, p_o, T, sot, sod,
     p_start, ssd, ssv, p_end, sed, sev, writes, D, V, scale,
     HALVES: gl.constexpr, BD: gl.constexpr, AHLA: gl.constexpr,
     GATE: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr, READ: gl.constexpr,
-    WIDE: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
+    START: gl.constexpr, END: gl.constexpr,
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
     """Own the state of the second pass, whose keys (of ahla: whose values) the first made."""
@@ -272,7 +293,9 @@ def _second(
     for c in range(chunks):
         i_q, i_k, i_v, h = c % Q, c % K, c % V_, c % 2
         at = _at(c, i_q, chunks, GATE, GROUPS, GROUPS - 1)
-        b_qT, out_0 = qs.index(i_q).permute((1, 0)), out.index(0)
+        b_qT, out_0 = qs.index(i_q).permute((1, 0)), None
+        if out is not None:
+            out_0 = out.index(0)
         if AHLA:
             b_k, b_xT, tile = ks.index(i_k), made.index(h).permute((1, 0)), tiles.index(h)
         else:
@@ -283,17 +306,19 @@ def _second(
         if READ:
             if not AHLA:
                 _pairs(tile, b_k, b_qT, weights, at, GATE > 0)
-            if not WIDE:
+                if divided is not None:
+                    mbarrier.arrive(paired.index(0), count=1)
+            if out is not None:
                 mbarrier.wait(stored.index(0), (c & 1) ^ 1)
         if not AHLA:
             mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
             fence_async_shared()
         S0, S1, x0, x1 = _reads(
-            out_0, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, c * W, T, V, sot, sod, scale,
-            HALVES, BD, GATE > 0, SCALED, READ, WIDE,
+            out_0, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, c, T, V, sot, sod, scale,
+            lists, divided, HALVES, BD, GATE > 0, SCALED, READ,
         )  # fmt: skip
         if READ:
-            if not WIDE:
+            if out is not None:
                 mbarrier.arrive(ready.index(0), count=1)
             if GATE < 2:
                 mbarrier.arrive(q_free.index(i_q), count=1)
@@ -310,22 +335,71 @@ def _second(
 
 
 @gluon.jit
+def _sum(
+    c, qs, ks, made, tiles, weights, ends, lists, q_full, k_full, there, paired, divided, chunks,
+    m, n, p_one, T_one, sone, scale_one, p_den, T_den, sden, scale_den, eps,
+    BD: gl.constexpr, AHLA: gl.constexpr, GATE: gl.constexpr, GROUPS: gl.constexpr,
+    ONE: gl.constexpr, TILE_1: gl.constexpr, Q: gl.constexpr, K: gl.constexpr,
+):  # fmt: skip
+    """Leave the denominators of a chunk; return their states after it (`denominators`)."""
+    i_q, i_k, h = c % Q, c % K, c % 2
+    at1 = _at(c, i_q, chunks, GATE, GROUPS, 0)
+    at2 = _at(c, i_q, chunks, GATE, GROUPS, GROUPS - 1)
+    mbarrier.wait(q_full.index(i_q), (c // Q) & 1)
+    read_states(lists, qs.index(i_q), m, n, ONE, divided is not None)
+    mbarrier.wait(there.index(h), (c // 2) & 1)
+    if ONE:
+        one = read_pairs(
+            lists, DOTS_M, tiles.index(h), weights, at1, p_one, c * W, T_one, sone, scale_one,
+            False, GATE > 0,
+        )  # fmt: skip
+        lists.index(ONES).store(one)
+        mbarrier.wait(k_full.index(i_k), (c // K) & 1)
+        m = add_rows(m, ks.index(i_k), lists, weights, ends, at1, BD, False, GATE > 0)
+    if divided is not None:
+        tile = tiles.index(h if AHLA else TILE_1)
+        if not AHLA:
+            mbarrier.wait(paired.index(0), c & 1)
+        den = read_pairs(
+            lists, DOTS_N, tile, weights, at2, p_den, c * W, T_den, sden, scale_den, ONE, GATE > 0
+        )
+        if eps is not None:
+            lists.index(DIVISOR).store(1.0 / (den + eps))
+        mbarrier.arrive(divided.index(0), count=1)
+    keys = ks.index(i_k) if AHLA else made.index(h)
+    return m, add_rows(n, keys, lists, weights, ends, at2, BD, ONE, GATE > 0)
+
+
+@gluon.jit
 def _mover(
     p_q, p_k, p_v, p_y, p_u, p_o, p_gate, qs, ks, vs, made, us, out, weights, ends,
     q_full, q_free, k_full, k_free, v_full, v_free, there, taken, u_there, u_taken, ready, stored,
     chunks, T, T_y, T_u, D, V, sqt, sqd, skt, skd, svt, svd, syt, syd, sut, sud, sot, sod, sgt,
+    tiles, lists, paired, divided, p_one, T_one, sone, scale_one, p_den, T_den, sden, scale_den,
+    eps, p_m, smd, p_m_end, smed, writes_m, p_n, snd, p_n_end, sned, writes_n,
     BD: gl.constexpr, BV: gl.constexpr, AHLA: gl.constexpr,
     GATE: gl.constexpr, POWER1: gl.constexpr, POWER2: gl.constexpr,
-    READ: gl.constexpr, KEEP: gl.constexpr, KEEP_U: gl.constexpr, FAST: gl.constexpr,
+    READ: gl.constexpr, KEEP: gl.constexpr, KEEP_U: gl.constexpr, SUMS: gl.constexpr,
+    ONE: gl.constexpr, TILE_1: gl.constexpr, FAST: gl.constexpr,
     WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr, K_LATER: gl.constexpr, V_LATER: gl.constexpr,
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
     """Load what the owners read, in the order in which they free it; store what they make."""
     BY: gl.constexpr = BV if AHLA else BD
     WHOLE_Y: gl.constexpr = WHOLE_V if AHLA else WHOLE_D
+    GROUPS: gl.constexpr = 1 if POWER1 == POWER2 else 2
     if GATE == 2:
         a = load_gate(p_gate, sgt, 0, T)
+    if SUMS:
+        m, n = load_sum(p_m, smd, D, BD), load_sum(p_n, snd, D, BD)
     for c in range(chunks + Q):
+        if SUMS:  # noqa: SIM102 - known when it is compiled, which both at once are not
+            if c >= Q:
+                m, n = _sum(
+                    c - Q, qs, ks, made, tiles, weights, ends, lists, q_full, k_full, there, paired,
+                    divided, chunks, m, n, p_one, T_one, sone, scale_one, p_den, T_den, sden,
+                    scale_den, eps, BD, AHLA, GATE, GROUPS, ONE, TILE_1, Q, K,
+                )  # fmt: skip
         # A minimum is no sum of steps, of which the compiler would keep an address for each row
         if (c >= K_LATER) & (c < chunks + K_LATER):
             e = c - K_LATER
@@ -356,10 +430,12 @@ def _mover(
                 mbarrier.arrive(stored.index(0), count=1)
             if KEEP:
                 h = e % 2
-                mbarrier.wait(there.index(h), (e // 2) & 1)
+                if not SUMS:  # for which it has been waited
+                    mbarrier.wait(there.index(h), (e // 2) & 1)
                 width = V if AHLA else D
                 store_chunk(p_y, made.index(h), row, T_y, width, syt, syd, BY, FAST, WHOLE_Y)
-                mbarrier.arrive(taken.index(h), count=1)
+            if KEEP or SUMS:
+                mbarrier.arrive(taken.index(e % 2), count=1)
             if KEEP_U:
                 mbarrier.wait(u_there.index(0), e & 1)
                 store_chunk(p_u, us.index(0), row, T_u, V, sut, sud, BV, FAST, WHOLE_V)
@@ -371,22 +447,33 @@ def _mover(
             mbarrier.wait(v_free.index(i_v), ((e // V_) & 1) ^ 1)
             load_chunk(vs.index(i_v), p_v, row, T, V, svt, svd, BV, FAST, WHOLE_V)
             arrive_full(v_full.index(i_v), FAST)
+    if SUMS:
+        store_sum(p_m_end, m, smed, writes_m, D, BD)
+        store_sum(p_n_end, n, sned, writes_n, D, BD)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "scale1", "scale2", "T", "D", "V", "N1", "N2",
+        "scale1", "scale2", "eps", "T", "D", "V", "N1", "N2",
         "sq0", "sq1", "sq2", "sqt", "sqd", "sk0", "sk1", "sk2", "skt", "skd",
         "sv0", "sv1", "sv2", "svt", "svd", "sy0", "sy1", "sy2", "syt", "syd",
         "so0", "so1", "so2", "sot", "sod", "ss0", "ss1", "ss2", "ssn", "ssd", "ssv",
         "se0", "se1", "se2", "sen", "sed", "sev", "sf0", "sf1", "sf2", "sfn", "sfd", "sfv",
-        "sh0", "sh1", "sh2", "shn", "shd", "shv", "sg0", "sg1", "sg2", "sgt",
+        "sh0", "sh1", "sh2", "shn", "shd", "shv", "sx0", "sx1", "sx2", "sxt", "sxd",
+        "sden0", "sden1", "sden2", "sdent", "sdend", "sone0", "sone1", "sone2", "sonet", "soned",
+        "sm0", "sm1", "sm2", "smn", "smd", "smv", "sme0", "sme1", "sme2", "smen", "smed", "smev",
+        "sn0", "sn1", "sn2", "snn", "snd", "snv", "sne0", "sne1", "sne2", "snen", "sned", "snev",
+        "sg0", "sg1", "sg2", "sgt",
     ],
-    do_not_specialize_on_alignment=["p_gate", "p_start1", "p_end1", "p_start2", "p_end2"],
+    do_not_specialize_on_alignment=[
+        "p_gate", "p_start1", "p_end1", "p_start2", "p_end2",
+        "p_x", "p_den", "p_one", "p_m", "p_me", "p_n", "p_ne",
+    ],
 )  # fmt: skip
 def pair_kernel(
-    p_q, p_k, p_v, p_y, p_o, p_start1, p_end1, p_start2, p_end2, p_gate,
-    scale1, scale2, T, tokens, D, V, N1, N2,
+    p_q, p_k, p_v, p_y, p_o, p_start1, p_end1, p_start2, p_end2,
+    p_x, p_den, p_one, p_m, p_me, p_n, p_ne, p_gate,
+    scale1, scale2, eps, T, tokens, D, V, N1, N2,
     sq0, sq1, sq2, sqt, sqd,
     sk0, sk1, sk2, skt, skd,
     sv0, sv1, sv2, svt, svd,
@@ -396,6 +483,13 @@ def pair_kernel(
     se0, se1, se2, sen, sed, sev,
     sf0, sf1, sf2, sfn, sfd, sfv,
     sh0, sh1, sh2, shn, shd, shv,
+    sx0, sx1, sx2, sxt, sxd,  # the numerators, in float32
+    sden0, sden1, sden2, sdent, sdend,  # the denominators of o, and of u
+    sone0, sone1, sone2, sonet, soned,
+    sm0, sm1, sm2, smn, smd, smv,  # states of denominators: those of u, first and last
+    sme0, sme1, sme2, smen, smed, smev,
+    sn0, sn1, sn2, snn, snd, snv,  # and those of o
+    sne0, sne1, sne2, snen, sned, snev,
     sg0, sg1, sg2, sgt,
     AHLA: gl.constexpr,  # the first pass makes the values of the second; else its keys
     READ: gl.constexpr,  # o is asked, not the states alone
@@ -410,6 +504,8 @@ def pair_kernel(
     END1: gl.constexpr,
     START2: gl.constexpr,
     END2: gl.constexpr,
+    SUMS: gl.constexpr,  # there are denominators, stored or divided by, or states of them
+    DEN: gl.constexpr,  # the first; with eps o is divided
     BD: gl.constexpr,  # tiles of 64 or 128 keys and values
     BV: gl.constexpr,
     WHOLE_D: gl.constexpr,  # D == BD
@@ -442,6 +538,20 @@ def pair_kernel(
             p_start2 += part * sfn
         if END2:
             p_end2 += part * shn
+        if p_x is not None:
+            p_x += first * sxt
+        if p_den is not None:
+            p_den += first * sdent
+        if p_one is not None:
+            p_one += first * sonet
+        if p_m is not None:
+            p_m += part * smn
+        if p_me is not None:
+            p_me += part * smen
+        if p_n is not None:
+            p_n += part * snn
+        if p_ne is not None:
+            p_ne += part * snen
     i_2 = (i_head % N2).to(gl.int64)
     i_1 = (i_head // N2 % N1).to(gl.int64)
     i_0 = (i_head // N2 // N1).to(gl.int64)
@@ -465,11 +575,31 @@ def pair_kernel(
     if END2:
         p_end2 += i_0 * sh0 + i_1 * sh1 + i_2 * sh2
         writes2 = is_first(i_0, i_1, i_2, sh0, sh1, sh2)
+    if p_x is not None:
+        p_x += i_0 * sx0 + i_1 * sx1 + i_2 * sx2
+    T_den, T_one, writes_m, writes_n = T, T, True, True
+    if p_den is not None:
+        p_den += i_0 * sden0 + i_1 * sden1 + i_2 * sden2
+        T_den = gl.where(is_first(i_0, i_1, i_2, sden0, sden1, sden2), T, 0)
+    if p_one is not None:
+        p_one += i_0 * sone0 + i_1 * sone1 + i_2 * sone2
+        T_one = gl.where(is_first(i_0, i_1, i_2, sone0, sone1, sone2), T, 0)
+    if p_m is not None:
+        p_m += i_0 * sm0 + i_1 * sm1 + i_2 * sm2
+    if p_n is not None:
+        p_n += i_0 * sn0 + i_1 * sn1 + i_2 * sn2
+    if p_me is not None:
+        p_me += i_0 * sme0 + i_1 * sme1 + i_2 * sme2
+        writes_m = is_first(i_0, i_1, i_2, sme0, sme1, sme2)
+    if p_ne is not None:
+        p_ne += i_0 * sne0 + i_1 * sne1 + i_2 * sne2
+        writes_n = is_first(i_0, i_1, i_2, sne0, sne1, sne2)
     if GATE > 0:
         p_gate += i_0 * sg0 + i_1 * sg1 + i_2 * sg2
 
     chunks = (T + W - 1) // W
-    sot64 = gl.to_tensor(sot).to(gl.int64)
+    if WIDE:
+        p_x, sxt, sxd = p_o, gl.to_tensor(sot).to(gl.int64) * UNIT, sod
     # Buffers of q, k and v: as many as there is memory for, by how long both owners read them
     Q: gl.constexpr = AHEAD
     K: gl.constexpr = AHEAD if AHLA and GATE == 0 else AHEAD - 1
@@ -491,8 +621,13 @@ def pair_kernel(
     q_full, q_free = barriers(Q, LOADS + (1 if GATE == 2 else 0)), barriers(Q, 2)
     k_full, k_free = barriers(K, LOADS), barriers(K, 2 if AHLA else 1)
     v_full, v_free = barriers(V_, LOADS), barriers(V_, 1)
-    there, taken = barriers(2, 1), barriers(2, 2 if KEEP else 1)
+    there, taken = barriers(2, 1), barriers(2, 2 if KEEP or SUMS else 1)
     ready, stored = barriers(1, 1), barriers(1, 1)
+    lists, paired, divided = None, None, None
+    if SUMS:
+        lists = gl.allocate_shared_memory(gl.float32, [COUNT, W], LIST)
+    if DEN:
+        paired, divided = barriers(1, 1), barriers(1, 1)
     if GATE == 1:
         _put_decay(weights, ends, p_gate, T, chunks, POWER1, POWER2)
     fence_async_shared()
@@ -507,19 +642,21 @@ def pair_kernel(
                 BY // 64, BD, AHLA, AHLA, GATE, GROUPS, SCALED1, START1, END1, Q, K, V_,
             )),
             (_second, (
-                qs, ks, vs, made, out, tiles, weights, ends, q_full, q_free, k_free,
-                v_full, v_free, there, taken, ready, stored, chunks, p_o, T, sot64 * UNIT, sod,
+                qs, ks, vs, made, out if READ and not WIDE else None, tiles, weights, ends,
+                q_full, q_free, k_free, v_full, v_free, there, taken, ready, stored,
+                paired, divided, lists if eps is not None else None, chunks, p_x, T, sxt, sxd,
                 p_start2, sfd, sfv, p_end2, shd, shv, writes2, D, V, scale2,
-                BV // 64, BD, AHLA, GATE, GROUPS, SCALED2, READ, WIDE,
-                START2, END2, Q, K, V_,
+                BV // 64, BD, AHLA, GATE, GROUPS, SCALED2, READ, START2, END2, Q, K, V_,
             )),
             (_mover, (
                 p_q, p_k, p_v, p_y, None, p_o, p_gate, qs, ks, vs, made, made, out, weights, ends,
                 q_full, q_free, k_full, k_free, v_full, v_free, there, taken, there, taken,
                 ready, stored, chunks, T, T_y, T_y, D, V,
                 sqt, sqd, skt, skd, svt, svd, syt, syd, syt, syd, sot, sod, sgt,
-                BD, BV, AHLA, GATE, POWER1, POWER2, READ and not WIDE, KEEP, False, FAST,
-                WHOLE_D, WHOLE_V, K_LATER, V_LATER, Q, K, V_,
+                tiles, lists, paired, divided, p_one, T_one, sonet, scale1, p_den, T_den, sdent,
+                scale2, eps, p_m, smd, p_me, smed, writes_m, p_n, snd, p_ne, sned, writes_n,
+                BD, BV, AHLA, GATE, POWER1, POWER2, READ and not WIDE, KEEP, False, SUMS, AHLA, 1,
+                FAST, WHOLE_D, WHOLE_V, K_LATER, V_LATER, Q, K, V_,
             )),
         ],
         [4, 4],

@@ -354,6 +354,7 @@ RANKS = {"gate": 0, "states": 3}  # the axes that are an operand's own; others h
 # and these one more, of segments
 STATES = {f"{when}{i}" for when in ("start", "end") for i in ("", 1, 2, 3)}
 STATES |= {"S", "F", "R", "Z", "end", "left"}  # of the adjoint's sweeps
+STATES |= {"m", "me", "n", "ne"}  # of denominators
 GATE = NAMES.index("gate")
 
 
