@@ -90,10 +90,6 @@ def _owner_f(
         else:  # F += y' v, S += k' k
             b_x, b_y, b_z = vs.index(s), ys.index(s), b_k
         kT, yT = b_k.permute((1, 0)).slice(ROW, 64, 0), b_y.permute((1, 0)).slice(ROW, 64, 0)
-        if EVERY > 0 and _kept(earlier + c, EVERY):
-            n = ((earlier + c) // EVERY - 1).to(gl.int64)
-            _met(p_met2, p_kept2, n, F, H, B, False)
-            _met(p_met1, p_kept1, n, S, H, B, not AHLA)
         mbarrier.wait(full.index(s), (c // STAGES) & 1)
         fence_async_shared()
         if POWER1 > 0:  # one after the other, here and below, else registers would not suffice
@@ -156,6 +152,11 @@ def _owner_f(
         mbarrier.arrive(there.index(h), count=1)
         F, S = warpgroup_mma_wait(0, deps=[F, S])
         mbarrier.arrive(free.index(s), count=1)
+        behind = earlier + c + 1
+        if EVERY > 0 and behind * W < total and _kept(behind, EVERY):
+            n = (behind // EVERY - 1).to(gl.int64)
+            _met(p_met2, p_kept2, n, F, H, B, False)
+            _met(p_met1, p_kept1, n, S, H, B, not AHLA)
 
 
 @gluon.jit
@@ -246,7 +247,7 @@ def queries_kernel(
     START1: gl.constexpr,
     START2: gl.constexpr,
     DOTS: gl.constexpr,  # also leave what a gate's gradient is made of: see `gate`
-    EVERY: gl.constexpr,  # and before every so many chunks, states by what was kept; 0: not
+    EVERY: gl.constexpr,  # and behind every so many chunks, states by what was kept; 0: not
     B: gl.constexpr,  # tiles of 64 or 128 keys and values
     WHOLE_D: gl.constexpr,  # D == B
     WHOLE_V: gl.constexpr,
@@ -321,6 +322,7 @@ def queries_kernel(
     LOADS: gl.constexpr = 128 if FAST else 0  # a copy arrives with each of the mover's threads
     full, free = barriers(STAGES, LOADS + (1 - ALONE)), barriers(STAGES, HALVES)
     there, stored = barriers(2, HALVES), barriers(2, 1)
+    MOVER: gl.constexpr = 32 if DOTS else 40  # registers; the first owner has what is left
     if GATE == 1:
         _put_decay(weights, ends, p_gate, T, chunks)
     fence_async_shared()
@@ -348,7 +350,7 @@ def queries_kernel(
                 )),
             ],
             [4, 4],
-            [232, 40],
+            [232, MOVER],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -367,5 +369,5 @@ def queries_kernel(
                 )),
             ],
             [4],
-            [40],
+            [MOVER],
         )  # fmt: skip
