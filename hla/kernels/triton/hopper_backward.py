@@ -70,7 +70,7 @@ def rows(request: Request) -> tuple[Row, ...]:
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     alike = request.operator != "hla3" or _alike(request)
     return tuple(
-        Row(name, tuple(s for s in back if s.reverse == last and s.step in of), segments=True)
+        Row(name, tuple(s for s in back if s.reverse == last and s.step in of), True, not last)
         for name, last, of in SWEEPS[request.operator]
         if alike or len(of) == 1
     )
