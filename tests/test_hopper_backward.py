@@ -24,6 +24,7 @@ from hla.core.ahla import AHLAState  # noqa: E402
 from hla.core.hla2 import HLA2State  # noqa: E402
 from hla.core.hla3 import HLA3State  # noqa: E402
 from hla.core.linear import LinearState  # noqa: E402
+from hla.device import plan  # noqa: E402
 from hla.device.elementwise import gate_of, part, taking  # noqa: E402
 from hla.device.scan import Call, Runner  # noqa: E402
 from hla.device.steps import Launch, Ref  # noqa: E402
@@ -306,6 +307,20 @@ def test_what_is_not_served():
         assert not served(**options), options
     assert served(decay=0.5, convention="exact")
     assert not served(decay=0.5, convention="paper")
+
+
+@pytest.mark.parametrize(("operator", "V", "taken"), [
+    ("hla2", 64, "d.y"), ("ahla", 64, "d.u"), ("hla3", 64, "d.u"), ("hla3", 32, "d.y"),
+    ("ahla", 32, ""),
+])  # fmt: skip
+def test_dq_takes_the_memory_of_what_it_reads(operator, V, taken):
+    q, k, v = (torch.zeros(2, 8, n, dtype=torch.bfloat16) for n in (64, 64, V))
+    plain = {"operator": operator, "decay": None, "log_gate": None, "scale": 1.0}
+    request, _, _ = prepare(q, k, v, gradient=True, **plain)
+    made = plan.backward(request, launch.WIDE, hopper_backward.rows(request))
+    assert {n: x.reuses for n, x in made.buffers.items() if x.reuses} == (
+        {"d.q": taken} if taken else {}
+    )
 
 
 # Ahead of time
