@@ -193,6 +193,7 @@ class Row(NamedTuple):
     name: str
     steps: Passes
     segments: bool = False  # also some of the passes from states, and the states of others alone
+    in_place: bool = False  # reads a chunk of all queries before it writes results there
 
 
 class Plan(NamedTuple):
