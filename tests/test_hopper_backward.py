@@ -16,6 +16,7 @@ installed("triton")
 torch = installed("torch")
 import gluon_interpreter  # noqa: E402
 from test_kernels import named, safe  # noqa: E402
+from triton_interpreter import hasten  # noqa: E402
 
 import hla  # noqa: E402
 from hla.arguments import prepare  # noqa: E402
@@ -29,6 +30,7 @@ from hla.kernels.triton import hopper_backward, launch, run  # noqa: E402
 
 CUDA = torch.device("cuda")
 H = 2
+hasten()
 
 
 class Interpreted:

@@ -3,10 +3,13 @@
 What is remembered is what Triton itself made; fields that it does not have here fail.
 """
 
+import functools
+
 from triton.language import core
 from triton.runtime import interpreter
 
 
+@functools.cache
 def hasten():
     """Patch the interpreter: to rewrite a function once a launch, and to make a type once."""
     patch, known = interpreter._patch_lang, interpreter.InterpretedFunction.rewritten_fn
