@@ -16,7 +16,8 @@ from device.fakes import results
 installed("triton")
 torch = installed("torch")
 import gluon_interpreter  # noqa: E402
-from test_kernels import compiled_cases, safe  # noqa: E402
+from test_kernels import named, safe  # noqa: E402
+from triton_interpreter import hasten  # noqa: E402
 
 import hla  # noqa: E402
 from hla.arguments import prepare  # noqa: E402
@@ -33,6 +34,7 @@ from hla.kernels.triton import hopper_backward, launch, run  # noqa: E402
 
 CUDA = torch.device("cuda")
 H = 2
+hasten()
 
 
 class Interpreted:
@@ -388,16 +390,10 @@ def prepared(name, does, gate, more):
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    cases = [prepared(*case) for case in KERNELS]
-    return compiled_cases(cases, tmp_path_factory.mktemp("triton"))
-
-
 @pytest.mark.aot
-@pytest.mark.parametrize("i", range(len(KERNELS)), ids=lambda i: f"{KERNELS[i]}")
-def test_compiled_for_the_hardware(reports, i):
-    found, (_, _, _, more) = reports[i], KERNELS[i]
+@pytest.mark.parametrize("case", KERNELS, ids=named)
+def test_compiled_for_the_hardware(compiled, case):
+    found, more = compiled(prepared(*case)), case[3]
     assert found["shared"] <= 227 * 1024
     assert found["wgmma"] > 0
     assert found["mma"] == 0
