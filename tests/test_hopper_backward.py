@@ -1,4 +1,4 @@
-"""The sweeps of the adjoints of hla2 and ahla on Hopper, interpreted: against core in float64.
+"""The sweeps of adjoints on Hopper, interpreted: against core in float64.
 
 Exact, every float a float64, errors are those of the algebra; in bfloat16 they are roundings.
 """
@@ -11,26 +11,31 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import EXACT, installed, rms, within_budget
+from device.fakes import results
 
 installed("triton")
 torch = installed("torch")
 import gluon_interpreter  # noqa: E402
 from terms import gates_within_budget  # noqa: E402
-from test_kernels import compiled_cases, safe  # noqa: E402
+from test_kernels import named, safe  # noqa: E402
+from triton_interpreter import hasten  # noqa: E402
 
 import hla  # noqa: E402
 from hla.arguments import prepare  # noqa: E402
 from hla.core.ahla import AHLAState  # noqa: E402
 from hla.core.hla2 import HLA2State  # noqa: E402
+from hla.core.hla3 import HLA3State  # noqa: E402
 from hla.core.linear import LinearState  # noqa: E402
-from hla.device import plan as plans  # noqa: E402
+from hla.device import plan  # noqa: E402
+from hla.device.elementwise import gate_of, part, taking  # noqa: E402
 from hla.device.scan import Call, Runner  # noqa: E402
-from hla.device.steps import Fused, GateGradient, Ref  # noqa: E402
+from hla.device.steps import Fused, GateGradient, Launch, Ref  # noqa: E402
 from hla.device.tiles import Layout  # noqa: E402
 from hla.kernels.triton import hopper_backward, launch, run  # noqa: E402
 
 CUDA = torch.device("cuda")
 H = 2
+hasten()
 
 
 class Interpreted:
@@ -79,6 +84,20 @@ def rows(request, where):
     return hopper_backward.rows(request)
 
 
+def steps(call, step):
+    """The steps of a plan, passes in float64: Triton's interpreter multiplies no bfloat16."""
+    if not isinstance(step, Launch):
+        return run.steps(call, step)
+
+    def do(arrays, addresses, stream):
+        same = [x if x is None else x.double().numpy() for x in arrays]
+        made = results(np, step, launch.WIDE, taking(call, same), gate_of(call, same))
+        for ref, x in made:
+            part(arrays[call.slots[ref.name]], ref)[...] = torch.tensor(x)
+
+    return [do]
+
+
 def gates(rng, gate, lead, T):
     """The arguments of a gate: none, a number that has no gradient, one a head, one a token."""
     if gate == "per_head":
@@ -118,12 +137,14 @@ def gradients(
     same = {n: options[n] for n in ("decay", "log_gate", "scale") if n in options}
     _, pull = hla.vjp(**truth, **same, operator=operator, backend="array_api")
     want = pull(do)
-    S = None if start is None else LinearState(start[0], np.zeros(start[0].shape[:-1]))
-    values = exact["k" if operator == "hla2" else "v"]
-    made_of = exact["q"], exact["k"], values
-    saved = hla.scan(*made_of, operator="linear", initial_state=S, **same)
-    device = Runner(run.RUNNER.device._replace(rows=rows))
-    saved = [torch.tensor(saved).to(dtype)]
+    saved = []  # y, or u, or both
+    for matrix, values in SAVED[operator]:
+        S = getattr(start, matrix, None)
+        S = None if S is None else LinearState(S, np.zeros(S.shape[:-1]))
+        made_of = exact["q"], exact["k"], exact[values]
+        x = hla.scan(*made_of, operator="linear", initial_state=S, **same)
+        saved.append(torch.tensor(x).to(dtype))
+    device = Runner(run.RUNNER.device._replace(rows=rows, steps=steps))
     return device.backward(request, made, saved, tensors["do"], None, tokens), want
 
 
@@ -131,6 +152,9 @@ def close(got, want, most=EXACT):
     assert rms(got.double().numpy() - want) <= most * rms(want)
 
 
+SAVED = {"hla2": ("Sk",), "ahla": ("Pv",), "hla3": ("Sk", "Pv")}  # states and values
+STATES_OF = {"hla2": HLA2State, "ahla": AHLAState, "hla3": HLA3State}
+RUNS = {"hla2": [1, 1], "ahla": [2, 1], "hla3": [2, 1]}  # how often the two kernels run
 CASES = [  # operator, T, D, V, gate, whether there is a state
     ("hla2", 130, 64, 64, None, False),
     ("hla2", 200, 128, 128, "decay", True),
@@ -142,17 +166,16 @@ CASES = [  # operator, T, D, V, gate, whether there is a state
     ("ahla", 200, 128, 128, "decay", False),
     ("ahla", 67, 24, 100, "log_gate", True),
     ("ahla", 65, 100, 20, None, False),
+    ("hla3", 130, 64, 64, None, False),
+    ("hla3", 200, 128, 128, "decay", True),
+    ("hla3", 67, 24, 100, "log_gate", True),
+    ("hla3", 130, 128, 64, None, True),
 ]
-
-
-def runs(operator):
-    """How often the two kernels run."""
-    return [1, 1] if operator == "hla2" else [2, 1]
 
 
 def first_state(rng, operator, D, V):
     """A state of an operator."""
-    kind = {"hla2": HLA2State, "ahla": AHLAState}[operator]
+    kind = STATES_OF[operator]
     matrices = {"S": (D, D), "F": (D, V), "P": (D, V), "E": (D, V)}
     return kind(*(rng.standard_normal((H, *matrices.get(n, (D,)))) for n in kind._fields))
 
@@ -160,6 +183,7 @@ def first_state(rng, operator, D, V):
 @pytest.mark.parametrize(("operator", "D", "V", "gate", "states"), [
     ("hla2", 128, 64, None, False), ("hla2", 40, 128, "decay", True),
     ("hla2", 64, 64, "log_gate", True), ("ahla", 40, 64, "decay", True),
+    ("hla3", 64, 40, "log_gate", True),
 ])  # fmt: skip
 def test_segments(kernels, monkeypatch, operator, D, V, gate, states):
     """Three, the last short: of hla2 dy again for the states of Z, then the sweeps from states."""
@@ -170,7 +194,7 @@ def test_segments(kernels, monkeypatch, operator, D, V, gate, states):
     start = first_state(rng, operator, D, V) if states else None
     arrays = given(rng, T, D, V)
     got, want = gradients(arrays, options, torch.float64, start, operator=operator, tokens=80)
-    sweeps = [False, True] if operator == "hla2" else [True, True]
+    sweeps = [operator != "hla2", True]
     assert [[x.get("READ", True) for x in kernel.ran] for kernel in made] == [sweeps, [True]]
     for name in ("dq", "dk", "dv"):
         close(getattr(got, name), getattr(want, name), most=1e-6)  # carried in float32
@@ -187,7 +211,7 @@ def test_gradients_are_exact(kernels, operator, T, D, V, gate, states):
     start = first_state(rng, operator, D, V) if states else None
     arrays = given(rng, T, D, V)
     got, want = gradients(arrays, options, torch.float64, start, operator=operator)
-    assert [len(kernel.ran) for kernel in made] == runs(operator)
+    assert [len(kernel.ran) for kernel in made] == RUNS[operator]
     assert made[0].ran[0]["FAST"] == (D % 8 == V % 8 == 0)
     for name in ("dq", "dk", "dv"):
         close(getattr(got, name), getattr(want, name))
@@ -197,7 +221,9 @@ def test_gradients_are_exact(kernels, operator, T, D, V, gate, states):
             close(x, y, most=1e-6 if name == "S" else EXACT)
 
 
-@pytest.mark.parametrize(("operator", "gate"), [("hla2", "log_gate"), ("ahla", None)])
+@pytest.mark.parametrize(
+    ("operator", "gate"), [("hla2", "log_gate"), ("ahla", None), ("hla3", None)]
+)
 def test_shared_keys_and_any_strides(kernels, operator, gate):
     """Gradients of keys that heads share are summed; tokens lie outside heads, features apart."""
     rng = np.random.default_rng(1)
@@ -214,7 +240,7 @@ def test_shared_keys_and_any_strides(kernels, operator, gate):
 
 
 @pytest.mark.parametrize(
-    ("operator", "gate"), [("hla2", "decay"), ("hla2", "log_gate"), ("ahla", None)]
+    ("operator", "gate"), [("hla2", "decay"), ("hla2", "log_gate"), ("ahla", None), ("hla3", None)]
 )
 def test_bfloat16(kernels, operator, gate):
     rng = np.random.default_rng(2)
@@ -222,7 +248,7 @@ def test_bfloat16(kernels, operator, gate):
     options = {"scale": 1.0} | gates(rng, gate, (H,), 200)
     arrays = given(rng, 200, 128, 128)
     got, want = gradients(arrays, options, torch.bfloat16, operator=operator)
-    assert [len(kernel.ran) for kernel in made] == runs(operator)
+    assert [len(kernel.ran) for kernel in made] == RUNS[operator]
     for name in ("dq", "dk", "dv"):
         x, y = getattr(got, name).double().numpy(), getattr(want, name)
         within_budget(x, y, "bfloat16", D=128, operator=operator, gradient=True)
@@ -292,8 +318,8 @@ def test_gradients_of_last_states(kernels, gate):
     refs |= dict.fromkeys(("dots1", "dots2", "kept1", "kept2"))
     for do in hopper_backward.launched(
         call, kernel, (H,), refs, "qkvgyabc", (1.0, 1.0), (1, 2), 0,
-        {"Z": True, "ADD": False, "READ": True, "START1": True, "START2": True, "END1": False,
-         "END2": True, "DOTS": False, "EVERY": 0},
+        {"Z": True, "SUM": False, "ADD": False, "READ": True, "START1": True, "START2": True,
+         "END1": False, "END2": True, "DOTS": False, "EVERY": 0},
     ):  # fmt: skip
         do(arrays, [a.data_ptr() for a in arrays], None)
     got = dict(zip(names, arrays, strict=True))
@@ -310,18 +336,20 @@ def test_gradients_of_last_states(kernels, gate):
 def test_what_is_not_served():
     """Other programs and wide heads take the passes; the gradient of a gate does where one does."""
 
-    def served(D=64, **options):
-        q, k, v = (torch.zeros(2, 8, D, dtype=torch.bfloat16) for _ in "qkv")
+    def served(D=64, heads=1, **options):
+        q, k, v = (torch.zeros(2, n, 8, D, dtype=torch.bfloat16) for n in (1, 1, heads))
         options = {"operator": "hla2", "decay": None, "log_gate": None, "scale": 1.0} | options
         request, _, _ = prepare(q, k, v, gradient=True, **options)
         return [row.name for row in hopper_backward.rows(request)]
 
     assert len(served()) == len(served(decay=0.5)) == len(served(scale=0.3)) == 2
-    assert len(served(operator="ahla")) == 3
-    gate = {"log_gate": torch.zeros(2, 8)}
+    assert len(served(operator="ahla")) == len(served(operator="hla3")) == 3
+    assert len(served(operator="hla3", heads=2)) == 1  # y has fewer heads than u
+    gate = {"log_gate": torch.zeros(2, 1, 8)}
     assert len(served(**gate)) == 2
     for options in (
-        gate | {"D": 130}, {"D": 130}, {"normalize": True}, {"ridge": 0.1}, {"operator": "hla3"},
+        gate | {"operator": "hla3"}, gate | {"D": 130}, {"D": 130}, {"normalize": True},
+        {"ridge": 0.1},
         {"operator": "linear"}, {"mask": "prefix"}, {"scale": 0.0},
     ):  # fmt: skip
         assert not served(**options), options
@@ -337,11 +365,25 @@ def test_a_gates_gradient_needs_symmetric_states(operator, start, sweeps):
     q, k, v = (torch.zeros(2, 80, 16, dtype=torch.bfloat16) for _ in "qkv")
     options = {"operator": operator, "decay": None, "log_gate": torch.zeros(2, 80), "scale": 1.0}
     request, _, _ = prepare(q, k, v, gradient=True, **options)
-    found = plans.backward(request, launch.narrow(9), hopper_backward.rows(request), start=start)
+    found = plan.backward(request, launch.narrow(9), hopper_backward.rows(request), start=start)
     assert sum(isinstance(step, Fused) for step in found.steps) == sweeps
     assert {step.chunk for step in found.steps if isinstance(step, GateGradient)} == {
         64 if sweeps else 32
     }
+
+
+@pytest.mark.parametrize(("operator", "V", "taken"), [
+    ("hla2", 64, "d.y"), ("ahla", 64, "d.u"), ("hla3", 64, "d.u"), ("hla3", 32, "d.y"),
+    ("ahla", 32, ""),
+])  # fmt: skip
+def test_dq_takes_the_memory_of_what_it_reads(operator, V, taken):
+    q, k, v = (torch.zeros(2, 8, n, dtype=torch.bfloat16) for n in (64, 64, V))
+    plain = {"operator": operator, "decay": None, "log_gate": None, "scale": 1.0}
+    request, _, _ = prepare(q, k, v, gradient=True, **plain)
+    made = plan.backward(request, launch.WIDE, hopper_backward.rows(request))
+    assert {n: x.reuses for n, x in made.buffers.items() if x.reuses} == (
+        {"d.q": taken} if taken else {}
+    )
 
 
 # Ahead of time
@@ -350,6 +392,10 @@ DOTS = {"DOTS": True, "EVERY": 4}
 SEGMENT = {"START1": True, "START2": True, "tokens": 1024}
 KERNELS = [  # kernel, what it does, gate, what differs
     *(("reverse", {"Z": True}, gate, more) for gate in (0, 1, 2) for more in ({}, STATES)),
+    *(("reverse", {"Z": True, "SUM": True}, gate, more) for gate, more in (
+        (0, {}), (1, {}), (2, {}), (2, STATES), (2, SEGMENT), (2, {"B": 64}),
+    )),
+    ("reverse", {"Z": False}, 2, {"POWER2": 3}), ("queries", {}, 2, {"POWER2": 1}),  # of hla3
     *(("reverse", {"Z": False, "ADD": add}, gate, {}) for add in (False, True) for gate in (0, 2)),
     *(("queries", {"AHLA": ahla}, gate, {}) for ahla in (False, True) for gate in (0, 1, 2)),
     ("queries", {"AHLA": False}, 2, STATES),
@@ -375,18 +421,19 @@ def prepared(name, does, gate, more):
     """Return what `ahead` compiles for one case."""
     module = importlib.import_module(f"hla.kernels.triton.hopper_{name}")
     kernel = getattr(module, f"{name}_kernel")
-    powers = (1, 1) if does.get("AHLA") or not does.get("Z", True) else (1, 2)
+    powers = (1, 1) if does.get("AHLA") or not does.get("Z", True) or does.get("SUM") else (1, 2)
     powers = powers if gate else (0, 0)
     given = {
-        "Z": True, "ADD": False, "READ": True, "AHLA": False, "GATE": gate, "POWER1": powers[0],
-        "POWER2": powers[1], "START1": False, "START2": False, "END1": False, "END2": False,
-        "DOTS": False, "EVERY": 0,
+        "Z": True, "SUM": False, "ADD": False, "READ": True, "AHLA": False, "GATE": gate,
+        "POWER1": powers[0], "POWER2": powers[1],
+        "START1": False, "START2": False, "END1": False, "END2": False, "DOTS": False, "EVERY": 0,
         "B": 128, "WHOLE_D": True, "WHOLE_V": True, "FAST": True,
     } | does | more  # fmt: skip
     given |= {f"s{x}{e}": 2048 if e == "t" else 1 for x in "qkvgyabc" for e in "td"}
     asked = {"p_start1": "START1", "p_start2": "START2", "p_end2": "END2", "p_gate": "GATE"}
+    given["DK"] = given["Z"] and not given["SUM"]
     asked |= {f"p_{n}{i}": "DOTS" for n in ("dots", "kept", "met") for i in (1, 2)}
-    asked |= {"p_end1": "END1", "p_k": "Z", "p_dk": "Z"} if name == "reverse" else {"p_q": "DOTS"}
+    asked |= {"p_end1": "END1", "p_k": "Z", "p_dk": "DK"} if name == "reverse" else {"p_q": "DOTS"}
     if not given["READ"]:
         asked |= dict.fromkeys(("p_k", "p_y", "p_dy", "p_dv", "p_dk"), "READ")
     cut = given.pop("tokens", 0)
@@ -413,16 +460,10 @@ def prepared(name, does, gate, more):
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    cases = [prepared(*case) for case in KERNELS]
-    return compiled_cases(cases, tmp_path_factory.mktemp("triton"))
-
-
 @pytest.mark.aot
-@pytest.mark.parametrize("i", range(len(KERNELS)), ids=lambda i: f"{KERNELS[i]}")
-def test_compiled_for_the_hardware(reports, i):
-    found, (_, _, _, more) = reports[i], KERNELS[i]
+@pytest.mark.parametrize("case", KERNELS, ids=named)
+def test_compiled_for_the_hardware(compiled, case):
+    found, more = compiled(prepared(*case)), case[3]
     assert found["shared"] <= 227 * 1024
     assert found["wgmma"] > 0
     assert found["mma"] == 0

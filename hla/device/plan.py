@@ -386,6 +386,15 @@ class Builder:
         return o
 
 
+def _replaced(step: Step, rows: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield what is read before a result is written over it, chunk by chunk, and the result."""
+    if isinstance(step, Fused) and step.row in rows:
+        yield from ((x.q[0].name, x.o[0].name) for x in step.launches if x.q and x.o)
+    elif isinstance(step, Launch) and len(step.q) == len(step.k) == len(step.v) == 1:
+        v, o = step.v[0].name, step.o[0].name
+        yield from [(v, o)] if v not in names((step.q, step.k, step.x)) else ()
+
+
 def finished(b: Builder, results: Mapping[str, str], kept: tuple[str, ...] = ()) -> Plan:
     """Order allocations: before the first step that names a buffer, until after the last."""
     first: dict[str, int] = {}
@@ -396,14 +405,11 @@ def finished(b: Builder, results: Mapping[str, str], kept: tuple[str, ...] = ())
             last[name] = i
     own = {n: x for n, x in b.buffers.items() if n in first}
     outs = {*results.values(), *kept, "gate"}  # which launches read without naming it
-    for i, step in enumerate(b.steps):  # a chunk of v is read before its result is written
-        if not isinstance(step, Launch) or not (len(step.q) == len(step.k) == len(step.v) == 1):
-            continue
-        v, o = step.v[0].name, step.o[0].name
-        idle = v in own and last[v] == i == first.get(o) and own[v].fill is None
-        idle = idle and v not in outs | names((step.q, step.k, step.x))
-        if idle and own[v][:2] == own[o][:2]:
-            own[o] = own[o]._replace(reuses=v)
+    for i, step in enumerate(b.steps):
+        for x, o in _replaced(step, {r.name for r in b.rows if r.in_place}):
+            idle = x in own and last[x] == i == first.get(o) and own[x].fill is None
+            if idle and x not in outs and not own[o].reuses and own[x][:2] == own[o][:2]:
+                own[o] = own[o]._replace(reuses=x)
     fresh = [tuple(n for n in own if first[n] == i) for i in range(len(b.steps))]
     dead = [tuple(n for n in last if last[n] == i and n not in outs) for i in range(len(b.steps))]
     given = tuple(n for n in first if n not in own)

@@ -215,6 +215,7 @@ class Row(NamedTuple):
     steps: Passes
     segments: bool = False  # also some of the passes from states, and the states of others alone
     parts: Parts | None = None  # None: it leaves nothing for a gate's gradient
+    in_place: bool = False  # reads a chunk of all queries before it writes results there
 
 
 class Plan(NamedTuple):
