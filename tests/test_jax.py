@@ -253,7 +253,7 @@ def test_symbolic_sizes(jax, operator, form, kind):
         gate = array((2,) if kind == "decay" else (b, 2, t))
         return full, token, gate, jax.tree.map(lambda x: array((b, *x.shape[1:])), state)
 
-    for _ in range(2):  # symbols of one export are not compared with those of another
+    for _ in range(2 if operator == "hla2" else 1):  # symbols of two exports are not compared
         full, token, gate, state = symbols()
         exported = export.export(jax.jit(pulled))(*full, gate, state)
     for T in (1, 63, 64, 65, 200) if operator == "hla2" else (5,):
