@@ -1,4 +1,4 @@
-"""The adjoints of hla2 and ahla on Hopper in sweeps, as rows of the planner and their launches.
+"""The adjoints of hla2, ahla and hla3 on Hopper in sweeps: rows of the planner, their launches.
 
 From q, k, v, the gradient do of the output and the saved y, with powers p of the gate:
 
@@ -18,8 +18,20 @@ ahla's are three sweeps of the same kernels: from R1 = sum q do' du = R1' k and 
 from R2 = sum q du' dv = R2' k and the other part, R2 v, which is added; queries have E and P for F
 and S, u and du for y and dy.
 
+hla3's are three too, with a pass between: from R = sum q do' (p = 3) dy = R u and du = R' y; from
+R2 = sum q du' and Z dv = R2' k and dk = R2 v + Z k, of which the owner of R2 leaves its part in the
+place of v to that of Z; queries have P du + S dy, and the pass of F adds its own. With D = V = 128
+these are 6 + 7 + 5 + 5 = 23 rows of 256 bytes, 1.03 ms; by passes alone 35.
+
 Weights of a gate are those of `causal`: the reverse sweep reads its states by the weights of what
 is left of a chunk, and writes by those of what came before.
+
+For a gate's gradient (`gate`) the owners of the reverse sweep leave d = y . (V R') and d = k . (Z
+k) / 2 and, of the two tiles of pairs that each makes, the sums of their product by query and by
+key; queries, which then read q too and leave dq in its place, c = q . (F do) and q . (S dy). What
+warps sum by columns and threads by rows are four parts each: added by `gate`, they need no shared
+memory. R and Z are kept in bfloat16 before every PERIOD of tokens; queries multiply them by F, S.
+Of <S, dS> that is the whole where S is symmetric, which a first state need not be: then passes do.
 
 Bytes a token and head of hla2, D = V = 128, bfloat16: 3584, 0.627 ms for B = 8, T = 4096, H = 16
 at 3.0 TB/s; 0.681 ms on one H100 (92%), with a decay 0.724, with a log gate 0.781. Operations: 524
@@ -33,36 +45,65 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...core.passes import Shape
+from ...core.passes import Shape, broadcast
 from ...core.programs import adjoint
 from ...core.request import Request
 from ...device.scan import Call, Do
-from ...device.steps import Fused, Launch, Ref, Row
+from ...device.steps import UNDOTTED, Fused, Launch, Parts, Ref, Row
 from .launch import GATES, Kernel, heads, listed, passes, placed, width
 from .owners import masked
 
 HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
 AHLA = "ahla on Hopper: du, dk", "ahla on Hopper: dv, dk", "ahla on Hopper: dq"
+HLA3 = "hla3 on Hopper: dy, du", "hla3 on Hopper: dv, dk", "hla3 on Hopper: dq of y and u"
+SWEEPS = {  # name, whether last token first, the steps of the program whose adjoints it does
+    "hla2": ((HLA2[0], True, (0, 1)), (HLA2[1], False, (0, 1))),
+    "ahla": ((AHLA[0], True, (1,)), (AHLA[1], True, (0,)), (AHLA[2], False, (0, 1))),
+    "hla3": ((HLA3[0], True, (2,)), (HLA3[1], True, (0, 1)), (HLA3[2], False, (0, 1))),
+}
 WIDEST = 128  # columns of a tile
+CHUNK, PERIOD = 64, 256  # tokens by which dots count, and between the states that are kept
+LATE = "START", "END", "DOTS", "EVERY"  # how constants begin that come behind powers
 FAR = 1 << 24  # elements between tokens: offsets inside a chunk have 32 bits
 
 
 def rows(request: Request) -> tuple[Row, ...]:
     """Return the sweeps, where they do a request's adjoint."""
     widths, gated = (request.k_shape[-1], request.v_shape[-1]), request.gate is not None
-    plain = request.operator in ("hla2", "ahla") and not (request.normalize or request.empty)
+    plain = request.operator in SWEEPS and not (request.normalize or request.empty)
     plain = plain and masked(request) == len(request.program.steps)
     if not plain or request.scale == 0 or not 0 < min(widths) <= max(widths) <= WIDEST:
         return ()
-    if gated and request.gate_given:  # its gradient asks for more
-        return ()
+    B, parts = side(*widths), None
+    if gated and request.gate_given:
+        if request.operator == "hla3":  # its gradient asks for more
+            return ()
+        symmetric = "S@0" if request.operator == "hla2" else ""
+        parts = Parts(CHUNK, PERIOD, B // 16, 4, side=B, met=B // 16, without=symmetric)
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
-    queries = tuple(s for s in back if not s.reverse)
-    if request.operator == "hla2":
-        sweeps = tuple(s for s in back if s.reverse)
-        return Row(HLA2[0], sweeps, segments=True), Row(HLA2[1], queries, segments=True)
-    steps = (tuple(s for s in back if s.reverse and s.step == i) for i in (1, 0))
-    return tuple(Row(*row, segments=True) for row in zip(AHLA, (*steps, queries), strict=True))
+    alike = request.operator != "hla3" or _alike(request)
+    return tuple(
+        Row(
+            name,
+            tuple(s for s in back if s.reverse == last and s.step in of),
+            True,
+            parts,
+            not last,
+        )
+        for name, last, of in SWEEPS[request.operator]
+        if alike or len(of) == 1
+    )
+
+
+def side(D: int, V: int) -> int:
+    """Columns of a tile, of keys and values alike."""
+    return WIDEST // 2 if max(D, V) <= WIDEST // 2 else WIDEST
+
+
+def _alike(request: Request) -> bool:
+    """Whether y has all the heads that u has, so that what is made of both is of one batch."""
+    keys = broadcast(request.q_shape[:-2], request.k_shape[:-2], request.gate_batch)
+    return keys == broadcast(keys, request.v_shape[:-2])
 
 
 class Aligned:
@@ -93,7 +134,7 @@ def launched(
     numbers: tuple[float, ...],
     powers: tuple[int, int],
     tokens: int,
-    constants: Mapping[str, bool],
+    constants: Mapping[str, int],
 ) -> Iterator[Do]:
     """Yield what does a sweep.
 
@@ -106,7 +147,8 @@ def launched(
     batch : tuple of int
         Of all operands.
     refs : mapping
-        Operands by name: of rows as many as ``letters``, then states and the gate.
+        Operands by name: of rows as many as ``letters``, then states and the gate, then what lies
+        in order.
     letters : str
         How the kernel names the strides of rows.
     numbers : tuple of float
@@ -116,16 +158,15 @@ def launched(
     tokens : int
         Of a segment; 0: the whole sequence.
     constants : mapping
-        What the kernel does, and then which states there are.
+        What the kernel does, and then which states there are, and dots.
     """
     places, sizes = placed(call, refs)
     T, D, V = call.request.tokens, width(places.get("q") or places["k"]), width(places["do"])
-    B = 64 if max(D, V) <= 64 else WIDEST
+    B = side(D, V)
     gated = GATES.index(call.request.gate)
     power1, power2 = powers if gated else (0, 0)
     does, states = (
-        {n: x for n, x in constants.items() if n.startswith(("START", "END")) == late}
-        for late in (False, True)
+        {n: x for n, x in constants.items() if n.startswith(LATE) == late} for late in (False, True)
     )
     parts, cut = (-(-T // tokens), True) if tokens else (1, False)
     for counts, first, strides in heads(batch, places, gated == 2, cut=cut):
@@ -138,7 +179,8 @@ def launched(
         )
 
         lead = [n for x in own for n in x[:3]]
-        after = listed([*places][len(letters) :], rest, cut=cut)
+        names = [*places]
+        after = listed(names[len(letters) : names.index("gate") + 1], rest, cut=cut)
         made = [
             Kernel(
                 function, (math.prod(counts) * parts,), first, sizes,
@@ -164,17 +206,18 @@ def reverse(call: Call, s: Fused) -> Iterator[Do]:
         dy, half = s.launches
         again = dict.fromkeys(("q", "k", "v", "do", "y", "dy", "dv", "dk", "Z", "R"))
         again |= {"q": dy.v[0], "v": dy.q[0], "do": dy.k[0], "R": flipped(dy.start[0])}
-        constants = {"Z": True, "ADD": False, "READ": False}
-        yield from _reverse(call, again, dy, (half.power, dy.power), half.end[0], **constants)
+        constants = {"Z": True, "SUM": False, "ADD": False, "READ": False}
+        yield from _reverse(call, again, dy, half, half.end[0], **constants)
         return
     dy, dv, _, dk = s.launches
     refs: dict[str, Ref | None] = {
         "q": dy.v[0], "k": dk.q[0], "v": dy.q[0], "do": dv.v[0], "y": dv.q[0],
         "dy": dy.o[0], "dv": dv.o[0], "dk": dk.o[0], "Z": dk.start[0], "R": dv.start[0],
     }  # fmt: skip
-    yield from _reverse(call, refs, dv, (dk.power, dv.power), Z=True, ADD=False, READ=True)
+    yield from _reverse(call, refs, dv, dk, Z=True, SUM=False, ADD=False, READ=True)
     if any(dk.end):  # of the two that make up Z the kernel keeps the sum
-        yield from passes(call, dk._replace(q=(), o=(), add=False, batch=dk.held))
+        alone = dk._replace(q=(), o=(), add=False, batch=dk.held, **UNDOTTED)
+        yield from passes(call, alone)
 
 
 def one_state(call: Call, s: Fused) -> Iterator[Do]:
@@ -184,25 +227,39 @@ def one_state(call: Call, s: Fused) -> Iterator[Do]:
         "q": dk.v[0], "k": None, "v": dk.q[0], "do": dk.k[0], "y": dx.q[0],
         "dk": dk.o[0], "dx": dx.o[0], "none": None, "Z": None, "R": dx.start[0],
     }  # fmt: skip
-    yield from _reverse(call, refs, dx, (0, dx.power), Z=False, ADD=dk.add, READ=True)
+    yield from _reverse(call, refs, dx, None, Z=False, SUM=False, ADD=dk.add, READ=True)
+
+
+def summed(call: Call, s: Fused) -> Iterator[Do]:
+    """Yield hla3's sweep of dv and of all of dk, last token first."""
+    dk, dv, _, more = s.launches
+    refs: dict[str, Ref | None] = {
+        "q": dk.v[0], "k": more.v[0], "v": dk.q[0], "do": dk.k[0], "y": dv.q[0],
+        "dk": dk.o[0], "dv": dv.o[0], "none": None, "Z": more.start[0], "R": dv.start[0],
+    }  # fmt: skip
+    yield from _reverse(call, refs, dv, more, Z=True, SUM=True, ADD=False, READ=True)
+    if any(more.end):
+        yield from passes(call, more._replace(q=(), o=(), add=False, batch=more.held))
 
 
 def _reverse(
     call: Call,
     refs: dict[str, Ref | None],
     x: Launch,
-    powers: tuple[int, int],
+    z: Launch | None,
     left: Ref | None = None,
-    **constants: bool,
+    **constants: int,
 ) -> Iterator[Do]:
-    """Yield a sweep from the last token, by the launch that leaves R."""
+    """Yield a sweep from the last token, by the launches that leave R and, if there is one, Z."""
     from .hopper_reverse import reverse_kernel
 
     refs |= {"end": x.end[0] if x.end else None, "left": left}
     refs["gate"] = Ref("gate") if call.request.gate else None
-    there = {"START1": "Z", "START2": "R", "END1": "left", "END2": "end"}
+    refs |= {"dots1": z and z.dots, "dots2": x.dots, "kept1": z and z.states, "kept2": x.states}
+    there = {"START1": "Z", "START2": "R", "END1": "left", "END2": "end", "DOTS": "dots2"}
     constants |= {name: refs[n] is not None for name, n in there.items()}
-    factors = x.write, 1 / x.write
+    constants["EVERY"] = PERIOD // CHUNK if x.states else 0
+    powers, factors = (z.power if z else 0, x.power), (x.write, 1 / x.write)
     yield from launched(
         call, reverse_kernel, x.batch, refs, "qkvgyabc", factors, powers, x.tokens, constants
     )
@@ -214,20 +271,25 @@ def queries(call: Call, s: Fused) -> Iterator[Do]:
 
     first, second = s.launches
     S, F = flipped(second.start[0]), flipped(first.start[0])
-    ahla = first.v == second.v  # the k of both passes
+    ahla = first.v == second.v != second.k  # k in both passes, of hla3 also in S = sum k k'
     v, y = (second.k[0], first.k[0]) if ahla else (first.k[0], first.v[0])
     refs = {
         "k": second.v[0], "v": v, "do": first.q[0], "y": y, "dy": second.q[0],
-        "dq": first.o[0], "S": S, "F": F, "gate": Ref("gate") if call.request.gate else None,
+        "dq": first.o[0], "q": first.x, "S": S, "F": F,
+        "gate": Ref("gate") if call.request.gate else None,
+        "dots1": second.dots, "dots2": first.dots, "kept1": second.kept, "kept2": first.kept,
+        "met1": second.met, "met2": first.met,
     }  # fmt: skip
-    constants = {"AHLA": ahla, "START1": S is not None, "START2": F is not None}
+    constants: dict[str, int] = {"AHLA": ahla, "START1": S is not None, "START2": F is not None}
+    constants |= {"DOTS": first.dots is not None, "EVERY": PERIOD // CHUNK if first.kept else 0}
     powers, factors = (second.power, first.power), (first.read,)
     yield from launched(
-        call, queries_kernel, first.batch, refs, "kvgyab", factors, powers, first.tokens, constants
+        call, queries_kernel, first.batch, refs, "kvgyabq", factors, powers, first.tokens, constants
     )
 
 
 KERNELS = {
     **dict(zip(HLA2, (reverse, queries), strict=True)),
     **dict(zip(AHLA, (one_state, one_state, queries), strict=True)),
+    **dict(zip(HLA3, (one_state, summed, queries), strict=True)),
 }
