@@ -29,7 +29,7 @@ def tokens(request: Request, slots: int, period: int, columns: int) -> int:
     Parameters
     ----------
     request : Request
-        What is asked.
+        The call.
     slots : int
         Programs that the device runs at once.
     period : int
@@ -90,7 +90,7 @@ def levels(b: Builder, row: Row, launches: list[Launch], inner: tuple[str, ...])
 
 
 def _halved(x: Launch, launches: list[Launch]) -> bool:
-    """Whether a last state is asked of one of two that a row may leave as halves of their sum."""
+    """Whether a last state is requested of one of two that a row may leave as half sums."""
     return any(x.end) and any((x.k, x.v) == (y.v, y.k) and y.o == x.o for y in launches if y != x)
 
 
