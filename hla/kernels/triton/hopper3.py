@@ -4,8 +4,8 @@
 
 As `hopper` has it, with the same three warpgroups. Three states of 128 x 128 fill more than the
 registers, so a program has 64 values: its first owner holds S and makes y, the second holds P' and
-F' (64, D), half of the registers each, and makes u and o. u reaches memory only where it is asked
-for. The programs of a head run side by side and read q and k by way of L2; both make y.
+F' (64, D), half of the registers each, and makes u and o. u is stored only where
+it is requested. The programs of a head run side by side and read q and k by way of L2; both make y.
 
 Chunk by chunk, where A' = upper(K Q') is the first owner's and B' = upper(Y Q') the second's:
 
@@ -174,7 +174,7 @@ def triple_kernel(
     sn0, sn1, sn2, snn, snd, snv,  # and those of o
     sne0, sne1, sne2, snen, sned, snev,
     sg0, sg1, sg2, sgt,
-    READ: gl.constexpr,  # o is asked, not the states alone
+    READ: gl.constexpr,  # o is requested, not the states alone
     WIDE: gl.constexpr,  # in float32
     KEEP_Y: gl.constexpr,  # y is stored
     KEEP_U: gl.constexpr,

@@ -75,7 +75,7 @@ def rows(request: Request) -> tuple[Row, ...]:
         return ()
     B, parts = side(*widths), None
     if gated and request.gate_given:
-        if request.operator == "hla3":  # its gradient asks for more
+        if request.operator == "hla3":  # its gradient needs more passes
             return ()
         symmetric = "S@0" if request.operator == "hla2" else ""
         parts = Parts(CHUNK, PERIOD, B // 16, 4, side=B, met=B // 16, without=symmetric)
