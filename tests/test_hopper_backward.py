@@ -24,7 +24,7 @@ from hla.core.ahla import AHLAState  # noqa: E402
 from hla.core.hla2 import HLA2State  # noqa: E402
 from hla.core.hla3 import HLA3State  # noqa: E402
 from hla.core.linear import LinearState  # noqa: E402
-from hla.device import plan  # noqa: E402
+from hla.device import plan, shapes  # noqa: E402
 from hla.device.elementwise import gate_of, part, taking  # noqa: E402
 from hla.device.scan import Call, Runner  # noqa: E402
 from hla.device.steps import Launch, Ref  # noqa: E402
@@ -67,7 +67,7 @@ def kernels(monkeypatch):
 
     def use(exact, seed=0):
         found = []
-        for name in ("reverse", "queries"):
+        for name in ("reverse", "queries", "ahla"):
             module = importlib.import_module(f"hla.kernels.triton.hopper_{name}")
             found.append(Interpreted(getattr(module, f"{name}_kernel"), exact, seed))
             monkeypatch.setattr(module, f"{name}_kernel", found[-1])
@@ -112,8 +112,13 @@ def given(rng, T, D, V, lead=(H,), keys=None):
     return {n: rng.standard_normal((*b, T, w)) * w**-0.25 for n, (b, w) in sizes.items()}
 
 
-def gradients(arrays, options, dtype, start=None, layout=None, operator="hla2", tokens=0):
-    """Those of the sweeps, and of the core in float64 by the same rounded arrays."""
+def gradients(
+    arrays, options, dtype, start=None, layout=None, operator="hla2", tokens=0, last=None
+):
+    """Those of the sweeps, and of the core in float64 by the same rounded arrays.
+
+    ``last`` are gradients of the last state; there is a first one then.
+    """
     place = layout or (lambda x: x)
     tensors = {n: place(torch.tensor(x).to(dtype)) for n, x in arrays.items()}
     exact = {n: x.double().numpy() for n, x in tensors.items()}
@@ -125,29 +130,33 @@ def gradients(arrays, options, dtype, start=None, layout=None, operator="hla2", 
     if start is not None:
         inputs["initial_state"] = truth["initial_state"] = start
         inputs["initial_state"] = type(start)(*map(torch.tensor, start))
-    request, made, _ = prepare(**plain | inputs, operator=operator, gradient=True)
+    returns = {"return_state": last is not None}
+    request, made, _ = prepare(**plain | inputs, **returns, operator=operator, gradient=True)
     request = dataclasses.replace(request, gate_given=False)
     same = {n: options[n] for n in ("decay", "log_gate", "scale") if n in options}
-    _, pull = hla.vjp(**truth, **same, operator=operator, backend="array_api")
-    want = pull(do)
-    saved = []  # y, or u, or both
-    for matrix, values in SAVED[operator]:
+    _, pull = hla.vjp(**truth, **returns, **same, operator=operator, backend="array_api")
+    want, saved = pull(do) if last is None else pull(do, last), []
+    for name in shapes.saved(request):
+        matrix, values = SAVED[name]
         S = getattr(start, matrix, None)
+        S = None if S is None else S.reshape(*S.shape[:2], -1)
         S = None if S is None else LinearState(S, np.zeros(S.shape[:-1]))
-        made_of = exact["q"], exact["k"], exact[values]
+        v = exact.get(values, np.ones((*exact["q"].shape[:-1], 1)))
+        made_of = exact["q"], exact["k"], v
         x = hla.scan(*made_of, operator="linear", initial_state=S, **same)
         saved.append(torch.tensor(x).to(dtype))
     device = Runner(run.RUNNER.device._replace(rows=rows, steps=steps))
-    return device.backward(request, made, saved, tensors["do"], None, tokens), want
+    last = last and type(last)(*map(torch.tensor, last))
+    return device.backward(request, made, saved, tensors["do"], last, tokens), want
 
 
 def close(got, want, most=EXACT):
     assert rms(got.double().numpy() - want) <= most * rms(want)
 
 
-SAVED = {"hla2": ("Sk",), "ahla": ("Pv",), "hla3": ("Sk", "Pv")}  # states and values
+SAVED = {"y": "Sk", "u": "Pv", "u|1": "m1"}  # their states and values
 STATES_OF = {"hla2": HLA2State, "ahla": AHLAState, "hla3": HLA3State}
-RUNS = {"hla2": [1, 1], "ahla": [2, 1], "hla3": [2, 1]}  # how often the two kernels run
+RUNS = {"hla2": [1, 1, 0], "ahla": [0, 1, 1], "hla3": [2, 1, 0]}  # how often each kernel runs
 CASES = [  # operator, T, D, V, gate, whether there is a state
     ("hla2", 130, 64, 64, None, False),
     ("hla2", 200, 128, 128, "decay", True),
@@ -187,8 +196,11 @@ def test_segments(kernels, monkeypatch, operator, D, V, gate, states):
     start = first_state(rng, operator, D, V) if states else None
     arrays = given(rng, T, D, V)
     got, want = gradients(arrays, options, torch.float64, start, operator=operator, tokens=80)
-    sweeps = [operator != "hla2", True]
-    assert [[x.get("READ", True) for x in kernel.ran] for kernel in made] == [sweeps, [True]]
+    sweeps = [operator == "hla3", True]
+    ran = [sweeps, [True], []]
+    if operator == "ahla":
+        ran = [[], [True], [False, False, True] if states else [False, True]]
+    assert [[x.get("READ", True) for x in kernel.ran] for kernel in made] == ran
     for name in ("dq", "dk", "dv"):
         close(getattr(got, name), getattr(want, name), most=1e-6)  # carried in float32
     if states:
@@ -205,13 +217,32 @@ def test_gradients_are_exact(kernels, operator, T, D, V, gate, states):
     arrays = given(rng, T, D, V)
     got, want = gradients(arrays, options, torch.float64, start, operator=operator)
     assert [len(kernel.ran) for kernel in made] == RUNS[operator]
-    assert made[0].ran[0]["FAST"] == (D % 8 == V % 8 == 0)
+    assert made[1].ran[0]["FAST"] == (D % 8 == V % 8 == 0)
     for name in ("dq", "dk", "dv"):
         close(getattr(got, name), getattr(want, name))
     for name in "SFPE" if states else "":
         if hasattr(start, name):  # S by a pass in float32
             x, y = (getattr(z.dinitial_state, name) for z in (got, want))
             close(x, y, most=1e-6 if name == "S" else EXACT)
+
+
+@pytest.mark.parametrize(("operator", "gate"), [("ahla", None), ("hla3", "decay")])
+def test_gradients_of_all_last_states(kernels, operator, gate):
+    """Passes of the denominators' states leave some of d.q before a sweep adds to it."""
+    rng = np.random.default_rng(5)
+    made = kernels(exact=True)
+    start, last = (
+        type(S)(*(x.astype(np.float32) for x in S))  # as Triton's interpreter sums
+        for S in (first_state(rng, operator, 64, 40) for _ in "ab")
+    )
+    options = {"scale": 0.5} | gates(rng, gate, (H,), 70)
+    arrays = given(rng, 70, 64, 40)
+    got, want = gradients(arrays, options, torch.float32, start, operator=operator, last=last)
+    assert [len(kernel.ran) for kernel in made] == RUNS[operator]
+    for name in ("dq", "dk", "dv"):
+        close(getattr(got, name), getattr(want, name), most=1e-6)
+    for x, y in zip(got.dinitial_state, want.dinitial_state, strict=True):
+        close(x, y, most=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +282,7 @@ def test_bfloat16(kernels, operator, gate):
 def test_gradients_of_last_states(kernels, gate):
     """The reverse sweep begins from them; dS need not be symmetric."""
     rng, T, D, V = np.random.default_rng(3), 80, 128, 64
-    kernel, _ = kernels(exact=True)
+    kernel, *_ = kernels(exact=True)
     x = given(rng, T, D, V) | {"dS": rng.standard_normal((H, D, D))}
     x |= {"dF": rng.standard_normal((H, D, V)), "gate": np.full(H, 0.9)}
     decay = {"decay": 0.9} if gate else {}
@@ -297,7 +328,8 @@ def test_what_is_not_served():
         return [row.name for row in hopper_backward.rows(request)]
 
     assert len(served()) == len(served(decay=0.5)) == len(served(scale=0.3)) == 2
-    assert len(served(operator="ahla")) == len(served(operator="hla3")) == 3
+    assert len(served(operator="ahla")) == 4
+    assert len(served(operator="hla3")) == 3
     assert len(served(operator="hla3", heads=2)) == 1  # y has fewer heads than u
     gate = {"log_gate": torch.zeros(2, 1, 8)}
     for options in (
@@ -332,6 +364,10 @@ KERNELS = [  # kernel, what it does, gate, what differs
         (0, {}), (1, {}), (2, {}), (2, STATES), (2, SEGMENT), (2, {"B": 64}),
     )),
     ("reverse", {"Z": False}, 2, {"POWER2": 3}), ("queries", {}, 2, {"POWER2": 1}),  # of hla3
+    *(("ahla", {}, gate, more) for gate, more in (
+        (0, {}), (1, {}), (2, {}), (0, STATES), (2, SEGMENT), (2, {"B": 64}),
+    )),
+    ("ahla", {"READ": False, "END2": True}, 2, {"START1": True, "tokens": 1024}),
     *(("reverse", {"Z": False, "ADD": add}, gate, {}) for add in (False, True) for gate in (0, 2)),
     *(("queries", {"AHLA": ahla}, gate, {}) for ahla in (False, True) for gate in (0, 1, 2)),
     ("queries", {"AHLA": False}, 2, STATES),
@@ -351,20 +387,21 @@ def prepared(name, does, gate, more):
     """Return what `ahead` compiles for one case."""
     module = importlib.import_module(f"hla.kernels.triton.hopper_{name}")
     kernel = getattr(module, f"{name}_kernel")
-    powers = (1, 1) if does.get("AHLA") or not does.get("Z", True) or does.get("SUM") else (1, 2)
-    powers = powers if gate else (0, 0)
+    ones = name == "ahla" or does.get("AHLA") or does.get("SUM") or not does.get("Z", True)
+    powers = (1, 1 if ones else 2) if gate else (0, 0)
     given = {
         "Z": True, "SUM": False, "ADD": False, "READ": True, "AHLA": False, "GATE": gate,
         "POWER1": powers[0], "POWER2": powers[1],
         "START1": False, "START2": False, "END1": False, "END2": False,
         "B": 128, "WHOLE_D": True, "WHOLE_V": True, "FAST": True,
     } | does | more  # fmt: skip
-    given |= {f"s{x}{e}": 2048 if e == "t" else 1 for x in "qkvgyabc" for e in "td"}
+    given |= {f"s{x}{e}": 2048 if e == "t" else 1 for x in "qkvguyabc" for e in "td"}
     asked = {"p_start1": "START1", "p_start2": "START2", "p_end2": "END2", "p_gate": "GATE"}
     given["DK"] = given["Z"] and not given["SUM"]
-    asked |= {"p_end1": "END1", "p_k": "Z", "p_dk": "DK"} if name == "reverse" else {}
+    asked |= {"p_end1": "END1"} | ({"p_k": "Z", "p_dk": "DK"} if name == "reverse" else {})
     if not given["READ"]:
-        asked |= dict.fromkeys(("p_k", "p_y", "p_dy", "p_dv", "p_dk"), "READ")
+        unread = ("p_k", "p_y", "p_dy") if name == "reverse" else ("p_v", "p_u", "p_du")
+        asked |= dict.fromkeys((*unread, "p_dv", "p_dk"), "READ")
     cut = given.pop("tokens", 0)
 
     def absent(n):

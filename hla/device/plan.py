@@ -193,6 +193,7 @@ class Builder:
             self.ready(s, pending, group)
             and (s.out not in inner or self.lead(s)[0] == self.of(s.out)[:-2])
             and (not self.tokens or (s.out and s.out not in inner & self.written))
+            and (row.adds or not self.adds(s))
             for s in group
         )
         return tuple(group) if able and len(group) == len(row.steps) else ()

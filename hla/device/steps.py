@@ -194,6 +194,7 @@ class Row(NamedTuple):
     steps: Passes
     segments: bool = False  # also some of the passes from states, and the states of others alone
     in_place: bool = False  # reads a chunk of all queries before it writes results there
+    adds: bool = False  # also to what results hold
 
 
 class Plan(NamedTuple):

@@ -14,9 +14,8 @@ not later (not earlier) than its column:
     owner of Z   dK' = Z K' + dY' lo(Q K') + Q' lo(dY K')               Z += Q' dY + dY' Q
     of queries   dQ' = F dO' + Y' up(V dO') + S dY' + K' up(K dY')      F += Y' V, S += K' K
 
-ahla's are three sweeps of the same kernels: from R1 = sum q do' du = R1' k and a part of dk, R1 u;
-from R2 = sum q du' dv = R2' k and the other part, R2 v, which is added; queries have E and P for F
-and S, u and du for y and dy.
+ahla's reverse sweep has a kernel of its own (`hopper_ahla`), of R1 = sum q do' and R2 = sum q du';
+queries have E and P for F and S, u and du for y and dy.
 
 hla3's are three too, with a pass between: from R = sum q do' (p = 3) dy = R u and du = R' y; from
 R2 = sum q du' and Z dv = R2' k and dk = R2 v + Z k, of which the owner of R2 leaves its part in the
@@ -48,12 +47,18 @@ from .owners import masked
 
 HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
 AHLA = "ahla on Hopper: du, dk", "ahla on Hopper: dv, dk", "ahla on Hopper: dq"
+BOTH = "ahla on Hopper: du, dv, dk"
 HLA3 = "hla3 on Hopper: dy, du", "hla3 on Hopper: dv, dk", "hla3 on Hopper: dq of y and u"
-SWEEPS = {  # name, whether last token first, the steps of the program whose adjoints it does
+Sweep = tuple[str, bool, tuple[int, ...]]  # name, whether last token first, of which steps
+SWEEPS: dict[str, tuple[Sweep, ...]] = {  # those in front are taken first
     "hla2": ((HLA2[0], True, (0, 1)), (HLA2[1], False, (0, 1))),
-    "ahla": ((AHLA[0], True, (1,)), (AHLA[1], True, (0,)), (AHLA[2], False, (0, 1))),
+    "ahla": (
+        (BOTH, True, (0, 1)), (AHLA[0], True, (1,)), (AHLA[1], True, (0,)),
+        (AHLA[2], False, (0, 1)),
+    ),
     "hla3": ((HLA3[0], True, (2,)), (HLA3[1], True, (0, 1)), (HLA3[2], False, (0, 1))),
-}
+}  # fmt: skip
+ADDS = {AHLA[1], *HLA3[1:]}  # to dk or dq, what other passes may have left there
 WIDEST = 128  # columns of a tile
 FAR = 1 << 24  # elements between tokens: offsets inside a chunk have 32 bits
 
@@ -70,10 +75,11 @@ def rows(request: Request) -> tuple[Row, ...]:
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     alike = request.operator != "hla3" or _alike(request)
     return tuple(
-        Row(name, tuple(s for s in back if s.reverse == last and s.step in of), True, not last)
+        Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
+            segments=True, in_place=not last, adds=name in ADDS)
         for name, last, of in SWEEPS[request.operator]
         if alike or len(of) == 1
-    )
+    )  # fmt: skip
 
 
 def _alike(request: Request) -> bool:
@@ -195,6 +201,40 @@ def reverse(call: Call, s: Fused) -> Iterator[Do]:
         yield from passes(call, dk._replace(q=(), o=(), add=False, batch=dk.held))
 
 
+def ahla(call: Call, s: Fused) -> Iterator[Do]:
+    """Yield ahla's sweep of du, dv and dk, last token first."""
+    if s.launches[1].q:
+        dk, du, more, dv = s.launches
+        refs: dict[str, Ref | None] = {
+            "q": du.k[0], "k": du.q[0], "v": more.q[0], "do": du.v[0], "u": dk.q[0],
+            "du": du.o[0], "dv": dv.o[0], "dk": dk.o[0], "R": du.start[0], "Z": dv.start[0],
+        }  # fmt: skip
+        yield from _ahla(call, refs, du, dv, read=True)
+        return
+    du, *states = s.launches  # of segments: du again, and sums of q du' or their transposes
+    for x in states:
+        refs = dict.fromkeys(("q", "k", "v", "do", "u", "du", "dv", "dk", "R", "Z"))
+        refs |= {"q": du.k[0], "k": du.q[0], "do": du.v[0], "R": du.start[0]}
+        left = x if x.k == du.k else x._replace(end=(flipped(x.end[0]),))
+        yield from _ahla(call, refs, du, left, read=False)
+
+
+def _ahla(
+    call: Call, refs: dict[str, Ref | None], du: Launch, dv: Launch, *, read: bool
+) -> Iterator[Do]:
+    """Yield it by the launches that leave R1 and R2."""
+    from .hopper_ahla import ahla_kernel
+
+    refs |= {"end": next(iter(du.end), None), "left": next(iter(dv.end), None)}
+    there = {"START1": "R", "START2": "Z", "END1": "end", "END2": "left"}
+    constants = {"READ": read} | {name: refs[n] is not None for name, n in there.items()}
+    refs["gate"] = Ref("gate") if call.request.gate else None
+    powers, factors = (du.power, dv.power), (du.write, 1 / du.write)
+    yield from launched(
+        call, ahla_kernel, du.batch, refs, "qkvguabc", factors, powers, du.tokens, constants
+    )
+
+
 def one_state(call: Call, s: Fused) -> Iterator[Do]:
     """Yield a sweep of ahla's, last token first: of du and its part of dk, or of dv and dk."""
     dk, dx = s.launches
@@ -214,7 +254,7 @@ def summed(call: Call, s: Fused) -> Iterator[Do]:
         "dk": dk.o[0], "dv": dv.o[0], "none": None, "Z": more.start[0], "R": dv.start[0],
     }  # fmt: skip
     powers = more.power, dv.power
-    yield from _reverse(call, refs, dv, powers, Z=True, SUM=True, ADD=False, READ=True)
+    yield from _reverse(call, refs, dv, powers, Z=True, SUM=True, ADD=dk.add, READ=True)
     if any(more.end):
         yield from passes(call, more._replace(q=(), o=(), add=False, batch=more.held))
 
@@ -252,7 +292,7 @@ def queries(call: Call, s: Fused) -> Iterator[Do]:
         "k": second.v[0], "v": v, "do": first.q[0], "y": y, "dy": second.q[0],
         "dq": first.o[0], "S": S, "F": F, "gate": Ref("gate") if call.request.gate else None,
     }  # fmt: skip
-    constants = {"AHLA": ahla, "START1": S is not None, "START2": F is not None}
+    constants = {"AHLA": ahla, "ADD": first.add, "START1": S is not None, "START2": F is not None}
     powers, factors = (second.power, first.power), (first.read,)
     yield from launched(
         call, queries_kernel, first.batch, refs, "kvgyab", factors, powers, first.tokens, constants
@@ -261,6 +301,7 @@ def queries(call: Call, s: Fused) -> Iterator[Do]:
 
 KERNELS = {
     **dict(zip(HLA2, (reverse, queries), strict=True)),
+    BOTH: ahla,
     **dict(zip(AHLA, (one_state, one_state, queries), strict=True)),
     **dict(zip(HLA3, (one_state, summed, queries), strict=True)),
 }

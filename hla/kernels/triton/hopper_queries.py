@@ -129,8 +129,8 @@ def _mover_f(
     p_k, p_v, p_g, p_y, p_e, p_dq, p_gate, ks, vs, gs, ys, es, outs, weights, ends,
     full, free, there, stored, chunks, T, D, V,
     skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sft,
-    AHLA: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
-    FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
+    AHLA: gl.constexpr, ADD: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
+    GATE: gl.constexpr, FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
 ):  # fmt: skip
     """Load what the owners read; store dq."""
     MADE = V if AHLA else D  # columns of u, du or y, dy
@@ -153,7 +153,7 @@ def _mover_f(
                 mbarrier.arrive(full.index(s), count=1)
         if c >= STAGES:
             mbarrier.wait(there.index(e % 2), (e // 2) & 1)
-            _put(p_dq, outs.index(e % 2), e * W, T, D, sbt, sbd, B, FAST, WHOLE_D)
+            _put(p_dq, outs.index(e % 2), e * W, T, D, sbt, sbd, B, FAST, WHOLE_D, ADD)
             mbarrier.arrive(stored.index(e % 2), count=1)
 
 
@@ -194,6 +194,7 @@ def queries_kernel(
     sbd: gl.constexpr,
     GATE: gl.constexpr,  # 0 none, 1 decay, 2 log_gate
     AHLA: gl.constexpr,  # u and du come as y and dy, and S, F are P, E
+    ADD: gl.constexpr,  # to what dq holds
     POWER1: gl.constexpr,  # of S
     POWER2: gl.constexpr,  # of F
     START1: gl.constexpr,
@@ -277,7 +278,7 @@ def queries_kernel(
                     p_k, p_v, p_g, p_y, p_e, p_dq, p_gate, ks, vs, gs, ys, es, outs, weights, ends,
                     full, free, there, stored, chunks, T, D, V,
                     skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sft,
-                    AHLA, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
+                    AHLA, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
                 )),
             ],
             [4, 4],
@@ -295,7 +296,7 @@ def queries_kernel(
                     p_k, p_v, p_g, p_y, p_e, p_dq, p_gate, ks, vs, gs, ys, es, outs, weights, ends,
                     full, free, there, stored, chunks, T, D, V,
                     skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sft,
-                    AHLA, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
+                    AHLA, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
                 )),
             ],
             [4],

@@ -317,7 +317,7 @@ def _mover_r(
         if Z and i >= STAGES:
             mbarrier.wait(dk_there.index(s), turn)
             if SUM:
-                _put(p_dy, vs.index(s), left, T, D, sat, sad, B, FAST, WHOLE_D)
+                _put(p_dy, vs.index(s), left, T, D, sat, sad, B, FAST, WHOLE_D, ADD)
                 barrier()
         if i < chunks:
             _fetch(qs.index(s), p_q, row, T, D, sqt, sqd, B, FAST, WHOLE_D)
