@@ -88,7 +88,9 @@ class Tensor:
 
     shape = property(lambda self: list(self.a.shape))
     T = property(lambda self: Tensor(self.a.T, self.dtype))
-    type = property(lambda self: types.SimpleNamespace(element_ty=self.dtype, shape=self.shape))
+    type = property(lambda self: types.SimpleNamespace(
+        element_ty=self.dtype, shape=self.shape, layout=None
+    ))  # fmt: skip
 
     def to(self, dtype, bitcast=False):
         check(not bitcast, "bitcast is not interpreted")

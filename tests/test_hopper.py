@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import installed
-from test_kernels import compiled_cases, safe
+from test_kernels import named, safe
 
 installed("triton")
 gluon_interpreter = installed("gluon_interpreter")
@@ -346,17 +346,10 @@ def prepared(name, gate, shape):
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("triton")
-    found = compiled_cases([prepared(*case) for case in KERNELS], cache)
-    return dict(zip(KERNELS, found, strict=True))
-
-
 @pytest.mark.aot
-@pytest.mark.parametrize("case", KERNELS, ids=lambda case: "-".join(map(str, case)))
-def test_compiled_for_the_hardware(reports, case):
-    found = reports[case]
+@pytest.mark.parametrize("case", KERNELS, ids=named)
+def test_compiled_for_the_hardware(compiled, case):
+    found = compiled(prepared(*case))
     assert found["shared"] <= SHARED
     assert set(found["offsets"]) == {"i64"}  # none wraps beyond 2^31 elements
     assert not found["narrow"]  # nor does a product that is widened later

@@ -16,7 +16,9 @@ from device.fakes import results
 installed("triton")
 torch = installed("torch")
 import gluon_interpreter  # noqa: E402
-from test_kernels import compiled_cases, safe  # noqa: E402
+from terms import gates_within_budget  # noqa: E402
+from test_kernels import named, safe  # noqa: E402
+from triton_interpreter import hasten  # noqa: E402
 
 import hla  # noqa: E402
 from hla.arguments import prepare  # noqa: E402
@@ -27,12 +29,13 @@ from hla.core.linear import LinearState  # noqa: E402
 from hla.device import plan, shapes  # noqa: E402
 from hla.device.elementwise import gate_of, part, taking  # noqa: E402
 from hla.device.scan import Call, Runner  # noqa: E402
-from hla.device.steps import Launch, Ref  # noqa: E402
+from hla.device.steps import Fused, GateGradient, Launch, Ref  # noqa: E402
 from hla.device.tiles import Layout  # noqa: E402
 from hla.kernels.triton import hopper_backward, launch, run  # noqa: E402
 
 CUDA = torch.device("cuda")
 H = 2
+hasten()
 
 
 class Interpreted:
@@ -96,7 +99,9 @@ def steps(call, step):
 
 
 def gates(rng, gate, lead, T):
-    """The arguments of a gate: none, a number that has no gradient, one a token."""
+    """The arguments of a gate: none, a number that has no gradient, one a head, one a token."""
+    if gate == "per_head":
+        return {"decay": rng.uniform(0.8, 1.0, size=lead)}
     if gate == "decay":
         return {"decay": 0.93}
     if gate == "log_gate":
@@ -113,8 +118,9 @@ def given(rng, T, D, V, lead=(H,), keys=None):
 
 
 def gradients(
-    arrays, options, dtype, start=None, layout=None, operator="hla2", tokens=0, last=None
-):
+    arrays, options, dtype, start=None, layout=None, operator="hla2", tokens=0, trained=False,
+    last=None,
+):  # fmt: skip
     """Those of the sweeps, and of the core in float64 by the same rounded arrays.
 
     ``last`` are gradients of the last state; there is a first one then.
@@ -124,7 +130,7 @@ def gradients(
     exact = {n: x.double().numpy() for n, x in tensors.items()}
     do, truth = exact.pop("do"), dict(exact)
     inputs = {n: tensors[n] for n in "qkv"} | {
-        n: torch.tensor(x) for n, x in options.items() if n == "log_gate"
+        n: torch.tensor(x) for n, x in options.items() if np.ndim(x)
     }
     plain = {"decay": options.get("decay"), "log_gate": None, "scale": options["scale"]}
     if start is not None:
@@ -132,7 +138,7 @@ def gradients(
         inputs["initial_state"] = type(start)(*map(torch.tensor, start))
     returns = {"return_state": last is not None}
     request, made, _ = prepare(**plain | inputs, **returns, operator=operator, gradient=True)
-    request = dataclasses.replace(request, gate_given=False)
+    request = dataclasses.replace(request, gate_given=trained)
     same = {n: options[n] for n in ("decay", "log_gate", "scale") if n in options}
     _, pull = hla.vjp(**truth, **returns, **same, operator=operator, backend="array_api")
     want, saved = pull(do) if last is None else pull(do, last), []
@@ -278,6 +284,44 @@ def test_bfloat16(kernels, operator, gate):
         within_budget(x, y, "bfloat16", D=128, operator=operator, gradient=True)
 
 
+@pytest.mark.parametrize(("operator", "T", "D", "V", "gate", "states", "tokens", "dtype"), [
+    ("hla2", 150, 128, 96, "log_gate", False, 0, "float64"),
+    ("hla2", 200, 40, 24, "per_head", False, 128, "float64"),
+    ("hla2", 60, 64, 64, "log_gate", False, 0, "float64"),
+    ("ahla", 200, 24, 60, "log_gate", True, 128, "float64"),
+    ("ahla", 130, 100, 128, "per_head", False, 0, "float64"),
+    ("hla2", 300, 128, 128, "log_gate", False, 0, "bfloat16"),
+    ("ahla", 200, 128, 128, "per_head", False, 0, "bfloat16"),
+])  # fmt: skip
+def test_gradient_of_a_gate(kernels, monkeypatch, operator, T, D, V, gate, states, tokens, dtype):
+    """In the sweeps, by the products of states before every chunk but the first; in segments."""
+    monkeypatch.setattr(hopper_backward, "PERIOD", 64)
+    rng, exact = np.random.default_rng(T), dtype == "float64"
+    made = kernels(exact=exact, seed=T)
+    options = {"scale": 0.5} | gates(rng, gate, (H,), T)
+    start = first_state(rng, operator, D, V) if states else None
+    arrays = given(rng, T, D, V)
+    dt = getattr(torch, dtype)
+    got, want = gradients(
+        arrays, options, dt, start, operator=operator, tokens=tokens, trained=True
+    )
+    sweeps = [x for kernel in made for x in kernel.ran if x.get("READ", True)]
+    count = 3 if operator == "ahla" else 2
+    assert [(x["DOTS"], x["EVERY"]) for x in sweeps] == [(True, int(T > 64))] * count
+    for name in ("dq", "dk", "dv") if exact else ():
+        close(getattr(got, name), getattr(want, name), most=1e-6 if tokens else EXACT)
+    rounded = {n: torch.tensor(x).to(dt).double().numpy() for n, x in arrays.items()}
+    do, inputs = (rounded.pop("do"),), rounded | options
+    scale = {"scale": inputs.pop("scale"), "operator": operator}
+    if states:
+        inputs["initial_state"] = start
+    name = "dlog_gate" if gate == "log_gate" else "ddecay"
+    gates_within_budget(
+        getattr(got, name).double().numpy(), getattr(want, name),
+        "float32" if exact else dtype, inputs, scale, do, operator=operator,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("gate", [None, "decay"])
 def test_gradients_of_last_states(kernels, gate):
     """The reverse sweep begins from them; dS need not be symmetric."""
@@ -301,10 +345,11 @@ def test_gradients_of_last_states(kernels, gate):
     states = {"dS": "Z", "dF": "R", "dF0": "end"}  # as the kernel's operands are named
     refs = {states.get(n, n): Ref(n) for n in names[:-1]}
     refs |= {"left": None, "gate": Ref("gate") if gate else None}
+    refs |= dict.fromkeys(("dots1", "dots2", "kept1", "kept2"))
     for do in hopper_backward.launched(
         call, kernel, (H,), refs, "qkvgyabc", (1.0, 1.0), (1, 2), 0,
         {"Z": True, "SUM": False, "ADD": False, "READ": True, "START1": True, "START2": True,
-         "END1": False, "END2": True},
+         "END1": False, "END2": True, "DOTS": False, "EVERY": 0},
     ):  # fmt: skip
         do(arrays, [a.data_ptr() for a in arrays], None)
     got = dict(zip(names, arrays, strict=True))
@@ -319,7 +364,7 @@ def test_gradients_of_last_states(kernels, gate):
 
 
 def test_what_is_not_served():
-    """Other programs, wide heads and the gradient of a gate take the passes."""
+    """Other programs and wide heads take the passes; the gradient of a gate does where one does."""
 
     def served(D=64, heads=1, **options):
         q, k, v = (torch.zeros(2, n, 8, D, dtype=torch.bfloat16) for n in (1, 1, heads))
@@ -328,17 +373,35 @@ def test_what_is_not_served():
         return [row.name for row in hopper_backward.rows(request)]
 
     assert len(served()) == len(served(decay=0.5)) == len(served(scale=0.3)) == 2
-    assert len(served(operator="ahla")) == 4
+    assert len(served(operator="ahla")) == 2
     assert len(served(operator="hla3")) == 3
     assert len(served(operator="hla3", heads=2)) == 1  # y has fewer heads than u
     gate = {"log_gate": torch.zeros(2, 1, 8)}
+    assert len(served(**gate)) == 2
+    assert len(served(operator="ahla", **gate)) == 3
     for options in (
-        gate, {"D": 130}, {"normalize": True}, {"ridge": 0.1},
+        gate | {"operator": "hla3"}, gate | {"D": 130}, {"D": 130}, {"normalize": True},
+        {"ridge": 0.1},
         {"operator": "linear"}, {"mask": "prefix"}, {"scale": 0.0},
     ):  # fmt: skip
         assert not served(**options), options
     assert served(decay=0.5, convention="exact")
     assert not served(decay=0.5, convention="paper")
+
+
+@pytest.mark.parametrize(("operator", "start", "sweeps"), [
+    ("hla2", False, 2), ("hla2", True, 0), ("ahla", True, 3),
+])  # fmt: skip
+def test_a_gates_gradient_needs_symmetric_states(operator, start, sweeps):
+    """Which a first S need not be: all by passes then, which count by chunks of their own."""
+    q, k, v = (torch.zeros(2, 80, 16, dtype=torch.bfloat16) for _ in "qkv")
+    options = {"operator": operator, "decay": None, "log_gate": torch.zeros(2, 80), "scale": 1.0}
+    request, _, _ = prepare(q, k, v, gradient=True, **options)
+    found = plan.backward(request, launch.narrow(9), hopper_backward.rows(request), start=start)
+    assert sum(isinstance(step, Fused) for step in found.steps) == sweeps
+    assert {step.chunk for step in found.steps if isinstance(step, GateGradient)} == {
+        64 if sweeps else 32
+    }
 
 
 @pytest.mark.parametrize(("operator", "V", "taken"), [
@@ -357,6 +420,7 @@ def test_dq_takes_the_memory_of_what_it_reads(operator, V, taken):
 
 # Ahead of time
 STATES = {"START1": True, "START2": True, "END2": True}
+DOTS = {"DOTS": True, "EVERY": 4}
 SEGMENT = {"START1": True, "START2": True, "tokens": 1024}
 KERNELS = [  # kernel, what it does, gate, what differs
     *(("reverse", {"Z": True}, gate, more) for gate in (0, 1, 2) for more in ({}, STATES)),
@@ -374,6 +438,12 @@ KERNELS = [  # kernel, what it does, gate, what differs
     *((name, {}, 2, {"B": 64}) for name in ("reverse", "queries")),
     *((name, {}, 0, {"WHOLE_D": False, "WHOLE_V": False}) for name in ("reverse", "queries")),
     *((name, {}, 0, {"FAST": False, "WHOLE_D": False}) for name in ("reverse", "queries")),
+    *((name, {"AHLA": False}, gate, DOTS) for name in ("reverse", "queries") for gate in (1, 2)),
+    ("reverse", {"Z": False}, 2, DOTS),
+    ("queries", {"AHLA": True}, 2, DOTS),
+    *((name, {}, 2, {"B": 64} | DOTS) for name in ("reverse", "queries")),
+    *((name, {}, 2, {"FAST": False, "WHOLE_D": False} | DOTS) for name in ("reverse", "queries")),
+    *((name, {}, 2, SEGMENT | DOTS) for name in ("reverse", "queries")),
     *((name, {}, gate, SEGMENT) for name in ("reverse", "queries") for gate in (0, 2)),
     *(("reverse", {"READ": False, "END1": True}, gate, {"START2": True, "tokens": 1024})
       for gate in (0, 1, 2)),
@@ -392,24 +462,27 @@ def prepared(name, does, gate, more):
     given = {
         "Z": True, "SUM": False, "ADD": False, "READ": True, "AHLA": False, "GATE": gate,
         "POWER1": powers[0], "POWER2": powers[1],
-        "START1": False, "START2": False, "END1": False, "END2": False,
+        "START1": False, "START2": False, "END1": False, "END2": False, "DOTS": False, "EVERY": 0,
         "B": 128, "WHOLE_D": True, "WHOLE_V": True, "FAST": True,
     } | does | more  # fmt: skip
     given |= {f"s{x}{e}": 2048 if e == "t" else 1 for x in "qkvguyabc" for e in "td"}
     asked = {"p_start1": "START1", "p_start2": "START2", "p_end2": "END2", "p_gate": "GATE"}
     given["DK"] = given["Z"] and not given["SUM"]
-    asked |= {"p_end1": "END1"} | ({"p_k": "Z", "p_dk": "DK"} if name == "reverse" else {})
+    asked |= {f"p_{n}{i}": "DOTS" for n in ("dots", "kept", "met") for i in (1, 2)}
+    asked |= {"p_end1": "END1"} | ({"p_q": "DOTS"} if name == "queries" else {})
+    asked |= {"p_k": "Z", "p_dk": "DK"} if name == "reverse" else {}
     if not given["READ"]:
         unread = ("p_k", "p_y", "p_dy") if name == "reverse" else ("p_v", "p_u", "p_du")
         asked |= dict.fromkeys((*unread, "p_dv", "p_dk"), "READ")
     cut = given.pop("tokens", 0)
 
     def absent(n):
-        return n.startswith("p_") and not given.get(asked.get(n), True)
+        alone = n in ("p_dots1", "p_kept1") and not given["Z"]
+        return n.startswith("p_") and (alone or not given.get(asked.get(n), True))
 
     signature, constants = {}, {n: x for n, x in given.items() if n in kernel.arg_names}
     for n in kernel.arg_names:
-        wide = n.startswith(("p_start", "p_end", "p_gate"))
+        wide = n.startswith(("p_start", "p_end", "p_gate", "p_dots", "p_met"))
         if n in constants:
             signature[n] = "constexpr"
         elif (not cut and n in ("tokens", "szn", "ssn", "sen", "swn")) or absent(n):
@@ -425,16 +498,10 @@ def prepared(name, does, gate, more):
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    cases = [prepared(*case) for case in KERNELS]
-    return compiled_cases(cases, tmp_path_factory.mktemp("triton"))
-
-
 @pytest.mark.aot
-@pytest.mark.parametrize("i", range(len(KERNELS)), ids=lambda i: f"{KERNELS[i]}")
-def test_compiled_for_the_hardware(reports, i):
-    found, (_, _, _, more) = reports[i], KERNELS[i]
+@pytest.mark.parametrize("case", KERNELS, ids=named)
+def test_compiled_for_the_hardware(compiled, case):
+    found, more = compiled(prepared(*case)), case[3]
     assert found["shared"] <= 227 * 1024
     assert found["wgmma"] > 0
     assert found["mma"] == 0

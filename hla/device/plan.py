@@ -19,6 +19,7 @@ from .gates import GateTerms
 from .segments import levels
 from .shapes import alive, named, saved
 from .steps import (
+    UNDOTTED,
     Buffer,
     Carry,
     Divide,
@@ -59,9 +60,8 @@ def dtype_of(request: Request, name: str) -> str:
 
 
 # What the states of a launch do not depend on
-WHATEVER: dict[str, Any] = {
-    "q": (), "o": (), "end": (), "read": 1.0, "add": False, "x": None, "dots": None,
-    "states": None, "batch": (), "tokens": 0, "chunk": 0,
+WHATEVER: dict[str, Any] = UNDOTTED | {
+    "q": (), "o": (), "end": (), "read": 1.0, "add": False, "batch": (), "tokens": 0,
 }  # fmt: skip
 
 
@@ -136,6 +136,7 @@ class Builder:
         """Emit all passes: a fused row where one waits, else the first and its company."""
         self.given |= set(given)
         self.gates.expect(steps)
+        self.rows = self.able(steps)
         pending = list(steps)
         while pending:
             rows = ((r, self.waiting(r, pending)) for r in self.rows)
@@ -152,6 +153,15 @@ class Builder:
             pending = [s for s in pending if s not in passes]
             self.steps += self.gates.finished(pending)
 
+    def able(self, steps: Passes) -> tuple[Row, ...]:
+        """Return the rows that are used: for a gate's gradient all that it takes, or none of it."""
+        starts, pending = {s.start for s in steps if s.start}, list(steps)
+        gated = [r for r in self.rows if r.parts and r.parts.without not in starts]
+        while found := next((g for r in gated if (g := self.waiting(r, pending))), None):
+            pending = [s for s in pending if s not in found]
+        whole = not any(s.dot for s in pending)
+        return tuple(r for r in self.rows if whole or not any(s.dot for s in r.steps))
+
     def fused(
         self, row: Row, passes: Passes, pending: list[Pass], keep: Collection[str]
     ) -> tuple[list[Sum], list[Step], Sums]:
@@ -163,7 +173,7 @@ class Builder:
         found: list[Launch] = []
         after: dict[str, Ref] = {}
         for s in passes:
-            sums, launches, rest = self.launches(Group((s,), (s,)), pending, whole=True)
+            sums, launches, rest = self.launches(Group((s,), (s,)), pending, row)
             before += sums
             own = [x for x in launches if isinstance(x, Launch)]
             for name, aside in rest:  # what is added to one name goes aside together
@@ -232,10 +242,11 @@ class Builder:
         return Group((s,), (s,))
 
     def launches(
-        self, group: Group, pending: Iterable[Pass], *, whole: bool = False
+        self, group: Group, pending: Iterable[Pass], row: Row | None = None
     ) -> tuple[list[Sum], list[Step], Sums]:
         """Return what goes before, the launches, and what is then added to which name."""
-        keys, values = group.keys, group.values
+        keys, values, whole = group.keys, group.values, row is not None
+        parts = row.parts if row else None
         if group.symmetric:
             dk, dv = sorted(values, key=lambda s: not s.turned)
             keys = values = (dk._replace(dot=dv.dot),)
@@ -263,7 +274,6 @@ class Builder:
             cuts = [
                 (p, None if (lo, hi) == (0, self.width(p.k)) else (lo, hi)) for p, lo, hi in pack
             ]
-            x, dots, states, chunk = self.gates.asked(s, batch, pack, symmetric=group.symmetric)
             each = [(p if len(values) == 1 else t, cut) for p, cut in cuts for t in values]
             start, end = (
                 tuple((ref := of.get(p)) and ref._replace(rows=cut) for p, cut in each)
@@ -276,9 +286,11 @@ class Builder:
             one = Launch(
                 q if read else (), k, tuple(Ref(self.operand(t.v)) for t in values), outs,
                 start, end, s.power if s.kind != "full" else 0, s.kind == "strict", s.reverse,
-                s.read, s.write, read and (add or i > 0), group.symmetric, x, dots, states, batch,
-                held, chunk=chunk,
+                s.read, s.write, read and (add or i > 0), group.symmetric, None, None, None, batch,
+                held,
             )  # fmt: skip
+            asked = self.gates.asked(s, batch, pack, parts, symmetric=group.symmetric)
+            one = one._replace(**asked)
             sizes: list[Shape] = [(hi - lo, self.width(t.v)) for _, lo, hi in pack for t in values]
             tokens = self.tokens if s.kind != "full" and not whole else 0
             found += self.two(one, sizes, tokens) if s.kind == "full" or tokens else [one]
@@ -342,7 +354,7 @@ class Builder:
         sizes = [(*x.held, *axis, *size) for size in sizes]
         local, begin = (tuple(self.temporary("state", z) for z in sizes) for _ in "ab")
         alone = x._replace(q=(), o=(), start=none, end=local, add=False, batch=x.held)
-        yield alone._replace(x=None, dots=None, states=None, chunk=0, tokens=n)
+        yield alone._replace(**UNDOTTED, tokens=n)
         if n:
             fading = self.fading(n) if x.power and self.request.gate else None
             for o, end, mine, start in zip(begin, x.end, local, x.start, strict=True):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..core.passes import broadcast
 from ..core.request import Request
-from .steps import Fused, Launch, Row, Step, names
+from .steps import UNDOTTED, Fused, Launch, Row, Step, names
 
 if TYPE_CHECKING:
     from .plan import Builder
@@ -72,7 +72,7 @@ def levels(b: Builder, row: Row, launches: list[Launch], inner: tuple[str, ...])
         makers: list[Launch] = []
         for x, depth in zip(reads[::-1], depths[::-1], strict=True):
             if depth < now and names(x.o) & needs:
-                makers.insert(0, x._replace(x=None, dots=None, states=None))
+                makers.insert(0, x._replace(**UNDOTTED))
                 needs |= names((x.q, x.k, x.v))
         if makers:
             made = tuple(dict.fromkeys(o.name for x in makers for o in x.o))

@@ -15,7 +15,8 @@ not later (not earlier) than its column:
     of queries   dQ' = F dO' + Y' up(V dO') + S dY' + K' up(K dY')      F += Y' V, S += K' K
 
 ahla's reverse sweep has a kernel of its own (`hopper_ahla`), of R1 = sum q do' and R2 = sum q du';
-queries have E and P for F and S, u and du for y and dy.
+queries have E and P for F and S, u and du for y and dy. For a gate's gradient it is two sweeps of
+one state: du and a part of dk, R1 u; then dv and the other part, R2 v, which is added.
 
 hla3's are three too, with a pass between: from R = sum q do' (p = 3) dy = R u and du = R' y; from
 R2 = sum q du' and Z dv = R2' k and dk = R2 v + Z k, of which the owner of R2 leaves its part in the
@@ -24,6 +25,13 @@ these are 6 + 7 + 5 + 5 = 23 rows of 256 bytes, 1.03 ms; by passes alone 35.
 
 Weights of a gate are those of `causal`: the reverse sweep reads its states by the weights of what
 is left of a chunk, and writes by those of what came before.
+
+For a gate's gradient (`gate`) the owners of the reverse sweep leave d = y . (V R') and d = k . (Z
+k) / 2 and, of the two tiles of pairs that each makes, the sums of their product by query and by
+key; queries, which then read q too and leave dq in its place, c = q . (F do) and q . (S dy). What
+warps sum by columns and threads by rows are four parts each: added by `gate`, they need no shared
+memory. R and Z are kept in bfloat16 before every PERIOD of tokens; queries multiply them by F, S.
+Of <S, dS> that is the whole where S is symmetric, which a first state need not be: then passes do.
 
 Bytes a token and head of hla2, D = V = 128, bfloat16: 3584, 0.627 ms for B = 8, T = 4096, H = 16
 at 3.0 TB/s; 0.681 ms on one H100 (92%), with a decay 0.724, with a log gate 0.781. Operations: 524
@@ -41,7 +49,7 @@ from ...core.passes import Shape, broadcast
 from ...core.programs import adjoint
 from ...core.request import Request
 from ...device.scan import Call, Do
-from ...device.steps import Fused, Launch, Ref, Row
+from ...device.steps import UNDOTTED, Fused, Launch, Parts, Ref, Row
 from .launch import GATES, Kernel, heads, listed, passes, placed, width
 from .owners import masked
 
@@ -50,16 +58,18 @@ AHLA = "ahla on Hopper: du, dk", "ahla on Hopper: dv, dk", "ahla on Hopper: dq"
 BOTH = "ahla on Hopper: du, dv, dk"
 HLA3 = "hla3 on Hopper: dy, du", "hla3 on Hopper: dv, dk", "hla3 on Hopper: dq of y and u"
 Sweep = tuple[str, bool, tuple[int, ...]]  # name, whether last token first, of which steps
-SWEEPS: dict[str, tuple[Sweep, ...]] = {  # those in front are taken first
+SWEEPS: dict[str, tuple[Sweep, ...]] = {
     "hla2": ((HLA2[0], True, (0, 1)), (HLA2[1], False, (0, 1))),
-    "ahla": (
-        (BOTH, True, (0, 1)), (AHLA[0], True, (1,)), (AHLA[1], True, (0,)),
-        (AHLA[2], False, (0, 1)),
-    ),
+    "ahla": ((BOTH, True, (0, 1)), (AHLA[2], False, (0, 1))),
     "hla3": ((HLA3[0], True, (2,)), (HLA3[1], True, (0, 1)), (HLA3[2], False, (0, 1))),
-}  # fmt: skip
+}
+GATED = SWEEPS | {  # for a gate's gradient
+    "ahla": ((AHLA[0], True, (1,)), (AHLA[1], True, (0,)), (AHLA[2], False, (0, 1))),
+}
 ADDS = {AHLA[1], *HLA3[1:]}  # to dk or dq, what other passes may have left there
 WIDEST = 128  # columns of a tile
+CHUNK, PERIOD = 64, 256  # tokens by which dots count, and between the states that are kept
+LATE = "START", "END", "DOTS", "EVERY"  # how constants begin that come behind powers
 FAR = 1 << 24  # elements between tokens: offsets inside a chunk have 32 bits
 
 
@@ -70,16 +80,25 @@ def rows(request: Request) -> tuple[Row, ...]:
     plain = plain and masked(request) == len(request.program.steps)
     if not plain or request.scale == 0 or not 0 < min(widths) <= max(widths) <= WIDEST:
         return ()
-    if gated and request.gate_given:  # its gradient asks for more
-        return ()
+    B, parts = side(*widths), None
+    if gated and request.gate_given:
+        if request.operator == "hla3":  # its gradient asks for more
+            return ()
+        symmetric = "S@0" if request.operator == "hla2" else ""
+        parts = Parts(CHUNK, PERIOD, B // 16, 4, side=B, met=B // 16, without=symmetric)
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     alike = request.operator != "hla3" or _alike(request)
     return tuple(
         Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
-            segments=True, in_place=not last, adds=name in ADDS)
-        for name, last, of in SWEEPS[request.operator]
+            segments=True, parts=parts, in_place=not last, adds=name in ADDS)
+        for name, last, of in (GATED if parts else SWEEPS)[request.operator]
         if alike or len(of) == 1
     )  # fmt: skip
+
+
+def side(D: int, V: int) -> int:
+    """Columns of a tile, of keys and values alike."""
+    return WIDEST // 2 if max(D, V) <= WIDEST // 2 else WIDEST
 
 
 def _alike(request: Request) -> bool:
@@ -116,7 +135,7 @@ def launched(
     numbers: tuple[float, ...],
     powers: tuple[int, int],
     tokens: int,
-    constants: Mapping[str, bool],
+    constants: Mapping[str, int],
 ) -> Iterator[Do]:
     """Yield what does a sweep.
 
@@ -129,7 +148,8 @@ def launched(
     batch : tuple of int
         Of all operands.
     refs : mapping
-        Operands by name: of rows as many as ``letters``, then states and the gate.
+        Operands by name: of rows as many as ``letters``, then states and the gate, then what lies
+        in order.
     letters : str
         How the kernel names the strides of rows.
     numbers : tuple of float
@@ -139,16 +159,15 @@ def launched(
     tokens : int
         Of a segment; 0: the whole sequence.
     constants : mapping
-        What the kernel does, and then which states there are.
+        What the kernel does, and then which states there are, and dots.
     """
     places, sizes = placed(call, refs)
     T, D, V = call.request.tokens, width(places.get("q") or places["k"]), width(places["do"])
-    B = 64 if max(D, V) <= 64 else WIDEST
+    B = side(D, V)
     gated = GATES.index(call.request.gate)
     power1, power2 = powers if gated else (0, 0)
     does, states = (
-        {n: x for n, x in constants.items() if n.startswith(("START", "END")) == late}
-        for late in (False, True)
+        {n: x for n, x in constants.items() if n.startswith(LATE) == late} for late in (False, True)
     )
     parts, cut = (-(-T // tokens), True) if tokens else (1, False)
     for counts, first, strides in heads(batch, places, gated == 2, cut=cut):
@@ -161,7 +180,8 @@ def launched(
         )
 
         lead = [n for x in own for n in x[:3]]
-        after = listed([*places][len(letters) :], rest, cut=cut)
+        names = [*places]
+        after = listed(names[len(letters) : names.index("gate") + 1], rest, cut=cut)
         made = [
             Kernel(
                 function, (math.prod(counts) * parts,), first, sizes,
@@ -188,17 +208,17 @@ def reverse(call: Call, s: Fused) -> Iterator[Do]:
         again = dict.fromkeys(("q", "k", "v", "do", "y", "dy", "dv", "dk", "Z", "R"))
         again |= {"q": dy.v[0], "v": dy.q[0], "do": dy.k[0], "R": flipped(dy.start[0])}
         constants = {"Z": True, "SUM": False, "ADD": False, "READ": False}
-        yield from _reverse(call, again, dy, (half.power, dy.power), half.end[0], **constants)
+        yield from _reverse(call, again, dy, half, half.end[0], **constants)
         return
     dy, dv, _, dk = s.launches
     refs: dict[str, Ref | None] = {
         "q": dy.v[0], "k": dk.q[0], "v": dy.q[0], "do": dv.v[0], "y": dv.q[0],
         "dy": dy.o[0], "dv": dv.o[0], "dk": dk.o[0], "Z": dk.start[0], "R": dv.start[0],
     }  # fmt: skip
-    powers = dk.power, dv.power
-    yield from _reverse(call, refs, dv, powers, Z=True, SUM=False, ADD=False, READ=True)
+    yield from _reverse(call, refs, dv, dk, Z=True, SUM=False, ADD=False, READ=True)
     if any(dk.end):  # of the two that make up Z the kernel keeps the sum
-        yield from passes(call, dk._replace(q=(), o=(), add=False, batch=dk.held))
+        alone = dk._replace(q=(), o=(), add=False, batch=dk.held, **UNDOTTED)
+        yield from passes(call, alone)
 
 
 def ahla(call: Call, s: Fused) -> Iterator[Do]:
@@ -242,8 +262,7 @@ def one_state(call: Call, s: Fused) -> Iterator[Do]:
         "q": dk.v[0], "k": None, "v": dk.q[0], "do": dk.k[0], "y": dx.q[0],
         "dk": dk.o[0], "dx": dx.o[0], "none": None, "Z": None, "R": dx.start[0],
     }  # fmt: skip
-    powers = 0, dx.power
-    yield from _reverse(call, refs, dx, powers, Z=False, SUM=False, ADD=dk.add, READ=True)
+    yield from _reverse(call, refs, dx, None, Z=False, SUM=False, ADD=dk.add, READ=True)
 
 
 def summed(call: Call, s: Fused) -> Iterator[Do]:
@@ -253,8 +272,7 @@ def summed(call: Call, s: Fused) -> Iterator[Do]:
         "q": dk.v[0], "k": more.v[0], "v": dk.q[0], "do": dk.k[0], "y": dv.q[0],
         "dk": dk.o[0], "dv": dv.o[0], "none": None, "Z": more.start[0], "R": dv.start[0],
     }  # fmt: skip
-    powers = more.power, dv.power
-    yield from _reverse(call, refs, dv, powers, Z=True, SUM=True, ADD=dk.add, READ=True)
+    yield from _reverse(call, refs, dv, more, Z=True, SUM=True, ADD=dk.add, READ=True)
     if any(more.end):
         yield from passes(call, more._replace(q=(), o=(), add=False, batch=more.held))
 
@@ -263,18 +281,20 @@ def _reverse(
     call: Call,
     refs: dict[str, Ref | None],
     x: Launch,
-    powers: tuple[int, int],
+    z: Launch | None,
     left: Ref | None = None,
-    **constants: bool,
+    **constants: int,
 ) -> Iterator[Do]:
-    """Yield a sweep from the last token, by the launch that leaves R."""
+    """Yield a sweep from the last token, by the launches that leave R and, if there is one, Z."""
     from .hopper_reverse import reverse_kernel
 
     refs |= {"end": x.end[0] if x.end else None, "left": left}
     refs["gate"] = Ref("gate") if call.request.gate else None
-    there = {"START1": "Z", "START2": "R", "END1": "left", "END2": "end"}
+    refs |= {"dots1": z and z.dots, "dots2": x.dots, "kept1": z and z.states, "kept2": x.states}
+    there = {"START1": "Z", "START2": "R", "END1": "left", "END2": "end", "DOTS": "dots2"}
     constants |= {name: refs[n] is not None for name, n in there.items()}
-    factors = x.write, 1 / x.write
+    constants["EVERY"] = PERIOD // CHUNK if x.states else 0
+    powers, factors = (z.power if z else 0, x.power), (x.write, 1 / x.write)
     yield from launched(
         call, reverse_kernel, x.batch, refs, "qkvgyabc", factors, powers, x.tokens, constants
     )
@@ -290,12 +310,17 @@ def queries(call: Call, s: Fused) -> Iterator[Do]:
     v, y = (second.k[0], first.k[0]) if ahla else (first.k[0], first.v[0])
     refs = {
         "k": second.v[0], "v": v, "do": first.q[0], "y": y, "dy": second.q[0],
-        "dq": first.o[0], "S": S, "F": F, "gate": Ref("gate") if call.request.gate else None,
+        "dq": first.o[0], "q": first.x, "S": S, "F": F,
+        "gate": Ref("gate") if call.request.gate else None,
+        "dots1": second.dots, "dots2": first.dots, "kept1": second.kept, "kept2": first.kept,
+        "met1": second.met, "met2": first.met,
     }  # fmt: skip
-    constants = {"AHLA": ahla, "ADD": first.add, "START1": S is not None, "START2": F is not None}
+    constants: dict[str, int] = {"AHLA": ahla, "ADD": first.add}
+    constants |= {"START1": S is not None, "START2": F is not None}
+    constants |= {"DOTS": first.dots is not None, "EVERY": PERIOD // CHUNK if first.kept else 0}
     powers, factors = (second.power, first.power), (first.read,)
     yield from launched(
-        call, queries_kernel, first.batch, refs, "kvgyab", factors, powers, first.tokens, constants
+        call, queries_kernel, first.batch, refs, "kvgyabq", factors, powers, first.tokens, constants
     )
 
 

@@ -22,15 +22,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_parts import (
+    _accumulated,
+    _apart,
+    _by_column,
     _fetch,
+    _kept,
+    _left_by_row,
     _operand,
     _pairs,
     _power,
     _put,
+    _put_columns,
     _put_decay,
     _put_gate,
     _put_pairs,
+    _put_rows,
     _slot,
+    _state_at,
     _total,
     _weigh,
     _weighed,
@@ -57,14 +65,17 @@ from .warpgroups import (
 def _rows(
     a, R, tile, b, weights, slot,
     POWER: gl.constexpr, B: gl.constexpr,
+    x=None, p=None, step=None, left=None, scale=None, DOTS: gl.constexpr = False,
 ):  # fmt: skip
-    """Return a R + tile b, [W, B]."""
+    """Return a R + tile b, [W, B]; with ``DOTS`` leave x . a R token by token."""
     ACC: gl.constexpr = ACC128 if B == 128 else ACC64
     o = gl.zeros([W, B], gl.float32, ACC)
     o = warpgroup_mma(a, R, o, use_acc=False, is_async=True)
     if POWER > 0:
         o = warpgroup_mma_wait(0, deps=[o])
         o *= _power(_weigh(weights, slot, AFTER, gl.SliceLayout(1, ACC)), POWER)[:, None]
+    if DOTS:
+        _put_rows(p, _left_by_row(x.load(ACC).to(gl.float32) * o) * scale, step, left)
     o = warpgroup_mma(tile, b, o, is_async=True)
     return warpgroup_mma_wait(0, deps=[o])
 
@@ -73,9 +84,10 @@ def _rows(
 def _owner_r(
     qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there, k_read, chunks, zero,
     p_start, ssd, ssv, p_end, sed, sev, D, V, scale, unscale,
+    p_dots, p_kept, length, total, earlier,
     HALVES: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
     GATE: gl.constexpr, POWER: gl.constexpr, SUM: gl.constexpr, READ: gl.constexpr,
-    START: gl.constexpr, END: gl.constexpr,
+    START: gl.constexpr, END: gl.constexpr, DOTS: gl.constexpr, EVERY: gl.constexpr,
 ):  # fmt: skip
     """Own R, [D, V]: make dy and dv."""
     ACC: gl.constexpr = ACC128 if B == 128 else ACC64
@@ -98,12 +110,23 @@ def _owner_r(
         _put_pairs(tile, a, weights, slot, True, POWER)
         fence_async_shared()
         barrier()
-        dy = _rows(b_v, copy.permute((1, 0)), tile, b_q, weights, slot, POWER, B)
+        if DOTS:
+            p, left = p_dots + c * W, length - c * W
+            dy = _rows(
+                b_v, copy.permute((1, 0)), tile, b_q, weights, slot, POWER, B,
+                b_y, p, 3 * total, left, scale, True,
+            )  # fmt: skip
+        else:
+            dy = _rows(b_v, copy.permute((1, 0)), tile, b_q, weights, slot, POWER, B)
         b_v.store((dy * scale).to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(dy_there.index(s), count=1)
         if READ:
             a = warpgroup_mma_wait(0, deps=[_pairs(b_y, b_q)])
+            if DOTS:  # the tile still holds those of v and do
+                x = _apart(tile.load(ACC64).to(gl.float32), a) * scale
+                _put_columns(p + total, _by_column(x), 3 * total, left)
+                _put_rows(p + 2 * total, _left_by_row(x), 3 * total, left)
             _put_pairs(tile, a, weights, slot, True, POWER)
             fence_async_shared()
             barrier()
@@ -131,6 +154,11 @@ def _owner_r(
             R0 = warpgroup_mma_wait(0, deps=[R0])
         copy.slice(0, 64, 0).store(R0.to(gl.bfloat16))
         mbarrier.arrive(dv_there.index(s), count=1)
+        if EVERY > 0 and _kept(earlier + c, EVERY):
+            at = p_kept + ((earlier + c) // EVERY - 1).to(gl.int64) * (B * B)
+            gl.store(at + _state_at(0, B, ACC, B), (R0 * scale).to(gl.bfloat16))
+            if HALVES == 2:
+                gl.store(at + _state_at(64, B, ACC, B), (R1 * scale).to(gl.bfloat16))
     if END:
         store_half(p_end, R0, sev, sed, V, D, scale, 0, B, True)
         if HALVES == 2:
@@ -190,8 +218,10 @@ def _rounded(o, out, scale, SUM: gl.constexpr):
 def _owner_z(
     qs, ks, vs, ys, tiles, crosses, weights, ends, full, dy_there, dk_there, k_read, chunks, zero,
     p_start, ss0, ss1, p_end, se0, se1, D, scale, unscale,
+    p_dots, p_kept, length, total, earlier,
     HALVES: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, POWER: gl.constexpr,
     SUM: gl.constexpr, READ: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
+    DOTS: gl.constexpr, EVERY: gl.constexpr,
 ):  # fmt: skip
     """Own Z, [D, D], symmetric: of its four blocks three; make dk."""
     Z00 = _block(p_start, ss0, ss1, D, unscale, 0, 0, START)
@@ -215,11 +245,16 @@ def _owner_z(
         fence_async_shared()
         if READ:
             a = warpgroup_mma_wait(0, deps=[_pairs(b_q, b_k)])
-            _put_pairs(tile1, a, weights, slot, False, POWER)
+            pairs = _put_pairs(tile1, a, weights, slot, False, POWER)
         if not SUM:
             mbarrier.wait(dy_there.index(s), (i // STAGES) & 1)
         if READ:
             a = warpgroup_mma_wait(0, deps=[_pairs(b_dy, b_k)])
+            if DOTS:
+                p, left = p_dots + c * W, length - c * W
+                x = _apart(pairs, a) * scale
+                _put_rows(p + total, _left_by_row(x), 3 * total, left)
+                _put_columns(p + 2 * total, _by_column(x), 3 * total, left)
             _put_pairs(tile2, a, weights, slot, False, POWER)
             fence_async_shared()
             barrier()
@@ -228,6 +263,10 @@ def _owner_z(
             if HALVES == 2:
                 o = warpgroup_mma(_operand(Z01), kT.slice(64, 64, 0), o, is_async=True)
             o = _read_block(o, weights, slot, POWER)
+            if DOTS:
+                d = _by_column(_accumulated(kT.slice(0, 64, 0)) * o)
+                if HALVES == 1:  # here and below: Z is the sum of a gradient and its transpose
+                    _put_columns(p, d * (0.5 * scale), 3 * total, left)
             o = warpgroup_mma(dyT0, tile1, o, is_async=True)
             o = warpgroup_mma(qT0, tile2, o, is_async=True)
             o = warpgroup_mma_wait(0, deps=[o])
@@ -250,6 +289,9 @@ def _owner_z(
                 )  # fmt: skip
                 o = warpgroup_mma(_operand(Z11), kT.slice(64, 64, 0), o, is_async=True)
                 o = _read_block(o, weights, slot, POWER)
+                if DOTS:
+                    d += _by_column(_accumulated(kT.slice(64, 64, 0)) * o)
+                    _put_columns(p, d * (0.5 * scale), 3 * total, left)
                 o = warpgroup_mma(dyT1, tile1, o, is_async=True)
                 o = warpgroup_mma(qT1, tile2, o, is_async=True)
                 Z00, o = warpgroup_mma_wait(0, deps=[Z00, o])
@@ -284,6 +326,16 @@ def _owner_z(
         if HALVES == 2:
             crosses.index(z).store(Z01.to(gl.bfloat16))
         mbarrier.arrive(dk_there.index(s), count=1)
+        if EVERY > 0 and _kept(
+            earlier + c, EVERY
+        ):  # what lies above the diagonal for what lies below, too
+            SIDE: gl.constexpr = 64 * HALVES
+            at = p_kept + ((earlier + c) // EVERY - 1).to(gl.int64) * (SIDE * SIDE)
+            at += _state_at(0, SIDE, ACC64, 64)
+            gl.store(at, (Z00 * (0.5 * scale)).to(gl.bfloat16))
+            if HALVES == 2:
+                gl.store(at + 64, (Z01 * scale).to(gl.bfloat16))
+                gl.store(at + 64 * SIDE + 64, (Z11 * (0.5 * scale)).to(gl.bfloat16))
     if END:
         _leave_block(p_end, Z00, se0, se1, D, 0.5 * scale, 0, 0)
         if HALVES == 2:
@@ -378,6 +430,7 @@ def _mover_z(
 )  # fmt: skip
 def reverse_kernel(
     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_start1, p_start2, p_end2, p_end1, p_gate,
+    p_dots1, p_dots2, p_kept1, p_kept2,  # of Z and R, in order: (heads, 4, 3 T), (heads, N, B, B)
     scale, unscale, T, tokens, D, V, N1, N2,
     sq0, sq1, sq2,
     sk0, sk1, sk2,
@@ -419,6 +472,8 @@ def reverse_kernel(
     START2: gl.constexpr,
     END1: gl.constexpr,
     END2: gl.constexpr,
+    DOTS: gl.constexpr,  # also leave what a gate's gradient is made of: see `gate`
+    EVERY: gl.constexpr,  # and the states before every so many chunks but the first; 0: not
     B: gl.constexpr,  # tiles of 64 or 128 keys and values
     WHOLE_D: gl.constexpr,  # D == B
     WHOLE_V: gl.constexpr,
@@ -429,10 +484,12 @@ def reverse_kernel(
     UNIT: gl.constexpr = 8 if FAST else 1
     HALVES: gl.constexpr = B // 64
     i_head = gl.program_id(0)
+    total, earlier = T.to(gl.int64), 0  # tokens of the sequence, and chunks before those here
     if tokens is not None:  # a segment is a batch entry
         parts = (T + tokens - 1) // tokens
         part, i_head = (i_head % parts).to(gl.int64), i_head // parts
         first = part * tokens
+        earlier = (first // W).to(gl.int32)
         T = gl.minimum(T - first, tokens).to(gl.int32)
         p_q += first * sqt
         p_v += first * svt
@@ -455,6 +512,16 @@ def reverse_kernel(
             p_end1 += part * swn
         if END2:
             p_end2 += part * sen
+    if DOTS:
+        ahead = i_head.to(gl.int64) * 12 * total + earlier * W
+        p_dots2 += ahead
+        if Z:
+            p_dots1 += ahead
+    if EVERY > 0:
+        kept = i_head.to(gl.int64) * ((total - 1) // (EVERY * W)) * (B * B)
+        p_kept2 += kept
+        if Z:
+            p_kept1 += kept
     i_2 = (i_head % N2).to(gl.int64)
     i_1 = (i_head // N2 % N1).to(gl.int64)
     i_0 = (i_head // N2 // N1).to(gl.int64)
@@ -507,12 +574,14 @@ def reverse_kernel(
                 (_owner_r, (
                     qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there,
                     k_read, chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale,
-                    unscale, HALVES, B, STAGES, GATE, POWER2, SUM, READ, START2, END2,
+                    unscale, p_dots2, p_kept2, T, total, earlier,
+                    HALVES, B, STAGES, GATE, POWER2, SUM, READ, START2, END2, DOTS, EVERY,
                 )),
                 (_owner_z, (
                     qs, ks, vs, ys, tiles, crosses, weights, ends, full, dy_there, dk_there,
                     k_read, chunks, T >> 31, p_start1, szd, sze, p_end1, swd, swe, D, scale,
-                    unscale, HALVES, STAGES, GATE, POWER1, SUM, READ, START1, END1,
+                    unscale, p_dots1, p_kept1, T, total, earlier,
+                    HALVES, STAGES, GATE, POWER1, SUM, READ, START1, END1, DOTS, EVERY,
                 )),
                 (_mover_r if READ else _mover_z, (
                     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,
@@ -530,7 +599,8 @@ def reverse_kernel(
                 (_owner_r, (
                     qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there,
                     k_read, chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale,
-                    unscale, HALVES, B, STAGES, GATE, POWER2, SUM, READ, START2, END2,
+                    unscale, p_dots2, p_kept2, T, total, earlier,
+                    HALVES, B, STAGES, GATE, POWER2, SUM, READ, START2, END2, DOTS, EVERY,
                 )),
                 (_mover_r, (
                     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,

@@ -18,7 +18,7 @@ from ...core.passes import Shape
 from ...core.request import Request
 from ...device import segments as rule
 from ...device.scan import Call, Place
-from ...device.steps import Launch, Limits, Ref
+from ...device.steps import UNDOTTED, Launch, Limits, Ref
 from ...device.tiles import grids, inner
 from ...errors import Unsupported
 from .causal import pass_kernel
@@ -251,7 +251,7 @@ def view(arrays: list[Any], x: Place | None) -> torch.Tensor | None:
 def passes(call: Call, s: Launch) -> Iterator[Kernel]:
     """Return the kernels of one launch: one, or more where the batch has axes that are not one."""
     if 0 in s.batch and s.q:  # nobody reads, and yet states of keys may be asked
-        s = s._replace(q=(), o=(), batch=s.held, x=None, dots=None, states=None)
+        s = s._replace(q=(), o=(), batch=s.held, **UNDOTTED)
         if not any(s.end):
             return
     if 0 in s.batch:
@@ -330,7 +330,8 @@ def listed(names: Iterable[str], strides: Iterable[Shape], *, cut: bool) -> list
 
 NAMES = ("q", "k", "v", "o", "start", "end", "v2", "o2", "start2", "end2", "x", "qc", "kc", "gate",
          "dots", "states")  # fmt: skip
-RANKS = {"gate": 0, "states": 3}  # the axes that are an operand's own; others have two
+# the axes that are an operand's own; others have two
+RANKS = {"gate": 0, "states": 3, "kept1": 3, "kept2": 3}
 # and these one more, of segments
 STATES = {f"{when}{i}" for when in ("start", "end") for i in ("", 1, 2, 3)}
 STATES |= {"S", "F", "R", "Z", "end", "left"}  # of the adjoint's sweeps
