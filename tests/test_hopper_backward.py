@@ -162,7 +162,7 @@ def close(got, want, most=EXACT):
 
 SAVED = {"y": "Sk", "u": "Pv", "u|1": "m1"}  # their states and values
 STATES_OF = {"hla2": HLA2State, "ahla": AHLAState, "hla3": HLA3State}
-RUNS = {"hla2": [1, 1, 0], "ahla": [0, 1, 1], "hla3": [2, 1, 0]}  # how often each kernel runs
+RUNS = {"hla2": [1, 1, 0], "ahla": [0, 1, 1], "hla3": [2, 2, 0]}  # how often each kernel runs
 CASES = [  # operator, T, D, V, gate, whether there is a state
     ("hla2", 130, 64, 64, None, False),
     ("hla2", 200, 128, 128, "decay", True),
@@ -203,7 +203,7 @@ def test_segments(kernels, monkeypatch, operator, D, V, gate, states):
     arrays = given(rng, T, D, V)
     got, want = gradients(arrays, options, torch.float64, start, operator=operator, tokens=80)
     sweeps = [operator == "hla3", True]
-    ran = [sweeps, [True], []]
+    ran = [sweeps, [True] * RUNS[operator][1], []]
     if operator == "ahla":
         ran = [[], [True], [False, False, True] if states else [False, True]]
     assert [[x.get("READ", True) for x in kernel.ran] for kernel in made] == ran
@@ -290,6 +290,8 @@ def test_bfloat16(kernels, operator, gate):
     ("hla2", 60, 64, 64, "log_gate", False, 0, "float64"),
     ("ahla", 200, 24, 60, "log_gate", True, 128, "float64"),
     ("ahla", 130, 100, 128, "per_head", False, 0, "float64"),
+    ("hla3", 150, 128, 96, "log_gate", False, 0, "float64"),
+    ("hla3", 200, 40, 24, "per_head", False, 128, "float64"),
     ("hla2", 300, 128, 128, "log_gate", False, 0, "bfloat16"),
     ("ahla", 200, 128, 128, "per_head", False, 0, "bfloat16"),
 ])  # fmt: skip
@@ -306,7 +308,7 @@ def test_gradient_of_a_gate(kernels, monkeypatch, operator, T, D, V, gate, state
         arrays, options, dt, start, operator=operator, tokens=tokens, trained=True
     )
     sweeps = [x for kernel in made for x in kernel.ran if x.get("READ", True)]
-    count = 3 if operator == "ahla" else 2
+    count = {"hla2": 2, "ahla": 3, "hla3": 4}[operator]
     assert [(x["DOTS"], x["EVERY"]) for x in sweeps] == [(True, int(T > 64))] * count
     for name in ("dq", "dk", "dv") if exact else ():
         close(getattr(got, name), getattr(want, name), most=1e-6 if tokens else EXACT)
@@ -374,13 +376,14 @@ def test_what_is_not_served():
 
     assert len(served()) == len(served(decay=0.5)) == len(served(scale=0.3)) == 2
     assert len(served(operator="ahla")) == 2
-    assert len(served(operator="hla3")) == 3
-    assert len(served(operator="hla3", heads=2)) == 1  # y has fewer heads than u
+    assert len(served(operator="hla3")) == 4
+    assert len(served(operator="hla3", heads=2)) == 2  # y has fewer heads than u
     gate = {"log_gate": torch.zeros(2, 1, 8)}
     assert len(served(**gate)) == 2
     assert len(served(operator="ahla", **gate)) == 3
+    assert len(served(operator="hla3", **gate)) == 4
     for options in (
-        gate | {"operator": "hla3"}, gate | {"D": 130}, {"D": 130}, {"normalize": True},
+        gate | {"D": 130}, {"D": 130}, {"normalize": True},
         {"ridge": 0.1},
         {"operator": "linear"}, {"mask": "prefix"}, {"scale": 0.0},
     ):  # fmt: skip
@@ -428,6 +431,8 @@ KERNELS = [  # kernel, what it does, gate, what differs
         (0, {}), (1, {}), (2, {}), (2, STATES), (2, SEGMENT), (2, {"B": 64}),
     )),
     ("reverse", {"Z": False}, 2, {"POWER2": 3}), ("queries", {}, 2, {"POWER2": 1}),  # of hla3
+    *(("queries", {"ONE": True, "ADD": True}, gate, {"POWER1": power, "POWER2": power} | more)
+      for gate, power, more in ((0, 0, {}), (2, 3, {}), (2, 3, DOTS))),
     *(("ahla", {}, gate, more) for gate, more in (
         (0, {}), (1, {}), (2, {}), (0, STATES), (2, SEGMENT), (2, {"B": 64}),
     )),
@@ -460,8 +465,8 @@ def prepared(name, does, gate, more):
     ones = name == "ahla" or does.get("AHLA") or does.get("SUM") or not does.get("Z", True)
     powers = (1, 1 if ones else 2) if gate else (0, 0)
     given = {
-        "Z": True, "SUM": False, "ADD": False, "READ": True, "AHLA": False, "GATE": gate,
-        "POWER1": powers[0], "POWER2": powers[1],
+        "Z": True, "SUM": False, "ADD": False, "READ": True, "AHLA": False, "ONE": False,
+        "GATE": gate, "POWER1": powers[0], "POWER2": powers[1],
         "START1": False, "START2": False, "END1": False, "END2": False, "DOTS": False, "EVERY": 0,
         "B": 128, "WHOLE_D": True, "WHOLE_V": True, "FAST": True,
     } | does | more  # fmt: skip

@@ -18,10 +18,11 @@ ahla's reverse sweep has a kernel of its own (`hopper_ahla`), of R1 = sum q do' 
 queries have E and P for F and S, u and du for y and dy. For a gate's gradient it is two sweeps of
 one state: du and a part of dk, R1 u; then dv and the other part, R2 v, which is added.
 
-hla3's are three too, with a pass between: from R = sum q do' (p = 3) dy = R u and du = R' y; from
+hla3's are four: from R = sum q do' (p = 3) dy = R u and du = R' y; from
 R2 = sum q du' and Z dv = R2' k and dk = R2 v + Z k, of which the owner of R2 leaves its part in the
-place of v to that of Z; queries have P du + S dy, and the pass of F adds its own. With D = V = 128
-these are 6 + 7 + 5 + 5 = 23 rows of 256 bytes, 1.03 ms; by passes alone 35.
+place of v to that of Z; queries have P du + S dy, and once more F do alone, which is added. With D
+= V = 128 these are 6 + 7 + 5 + 5 = 23 rows of 256 bytes, 1.03 ms; by passes alone 35. One H100 took
+1.13, .285 + .367 + .235 + .242 (the last by the pass kernel).
 
 Weights of a gate are those of `causal`: the reverse sweep reads its states by the weights of what
 is left of a chunk, and writes by those of what came before.
@@ -56,13 +57,16 @@ from .owners import masked
 HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
 AHLA = "ahla on Hopper: du, dk", "ahla on Hopper: dv, dk", "ahla on Hopper: dq"
 BOTH = "ahla on Hopper: du, dv, dk"
-HLA3 = "hla3 on Hopper: dy, du", "hla3 on Hopper: dv, dk", "hla3 on Hopper: dq of y and u"
+HLA3 = tuple(f"hla3 on Hopper: {x}" for x in ("dy, du", "dv, dk", "dq of y and u", "dq of o"))
 Sweep = tuple[str, bool, tuple[int, ...]]  # name, whether last token first, of which steps
 SWEEPS: dict[str, tuple[Sweep, ...]] = {
     "hla2": ((HLA2[0], True, (0, 1)), (HLA2[1], False, (0, 1))),
     "ahla": ((BOTH, True, (0, 1)), (AHLA[2], False, (0, 1))),
-    "hla3": ((HLA3[0], True, (2,)), (HLA3[1], True, (0, 1)), (HLA3[2], False, (0, 1))),
-}
+    "hla3": (
+        (HLA3[0], True, (2,)), (HLA3[1], True, (0, 1)),
+        (HLA3[2], False, (0, 1)), (HLA3[3], False, (2,)),
+    ),
+}  # fmt: skip
 GATED = SWEEPS | {  # for a gate's gradient
     "ahla": ((AHLA[0], True, (1,)), (AHLA[1], True, (0,)), (AHLA[2], False, (0, 1))),
 }
@@ -82,9 +86,7 @@ def rows(request: Request) -> tuple[Row, ...]:
         return ()
     B, parts = side(*widths), None
     if gated and request.gate_given:
-        if request.operator == "hla3":  # its gradient asks for more
-            return ()
-        symmetric = "S@0" if request.operator == "hla2" else ""
+        symmetric = "" if request.operator == "ahla" else "S@0"
         parts = Parts(CHUNK, PERIOD, B // 16, 4, side=B, met=B // 16, without=symmetric)
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     alike = request.operator != "hla3" or _alike(request)
@@ -162,7 +164,8 @@ def launched(
         What the kernel does, and then which states there are, and dots.
     """
     places, sizes = placed(call, refs)
-    T, D, V = call.request.tokens, width(places.get("q") or places["k"]), width(places["do"])
+    keys = places.get("q") or places["k"] or places["y"]
+    T, D, V = call.request.tokens, width(keys), width(places["do"])
     B = side(D, V)
     gated = GATES.index(call.request.gate)
     power1, power2 = powers if gated else (0, 0)
@@ -274,7 +277,8 @@ def summed(call: Call, s: Fused) -> Iterator[Do]:
     }  # fmt: skip
     yield from _reverse(call, refs, dv, more, Z=True, SUM=True, ADD=dk.add, READ=True)
     if any(more.end):
-        yield from passes(call, more._replace(q=(), o=(), add=False, batch=more.held))
+        alone = more._replace(q=(), o=(), add=False, batch=more.held, **UNDOTTED)
+        yield from passes(call, alone)
 
 
 def _reverse(
@@ -304,21 +308,25 @@ def queries(call: Call, s: Fused) -> Iterator[Do]:
     """Yield the sweep of dq, first token first."""
     from .hopper_queries import queries_kernel
 
-    first, second = s.launches
-    S, F = flipped(second.start[0]), flipped(first.start[0])
-    ahla = first.v == second.v != second.k  # k in both passes, of hla3 also in S = sum k k'
-    v, y = (second.k[0], first.k[0]) if ahla else (first.k[0], first.v[0])
+    first, *rest = s.launches
+    second = rest[0] if rest else None  # of hla3's o there is F alone
+    k, dy = (second.v[0], second.q[0]) if second else (None, None)
+    S, F = flipped(second.start[0]) if second else None, flipped(first.start[0])
+    v, y, ahla = first.k[0], first.v[0], False
+    if second and first.v == second.v != second.k:  # k in both; of hla3 also in S = sum k k'
+        v, y, ahla = second.k[0], first.k[0], True
     refs = {
-        "k": second.v[0], "v": v, "do": first.q[0], "y": y, "dy": second.q[0],
+        "k": k, "v": v, "do": first.q[0], "y": y, "dy": dy,
         "dq": first.o[0], "q": first.x, "S": S, "F": F,
         "gate": Ref("gate") if call.request.gate else None,
-        "dots1": second.dots, "dots2": first.dots, "kept1": second.kept, "kept2": first.kept,
-        "met1": second.met, "met2": first.met,
+        "dots1": second and second.dots, "dots2": first.dots,
+        "kept1": second and second.kept, "kept2": first.kept,
+        "met1": second and second.met, "met2": first.met,
     }  # fmt: skip
-    constants: dict[str, int] = {"AHLA": ahla, "ADD": first.add}
+    constants: dict[str, int] = {"AHLA": ahla, "ONE": second is None, "ADD": first.add}
     constants |= {"START1": S is not None, "START2": F is not None}
     constants |= {"DOTS": first.dots is not None, "EVERY": PERIOD // CHUNK if first.kept else 0}
-    powers, factors = (second.power, first.power), (first.read,)
+    powers, factors = ((second or first).power, first.power), (first.read,)
     yield from launched(
         call, queries_kernel, first.batch, refs, "kvgyabq", factors, powers, first.tokens, constants
     )
@@ -328,5 +336,5 @@ KERNELS = {
     **dict(zip(HLA2, (reverse, queries), strict=True)),
     BOTH: ahla,
     **dict(zip(AHLA, (one_state, one_state, queries), strict=True)),
-    **dict(zip(HLA3, (one_state, summed, queries), strict=True)),
+    **dict(zip(HLA3, (one_state, summed, queries, queries), strict=True)),
 }
