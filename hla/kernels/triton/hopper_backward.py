@@ -29,8 +29,8 @@ is left of a chunk, and writes by those of what came before.
 For a gate's gradient (`gate`) the owners of the reverse sweep leave d = y . (V R') and d = k . (Z
 k) / 2 and, of the two tiles of pairs that each makes, the sums of their product by query and by
 key; queries, which then read q too and leave dq in its place, c = q . (F do) and q . (S dy). What
-warps sum by columns and threads by rows are four parts each: added by `gate`, they need no shared
-memory. R and Z are kept in bfloat16 before every PERIOD of tokens; queries multiply them by F, S.
+warps sum by columns meets in a tile of pairs that nobody reads any more. R and Z are kept in
+bfloat16 before every PERIOD of tokens; queries multiply them by F and S.
 Of <S, dS> that is the whole where S is symmetric, which a first state need not be: then passes do.
 
 Bytes a token and head of hla2, D = V = 128, bfloat16: 3584, 0.627 ms for B = 8, T = 4096, H = 16
@@ -79,7 +79,7 @@ def rows(request: Request) -> tuple[Row, ...]:
         if request.operator == "hla3":  # its gradient asks for more
             return ()
         symmetric = "S@0" if request.operator == "hla2" else ""
-        parts = Parts(CHUNK, PERIOD, B // 16, 4, side=B, met=B // 16, without=symmetric)
+        parts = Parts(CHUNK, PERIOD, B // 64, 1, side=B, met=B // 16, without=symmetric)
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     alike = request.operator != "hla3" or _alike(request)
     return tuple(
