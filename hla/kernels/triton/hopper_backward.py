@@ -62,7 +62,7 @@ SWEEPS = {  # name, whether last token first, the steps of the program whose adj
     "hla3": ((HLA3[0], True, (2,)), (HLA3[1], True, (0, 1)), (HLA3[2], False, (0, 1))),
 }
 WIDEST = 128  # columns of a tile
-CHUNK, PERIOD = 64, 256  # tokens by which dots count, and between the states that are kept
+CHUNK, PERIOD = 64, 1024  # tokens by which dots count, and between the states that are kept
 LATE = "START", "END", "DOTS", "EVERY"  # how constants begin that come behind powers
 FAR = 1 << 24  # elements between tokens: offsets inside a chunk have 32 bits
 
@@ -76,9 +76,7 @@ def rows(request: Request) -> tuple[Row, ...]:
         return ()
     B, parts = side(*widths), None
     if gated and request.gate_given:
-        if request.operator == "hla3":  # its gradient asks for more
-            return ()
-        symmetric = "S@0" if request.operator == "hla2" else ""
+        symmetric = "" if request.operator == "ahla" else "S@0"
         parts = Parts(CHUNK, PERIOD, B // 64, 1, side=B, met=B // 16, without=symmetric)
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     alike = request.operator != "hla3" or _alike(request)
@@ -91,7 +89,7 @@ def rows(request: Request) -> tuple[Row, ...]:
             not last,
         )
         for name, last, of in SWEEPS[request.operator]
-        if alike or len(of) == 1
+        if (alike or len(of) == 1) and not (parts and of == (2,))  # whose dq is a pass
     )
 
 
@@ -239,7 +237,8 @@ def summed(call: Call, s: Fused) -> Iterator[Do]:
     }  # fmt: skip
     yield from _reverse(call, refs, dv, more, Z=True, SUM=True, ADD=False, READ=True)
     if any(more.end):
-        yield from passes(call, more._replace(q=(), o=(), add=False, batch=more.held))
+        alone = more._replace(q=(), o=(), add=False, batch=more.held, **UNDOTTED)
+        yield from passes(call, alone)
 
 
 def _reverse(
@@ -258,11 +257,16 @@ def _reverse(
     refs |= {"dots1": z and z.dots, "dots2": x.dots, "kept1": z and z.states, "kept2": x.states}
     there = {"START1": "Z", "START2": "R", "END1": "left", "END2": "end", "DOTS": "dots2"}
     constants |= {name: refs[n] is not None for name, n in there.items()}
-    constants["EVERY"] = PERIOD // CHUNK if x.states else 0
+    constants["EVERY"] = every(x) if x.states else 0
     powers, factors = (z.power if z else 0, x.power), (x.write, 1 / x.write)
     yield from launched(
         call, reverse_kernel, x.batch, refs, "qkvgyabc", factors, powers, x.tokens, constants
     )
+
+
+def every(x: Launch) -> int:
+    """Chunks between the states that are kept, of which a segment has a multiple."""
+    return math.gcd(x.tokens, PERIOD) // CHUNK
 
 
 def queries(call: Call, s: Fused) -> Iterator[Do]:
@@ -281,7 +285,7 @@ def queries(call: Call, s: Fused) -> Iterator[Do]:
         "met1": second.met, "met2": first.met,
     }  # fmt: skip
     constants: dict[str, int] = {"AHLA": ahla, "START1": S is not None, "START2": F is not None}
-    constants |= {"DOTS": first.dots is not None, "EVERY": PERIOD // CHUNK if first.kept else 0}
+    constants |= {"DOTS": first.dots is not None, "EVERY": every(first) if first.kept else 0}
     powers, factors = (second.power, first.power), (first.read,)
     yield from launched(
         call, queries_kernel, first.batch, refs, "kvgyabq", factors, powers, first.tokens, constants
