@@ -393,7 +393,7 @@ def test_what_is_not_served():
 
 
 @pytest.mark.parametrize(("operator", "start", "sweeps"), [
-    ("hla2", False, 2), ("hla2", True, 0), ("ahla", True, 3),
+    ("hla2", False, 2), ("hla2", True, 0), ("ahla", True, 3), ("hla3", False, 4), ("hla3", True, 0),
 ])  # fmt: skip
 def test_a_gates_gradient_needs_symmetric_states(operator, start, sweeps):
     """Which a first S need not be: all by passes then, which count by chunks of their own."""
@@ -402,9 +402,8 @@ def test_a_gates_gradient_needs_symmetric_states(operator, start, sweeps):
     request, _, _ = prepare(q, k, v, gradient=True, **options)
     found = plan.backward(request, launch.narrow(9), hopper_backward.rows(request), start=start)
     assert sum(isinstance(step, Fused) for step in found.steps) == sweeps
-    assert {step.chunk for step in found.steps if isinstance(step, GateGradient)} == {
-        64 if sweeps else 32
-    }
+    chunks = {step.chunk for step in found.steps if isinstance(step, GateGradient)}
+    assert chunks == {64 if sweeps else 32}
 
 
 @pytest.mark.parametrize(("operator", "V", "taken"), [
@@ -444,18 +443,18 @@ KERNELS = [  # kernel, what it does, gate, what differs
     *((name, {}, 0, {"WHOLE_D": False, "WHOLE_V": False}) for name in ("reverse", "queries")),
     *((name, {}, 0, {"FAST": False, "WHOLE_D": False}) for name in ("reverse", "queries")),
     *((name, {"AHLA": False}, gate, DOTS) for name in ("reverse", "queries") for gate in (1, 2)),
-    ("reverse", {"Z": False}, 2, DOTS),
     ("queries", {"AHLA": True}, 2, DOTS),
-    *((name, {}, 2, {"B": 64} | DOTS) for name in ("reverse", "queries")),
-    *((name, {}, 2, {"FAST": False, "WHOLE_D": False} | DOTS) for name in ("reverse", "queries")),
+    ("reverse", {"SUM": True}, 2, DOTS),
+    ("queries", {}, 2, {"FAST": False, "WHOLE_D": False} | DOTS),
     *((name, {}, 2, SEGMENT | DOTS) for name in ("reverse", "queries")),
     *((name, {}, gate, SEGMENT) for name in ("reverse", "queries") for gate in (0, 2)),
     *(("reverse", {"READ": False, "END1": True}, gate, {"START2": True, "tokens": 1024})
       for gate in (0, 1, 2)),
 ]  # fmt: skip
 SPILLS = 64, 416  # bytes a thread, mostly in the mover; from the assembler of CUDA 13 on
+DOTTED = 208, 448  # also in owners
 BEGIN = 448  # before the first chunk, of states that are loaded
-ODD = 1024  # in the mover, where rows are of no whole 16 bytes
+ODD = 1024, 1184  # without and with dots, in the mover, where rows are of no whole 16 bytes
 
 
 def prepared(name, does, gate, more):
@@ -510,6 +509,7 @@ def test_compiled_for_the_hardware(compiled, case):
     assert found["shared"] <= 227 * 1024
     assert found["wgmma"] > 0
     assert found["mma"] == 0
-    most = BEGIN if "START1" in more else SPILLS[found["assembler"] >= 13]
-    assert found["spills"] <= (most if more.get("FAST", True) else ODD)
+    dots, late = more.get("DOTS", False), found["assembler"] >= 13
+    most = BEGIN if "START1" in more else (DOTTED if dots else SPILLS)[late]
+    assert found["spills"] <= (most if more.get("FAST", True) else ODD[dots])
     safe(found)

@@ -197,7 +197,7 @@ class Parts(NamedTuple):
     """How a fused row leaves the parts of a gate's gradient: see `Launch`."""
 
     chunk: int  # tokens, by which dots count
-    period: int  # tokens between the states that are kept; of whole chunks
+    period: int  # tokens between the states that are kept; less where a segment is no multiple
     reads: int  # tiles of the dots of forward launches
     writes: int  # and of reverse ones
     side: int  # of the square in which a state is kept

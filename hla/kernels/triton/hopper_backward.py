@@ -30,8 +30,8 @@ is left of a chunk, and writes by those of what came before.
 For a gate's gradient (`gate`) the owners of the reverse sweep leave d = y . (V R') and d = k . (Z
 k) / 2 and, of the two tiles of pairs that each makes, the sums of their product by query and by
 key; queries, which then read q too and leave dq in its place, c = q . (F do) and q . (S dy). What
-warps sum by columns and threads by rows are four parts each: added by `gate`, they need no shared
-memory. R and Z are kept in bfloat16 before every PERIOD of tokens; queries multiply them by F, S.
+warps sum by columns meets in a tile of pairs that nobody reads any more. R and Z are kept in
+bfloat16 before every PERIOD of tokens; queries multiply them by F and S.
 Of <S, dS> that is the whole where S is symmetric, which a first state need not be: then passes do.
 
 Bytes a token and head of hla2, D = V = 128, bfloat16: 3584, 0.627 ms for B = 8, T = 4096, H = 16
@@ -72,7 +72,7 @@ GATED = SWEEPS | {  # for a gate's gradient
 }
 ADDS = {AHLA[1], *HLA3[1:]}  # to dk or dq, what other passes may have left there
 WIDEST = 128  # columns of a tile
-CHUNK, PERIOD = 64, 256  # tokens by which dots count, and between the states that are kept
+CHUNK, PERIOD = 64, 1024  # tokens by which dots count, and between the states that are kept
 LATE = "START", "END", "DOTS", "EVERY"  # how constants begin that come behind powers
 FAR = 1 << 24  # elements between tokens: offsets inside a chunk have 32 bits
 
@@ -87,7 +87,7 @@ def rows(request: Request) -> tuple[Row, ...]:
     B, parts = side(*widths), None
     if gated and request.gate_given:
         symmetric = "" if request.operator == "ahla" else "S@0"
-        parts = Parts(CHUNK, PERIOD, B // 16, 4, side=B, met=B // 16, without=symmetric)
+        parts = Parts(CHUNK, PERIOD, B // 64, 1, side=B, met=B // 16, without=symmetric)
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     alike = request.operator != "hla3" or _alike(request)
     return tuple(
@@ -297,11 +297,16 @@ def _reverse(
     refs |= {"dots1": z and z.dots, "dots2": x.dots, "kept1": z and z.states, "kept2": x.states}
     there = {"START1": "Z", "START2": "R", "END1": "left", "END2": "end", "DOTS": "dots2"}
     constants |= {name: refs[n] is not None for name, n in there.items()}
-    constants["EVERY"] = PERIOD // CHUNK if x.states else 0
+    constants["EVERY"] = every(x) if x.states else 0
     powers, factors = (z.power if z else 0, x.power), (x.write, 1 / x.write)
     yield from launched(
         call, reverse_kernel, x.batch, refs, "qkvgyabc", factors, powers, x.tokens, constants
     )
+
+
+def every(x: Launch) -> int:
+    """Chunks between the states that are kept, of which a segment has a multiple."""
+    return math.gcd(x.tokens, PERIOD) // CHUNK
 
 
 def queries(call: Call, s: Fused) -> Iterator[Do]:
@@ -325,7 +330,7 @@ def queries(call: Call, s: Fused) -> Iterator[Do]:
     }  # fmt: skip
     constants: dict[str, int] = {"AHLA": ahla, "ONE": second is None, "ADD": first.add}
     constants |= {"START1": S is not None, "START2": F is not None}
-    constants |= {"DOTS": first.dots is not None, "EVERY": PERIOD // CHUNK if first.kept else 0}
+    constants |= {"DOTS": first.dots is not None, "EVERY": every(first) if first.kept else 0}
     powers, factors = ((second or first).power, first.power), (first.read,)
     yield from launched(
         call, queries_kernel, first.batch, refs, "kvgyabq", factors, powers, first.tokens, constants

@@ -22,13 +22,14 @@ from .hopper_parts import (
     _by_column,
     _fetch,
     _kept,
+    _lines,
     _operand,
     _pairs,
     _power,
     _put,
-    _put_columns,
     _put_decay,
     _put_gate,
+    _put_line,
     _put_pairs,
     _slot,
     _state_at,
@@ -120,8 +121,6 @@ def _owner_f(
                 of_F = _by_column(_accumulated(b_q) * o)
                 L: gl.constexpr = gl.SliceLayout(0, of_F.type.layout)
                 of_F *= _power(_weigh(weights, slot, BEFORE, L), POWER2)[None, :] * scale
-                left = length - c * W
-                _put_columns(p_dots2 + (4 * H) * total + c * W, of_F, total, left)
             if POWER2 > POWER1:
                 o *= _power(before, POWER2 - POWER1)
             if not ONE:
@@ -132,7 +131,6 @@ def _owner_f(
             o *= _power(before, POWER1)
             if DOTS and not ONE:
                 of_S = _by_column(_accumulated(b_q) * o) * scale - of_F
-                _put_columns(p_dots1 + (4 * H) * total + c * W, of_S, total, left)
             o = warpgroup_mma(yT, tile2, o, is_async=True)
             if not ONE:
                 o = warpgroup_mma(kT, tile1, o, is_async=True)
@@ -143,6 +141,14 @@ def _owner_f(
                 o = warpgroup_mma_wait(0, deps=[o])
                 o = warpgroup_mma(_operand(S), eT, o, is_async=True)
         o = warpgroup_mma_wait(0, deps=[o])
+        if DOTS:
+            lines, at, left = _lines(tile1), H * total + c * W, length - c * W
+            lines.slice(0, 4, 0).store(of_F)
+            if not ONE:
+                lines.slice(4, 4, 0).store(of_S)
+            _put_line(p_dots2 + at, lines, left, 0)
+            if not ONE:
+                _put_line(p_dots1 + at, lines, left, 4)
         if POWER1 > 0:
             F = _total(F, ends, slot, POWER2, ACC)
             w_y = _weighed(yT, weights, slot, AFTER, POWER2, A)
@@ -229,7 +235,7 @@ def _mover_f(
 )  # fmt: skip
 def queries_kernel(
     p_k, p_v, p_g, p_y, p_e, p_dq, p_q, p_start1, p_start2, p_gate,
-    # of S and F, in order: (heads, B / 16, T), (heads, N, B, B), (heads, N, B / 16)
+    # of S and F, in order: (heads, B / 64, T), (heads, N, B, B), (heads, N, B / 16)
     p_dots1, p_dots2, p_kept1, p_kept2, p_met1, p_met2,
     scale, T, tokens, D, V, N1, N2,
     sk0, sk1, sk2,
@@ -299,7 +305,7 @@ def queries_kernel(
         if START2:
             p_start2 += part * ssn
     if DOTS:
-        ahead = (i_head * (B // 16)).to(gl.int64) * total + earlier * W
+        ahead = (i_head * HALVES).to(gl.int64) * total + earlier * W
         if not ONE:
             p_dots1 += ahead
         p_dots2 += ahead
