@@ -1,6 +1,6 @@
 """Request -> Plan: buffers and steps as data, in both directions. Shapes and names only.
 
-`Builder` packs the passes that something asked for depends on into launches: fused rows, shared
+`Builder` packs the passes that a requested result depends on into launches: fused rows, shared
 queries and keys, shared values, parts of wide keys, segments of the sequence.
 """
 
@@ -436,7 +436,7 @@ def forward(
     Parameters
     ----------
     request : Request
-        What is asked.
+        The call.
     limits, rows
         What the device has for it: the first row whose passes wait is taken.
     tokens : int

@@ -208,7 +208,7 @@ class Parts(NamedTuple):
 class Row(NamedTuple):
     """A fused kernel: the passes it does, in their order and by what `Pass.does` tells of them.
 
-    It takes them whatever their factors and states are, and also where nobody asks for a result.
+    It takes them whatever their factors and states are, and also where a result is not requested.
     """
 
     name: str

@@ -123,7 +123,7 @@ def test_what_it_serves():
     ):  # fmt: skip
         assert served(**other) == []
     small = q[..., :64]
-    assert served(v=small, q=small, k=small) == []
+    assert served(v=small, q=small, k=small) == ["hla2 by two state owners"]
 
 
 def test_where_it_runs(monkeypatch):

@@ -302,10 +302,9 @@ def test_a_fused_row_in_segments_is_cut_level_by_level():
     )
 
 
-def test_under_jit():
+def test_under_jit(quick_jax):
     """The functional device under jax.jit."""
-    jax = installed("jax")
-    jax.config.update("jax_enable_x64", True)
+    jax = quick_jax
     arrays, options, request, inputs, do = some("hla3", gate="log_gate", return_state=True)
     device = functional(jax.numpy, TIGHT)
 

@@ -11,7 +11,7 @@ it. B is <S, R>, the state and its gradient, at both borders of every period of 
 first the chunks carry it on, and what is then missing at the second is added along the way in equal
 parts: c and d round S and R each by itself, and most of what that adds up to grows evenly. E is 0
 in a chunk whose gate leaves nothing. So differences, which lose digits, are taken of no more than
-the chunks of a period. Of a decay the sum of G over all tokens is asked, in which each product
+the chunks of a period. For a decay the sum of G over all tokens is needed, in which each product
 counts by the gates that it crosses.
 
 One program a head and period, whose tokens are read at once; chunks are joined by a scan of what

@@ -4,7 +4,7 @@
 
 A program does a head with three warpgroups. Two own a state each, transposed, in float32
 registers: the first makes y (or u), up to two chunks ahead of the second, which makes o; only y
-passes between them, in shared memory. The third loads q, k and v, each as soon as there is a buffer
+passes between them, in shared memory. The third loads q, k and v, each as soon as a buffer is free
 for it (freed together they kept one chunk in flight: 0.228 ms, not 0.198), and stores y and o. A
 chunk of W = 64 tokens, of keys K and values X of either pass, operands as they are stored:
 
@@ -216,7 +216,7 @@ def _first(
     START: gl.constexpr, END: gl.constexpr,
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
-    """Own the state of the first pass; hand on what it makes, and where asked its A'."""
+    """Own the state of the first pass; pass on what it makes and, where requested, its A'."""
     S0 = load_state(p_start, ssd, ssv, D, V, unwrite, 0, BD, START, SCALED)
     S1 = S0
     if HALVES == 2:
@@ -398,7 +398,7 @@ def pair_kernel(
     sh0, sh1, sh2, shn, shd, shv,
     sg0, sg1, sg2, sgt,
     AHLA: gl.constexpr,  # the first pass makes the values of the second; else its keys
-    READ: gl.constexpr,  # o is asked, not the states alone
+    READ: gl.constexpr,  # o is requested, not the states alone
     WIDE: gl.constexpr,  # in float32
     KEEP: gl.constexpr,  # y (u) is stored
     GATE: gl.constexpr,  # 0 none, 1 decay, 2 log_gate

@@ -4,8 +4,8 @@
 
 As `hopper` has it, with the same three warpgroups. Three states of 128 x 128 fill more than the
 registers, so a program has 64 values: its first owner holds S and makes y, the second holds P' and
-F' (64, D), half of the registers each, and makes u and o. u reaches memory only where it is asked
-for. The programs of a head run side by side and read q and k by way of L2; both make y.
+F' (64, D), half of the registers each, and makes u and o. u is stored only where
+it is requested. The programs of a head run side by side and read q and k by way of L2; both make y.
 
 Chunk by chunk, where A' = upper(K Q') is the first owner's and B' = upper(Y Q') the second's:
 
@@ -139,7 +139,7 @@ def triple_kernel(
     sF0, sF1, sF2, sFn, sFd, sFv,
     sFe0, sFe1, sFe2, sFen, sFed, sFev,
     sg0, sg1, sg2, sgt,
-    READ: gl.constexpr,  # o is asked, not the states alone
+    READ: gl.constexpr,  # o is requested, not the states alone
     WIDE: gl.constexpr,  # in float32
     KEEP_Y: gl.constexpr,  # y is stored
     KEEP_U: gl.constexpr,

@@ -476,7 +476,7 @@ def reverse_kernel(
     Z: gl.constexpr,  # there is Z, which makes dk
     SUM: gl.constexpr,  # of hla3: dk adds to dy, of keys that come as y; Z is of dy that comes as k
     ADD: gl.constexpr,  # dy is added to what is there
-    READ: gl.constexpr,  # dy, dv and dk are asked, not Z alone
+    READ: gl.constexpr,  # dy, dv and dk are requested, not Z alone
     POWER1: gl.constexpr,  # of Z
     POWER2: gl.constexpr,  # of R
     START1: gl.constexpr,

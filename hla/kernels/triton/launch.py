@@ -221,7 +221,7 @@ class Kernel:
 
 
 def stream_of(device: torch.device) -> int | None:
-    """Return the current stream; None where Triton is to tell its hooks of each launch."""
+    """Return the current stream; None where Triton must call its hooks at each launch."""
     runtime = triton.knobs.runtime
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         if getattr(hook, "calls", hook):
@@ -250,7 +250,7 @@ def view(arrays: list[Any], x: Place | None) -> torch.Tensor | None:
 
 def passes(call: Call, s: Launch) -> Iterator[Kernel]:
     """Return the kernels of one launch: one, or more where the batch has axes that are not one."""
-    if 0 in s.batch and s.q:  # nobody reads, and yet states of keys may be asked
+    if 0 in s.batch and s.q:  # no output, but states of keys may be requested
         s = s._replace(q=(), o=(), batch=s.held, **UNDOTTED)
         if not any(s.end):
             return

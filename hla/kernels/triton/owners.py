@@ -44,7 +44,7 @@ def masked(request: Request) -> int:
 def rows(request: Request) -> tuple[Row, ...]:
     """Return the fused row of a request, where there is one; denominators are passes apart."""
     D, V = request.k_shape[-1], request.v_shape[-1]
-    if request.operator not in OPERATORS or not HALF < max(D, V) <= WIDEST:
+    if request.operator not in OPERATORS or max(D, V) > WIDEST:
         return ()
     count = masked(request)
     if request.empty or 0 in (D, V) or not count:
