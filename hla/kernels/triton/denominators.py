@@ -23,7 +23,7 @@ from .warpgroups import AFTER, BEFORE, LISTS, MILD, ROWS64, W
 SUMS64 = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [1, 4], [1, 0]))
 SUMS128 = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [1, 4], [1, 0]))
 ONES, DOTS_M, DOTS_N, DIVISOR = (gl.constexpr(i) for i in range(4))  # lists of a chunk, [W] each
-COUNT = gl.constexpr(5)  # of divisors two
+COUNT = gl.constexpr(4)
 
 
 @gluon.jit
@@ -47,22 +47,38 @@ def store_sum(p, x, sd, writes, D, B: gl.constexpr):
 
 
 @gluon.jit
-def dots(o, x, state):
-    """Leave the products of a chunk's rows with a state, [W]."""
+def _dots(o, x, state):
+    """Leave the products of rows with a state, [W]."""
     state = gl.convert_layout(state, gl.SliceLayout(0, ROWS64))
-    o.store(gl.sum(x.load(ROWS64).to(gl.float32) * state[None, :], 1))
+    for i in gl.static_range(W // 16):
+        rows = x.slice(i * 16, 16, 0).load(ROWS64).to(gl.float32)
+        o.slice(i * 16, 16, 0).store(gl.sum(rows * state[None, :], 1))
 
 
 @gluon.jit
 def _columns(x, after, ones, B: gl.constexpr, GATED: gl.constexpr, ONE: gl.constexpr):
     """Return the sums of columns, of rows as two lists weigh them, [B]."""
     SUMS: gl.constexpr = SUMS128 if B == 128 else SUMS64
-    rows = x.load(SUMS).to(gl.float32)
-    if GATED:
-        rows *= after.load(gl.SliceLayout(1, SUMS))[:, None]
+    total = gl.zeros([16, B], gl.float32, SUMS)
+    for i in gl.static_range(W // 16):
+        rows = x.slice(i * 16, 16, 0).load(SUMS).to(gl.float32)
+        if GATED:
+            rows *= after.slice(i * 16, 16, 0).load(gl.SliceLayout(1, SUMS))[:, None]
+        if ONE:
+            rows *= ones.slice(i * 16, 16, 0).load(gl.SliceLayout(1, SUMS))[:, None]
+        total += rows
+    return gl.sum(total, 0)
+
+
+@gluon.jit
+def read_states(
+    lists, b_q, m, n, ONE: gl.constexpr, DEN: gl.constexpr
+):  # fmt: skip
+    """Leave what a chunk's queries read from the states."""
     if ONE:
-        rows *= ones.load(gl.SliceLayout(1, SUMS))[:, None]
-    return gl.sum(rows, 0)
+        _dots(lists.index(DOTS_M), b_q, m)
+    if DEN:
+        _dots(lists.index(DOTS_N), b_q, n)
 
 
 @gluon.jit

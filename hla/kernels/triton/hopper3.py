@@ -103,8 +103,8 @@ def _second(
             o, F = _read(F, b_qT, b_uT, tile, weights, ends, at3, mild3, 0, BD, GATED)
             if divided is not None:
                 o = warpgroup_mma_wait(0, deps=[o])
-                mbarrier.wait(divided.index(c % 2), (c // 2) & 1)
-            _leave(out_0, p_o, o, c, T, V, sot, sod, scale_o, lists, 0, SCALED)
+                mbarrier.wait(divided.index(0), c & 1)
+            _leave(out_0, p_o, o, c * W, T, V, sot, sod, scale_o, lists, 0, SCALED)
             if out is not None:
                 mbarrier.arrive(ready.index(0), count=1)
         elif GATED:
@@ -324,7 +324,7 @@ def triple_kernel(
     if SUMS:
         lists = gl.allocate_shared_memory(gl.float32, [COUNT, W], LIST)
     if DEN:
-        paired, divided = barriers(1, 1), barriers(2, 1)
+        paired, divided = barriers(1, 1), barriers(1, 1)
     if GATE == 1:
         _put_decay(weights, ends, p_gate, T, chunks, POWER1, POWER2)
     fence_async_shared()
