@@ -17,7 +17,7 @@ between memory and the device but den itself, 4 bytes a token and head, where it
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .warpgroups import AFTER, BEFORE, LISTS, MILD, ROWS64, W
+from .warpgroups import AFTER, BEFORE, LISTS, ROWS64, W
 
 # A warp has all rows of its columns, so that sums over rows cross no warps
 SUMS64 = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [1, 4], [1, 0]))
@@ -83,20 +83,15 @@ def read_states(
 
 @gluon.jit
 def read_pairs(
-    lists, dots: gl.constexpr, tile, weights, ends, at, p, row, T, st, scale,
+    lists, dots: gl.constexpr, tile, weights, at, p, row, T, st, scale,
     ONE: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Return a chunk's denominators, [W], from what its pairs and its states give; store them."""
     LIST_OF: gl.constexpr = gl.SliceLayout(0, SUMS64)
     x = lists.index(dots).load(LIST_OF)
-    pairs = _columns(tile, None, lists.index(ONES), W, False, ONE)
-    if GATED:  # as owners weigh their results: see hopper
-        total = ends.index(at).load(LIST_OF)
-        before = weights.index(at * LISTS + BEFORE).load(LIST_OF)
-        after = weights.index(at * LISTS + AFTER).load(LIST_OF)
-        x = gl.where(total > MILD, (x * total + pairs) / after, x * before + pairs) * scale
-    else:
-        x = (x + pairs) * scale
+    if GATED:
+        x *= weights.index(at * LISTS + BEFORE).load(LIST_OF)
+    x = (x + _columns(tile, None, lists.index(ONES), W, False, ONE)) * scale
     if p is not None:
         t = row + gl.arange(0, W, layout=LIST_OF)
         gl.store(p + t.to(gl.int64) * st, x, mask=t < T)

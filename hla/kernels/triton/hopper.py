@@ -60,7 +60,6 @@ from .warpgroups import (
     LIST,
     LISTS,
     LOG2E,
-    MILD,
     RESET,
     TILE,
     TOKENS,
@@ -107,29 +106,17 @@ def _put_decay(
 
 
 @gluon.jit
-def _mild(ends, at, GATED: gl.constexpr):
-    """Whether a chunk's gate is so mild that each of its weights is two factors."""
-    if GATED:
-        return gl.max(ends.index(at).load(gl.SliceLayout(1, ACC64)), 0) > MILD
-    else:
-        return True
-
-
-@gluon.jit
-def _pairs(tile, b_k, b_qT, weights, at, mild, GATED: gl.constexpr):
-    """Leave A' = upper(K Q'), weighed; of a mild gate by what is left of it after a key."""
+def _pairs(tile, b_k, b_qT, weights, at, GATED: gl.constexpr):
+    """Leave A' = upper(K Q'), weighed."""
     s = gl.arange(0, W, layout=gl.SliceLayout(1, ACC64))
     t = gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))
     a = gl.zeros([W, W], gl.float32, ACC64)
     a = warpgroup_mma(b_k, b_qT, a, use_acc=False, is_async=True)
     a = warpgroup_mma_wait(0, deps=[a])
     if GATED:
-        if mild:
-            a *= weights.index(at * LISTS + AFTER).load(gl.SliceLayout(1, ACC64))[:, None]
-        else:
-            until = weights.index(at * LISTS + UNTIL)
-            c_s, c_t = until.load(gl.SliceLayout(1, ACC64)), until.load(gl.SliceLayout(0, ACC64))
-            a *= gl.exp2(c_t[None, :] - c_s[:, None])  # where it overflows no pair is
+        until = weights.index(at * LISTS + UNTIL)
+        c_s, c_t = until.load(gl.SliceLayout(1, ACC64)), until.load(gl.SliceLayout(0, ACC64))
+        a *= gl.exp2(c_t[None, :] - c_s[:, None])  # where it overflows no pair is
     a = gl.where(s[:, None] <= t[None, :], a, 0.0)
     tile.store(a.to(gl.bfloat16))
     fence_async_shared()
@@ -138,35 +125,19 @@ def _pairs(tile, b_k, b_qT, weights, at, mild, GATED: gl.constexpr):
 
 @gluon.jit
 def _read(
-    S, b_qT, b_xT, tile, weights, ends, at, mild,
+    S, b_qT, b_xT, tile, weights, ends, at,
     FIRST: gl.constexpr, BD: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Begin one half of a Q S + A X; return it, and the state as the gate leaves it."""
-    x = b_xT.slice(FIRST, 64, 0)
+    a = gl.convert_layout(S.to(gl.bfloat16), A64)
     o = gl.zeros([64, W], gl.float32, ACC64)
+    o = warpgroup_mma(a, b_qT, o, use_acc=False, is_async=True)
     if GATED:
-        if mild:  # a Q S + A X = (Q r S + A (b X)) / b
-            S = _fade(S, ends, at, BD)
-            a = gl.convert_layout(S.to(gl.bfloat16), A64)
-            o = warpgroup_mma(a, b_qT, o, use_acc=False, is_async=True)
-            o = warpgroup_mma(x, tile, o, is_async=True)
-            after = weights.index(at * LISTS + AFTER).load(gl.SliceLayout(0, ACC64))
-            o = warpgroup_mma_wait(0, deps=[o])
-            o *= (1.0 / after)[None, :]
-        else:
-            a = gl.convert_layout(S.to(gl.bfloat16), A64)
-            o = warpgroup_mma(a, b_qT, o, use_acc=False, is_async=True)
-            S = _fade(S, ends, at, BD)  # as the product runs
-            before = weights.index(at * LISTS + BEFORE).load(gl.SliceLayout(0, ACC64))
-            o = warpgroup_mma_wait(0, deps=[o])
-            o *= before[None, :]
-            o = warpgroup_mma(x, tile, o, is_async=True)
-            o = warpgroup_mma_wait(0, deps=[o])
-    else:
-        a = gl.convert_layout(S.to(gl.bfloat16), A64)
-        o = warpgroup_mma(a, b_qT, o, use_acc=False, is_async=True)
-        o = warpgroup_mma(x, tile, o, is_async=True)
-    return o, S
+        S = _fade(S, ends, at, BD)  # as the product runs
+        before = weights.index(at * LISTS + BEFORE).load(gl.SliceLayout(0, ACC64))
+        o = warpgroup_mma_wait(0, deps=[o])
+        o *= before[None, :]
+    return warpgroup_mma(b_xT.slice(FIRST, 64, 0), tile, o, is_async=True), S
 
 
 @gluon.jit
@@ -212,19 +183,19 @@ def _weighed(b_xT, weights, at, FIRST: gl.constexpr, BD: gl.constexpr, GATED: gl
 
 @gluon.jit
 def _reads(
-    made, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, mild, c, T, V, sot, sod, scale,
+    made, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, c, T, V, sot, sod, scale,
     lists, divided, HALVES: gl.constexpr, BD: gl.constexpr, GATED: gl.constexpr,
     SCALED: gl.constexpr, READ: gl.constexpr,
 ):  # fmt: skip
     """Leave O of a chunk; return both halves of the state and the values as the gate has them."""
     if READ:
-        o, S0 = _read(S0, b_qT, b_xT, tile, weights, ends, at, mild, 0, BD, GATED)
+        o, S0 = _read(S0, b_qT, b_xT, tile, weights, ends, at, 0, BD, GATED)
         if divided is not None:
             o = warpgroup_mma_wait(0, deps=[o])
             mbarrier.wait(divided.index(0), c & 1)
         if HALVES == 2:
             _leave(made, p_o, o, c * W, T, V, sot, sod, scale, lists, 0, SCALED)
-            o, S1 = _read(S1, b_qT, b_xT, tile, weights, ends, at, mild, 64, BD, GATED)
+            o, S1 = _read(S1, b_qT, b_xT, tile, weights, ends, at, 64, BD, GATED)
     elif GATED:
         S0, S1 = _fade(S0, ends, at, BD), _fade(S1, ends, at, BD)
     x0 = _weighed(b_xT, weights, at, 0, BD, GATED)
@@ -283,15 +254,14 @@ def _first(
         if HANDS:
             mbarrier.wait(taken.index(h), ((c // 2) & 1) ^ 1)
         fence_async_shared()
-        mild = _mild(ends, at, GATE > 0)
-        _pairs(tile, b_k, b_qT, weights, at, mild, GATE > 0)
+        _pairs(tile, b_k, b_qT, weights, at, GATE > 0)
         if AHLA:
             mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
             fence_async_shared()
         if not HANDS:
             mbarrier.wait(taken.index(h), ((c // 2) & 1) ^ 1)
         S0, S1, x0, x1 = _reads(
-            made_h, None, S0, S1, b_qT, b_xT, tile, weights, ends, at, mild, c, 0, 0, 0, 0, scale,
+            made_h, None, S0, S1, b_qT, b_xT, tile, weights, ends, at, c, 0, 0, 0, 0, scale,
             None, None, HALVES, BD, GATE > 0, SCALED, True,
         )  # fmt: skip
         fence_async_shared()
@@ -333,10 +303,9 @@ def _second(
         mbarrier.wait(q_full.index(i_q), (c // Q) & 1)
         mbarrier.wait(there.index(h), (c // 2) & 1)
         fence_async_shared()
-        mild = _mild(ends, at, GATE > 0)
         if READ:
             if not AHLA:
-                _pairs(tile, b_k, b_qT, weights, at, mild, GATE > 0)
+                _pairs(tile, b_k, b_qT, weights, at, GATE > 0)
                 if divided is not None:
                     mbarrier.arrive(paired.index(0), count=1)
             if out is not None:
@@ -345,7 +314,7 @@ def _second(
             mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
             fence_async_shared()
         S0, S1, x0, x1 = _reads(
-            out_0, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, mild, c, T, V, sot, sod, scale,
+            out_0, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, c, T, V, sot, sod, scale,
             lists, divided, HALVES, BD, GATE > 0, SCALED, READ,
         )  # fmt: skip
         if READ:
@@ -381,7 +350,7 @@ def _sum(
     mbarrier.wait(there.index(h), (c // 2) & 1)
     if ONE:
         one = read_pairs(
-            lists, DOTS_M, tiles.index(h), weights, ends, at1, p_one, c * W, T_one, sone, scale_one,
+            lists, DOTS_M, tiles.index(h), weights, at1, p_one, c * W, T_one, sone, scale_one,
             False, GATE > 0,
         )  # fmt: skip
         lists.index(ONES).store(one)
@@ -392,19 +361,7 @@ def _sum(
         if not AHLA:
             mbarrier.wait(paired.index(0), c & 1)
         den = read_pairs(
-            lists,
-            DOTS_N,
-            tile,
-            weights,
-            ends,
-            at2,
-            p_den,
-            c * W,
-            T_den,
-            sden,
-            scale_den,
-            ONE,
-            GATE > 0,
+            lists, DOTS_N, tile, weights, at2, p_den, c * W, T_den, sden, scale_den, ONE, GATE > 0
         )
         if eps is not None:
             lists.index(DIVISOR).store(1.0 / (den + eps))

@@ -25,19 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .denominators import COUNT
-from .hopper import (
-    AHEAD,
-    _at,
-    _fade,
-    _first,
-    _leave,
-    _mild,
-    _mover,
-    _pairs,
-    _put_decay,
-    _read,
-    _weighed,
-)
+from .hopper import AHEAD, _at, _fade, _first, _leave, _mover, _pairs, _put_decay, _read, _weighed
 from .warpgroups import (
     LIST,
     LISTS,
@@ -83,13 +71,12 @@ def _second(
         mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
         mbarrier.wait(there.index(h), (c // 2) & 1)
         fence_async_shared()
-        mild1, mild3 = _mild(ends, at1, GATED), _mild(ends, at3, GATED)
-        u, P = _read(P, b_qT, b_vT, tiles.index(h), weights, ends, at1, mild1, 0, BD, GATED)
+        u, P = _read(P, b_qT, b_vT, tiles.index(h), weights, ends, at1, 0, BD, GATED)
         if KEEP_U:
             mbarrier.wait(u_taken.index(0), (c & 1) ^ 1)
         _leave(us.index(0), None, u, 0, 0, 0, 0, 0, scale_u, None, 0, SCALED)
         if READ:
-            _pairs(tile, b_y, b_qT, weights, at3, mild3, GATED)  # and fences u
+            _pairs(tile, b_y, b_qT, weights, at3, GATED)  # and fences u
             if divided is not None:
                 mbarrier.arrive(paired.index(0), count=1)
         else:
@@ -100,7 +87,7 @@ def _second(
         if READ:
             if out is not None:
                 mbarrier.wait(stored.index(0), (c & 1) ^ 1)
-            o, F = _read(F, b_qT, b_uT, tile, weights, ends, at3, mild3, 0, BD, GATED)
+            o, F = _read(F, b_qT, b_uT, tile, weights, ends, at3, 0, BD, GATED)
             if divided is not None:
                 o = warpgroup_mma_wait(0, deps=[o])
                 mbarrier.wait(divided.index(0), c & 1)
