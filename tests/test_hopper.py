@@ -22,6 +22,7 @@ hopper3 = installed("hla.kernels.triton.hopper3")
 
 ROUNDED = 2e-3  # of one rounding to bfloat16, relative
 STATES = 1e-6  # of states, which are float32
+UNSUMMED = (None,) * 39  # strides of denominators (tests/device/test_owners.py has them)
 
 
 def sums(ahla, q, k, v, log_g, powers, factors, S, F):
@@ -101,14 +102,15 @@ class Case:
         steps = [strides(x, 2, unit if i < 5 else 1) for i, x in enumerate(arrays)]
         gates = (0,) * 4 if gate == 0 else (*strides(self.g, gate - 1), 0)[:4]
         steps = [x if i < 5 else (*x[:3], None, *x[3:]) for i, x in enumerate(steps)]
-        self.args = (*arrays, self.g, *factors, T, None, D, V, *heads[1:],
-                     *(n for each in steps for n in each), *gates)  # fmt: skip
+        self.args = (*arrays, *[None] * 7, self.g, *factors, None, T, None, D, V, *heads[1:],
+                     *(n for each in steps for n in each), *UNSUMMED, *gates)  # fmt: skip
         self.constants = {
             "AHLA": ahla, "READ": read, "WIDE": wide, "KEEP": keep, "GATE": gate,
             "POWER1": powers[0] * (gate > 0), "POWER2": powers[1] * (gate > 0),
             "SCALED1": factors[0] != 1, "SCALED2": factors[1] != 1,
             "START1": start, "END1": end, "START2": start, "END2": end,
-            "BD": BD, "BV": BV, "WHOLE_D": D == BD, "WHOLE_V": V == BV, "FAST": fast,
+            "SUMS": False, "DEN": False, "BD": BD, "BV": BV,
+            "WHOLE_D": D == BD, "WHOLE_V": V == BV, "FAST": fast,
         }  # fmt: skip
         self.powers = powers
         self.run = lambda: gluon_interpreter.run(
@@ -233,8 +235,9 @@ def test_third_order(options, scales):
     steps += [(*x[:3], None, *x[3:]) for x in (strides(x, 2) for x in states)]
     tile = 64 * -(-D // 64)
     gluon_interpreter.run(
-        hopper3.triple_kernel, (math.prod(case.heads) * -(-V // 64),), *rows, *states, case.g,
-        *scales, T, None, D, V, *case.heads[1:], *(n for each in steps for n in each), *gates,
+        hopper3.triple_kernel, (math.prod(case.heads) * -(-V // 64),), *rows, *states,
+        *[None] * 7, case.g, *scales, None, T, None, D, V, *case.heads[1:],
+        *(n for each in steps for n in each), *UNSUMMED, *gates, SUMS=False, DEN=False,
         exact=True, READ=True, WIDE=options.get("wide", False), KEEP_Y=keep, KEEP_U=keep,
         GATE=gate, POWER1=min(gate, 1), POWER2=3 * min(gate, 1), SCALED=scales != (1, 1, 1),
         **{f"START{i}": starts[0] is not None for i in (1, 2, 3)},

@@ -115,7 +115,8 @@ def test_planned(options):
         assert off(x, y) < CLOSE
     for x, y in zip(saved, fakes.in_place().forward(request, inputs)[2], strict=True):
         assert off(x, y) < CLOSE
-    apart = "ridge" in given or (given["operator"] == "hla3" and gradient)
+    other = given["operator"] != "hla2"
+    apart = "ridge" in given or (other and tokens) or (given["operator"] == "hla3" and gradient)
     assert bool(divided[-1]) == (given["normalize"] and not apart)
 
 
