@@ -134,7 +134,11 @@ def _triangle(
     q, k, g, p_S, p_T, i0, i1, i2, sS0, sS1, sS2, sSd, sT0, sT1, sT2, sTd, D,
     START: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Update S = sum k k', packed as its upper triangle, R rows at a time; return S q."""
+    """Update S = sum k k', packed as its upper triangle, R rows at a time; return S q.
+
+    Rows begin at any number, so a lane takes one number at a time and a warp 32 that lie together.
+    Triton lays out accesses of one shape alike: R is not that of `_turn`, whose lanes take four.
+    """
     BD: tl.constexpr = k.shape[0]
     c = tl.arange(0, BD)
     own = _own_rows(i0, i1, i2, sT0, sT1, sT2, D)
@@ -142,7 +146,7 @@ def _triangle(
     if START:
         p_S += i0 * sS0 + i1 * sS1 + i2 * sS2
     sums, below = tl.zeros([R, BD], tl.float32), tl.zeros([BD // R, R], tl.float32)
-    for b in tl.range(BD // R, num_stages=3):
+    for b in range(BD // R):
         r = b * R + tl.arange(0, R)
         S = _rows(k, b, R)[:, None] * k[None, :]
         there = (r < D)[:, None] & (c < D)[None, :] & (r[:, None] <= c[None, :])
@@ -204,7 +208,7 @@ def token_kernel(
         w1 = 0.0
         x1 = _triangle(
             q, k, g, p_S1, p_T1, i0, i1, i2, sS10, sS11, sS12, sS1v, sT10, sT11, sT12, sT1v, D,
-            START, R,
+            START, R // 2,
         )  # fmt: skip
     else:
         x1, w1 = _turn(
