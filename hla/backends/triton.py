@@ -123,6 +123,11 @@ def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
     return found
 
 
+def again(request: Request, inputs: Inputs, donate: bool) -> Any:
+    """Return what does such a `step` of other arrays laid out alike, or None."""
+    return _kernels().one_token.again(request, inputs, donate)
+
+
 def summarize(request: Request, inputs: Inputs) -> Any:
     """Return the segment of a whole sequence, by the generic code."""
     return array_api.summarize(request, inputs)
