@@ -428,6 +428,8 @@ def available() -> tuple[Info, ...]:
 def explain(q: Any, k: Any, v: Any, **options: Unpack[AllScanOptions]) -> Explanation:
     """Say what `scan` would run on these arguments, and why nothing else.
 
+    The plan of a backend that has kernels of its own for one token names those of `step` too.
+
     Parameters
     ----------
     q, k, v, operator, mask, decay, log_gate, scale, normalize, eps, ridge, axis, initial_state, \

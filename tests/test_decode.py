@@ -232,6 +232,23 @@ def test_torch_updates_a_donated_state_where_it_lies(operator, mask, gate):
         product.backward()
 
 
+@per_device("operator", ["hla2", "hla3"], where=of_torch)
+def test_explain_names_the_kernel_of_a_token(device, operator, monkeypatch):
+    from hla import again
+    from hla.kernels.triton import step as launches
+
+    monkeypatch.setattr(again, "_kept", {})
+    monkeypatch.setattr(launches, "_known", {})
+    token, options = token_of(D=16, V=16), {"operator": operator}
+    stepped(device, token, device.array(state_of(options, "none", D=16, V=16, heads=H)), **options)
+    (known,) = launches._known.values()
+    name = known.ready[False].kernels[0].function.fn.__name__
+    q, k, v = (device.array(x, device.dtype)[:, None] for x in token.values())
+    plan = hla.explain(q, k, v, backend=device.backend, **options).plan
+    assert plan.split("; one token: ")[1].startswith(name)
+    assert "one token" not in hla.explain(q, k, v, backend=device.backend, mask="none").plan
+
+
 @per_device(where=of_torch)
 def test_calls_like_an_earlier_one(device):
     """The values are those of a first call, and whatever differs is noticed."""

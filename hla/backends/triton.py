@@ -86,6 +86,9 @@ def plan(request: Request) -> str:
     from ..device.steps import Fused, Launch
     from ..kernels.triton import launch, rows
 
+    token = "" if request.mask == "none" else f"; one token: {_kernels().one_token.named(request)}"
+    if request.tokens == 1 and request.return_state:
+        return token[2:]
     where = torch.device("cpu" if _interpreted() else _device(request))
     tokens = launch.segments(request, where)
     found = plans.forward(request, launch.limits(request, where), rows.rows(request, where), tokens)
@@ -94,7 +97,7 @@ def plan(request: Request) -> str:
     kinds = [f"{fused} fused"] if fused else []
     kinds += [f"{count} of the causal pass"] if count or not fused else []
     cut = f"segments of {tokens} tokens" if tokens else "whole"
-    return f"{cut}, launches: {' and '.join(kinds)}: {found}"
+    return f"{cut}, launches: {' and '.join(kinds)}: {found}{token}"
 
 
 @functools.cache

@@ -33,6 +33,15 @@ def fits(request: Request) -> bool:
     return plain and len(passes) <= PASSES and 0 < D <= WIDEST and 0 < V <= WIDEST
 
 
+def named(request: Request) -> str:
+    """Name the kernels that take one token of such a sequence."""
+    if not fits(request):
+        return "the causal pass"
+    if request.state_type is not HLA2State:
+        return "token_kernel"
+    return "rows_kernel from a state that is neither packed nor shared, else token_kernel"
+
+
 class Ready(NamedTuple):
     """A call that only lacks its memory."""
 
