@@ -13,8 +13,11 @@ in the order in which one program would, to the same bits.
 
 Bytes a batch entry, D = V = 128, float32: S and F in and out, 256 KB, packed 194 KB. At the 2.85
 TB/s of an H100 that multiplies in place, 0.094 and 0.071 ms for 1024 entries. In a CUDA graph one
-took 0.099 (95%) and 0.096 (74%: the triangle's masked loads leave too few bytes in flight), ahla
-0.099, hla3 0.146, linear 0.052; of 16 entries 0.0050, where a graph's empty launch takes 0.0009.
+took 0.099 (95%), ahla 0.099, hla3 0.146, linear 0.052; of 16 entries 0.0050, where a graph's empty
+launch takes 0.0009. Packed took 0.096 with the triangle's lanes 16 bytes apart and loads two blocks
+of rows ahead, 0.108 without these, and 0.092 (77%) with lanes beside each other and no loads ahead:
+eight blocks of rows wait for memory one after the other (16 entries take 0.015). Both together, as
+it is now, was not timed.
 """
 
 import triton
@@ -146,7 +149,7 @@ def _triangle(
     if START:
         p_S += i0 * sS0 + i1 * sS1 + i2 * sS2
     sums, below = tl.zeros([R, BD], tl.float32), tl.zeros([BD // R, R], tl.float32)
-    for b in range(BD // R):
+    for b in tl.range(BD // R, num_stages=3):
         r = b * R + tl.arange(0, R)
         S = _rows(k, b, R)[:, None] * k[None, :]
         there = (r < D)[:, None] & (c < D)[None, :] & (r[:, None] <= c[None, :])
