@@ -42,7 +42,9 @@ class Torch(Generic):
 
     def key(self, x: Array) -> Any:
         """Return type, shape, dtype and device, as long as it is plain memory."""
-        if x.layout is not torch.strided or x.is_nested or x.is_neg() or _wrapper(x):
+        if x.layout is not torch.strided or x.is_nested or x.is_neg():
+            return None
+        if type(x) not in PLAIN and _wrapper(x):
             return None
         return type(x), x.shape, x.dtype, x.device
 
@@ -94,7 +96,7 @@ class Torch(Generic):
 
     def operand(self, x: Array) -> Array:
         """Cast as torch.autocast, where it is on, casts the operands of a product."""
-        x = self.plain(x)
+        x = self.plain(x) if x.is_neg() else x
         if torch._C._is_any_autocast_enabled() and _autocast_is_on(x) and x.dtype in HALF:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
