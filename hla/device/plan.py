@@ -34,6 +34,7 @@ from .steps import (
     Step,
     Sum,
     names,
+    written,
 )
 
 Sums = list[tuple[str, Ref]]  # what is then added to which name
@@ -375,6 +376,17 @@ class Builder:
         found = self.states.get(key._replace(k=x.v, v=x.k, start=turned), ())
         return tuple(ref._replace(turned=True) for ref in found) or None
 
+    def divide(self, s: Divide, keep: Collection[str]) -> None:
+        """Divide: in the fused row that alone makes both terms, where it does so, else at last."""
+        made = {s.x.name, s.den.name}
+        makers = [x for x in self.steps if made & written(x)]
+        last = self.steps[-1] if makers == self.steps[-1:] else None
+        if isinstance(last, Fused) and any(r.divides and r.name == last.row for r in self.rows):
+            inner = last.inner + tuple(sorted(made - {*keep}))
+            self.steps[-1] = last._replace(inner=inner, divide=s)
+        else:
+            self.steps.append(s)
+
     def fading(self, n: int) -> Ref:
         """Return the sums of the log gate over segments."""
         T, name = self.request.tokens, "fading"
@@ -446,9 +458,9 @@ def forward(
     b.buffer("o", dtype=request.dtype if direct else b.wide, like="q")
     given = {"q", "k", "v"} | {s.start for s in steps} - {""}
     b.run(steps, given, {*kept, "o", "o|1"})
-    out = Ref("o") if direct else b.buffer("out", b.of("o"), request.dtype, like="o")
+    out = Ref("o") if direct else b.buffer("out", b.of("o"), request.dtype, like="q")
     if request.normalize:
-        b.steps.append(Divide(out, Ref("o"), Ref("o|1"), request.eps))
+        b.divide(Divide(out, Ref("o"), Ref("o|1"), request.eps), kept)
     elif not direct:
         b.total("out", (1.0, Ref("o")))
     return finished(b, {"o": out.name} | {s.end: s.end for s in steps if s.end}, kept)

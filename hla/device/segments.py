@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WHOLE = 2048  # tokens up to which a head's bits do not depend on how many heads there are
 LEAST = 256  # tokens of a segment: then its states cost what its tokens do
+FEWEST = 3  # segments: two gain nothing, as all is read twice
 
 
 @functools.lru_cache(maxsize=1024)
@@ -42,7 +43,9 @@ def tokens(request: Request, slots: int, period: int, columns: int) -> int:
     batch = broadcast(*(x[:-2] for x in (request.q_shape, request.k_shape, request.v_shape)))
     programs = math.prod(batch) * -(-request.v_shape[-1] // columns)
     count = min(slots // max(1, programs), T // LEAST)
-    n = -(-T // max(1, count) // period) * period
+    if count < FEWEST:
+        return 0
+    n = -(-T // count // period) * period
     return n if 0 < n < T else 0
 
 

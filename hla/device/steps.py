@@ -188,6 +188,7 @@ class Fused(NamedTuple):
     row: str
     launches: tuple[Launch, ...]
     inner: tuple[str, ...]  # names that only they use: there is no such buffer
+    divide: Divide | None = None  # of what they make, at last
 
 
 Step = Launch | Sum | Divide | Border | GateGradient | GateSum | Fading | Carry | Fused
@@ -216,6 +217,7 @@ class Row(NamedTuple):
     segments: bool = False  # also some of the passes from states, and the states of others alone
     parts: Parts | None = None  # None: it leaves nothing for a gate's gradient
     in_place: bool = False  # reads a chunk of all queries before it writes results there
+    divides: bool = False  # also o by its denominator, where both are made by it alone
 
 
 class Plan(NamedTuple):
@@ -236,7 +238,8 @@ class Plan(NamedTuple):
 def text(step: Step) -> str:
     """Say what a step computes."""
     if isinstance(step, Fused):
-        outs = (x.name for launch in step.launches for x in launch.o if x.name not in step.inner)
+        outs = [x.name for launch in step.launches for x in launch.o if x.name not in step.inner]
+        outs += [step.divide.o.name] if step.divide else []
         return f"{step.row} ({', '.join(dict.fromkeys(outs))})"
     if isinstance(step, Launch):
         made = step.o or tuple(x for x in step.end if x)
@@ -252,12 +255,13 @@ def names(x: Any) -> set[str]:
     if isinstance(x, Ref):
         return {x.name}
     if isinstance(x, Fused):
-        return names(x.launches) - {*x.inner}
+        return (names(x.launches) | names(x.divide)) - {*x.inner}
     return set().union(*map(names, x)) if isinstance(x, tuple) else set()
 
 
 def written(step: Step) -> set[str]:
     """Names of the arrays that a step writes."""
     if isinstance(step, Fused):
-        return set().union(*map(written, step.launches))
+        own = written(step.divide) if step.divide else set[str]()
+        return own.union(*map(written, step.launches))
     return set().union(*(names(x) for field, x in step._asdict().items() if field in WRITES))

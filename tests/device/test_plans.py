@@ -198,7 +198,7 @@ def test_fused_rows_are_taken_where_they_fit():
     request = some()[2]
     plan = plans.forward(request, Limits(), rows=small(request))
     assert [x.row for x in launches(plan)] == ["hla2 and denominators"]
-    assert str(plan) == "hla2 and denominators (y, o, o|1)"
+    assert str(plan) == "hla2 and denominators (y, o, o|1, out)"
     back = plans.backward(request, Limits(), rows=small(request))
     assert [x.row for x in launches(back)] == [
         "hla2 and denominators: dk, dv, dy", "hla2 and denominators: dq"

@@ -40,7 +40,6 @@ k, 0.35 ms at 790 TFLOP/s. No atomics; bits depend on nothing but the head's dat
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -50,7 +49,7 @@ from ...core.programs import adjoint
 from ...core.request import Request
 from ...device.scan import Call, Do
 from ...device.steps import UNDOTTED, Fused, Launch, Parts, Ref, Row
-from .launch import GATES, Kernel, heads, listed, passes, placed, width
+from .launch import GATES, Aligned, Kernel, heads, listed, passes, placed, width
 from .owners import masked
 
 HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
@@ -104,25 +103,6 @@ def _alike(request: Request) -> bool:
     """Whether y has all the heads that u has, so that what is made of both is of one batch."""
     keys = broadcast(request.q_shape[:-2], request.k_shape[:-2], request.gate_batch)
     return keys == broadcast(keys, request.v_shape[:-2])
-
-
-class Aligned:
-    """Of two kernels that do the same, the first where all rows begin at whole 16 bytes.
-
-    Memory is aligned alike in all calls of one plan, so the first call chooses.
-    """
-
-    def __init__(self, aligned: Kernel, other: Kernel, rows: int) -> None:
-        self.aligned, self.other, self.rows = aligned, other, rows
-        self.chosen: Kernel | None = None
-
-    def __call__(self, arrays: list[Any], addresses: list[Any], stream: int | None) -> None:
-        """Launch one of them."""
-        if self.chosen is None:
-            starts = zip(self.aligned.slots(addresses), self.aligned.offsets, strict=True)
-            apart = [p and (p + n) % 16 for p, n in itertools.islice(starts, self.rows)]
-            self.chosen = self.other if any(apart) else self.aligned
-        self.chosen(arrays, addresses, stream)
 
 
 def launched(
