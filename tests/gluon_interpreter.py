@@ -272,6 +272,16 @@ class Shared:
     def reshape(self, shape):
         return self.view(lambda x: x.reshape([int(n) for n in shape]))
 
+    def reinterpret(self, dtype, shape, layout):
+        """The same memory as wider numbers: values of its own, which spoil those that were here."""
+        many = dtype.primitive_bitwidth // self.dtype.primitive_bitwidth
+        check(self.a.size == many * np.prod(shape), f"{shape} of {self.shape}")
+        _, *known = (x.reshape(*shape[:-1], -1)[..., ::many] for x in self.planes)
+        self.a[...] = np.nan
+        return Shared(dtype, [np.full(shape, np.nan, self.a.dtype), *known])
+
+    _reinterpret = reinterpret
+
     def ordered(self, who):
         """Check that the last writes happened before what this partition does now."""
         check(not (self.flags & COPYING).any(), f"{who} where a copy is in flight")

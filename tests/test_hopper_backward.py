@@ -26,7 +26,7 @@ from hla.core.ahla import AHLAState  # noqa: E402
 from hla.core.hla2 import HLA2State  # noqa: E402
 from hla.core.hla3 import HLA3State  # noqa: E402
 from hla.core.linear import LinearState  # noqa: E402
-from hla.device import plan  # noqa: E402
+from hla.device import plan, shapes  # noqa: E402
 from hla.device.elementwise import gate_of, part, taking  # noqa: E402
 from hla.device.scan import Call, Runner  # noqa: E402
 from hla.device.steps import Fused, GateGradient, Launch, Ref  # noqa: E402
@@ -70,7 +70,7 @@ def kernels(monkeypatch):
 
     def use(exact, seed=0):
         found = []
-        for name in ("reverse", "queries"):
+        for name in ("reverse", "queries", "ahla"):
             module = importlib.import_module(f"hla.kernels.triton.hopper_{name}")
             found.append(Interpreted(getattr(module, f"{name}_kernel"), exact, seed))
             monkeypatch.setattr(module, f"{name}_kernel", found[-1])
@@ -118,9 +118,13 @@ def given(rng, T, D, V, lead=(H,), keys=None):
 
 
 def gradients(
-    arrays, options, dtype, start=None, layout=None, operator="hla2", tokens=0, trained=False
-):
-    """Those of the sweeps, and of the core in float64 by the same rounded arrays."""
+    arrays, options, dtype, start=None, layout=None, operator="hla2", tokens=0, trained=False,
+    last=None,
+):  # fmt: skip
+    """Those of the sweeps, and of the core in float64 by the same rounded arrays.
+
+    ``last`` are gradients of the last state; there is a first one then.
+    """
     place = layout or (lambda x: x)
     tensors = {n: place(torch.tensor(x).to(dtype)) for n, x in arrays.items()}
     exact = {n: x.double().numpy() for n, x in tensors.items()}
@@ -132,29 +136,33 @@ def gradients(
     if start is not None:
         inputs["initial_state"] = truth["initial_state"] = start
         inputs["initial_state"] = type(start)(*map(torch.tensor, start))
-    request, made, _ = prepare(**plain | inputs, operator=operator, gradient=True)
+    returns = {"return_state": last is not None}
+    request, made, _ = prepare(**plain | inputs, **returns, operator=operator, gradient=True)
     request = dataclasses.replace(request, gate_given=trained)
     same = {n: options[n] for n in ("decay", "log_gate", "scale") if n in options}
-    _, pull = hla.vjp(**truth, **same, operator=operator, backend="array_api")
-    want = pull(do)
-    saved = []  # y, or u, or both
-    for matrix, values in SAVED[operator]:
+    _, pull = hla.vjp(**truth, **returns, **same, operator=operator, backend="array_api")
+    want, saved = pull(do) if last is None else pull(do, last), []
+    for name in shapes.saved(request):
+        matrix, values = SAVED[name]
         S = getattr(start, matrix, None)
+        S = None if S is None else S.reshape(*S.shape[:2], -1)
         S = None if S is None else LinearState(S, np.zeros(S.shape[:-1]))
-        made_of = exact["q"], exact["k"], exact[values]
+        v = exact.get(values, np.ones((*exact["q"].shape[:-1], 1)))
+        made_of = exact["q"], exact["k"], v
         x = hla.scan(*made_of, operator="linear", initial_state=S, **same)
         saved.append(torch.tensor(x).to(dtype))
     device = Runner(run.RUNNER.device._replace(rows=rows, steps=steps))
-    return device.backward(request, made, saved, tensors["do"], None, tokens), want
+    last = last and type(last)(*map(torch.tensor, last))
+    return device.backward(request, made, saved, tensors["do"], last, tokens), want
 
 
 def close(got, want, most=EXACT):
     assert rms(got.double().numpy() - want) <= most * rms(want)
 
 
-SAVED = {"hla2": ("Sk",), "ahla": ("Pv",), "hla3": ("Sk", "Pv")}  # states and values
+SAVED = {"y": "Sk", "u": "Pv", "u|1": "m1"}  # their states and values
 STATES_OF = {"hla2": HLA2State, "ahla": AHLAState, "hla3": HLA3State}
-RUNS = {"hla2": [1, 1], "ahla": [2, 1], "hla3": [2, 1]}  # how often the two kernels run
+RUNS = {"hla2": [1, 1, 0], "ahla": [0, 1, 1], "hla3": [2, 2, 0]}  # how often each kernel runs
 CASES = [  # operator, T, D, V, gate, whether there is a state
     ("hla2", 130, 64, 64, None, False),
     ("hla2", 200, 128, 128, "decay", True),
@@ -194,8 +202,11 @@ def test_segments(kernels, monkeypatch, operator, D, V, gate, states):
     start = first_state(rng, operator, D, V) if states else None
     arrays = given(rng, T, D, V)
     got, want = gradients(arrays, options, torch.float64, start, operator=operator, tokens=80)
-    sweeps = [operator != "hla2", True]
-    assert [[x.get("READ", True) for x in kernel.ran] for kernel in made] == [sweeps, [True]]
+    sweeps = [operator == "hla3", True]
+    ran = [sweeps, [True] * RUNS[operator][1], []]
+    if operator == "ahla":
+        ran = [[], [True], [False, False, True] if states else [False, True]]
+    assert [[x.get("READ", True) for x in kernel.ran] for kernel in made] == ran
     for name in ("dq", "dk", "dv"):
         close(getattr(got, name), getattr(want, name), most=1e-6)  # carried in float32
     if states:
@@ -212,13 +223,32 @@ def test_gradients_are_exact(kernels, operator, T, D, V, gate, states):
     arrays = given(rng, T, D, V)
     got, want = gradients(arrays, options, torch.float64, start, operator=operator)
     assert [len(kernel.ran) for kernel in made] == RUNS[operator]
-    assert made[0].ran[0]["FAST"] == (D % 8 == V % 8 == 0)
+    assert made[1].ran[0]["FAST"] == (D % 8 == V % 8 == 0)
     for name in ("dq", "dk", "dv"):
         close(getattr(got, name), getattr(want, name))
     for name in "SFPE" if states else "":
         if hasattr(start, name):  # S by a pass in float32
             x, y = (getattr(z.dinitial_state, name) for z in (got, want))
             close(x, y, most=1e-6 if name == "S" else EXACT)
+
+
+@pytest.mark.parametrize(("operator", "gate"), [("ahla", None), ("hla3", "decay")])
+def test_gradients_of_all_last_states(kernels, operator, gate):
+    """Passes of the denominators' states leave some of d.q before a sweep adds to it."""
+    rng = np.random.default_rng(5)
+    made = kernels(exact=True)
+    start, last = (
+        type(S)(*(x.astype(np.float32) for x in S))  # as Triton's interpreter sums
+        for S in (first_state(rng, operator, 64, 40) for _ in "ab")
+    )
+    options = {"scale": 0.5} | gates(rng, gate, (H,), 70)
+    arrays = given(rng, 70, 64, 40)
+    got, want = gradients(arrays, options, torch.float32, start, operator=operator, last=last)
+    assert [len(kernel.ran) for kernel in made] == RUNS[operator]
+    for name in ("dq", "dk", "dv"):
+        close(getattr(got, name), getattr(want, name), most=1e-6)
+    for x, y in zip(got.dinitial_state, want.dinitial_state, strict=True):
+        close(x, y, most=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +290,8 @@ def test_bfloat16(kernels, operator, gate):
     ("hla2", 60, 64, 64, "log_gate", False, 0, "float64"),
     ("ahla", 200, 24, 60, "log_gate", True, 128, "float64"),
     ("ahla", 130, 100, 128, "per_head", False, 0, "float64"),
+    ("hla3", 150, 128, 96, "log_gate", False, 0, "float64"),
+    ("hla3", 200, 40, 24, "per_head", False, 128, "float64"),
     ("hla2", 300, 128, 128, "log_gate", False, 0, "bfloat16"),
     ("ahla", 200, 128, 128, "per_head", False, 0, "bfloat16"),
 ])  # fmt: skip
@@ -276,7 +308,7 @@ def test_gradient_of_a_gate(kernels, monkeypatch, operator, T, D, V, gate, state
         arrays, options, dt, start, operator=operator, tokens=tokens, trained=True
     )
     sweeps = [x for kernel in made for x in kernel.ran if x.get("READ", True)]
-    count = 3 if operator == "ahla" else 2
+    count = {"hla2": 2, "ahla": 3, "hla3": 4}[operator]
     assert [(x["DOTS"], x["EVERY"]) for x in sweeps] == [(True, int(T > 64))] * count
     for name in ("dq", "dk", "dv") if exact else ():
         close(getattr(got, name), getattr(want, name), most=1e-6 if tokens else EXACT)
@@ -296,7 +328,7 @@ def test_gradient_of_a_gate(kernels, monkeypatch, operator, T, D, V, gate, state
 def test_gradients_of_last_states(kernels, gate):
     """The reverse sweep begins from them; dS need not be symmetric."""
     rng, T, D, V = np.random.default_rng(3), 80, 128, 64
-    kernel, _ = kernels(exact=True)
+    kernel, *_ = kernels(exact=True)
     x = given(rng, T, D, V) | {"dS": rng.standard_normal((H, D, D))}
     x |= {"dF": rng.standard_normal((H, D, V)), "gate": np.full(H, 0.9)}
     decay = {"decay": 0.9} if gate else {}
@@ -343,12 +375,15 @@ def test_what_is_not_served():
         return [row.name for row in hopper_backward.rows(request)]
 
     assert len(served()) == len(served(decay=0.5)) == len(served(scale=0.3)) == 2
-    assert len(served(operator="ahla")) == len(served(operator="hla3")) == 3
-    assert len(served(operator="hla3", heads=2)) == 1  # y has fewer heads than u
+    assert len(served(operator="ahla")) == 2
+    assert len(served(operator="hla3")) == 4
+    assert len(served(operator="hla3", heads=2)) == 2  # y has fewer heads than u
     gate = {"log_gate": torch.zeros(2, 1, 8)}
     assert len(served(**gate)) == 2
+    assert len(served(operator="ahla", **gate)) == 3
+    assert len(served(operator="hla3", **gate)) == 4
     for options in (
-        gate | {"operator": "hla3"}, gate | {"D": 130}, {"D": 130}, {"normalize": True},
+        gate | {"D": 130}, {"D": 130}, {"normalize": True},
         {"ridge": 0.1},
         {"operator": "linear"}, {"mask": "prefix"}, {"scale": 0.0},
     ):  # fmt: skip
@@ -358,7 +393,7 @@ def test_what_is_not_served():
 
 
 @pytest.mark.parametrize(("operator", "start", "sweeps"), [
-    ("hla2", False, 2), ("hla2", True, 0), ("ahla", True, 3),
+    ("hla2", False, 2), ("hla2", True, 0), ("ahla", True, 3), ("hla3", False, 4), ("hla3", True, 0),
 ])  # fmt: skip
 def test_a_gates_gradient_needs_symmetric_states(operator, start, sweeps):
     """Which a first S need not be: all by passes then, which count by chunks of their own."""
@@ -367,9 +402,8 @@ def test_a_gates_gradient_needs_symmetric_states(operator, start, sweeps):
     request, _, _ = prepare(q, k, v, gradient=True, **options)
     found = plan.backward(request, launch.narrow(9), hopper_backward.rows(request), start=start)
     assert sum(isinstance(step, Fused) for step in found.steps) == sweeps
-    assert {step.chunk for step in found.steps if isinstance(step, GateGradient)} == {
-        64 if sweeps else 32
-    }
+    chunks = {step.chunk for step in found.steps if isinstance(step, GateGradient)}
+    assert chunks == {64 if sweeps else 32}
 
 
 @pytest.mark.parametrize(("operator", "V", "taken"), [
@@ -396,6 +430,12 @@ KERNELS = [  # kernel, what it does, gate, what differs
         (0, {}), (1, {}), (2, {}), (2, STATES), (2, SEGMENT), (2, {"B": 64}),
     )),
     ("reverse", {"Z": False}, 2, {"POWER2": 3}), ("queries", {}, 2, {"POWER2": 1}),  # of hla3
+    *(("queries", {"ONE": True, "ADD": True}, gate, {"POWER1": power, "POWER2": power} | more)
+      for gate, power, more in ((0, 0, {}), (2, 3, {}), (2, 3, DOTS))),
+    *(("ahla", {}, gate, more) for gate, more in (
+        (0, {}), (1, {}), (2, {}), (0, STATES), (2, SEGMENT), (2, {"B": 64}),
+    )),
+    ("ahla", {"READ": False, "END2": True}, 2, {"START1": True, "tokens": 1024}),
     *(("reverse", {"Z": False, "ADD": add}, gate, {}) for add in (False, True) for gate in (0, 2)),
     *(("queries", {"AHLA": ahla}, gate, {}) for ahla in (False, True) for gate in (0, 1, 2)),
     ("queries", {"AHLA": False}, 2, STATES),
@@ -403,39 +443,41 @@ KERNELS = [  # kernel, what it does, gate, what differs
     *((name, {}, 0, {"WHOLE_D": False, "WHOLE_V": False}) for name in ("reverse", "queries")),
     *((name, {}, 0, {"FAST": False, "WHOLE_D": False}) for name in ("reverse", "queries")),
     *((name, {"AHLA": False}, gate, DOTS) for name in ("reverse", "queries") for gate in (1, 2)),
-    ("reverse", {"Z": False}, 2, DOTS),
     ("queries", {"AHLA": True}, 2, DOTS),
-    *((name, {}, 2, {"B": 64} | DOTS) for name in ("reverse", "queries")),
-    *((name, {}, 2, {"FAST": False, "WHOLE_D": False} | DOTS) for name in ("reverse", "queries")),
+    ("reverse", {"SUM": True}, 2, DOTS),
+    ("queries", {}, 2, {"FAST": False, "WHOLE_D": False} | DOTS),
     *((name, {}, 2, SEGMENT | DOTS) for name in ("reverse", "queries")),
     *((name, {}, gate, SEGMENT) for name in ("reverse", "queries") for gate in (0, 2)),
     *(("reverse", {"READ": False, "END1": True}, gate, {"START2": True, "tokens": 1024})
       for gate in (0, 1, 2)),
 ]  # fmt: skip
 SPILLS = 64, 416  # bytes a thread, mostly in the mover; from the assembler of CUDA 13 on
+DOTTED = 208, 448  # also in owners
 BEGIN = 448  # before the first chunk, of states that are loaded
-ODD = 1024  # in the mover, where rows are of no whole 16 bytes
+ODD = 1024, 1184  # without and with dots, in the mover, where rows are of no whole 16 bytes
 
 
 def prepared(name, does, gate, more):
     """Return what `ahead` compiles for one case."""
     module = importlib.import_module(f"hla.kernels.triton.hopper_{name}")
     kernel = getattr(module, f"{name}_kernel")
-    powers = (1, 1) if does.get("AHLA") or not does.get("Z", True) or does.get("SUM") else (1, 2)
-    powers = powers if gate else (0, 0)
+    ones = name == "ahla" or does.get("AHLA") or does.get("SUM") or not does.get("Z", True)
+    powers = (1, 1 if ones else 2) if gate else (0, 0)
     given = {
-        "Z": True, "SUM": False, "ADD": False, "READ": True, "AHLA": False, "GATE": gate,
-        "POWER1": powers[0], "POWER2": powers[1],
+        "Z": True, "SUM": False, "ADD": False, "READ": True, "AHLA": False, "ONE": False,
+        "GATE": gate, "POWER1": powers[0], "POWER2": powers[1],
         "START1": False, "START2": False, "END1": False, "END2": False, "DOTS": False, "EVERY": 0,
         "B": 128, "WHOLE_D": True, "WHOLE_V": True, "FAST": True,
     } | does | more  # fmt: skip
-    given |= {f"s{x}{e}": 2048 if e == "t" else 1 for x in "qkvgyabc" for e in "td"}
+    given |= {f"s{x}{e}": 2048 if e == "t" else 1 for x in "qkvguyabc" for e in "td"}
     asked = {"p_start1": "START1", "p_start2": "START2", "p_end2": "END2", "p_gate": "GATE"}
     given["DK"] = given["Z"] and not given["SUM"]
     asked |= {f"p_{n}{i}": "DOTS" for n in ("dots", "kept", "met") for i in (1, 2)}
-    asked |= {"p_end1": "END1", "p_k": "Z", "p_dk": "DK"} if name == "reverse" else {"p_q": "DOTS"}
+    asked |= {"p_end1": "END1"} | ({"p_q": "DOTS"} if name == "queries" else {})
+    asked |= {"p_k": "Z", "p_dk": "DK"} if name == "reverse" else {}
     if not given["READ"]:
-        asked |= dict.fromkeys(("p_k", "p_y", "p_dy", "p_dv", "p_dk"), "READ")
+        unread = ("p_k", "p_y", "p_dy") if name == "reverse" else ("p_v", "p_u", "p_du")
+        asked |= dict.fromkeys((*unread, "p_dv", "p_dk"), "READ")
     cut = given.pop("tokens", 0)
 
     def absent(n):
@@ -467,6 +509,7 @@ def test_compiled_for_the_hardware(compiled, case):
     assert found["shared"] <= 227 * 1024
     assert found["wgmma"] > 0
     assert found["mma"] == 0
-    most = BEGIN if "START1" in more else SPILLS[found["assembler"] >= 13]
-    assert found["spills"] <= (most if more.get("FAST", True) else ODD)
+    dots, late = more.get("DOTS", False), found["assembler"] >= 13
+    most = BEGIN if "START1" in more else (DOTTED if dots else SPILLS)[late]
+    assert found["spills"] <= (most if more.get("FAST", True) else ODD[dots])
     safe(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from ..core.passes import Pass, Shape
@@ -25,6 +26,7 @@ class Term:
         self.border: list[tuple[Ref, Ref]] = []
         self.states: dict[bool, Ref | None] = {False: None, True: None}
         self.parts: Parts | None = None  # of the fused rows that do its launches
+        self.period = 0  # and tokens between the states that they keep
         self.met: Ref | None = None
         self.one = False  # whether its k is its v
         self.ends = True
@@ -83,7 +85,8 @@ class GateTerms:
         T, limits, width = b.request.tokens, b.limits, b.width(s.v)
         period, tiles = limits.period, -(-width // limits.tile)
         if parts:
-            period, tiles = parts.period, parts.writes if s.reverse else parts.reads
+            term.period = math.gcd(b.tokens, parts.period)
+            period, tiles = term.period, parts.writes if s.reverse else parts.reads
         dtype = "float32" if b.request.dtype == "bfloat16" else "float64"
         shape = (*batch, tiles, T * (3 if s.reverse else 1))
         dots = b.temporary("dots", shape, dtype=dtype, like="")
@@ -139,7 +142,7 @@ class GateTerms:
         """Return the steps of one term."""
         b, steps = self.builder, list[Step]()
         T, log = b.request.tokens, b.request.gate == "log_gate"
-        period = term.parts.period if term.parts else b.limits.period
+        period = term.period or b.limits.period
         shape = (*batch, T if log else -(-T // period))
         o = b.temporary("d.gate", shape, dtype=b.wide if log else "float64")
         self.found.append(o)

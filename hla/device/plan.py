@@ -138,7 +138,8 @@ class Builder:
         self.given |= set(given)
         self.gates.expect(steps)
         self.rows = self.able(steps)
-        pending = list(steps)
+        theirs = {s.out for r in self.rows if r.parts for s in r.steps}
+        pending = sorted(steps, key=lambda s: s.out in theirs)  # what adds to it goes after
         while pending:
             rows = ((r, self.waiting(r, pending)) for r in self.rows)
             row, passes = next(((r, g) for r, g in rows if g), (None, ()))
@@ -155,13 +156,18 @@ class Builder:
             self.steps += self.gates.finished(pending)
 
     def able(self, steps: Passes) -> tuple[Row, ...]:
-        """Return the rows that are used: for a gate's gradient all that it takes, or none of it."""
-        starts, pending = {s.start for s in steps if s.start}, list(steps)
+        """Return the rows that are used: for a gate's gradient by a step's passes all or none."""
+        if not any(s.dot for s in steps):
+            return self.rows
+        starts = {s.start for s in steps if s.start}
         gated = [r for r in self.rows if r.parts and r.parts.without not in starts]
+        theirs = {s.step for r in gated for s in r.steps}
+        pending = [s for s in steps if s.step in theirs]
         while found := next((g for r in gated if (g := self.waiting(r, pending))), None):
             pending = [s for s in pending if s not in found]
-        whole = not any(s.dot for s in pending)
-        return tuple(r for r in self.rows if whole or not any(s.dot for s in r.steps))
+        if any(s.dot for s in pending):
+            gated = []
+        return tuple(r for r in self.rows if r in gated or not any(s.dot for s in r.steps))
 
     def fused(
         self, row: Row, passes: Passes, pending: list[Pass], keep: Collection[str]
@@ -204,6 +210,7 @@ class Builder:
             self.ready(s, pending, group)
             and (s.out not in inner or self.lead(s)[0] == self.of(s.out)[:-2])
             and (not self.tokens or (s.out and s.out not in inner & self.written))
+            and (row.adds or not self.adds(s))
             for s in group
         )
         return tuple(group) if able and len(group) == len(row.steps) else ()

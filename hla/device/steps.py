@@ -198,7 +198,7 @@ class Parts(NamedTuple):
     """How a fused row leaves the parts of a gate's gradient: see `Launch`."""
 
     chunk: int  # tokens, by which dots count
-    period: int  # tokens between the states that are kept; of whole chunks
+    period: int  # tokens between the states that are kept; less where a segment is no multiple
     reads: int  # tiles of the dots of forward launches
     writes: int  # and of reverse ones
     side: int  # of the square in which a state is kept
@@ -217,6 +217,7 @@ class Row(NamedTuple):
     segments: bool = False  # also some of the passes from states, and the states of others alone
     parts: Parts | None = None  # None: it leaves nothing for a gate's gradient
     in_place: bool = False  # reads a chunk of all queries before it writes results there
+    adds: bool = False  # also to what results hold
     divides: bool = False  # also o by its denominator, where both are made by it alone
 
 

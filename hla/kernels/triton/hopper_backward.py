@@ -14,14 +14,15 @@ not later (not earlier) than its column:
     owner of Z   dK' = Z K' + dY' lo(Q K') + Q' lo(dY K')               Z += Q' dY + dY' Q
     of queries   dQ' = F dO' + Y' up(V dO') + S dY' + K' up(K dY')      F += Y' V, S += K' K
 
-ahla's are three sweeps of the same kernels: from R1 = sum q do' du = R1' k and a part of dk, R1 u;
-from R2 = sum q du' dv = R2' k and the other part, R2 v, which is added; queries have E and P for F
-and S, u and du for y and dy.
+ahla's reverse sweep has a kernel of its own (`hopper_ahla`), of R1 = sum q do' and R2 = sum q du';
+queries have E and P for F and S, u and du for y and dy. For a gate's gradient it is two sweeps of
+one state: du and a part of dk, R1 u; then dv and the other part, R2 v, which is added.
 
-hla3's are three too, with a pass between: from R = sum q do' (p = 3) dy = R u and du = R' y; from
+hla3's are four: from R = sum q do' (p = 3) dy = R u and du = R' y; from
 R2 = sum q du' and Z dv = R2' k and dk = R2 v + Z k, of which the owner of R2 leaves its part in the
-place of v to that of Z; queries have P du + S dy, and the pass of F adds its own. With D = V = 128
-these are 6 + 7 + 5 + 5 = 23 rows of 256 bytes, 1.03 ms; by passes alone 35.
+place of v to that of Z; queries have P du + S dy, and once more F do alone, which is added. With D
+= V = 128 these are 6 + 7 + 5 + 5 = 23 rows of 256 bytes, 1.03 ms; by passes alone 35. One H100 took
+1.13, .285 + .367 + .235 + .242 (the last by the pass kernel).
 
 Weights of a gate are those of `causal`: the reverse sweep reads its states by the weights of what
 is left of a chunk, and writes by those of what came before.
@@ -29,8 +30,8 @@ is left of a chunk, and writes by those of what came before.
 For a gate's gradient (`gate`) the owners of the reverse sweep leave d = y . (V R') and d = k . (Z
 k) / 2 and, of the two tiles of pairs that each makes, the sums of their product by query and by
 key; queries, which then read q too and leave dq in its place, c = q . (F do) and q . (S dy). What
-warps sum by columns and threads by rows are four parts each: added by `gate`, they need no shared
-memory. R and Z are kept in bfloat16 before every PERIOD of tokens; queries multiply them by F, S.
+warps sum by columns meets in a tile of pairs that nobody reads any more. R and Z are kept in
+bfloat16 before every PERIOD of tokens; queries multiply them by F and S.
 Of <S, dS> that is the whole where S is symmetric, which a first state need not be: then passes do.
 
 Bytes a token and head of hla2, D = V = 128, bfloat16: 3584, 0.627 ms for B = 8, T = 4096, H = 16
@@ -54,14 +55,23 @@ from .owners import masked
 
 HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
 AHLA = "ahla on Hopper: du, dk", "ahla on Hopper: dv, dk", "ahla on Hopper: dq"
-HLA3 = "hla3 on Hopper: dy, du", "hla3 on Hopper: dv, dk", "hla3 on Hopper: dq of y and u"
-SWEEPS = {  # name, whether last token first, the steps of the program whose adjoints it does
+BOTH = "ahla on Hopper: du, dv, dk"
+HLA3 = tuple(f"hla3 on Hopper: {x}" for x in ("dy, du", "dv, dk", "dq of y and u", "dq of o"))
+Sweep = tuple[str, bool, tuple[int, ...]]  # name, whether last token first, of which steps
+SWEEPS: dict[str, tuple[Sweep, ...]] = {
     "hla2": ((HLA2[0], True, (0, 1)), (HLA2[1], False, (0, 1))),
+    "ahla": ((BOTH, True, (0, 1)), (AHLA[2], False, (0, 1))),
+    "hla3": (
+        (HLA3[0], True, (2,)), (HLA3[1], True, (0, 1)),
+        (HLA3[2], False, (0, 1)), (HLA3[3], False, (2,)),
+    ),
+}  # fmt: skip
+GATED = SWEEPS | {  # for a gate's gradient
     "ahla": ((AHLA[0], True, (1,)), (AHLA[1], True, (0,)), (AHLA[2], False, (0, 1))),
-    "hla3": ((HLA3[0], True, (2,)), (HLA3[1], True, (0, 1)), (HLA3[2], False, (0, 1))),
 }
+ADDS = {AHLA[1], *HLA3[1:]}  # to dk or dq, what other passes may have left there
 WIDEST = 128  # columns of a tile
-CHUNK, PERIOD = 64, 256  # tokens by which dots count, and between the states that are kept
+CHUNK, PERIOD = 64, 1024  # tokens by which dots count, and between the states that are kept
 LATE = "START", "END", "DOTS", "EVERY"  # how constants begin that come behind powers
 FAR = 1 << 24  # elements between tokens: offsets inside a chunk have 32 bits
 
@@ -75,23 +85,16 @@ def rows(request: Request) -> tuple[Row, ...]:
         return ()
     B, parts = side(*widths), None
     if gated and request.gate_given:
-        if request.operator == "hla3":  # its gradient needs more passes
-            return ()
-        symmetric = "S@0" if request.operator == "hla2" else ""
-        parts = Parts(CHUNK, PERIOD, B // 16, 4, side=B, met=B // 16, without=symmetric)
+        symmetric = "" if request.operator == "ahla" else "S@0"
+        parts = Parts(CHUNK, PERIOD, B // 64, 1, side=B, met=B // 16, without=symmetric)
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     alike = request.operator != "hla3" or _alike(request)
     return tuple(
-        Row(
-            name,
-            tuple(s for s in back if s.reverse == last and s.step in of),
-            True,
-            parts,
-            not last,
-        )
-        for name, last, of in SWEEPS[request.operator]
+        Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
+            segments=True, parts=parts, in_place=not last, adds=name in ADDS)
+        for name, last, of in (GATED if parts else SWEEPS)[request.operator]
         if alike or len(of) == 1
-    )
+    )  # fmt: skip
 
 
 def side(D: int, V: int) -> int:
@@ -141,7 +144,8 @@ def launched(
         What the kernel does, and then which states there are, and dots.
     """
     places, sizes = placed(call, refs)
-    T, D, V = call.request.tokens, width(places.get("q") or places["k"]), width(places["do"])
+    keys = places.get("q") or places["k"] or places["y"]
+    T, D, V = call.request.tokens, width(keys), width(places["do"])
     B = side(D, V)
     gated = GATES.index(call.request.gate)
     power1, power2 = powers if gated else (0, 0)
@@ -200,6 +204,40 @@ def reverse(call: Call, s: Fused) -> Iterator[Do]:
         yield from passes(call, alone)
 
 
+def ahla(call: Call, s: Fused) -> Iterator[Do]:
+    """Yield ahla's sweep of du, dv and dk, last token first."""
+    if s.launches[1].q:
+        dk, du, more, dv = s.launches
+        refs: dict[str, Ref | None] = {
+            "q": du.k[0], "k": du.q[0], "v": more.q[0], "do": du.v[0], "u": dk.q[0],
+            "du": du.o[0], "dv": dv.o[0], "dk": dk.o[0], "R": du.start[0], "Z": dv.start[0],
+        }  # fmt: skip
+        yield from _ahla(call, refs, du, dv, read=True)
+        return
+    du, *states = s.launches  # of segments: du again, and sums of q du' or their transposes
+    for x in states:
+        refs = dict.fromkeys(("q", "k", "v", "do", "u", "du", "dv", "dk", "R", "Z"))
+        refs |= {"q": du.k[0], "k": du.q[0], "do": du.v[0], "R": du.start[0]}
+        left = x if x.k == du.k else x._replace(end=(flipped(x.end[0]),))
+        yield from _ahla(call, refs, du, left, read=False)
+
+
+def _ahla(
+    call: Call, refs: dict[str, Ref | None], du: Launch, dv: Launch, *, read: bool
+) -> Iterator[Do]:
+    """Yield it by the launches that leave R1 and R2."""
+    from .hopper_ahla import ahla_kernel
+
+    refs |= {"end": next(iter(du.end), None), "left": next(iter(dv.end), None)}
+    there = {"START1": "R", "START2": "Z", "END1": "end", "END2": "left"}
+    constants = {"READ": read} | {name: refs[n] is not None for name, n in there.items()}
+    refs["gate"] = Ref("gate") if call.request.gate else None
+    powers, factors = (du.power, dv.power), (du.write, 1 / du.write)
+    yield from launched(
+        call, ahla_kernel, du.batch, refs, "qkvguabc", factors, powers, du.tokens, constants
+    )
+
+
 def one_state(call: Call, s: Fused) -> Iterator[Do]:
     """Yield a sweep of ahla's, last token first: of du and its part of dk, or of dv and dk."""
     dk, dx = s.launches
@@ -217,9 +255,10 @@ def summed(call: Call, s: Fused) -> Iterator[Do]:
         "q": dk.v[0], "k": more.v[0], "v": dk.q[0], "do": dk.k[0], "y": dv.q[0],
         "dk": dk.o[0], "dv": dv.o[0], "none": None, "Z": more.start[0], "R": dv.start[0],
     }  # fmt: skip
-    yield from _reverse(call, refs, dv, more, Z=True, SUM=True, ADD=False, READ=True)
+    yield from _reverse(call, refs, dv, more, Z=True, SUM=True, ADD=dk.add, READ=True)
     if any(more.end):
-        yield from passes(call, more._replace(q=(), o=(), add=False, batch=more.held))
+        alone = more._replace(q=(), o=(), add=False, batch=more.held, **UNDOTTED)
+        yield from passes(call, alone)
 
 
 def _reverse(
@@ -238,31 +277,41 @@ def _reverse(
     refs |= {"dots1": z and z.dots, "dots2": x.dots, "kept1": z and z.states, "kept2": x.states}
     there = {"START1": "Z", "START2": "R", "END1": "left", "END2": "end", "DOTS": "dots2"}
     constants |= {name: refs[n] is not None for name, n in there.items()}
-    constants["EVERY"] = PERIOD // CHUNK if x.states else 0
+    constants["EVERY"] = every(x) if x.states else 0
     powers, factors = (z.power if z else 0, x.power), (x.write, 1 / x.write)
     yield from launched(
         call, reverse_kernel, x.batch, refs, "qkvgyabc", factors, powers, x.tokens, constants
     )
 
 
+def every(x: Launch) -> int:
+    """Chunks between the states that are kept, of which a segment has a multiple."""
+    return math.gcd(x.tokens, PERIOD) // CHUNK
+
+
 def queries(call: Call, s: Fused) -> Iterator[Do]:
     """Yield the sweep of dq, first token first."""
     from .hopper_queries import queries_kernel
 
-    first, second = s.launches
-    S, F = flipped(second.start[0]), flipped(first.start[0])
-    ahla = first.v == second.v != second.k  # k in both passes, of hla3 also in S = sum k k'
-    v, y = (second.k[0], first.k[0]) if ahla else (first.k[0], first.v[0])
+    first, *rest = s.launches
+    second = rest[0] if rest else None  # of hla3's o there is F alone
+    k, dy = (second.v[0], second.q[0]) if second else (None, None)
+    S, F = flipped(second.start[0]) if second else None, flipped(first.start[0])
+    v, y, ahla = first.k[0], first.v[0], False
+    if second and first.v == second.v != second.k:  # k in both; of hla3 also in S = sum k k'
+        v, y, ahla = second.k[0], first.k[0], True
     refs = {
-        "k": second.v[0], "v": v, "do": first.q[0], "y": y, "dy": second.q[0],
+        "k": k, "v": v, "do": first.q[0], "y": y, "dy": dy,
         "dq": first.o[0], "q": first.x, "S": S, "F": F,
         "gate": Ref("gate") if call.request.gate else None,
-        "dots1": second.dots, "dots2": first.dots, "kept1": second.kept, "kept2": first.kept,
-        "met1": second.met, "met2": first.met,
+        "dots1": second and second.dots, "dots2": first.dots,
+        "kept1": second and second.kept, "kept2": first.kept,
+        "met1": second and second.met, "met2": first.met,
     }  # fmt: skip
-    constants: dict[str, int] = {"AHLA": ahla, "START1": S is not None, "START2": F is not None}
-    constants |= {"DOTS": first.dots is not None, "EVERY": PERIOD // CHUNK if first.kept else 0}
-    powers, factors = (second.power, first.power), (first.read,)
+    constants: dict[str, int] = {"AHLA": ahla, "ONE": second is None, "ADD": first.add}
+    constants |= {"START1": S is not None, "START2": F is not None}
+    constants |= {"DOTS": first.dots is not None, "EVERY": every(first) if first.kept else 0}
+    powers, factors = ((second or first).power, first.power), (first.read,)
     yield from launched(
         call, queries_kernel, first.batch, refs, "kvgyabq", factors, powers, first.tokens, constants
     )
@@ -270,6 +319,7 @@ def queries(call: Call, s: Fused) -> Iterator[Do]:
 
 KERNELS = {
     **dict(zip(HLA2, (reverse, queries), strict=True)),
+    BOTH: ahla,
     **dict(zip(AHLA, (one_state, one_state, queries), strict=True)),
-    **dict(zip(HLA3, (one_state, summed, queries), strict=True)),
+    **dict(zip(HLA3, (one_state, summed, queries, queries), strict=True)),
 }

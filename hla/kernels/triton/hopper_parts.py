@@ -26,6 +26,12 @@ from .warpgroups import (
     put_weights,
 )
 
+NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # by later versions
+
+# Rows of float32 in shared memory, and four of them in each thread
+LINES = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0]))
+FOURS = gl.constexpr(gl.BlockedLayout([4, 1], [1, 32], [1, 4], [0, 1]))
+
 
 @gluon.jit
 def _power(x, POWER: gl.constexpr):
@@ -163,34 +169,33 @@ def _total(S, ends, slot, POWER: gl.constexpr, ACC: gl.constexpr):
 
 
 @gluon.jit
-def _left_by_row(x):
-    """Return the sums over columns in four parts, [W, 4]: in each thread its own."""
-    x = x.reshape([W, x.shape[1] // 8, 4, 2])  # columns as an accumulator's threads hold them
-    return gl.sum(gl.sum(x, 3), 1)
-
-
-@gluon.jit
 def _by_column(x):
     """Return the sums over rows in four parts, [4, W]: in each warp its own."""
     return gl.sum(x.reshape([4, 16, W]), 1)
 
 
 @gluon.jit
-def _put_rows(p, x, step, left):
-    """Store what `_left_by_row` returned, tokens as columns, parts a ``step`` apart."""
-    L: gl.constexpr = x.type.layout
-    t = gl.arange(0, W, layout=gl.SliceLayout(1, L))[:, None]
-    i = gl.arange(0, 4, layout=gl.SliceLayout(0, L))[None, :]
-    gl.store(p + (i * step + t), x, mask=t < left)
+def _lines(tile):
+    """Return a tile of pairs that nobody reads any more as 32 rows of W float32."""
+    if NAMED:
+        return tile.reinterpret(gl.float32, [32, W], LINES)
+    else:
+        return tile._reinterpret(gl.float32, [32, W], LINES)
 
 
 @gluon.jit
-def _put_columns(p, x, step, left):
-    """Store what `_by_column` returned, parts a ``step`` apart."""
-    L: gl.constexpr = x.type.layout
-    i = gl.arange(0, 4, layout=gl.SliceLayout(1, L))[:, None]
-    t = gl.arange(0, W, layout=gl.SliceLayout(0, L))[None, :]
-    gl.store(p + (i * step + t), x, mask=t < left)
+def _put_line(p, lines, left, FIRST: gl.constexpr):
+    """Store the sum of four rows, one number a token."""
+    x = gl.sum(lines.slice(FIRST, 4, 0).load(FOURS), 0)
+    t = gl.arange(0, W, layout=gl.SliceLayout(0, FOURS))
+    gl.store(p + t, x, mask=t < left)
+
+
+@gluon.jit
+def _put_tokens(p, x, left):
+    """Store one number a token."""
+    t = gl.arange(0, W, layout=x.type.layout)
+    gl.store(p + t, x, mask=t < left)
 
 
 @gluon.jit

@@ -22,21 +22,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_parts import (
+    LINES,
     _accumulated,
     _apart,
     _by_column,
     _fetch,
     _kept,
-    _left_by_row,
+    _lines,
     _operand,
     _pairs,
     _power,
     _put,
-    _put_columns,
     _put_decay,
     _put_gate,
+    _put_line,
     _put_pairs,
-    _put_rows,
+    _put_tokens,
     _slot,
     _state_at,
     _total,
@@ -62,20 +63,24 @@ from .warpgroups import (
 
 
 @gluon.jit
-def _rows(
-    a, R, tile, b, weights, slot,
-    POWER: gl.constexpr, B: gl.constexpr,
-    x=None, p=None, step=None, left=None, scale=None, DOTS: gl.constexpr = False,
-):  # fmt: skip
-    """Return a R + tile b, [W, B]; with ``DOTS`` leave x . a R token by token."""
+def _read_rows(a, R, weights, slot, POWER: gl.constexpr, B: gl.constexpr):
+    """Return what rows read from a state, [W, B]."""
     ACC: gl.constexpr = ACC128 if B == 128 else ACC64
     o = gl.zeros([W, B], gl.float32, ACC)
     o = warpgroup_mma(a, R, o, use_acc=False, is_async=True)
     if POWER > 0:
         o = warpgroup_mma_wait(0, deps=[o])
         o *= _power(_weigh(weights, slot, AFTER, gl.SliceLayout(1, ACC)), POWER)[:, None]
-    if DOTS:
-        _put_rows(p, _left_by_row(x.load(ACC).to(gl.float32) * o) * scale, step, left)
+    return o
+
+
+@gluon.jit
+def _rows(
+    a, R, tile, b, weights, slot,
+    POWER: gl.constexpr, B: gl.constexpr,
+):  # fmt: skip
+    """Return a R + tile b, [W, B]."""
+    o = _read_rows(a, R, weights, slot, POWER, B)
     o = warpgroup_mma(tile, b, o, is_async=True)
     return warpgroup_mma_wait(0, deps=[o])
 
@@ -111,11 +116,10 @@ def _owner_r(
         fence_async_shared()
         barrier()
         if DOTS:
-            p, left = p_dots + c * W, length - c * W
-            dy = _rows(
-                b_v, copy.permute((1, 0)), tile, b_q, weights, slot, POWER, B,
-                b_y, p, 3 * total, left, scale, True,
-            )  # fmt: skip
+            dy = _read_rows(b_v, copy.permute((1, 0)), weights, slot, POWER, B)
+            d = gl.sum(b_y.load(ACC).to(gl.float32) * dy, 1) * scale
+            dy = warpgroup_mma(tile, b_q, dy, is_async=True)
+            dy = warpgroup_mma_wait(0, deps=[dy])
         else:
             dy = _rows(b_v, copy.permute((1, 0)), tile, b_q, weights, slot, POWER, B)
         b_v.store((dy * scale).to(gl.bfloat16))
@@ -125,8 +129,7 @@ def _owner_r(
             a = warpgroup_mma_wait(0, deps=[_pairs(b_y, b_q)])
             if DOTS:  # the tile still holds those of v and do
                 x = _apart(tile.load(ACC64).to(gl.float32), a) * scale
-                _put_columns(p + total, _by_column(x), 3 * total, left)
-                _put_rows(p + 2 * total, _left_by_row(x), 3 * total, left)
+                by_query, by_key = _by_column(x), gl.sum(x, 1)
             _put_pairs(tile, a, weights, slot, True, POWER)
             fence_async_shared()
             barrier()
@@ -134,6 +137,12 @@ def _owner_r(
             if SUM:
                 mbarrier.wait(k_read.index(s), (i // STAGES) & 1)
             b_y.store((dv * scale).to(gl.bfloat16))
+            if DOTS:
+                lines, p, left = _lines(tile), p_dots + c * W, length - c * W
+                lines.slice(0, 4, 0).store(by_query)
+                _put_tokens(p, d, left)
+                _put_tokens(p + 2 * total, by_key, left)
+                _put_line(p + total, lines, left, 0)
         qT = b_q.permute((1, 0))
         if POWER > 0:
             R0 = _total(R0, ends, slot, POWER, ACC)
@@ -218,7 +227,7 @@ def _rounded(o, out, scale, SUM: gl.constexpr):
 def _owner_z(
     qs, ks, vs, ys, tiles, crosses, weights, ends, full, dy_there, dk_there, k_read, chunks, zero,
     p_start, ss0, ss1, p_end, se0, se1, D, scale, unscale,
-    p_dots, p_kept, length, total, earlier,
+    sums, p_dots, p_kept, length, total, earlier,
     HALVES: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, POWER: gl.constexpr,
     SUM: gl.constexpr, READ: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
     DOTS: gl.constexpr, EVERY: gl.constexpr,
@@ -251,10 +260,9 @@ def _owner_z(
         if READ:
             a = warpgroup_mma_wait(0, deps=[_pairs(b_dy, b_k)])
             if DOTS:
-                p, left = p_dots + c * W, length - c * W
                 x = _apart(pairs, a) * scale
-                _put_rows(p + total, _left_by_row(x), 3 * total, left)
-                _put_columns(p + 2 * total, _by_column(x), 3 * total, left)
+                by_query = gl.sum(x, 1)
+                sums.store(_by_column(x))
             _put_pairs(tile2, a, weights, slot, False, POWER)
             fence_async_shared()
             barrier()
@@ -265,8 +273,6 @@ def _owner_z(
             o = _read_block(o, weights, slot, POWER)
             if DOTS:
                 d = _by_column(_accumulated(kT.slice(0, 64, 0)) * o)
-                if HALVES == 1:  # here and below: Z is the sum of a gradient and its transpose
-                    _put_columns(p, d * (0.5 * scale), 3 * total, left)
             o = warpgroup_mma(dyT0, tile1, o, is_async=True)
             o = warpgroup_mma(qT0, tile2, o, is_async=True)
             o = warpgroup_mma_wait(0, deps=[o])
@@ -291,7 +297,6 @@ def _owner_z(
                 o = _read_block(o, weights, slot, POWER)
                 if DOTS:
                     d += _by_column(_accumulated(kT.slice(64, 64, 0)) * o)
-                    _put_columns(p, d * (0.5 * scale), 3 * total, left)
                 o = warpgroup_mma(dyT1, tile1, o, is_async=True)
                 o = warpgroup_mma(qT1, tile2, o, is_async=True)
                 Z00, o = warpgroup_mma_wait(0, deps=[Z00, o])
@@ -304,6 +309,12 @@ def _owner_z(
                 Z00 = warpgroup_mma_wait(0, deps=[Z00])
         elif READ:
             outT.store(dk0)
+        if DOTS:
+            lines, p, left = _lines(tile1), p_dots + c * W, length - c * W
+            lines.slice(0, 4, 0).store(d * (0.5 * scale))  # Z has a gradient and its transpose
+            _put_tokens(p + total, by_query, left)
+            _put_line(p, lines, left, 0)
+            _put_line(p + 2 * total, sums, left, 0)
         if POWER > 0:  # half by half, else registers would not suffice
             w_q = _weighed(qT0, weights, slot, BEFORE, POWER, A64)
             w_dy = _weighed(dyT0, weights, slot, BEFORE, POWER, A64)
@@ -369,7 +380,7 @@ def _mover_r(
         if Z and i >= STAGES:
             mbarrier.wait(dk_there.index(s), turn)
             if SUM:
-                _put(p_dy, vs.index(s), left, T, D, sat, sad, B, FAST, WHOLE_D)
+                _put(p_dy, vs.index(s), left, T, D, sat, sad, B, FAST, WHOLE_D, ADD)
                 barrier()
         if i < chunks:
             _fetch(qs.index(s), p_q, row, T, D, sqt, sqd, B, FAST, WHOLE_D)
@@ -430,7 +441,7 @@ def _mover_z(
 )  # fmt: skip
 def reverse_kernel(
     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_start1, p_start2, p_end2, p_end1, p_gate,
-    p_dots1, p_dots2, p_kept1, p_kept2,  # of Z and R, in order: (heads, 4, 3 T), (heads, N, B, B)
+    p_dots1, p_dots2, p_kept1, p_kept2,  # of Z and R, in order: (heads, 3 T), (heads, N, B, B)
     scale, unscale, T, tokens, D, V, N1, N2,
     sq0, sq1, sq2,
     sk0, sk1, sk2,
@@ -513,7 +524,7 @@ def reverse_kernel(
         if END2:
             p_end2 += part * sen
     if DOTS:
-        ahead = i_head.to(gl.int64) * 12 * total + earlier * W
+        ahead = i_head.to(gl.int64) * 3 * total + earlier * W
         p_dots2 += ahead
         if Z:
             p_dots1 += ahead
@@ -556,6 +567,9 @@ def reverse_kernel(
     copies = gl.allocate_shared_memory(gl.bfloat16, [1, B, B], TILE)
     tiles = gl.allocate_shared_memory(gl.bfloat16, [3, W, W], TILE)
     crosses = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], TILE)
+    sums = tiles
+    if DOTS:
+        sums = gl.allocate_shared_memory(gl.float32, [4, W], LINES)
     SLOTS: gl.constexpr = STAGES if GATE == 2 else 2
     weights = gl.allocate_shared_memory(gl.float32, [SLOTS * LISTS, W], LIST)
     ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
@@ -580,7 +594,7 @@ def reverse_kernel(
                 (_owner_z, (
                     qs, ks, vs, ys, tiles, crosses, weights, ends, full, dy_there, dk_there,
                     k_read, chunks, T >> 31, p_start1, szd, sze, p_end1, swd, swe, D, scale,
-                    unscale, p_dots1, p_kept1, T, total, earlier,
+                    unscale, sums, p_dots1, p_kept1, T, total, earlier,
                     HALVES, STAGES, GATE, POWER1, SUM, READ, START1, END1, DOTS, EVERY,
                 )),
                 (_mover_r if READ else _mover_z, (
