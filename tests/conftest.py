@@ -46,7 +46,10 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 DTYPES = dict.fromkeys(LIBRARIES, FLOATS) | {"array_api_strict": FLOATS[2:]}
 ACCELERATORS = {"torch": "cuda", "jax": "cuda", "cupy": "cuda", "numba": "cuda"}  # by library
 BUILT_IN = [*backends.TABLE]
-INTERPRETERS = {"triton": "TRITON_INTERPRET", "pallas": "HLA_PALLAS_INTERPRET"}  # backend: what is 1 where it needs no device
+INTERPRETERS = {  # backend: what is 1 where it needs no device
+    "triton": "TRITON_INTERPRET",
+    "pallas": "HLA_PALLAS_INTERPRET",
+}
 
 # Error budget: unit roundoff of the wide types, RMS of one rounding of the narrow ones; the same on
 # every machine. The core keeps intermediates in float32, so only the output is rounded (1.2).
