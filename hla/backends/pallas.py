@@ -114,15 +114,21 @@ def _run(name: str, request: Request, *given: Any) -> Any:
     """Run "forward" or "backward" where the arrays are or, under a trace, will be."""
     import jax
 
-    from ..kernels.pallas import run
+    from ..kernels.pallas import lowering, run
 
     call: Callable[..., Any] = getattr(run, name)
     where = "" if request.device == "traced" else _platform(request)
     if where:
         return call(where, request, *given)
-    platforms = ("cuda", "tpu") if _mosaic() else ("tpu",)
-    on = {x: functools.partial(call, x, request) for x in platforms}
-    default = functools.partial(call, "host" if _interpreted() else "plain", request)
+    plain = functools.partial(call, "plain", request)
+    on = {
+        x: lowering.alone(x, functools.partial(call, x, request), plain)
+        for x in ("cuda", "tpu")
+        if x == "tpu" or _mosaic()
+    }
+    default = plain
+    if _interpreted():
+        default = lowering.alone("", functools.partial(call, "host", request), plain)
     return jax.lax.platform_dependent(*given, **on, default=default)
 
 

@@ -170,11 +170,11 @@ def operands(call: Call, s: Launch, take: Take, gate: Gate) -> tuple[Operands, S
     factors = None
     if s.power and call.request.gate is not None:
         log = gate.log_gate
-        if log is None:
-            decay = weights.log_of(gate.decay)
-            log = jnp.broadcast_to(decay[..., None], (*decay.shape, T))
-        log = cut(log, -1)
-        log = jnp.reshape(log, (*log.shape[:-1], tokens // W, W))
+        if log is None and not s.tokens and T > 2 * W:
+            log = weights.of_decay(gate.decay, W + (T % W or W), 2 * W)  # of two kinds of chunks
+        else:
+            log = cut(weights.of_decay(gate.decay, T, T) if log is None else log, -1)
+        log = jnp.reshape(log, (*log.shape[:-1], log.shape[-1] // W, W))
         factors = weights.vectors(log, s.power, strict=s.strict, reverse=s.reverse)
     start = None if s.start[0] is None else take(s.start[0]).mT
     batch = (*s.batch, count) if s.tokens else s.batch
