@@ -22,48 +22,58 @@ too: 0.224). No atomics; bits depend on nothing but the head's data.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
-from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...core.passes import Shape
+from .copies import (
+    Chunks,
+    Load,
+    Place,
+    Ring,
+    begun,
+    chunks_of,
+    cut,
+    drain,
+    ended,
+    entries,
+    heads,
+    laid,
+    launched,
+    move,
+    out_shape,
+    state_in,
+    state_out,
+    weights_of,
+    wide,
+)  # fmt: skip
 from .warpgroups import (
     BF16,
     COLUMN,
     F32,
     HALF,
+    MOVER,
+    OWNER,
     Array,
-    Place,
     W,
     Weights,
     added,
     barrier,
     columns,
-    cut,
-    entries,
-    heads,
     i32,
-    laid,
-    launched,
-    out_shape,
     pairs,
     product,
     put_turned,
-    state_in,
-    state_out,
     sums,
     taken_turned,
     tile,
     turned,
-    wide,
-    zeros,
-)
+)  # fmt: skip
 
 AHEAD = 4  # chunks of q in shared memory
 
@@ -91,33 +101,6 @@ class Made(NamedTuple):
     y: Array | None
     end1: Array | None
     end2: Array | None
-
-
-class Chunks(NamedTuple):
-    """The part of a sequence that a program does."""
-
-    first: Array  # token
-    chunks: Array | int
-    last: Array | bool  # whether it ends with the sequence's last chunk
-
-
-def chunks_of(tokens: int, segment: int, part: Array) -> Chunks:
-    """Return the chunks of a segment, or of the whole."""
-    whole = -(-tokens // W)
-    if not segment:
-        return Chunks(i32(0), whole, True)
-    parts, each = -(-tokens // segment), segment // W
-    last = part == parts - 1
-    return Chunks(part * segment, jnp.where(last, i32(whole - (parts - 1) * each), i32(each)), last)
-
-
-def weights_of(refs: Any, c: Array, slot: Array, part: Chunks, kind: str | None, power: int) -> Any:
-    """Return the weights of a chunk; of a decay all chunks but the last have the same."""
-    if kind is None:
-        return None
-    if kind == "decay":
-        slot = jnp.logical_and(part.last, c == part.chunks - 1).astype(jnp.int32)
-    return Weights(refs["lists"].at[slot], power)
 
 
 def read(
@@ -155,39 +138,6 @@ def written(S: Sequence[Array], b_x: Any, b_k: Any, w: Weights | None) -> tuple[
     return found
 
 
-def begun(
-    start: Any, place: Place, axes: tuple[Array, ...], halves: int, width: int
-) -> list[Array]:
-    """Return a first state by halves."""
-    if start is None:
-        return [zeros(HALF, width)] * halves
-    at = (*place.entry(start, 2 + len(axes)), *axes)
-    return [
-        plgpu.load(
-            start.at[(*at, columns(h))], layout=plgpu.Layout.WGMMA, optimized=False
-        )
-        for h in range(halves)
-    ]  # fmt: skip
-
-
-def ended(end: Any, at: tuple[Array, ...], first: Array | bool, S: Sequence[Array]) -> None:
-    """Store a last state, in the head that is to."""
-
-    def go() -> None:
-        for h, s in enumerate(S):
-            end.at[(*at, columns(h))][...] = s
-
-    go() if first is True else pl.when(first)(go)
-
-
-class Ring(NamedTuple):
-    """Buffers of one operand: how many, how much later than q's they are free, and by how many."""
-
-    size: int
-    later: int
-    readers: int
-
-
 def rings(p: Pair) -> tuple[Ring, Ring, Ring]:
     """Return the buffers of q, k and v: as many as there is memory for, by how long they are read.
 
@@ -196,49 +146,6 @@ def rings(p: Pair) -> tuple[Ring, Ring, Ring]:
     if p.ahla:
         return Ring(AHEAD, 0, 2), Ring(AHEAD, 0, 2), Ring(2, AHEAD - 3, 1)
     return Ring(AHEAD, 0, 2), Ring(AHEAD - 1, 0, 1), Ring(AHEAD - 1, 1, 1)
-
-
-class Load(NamedTuple):
-    """How an operand is loaded: barriers of its buffers; copies as rows of a chunk and buffers."""
-
-    ring: Ring
-    full: Any
-    free: Any
-    copies: Sequence[tuple[Callable[[Array], Any], Any]]
-
-    def __call__(self, chunk: Array) -> None:
-        """Load a chunk once there is a buffer for it."""
-        slot = lax.rem(chunk, i32(self.ring.size))
-
-        @pl.when(chunk >= self.ring.size)
-        def _() -> None:
-            plgpu.barrier_wait(self.free.at[slot])
-
-        for rows, buffers in self.copies:
-            plgpu.copy_gmem_to_smem(rows(chunk), buffers.at[slot], self.full.at[slot])
-
-
-def move(part: Chunks, loads: Sequence[Load]) -> None:
-    """Load all operands, each chunk of one in the order in which its buffers are free."""
-
-    def go(c: Array, _: None) -> None:
-        for load in loads:
-            e = c - load.ring.later
-            there = jnp.logical_and(e >= 0, e < part.chunks)
-            pl.when(there)(functools.partial(load, e))
-
-    lax.fori_loop(0, part.chunks + max(x.ring.later for x in loads), go, None)
-    for x in loads:
-        drain(x.free, x.ring.size, part.chunks)
-
-
-def drain(free: Any, count: int, chunks: Array | int) -> None:
-    """Wait for what is still to be freed of a ring: each barrier must be waited for."""
-
-    def go(c: Array, _: None) -> None:
-        plgpu.barrier_wait(free.at[lax.rem(c, i32(count))])
-
-    lax.fori_loop(jnp.maximum(chunks - count, 0), chunks, go, None)
 
 
 def pair(p: Pair, q: Array, k: Array, v: Array, gate: Array | None = None,
@@ -323,17 +230,17 @@ def _pair(p: Pair, T: int, parts: int, there: Sequence[bool], refs: Any, s: dict
 
     @pl.when(warpgroup == 0)
     def _() -> None:
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(OWNER, action="increase")
         _first(*args, start1, end1, y, BY // HALF, BD)
 
     @pl.when(warpgroup == 1)
     def _() -> None:
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(OWNER, action="increase")
         _second(*args, start2, end2, o, BV // HALF, BD)
 
     @pl.when(warpgroup == 2)
     def _() -> None:
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(MOVER, action="decrease")
         at = lambda ref: lambda e: place.rows(ref, part.first + e * W)  # noqa: E731
         own = [(at(q), s["qs"])]
         if p.gate == "log_gate":
@@ -377,7 +284,7 @@ def _first(
         b_q, b_k, made = s["qs"].at[i_q], s["ks"].at[i_k], s["made"].at[h]
         b_x = s["xs"].at[i_x] if p.ahla else b_k
         b_tile = s["tiles"].at[h if p.ahla else z]
-        w = weights_of(s, c, i_q, part, p.gate, p.powers[0])
+        w = weights_of(s.get("lists"), c, i_q, part, p.gate, p.powers[0])
 
         def free() -> None:
             @pl.when(c >= 2)
@@ -448,7 +355,7 @@ def _second(
             b_k, b_x, b_tile = s["ks"].at[i_k], s["made"].at[h], s["tiles"].at[h]
         else:
             b_k, b_x, b_tile = s["made"].at[h], s["xs"].at[i_x], s["tiles"].at[z + 1]
-        w = weights_of(s, c, i_q, part, p.gate, p.powers[1])
+        w = weights_of(s.get("lists"), c, i_q, part, p.gate, p.powers[1])
         plgpu.barrier_wait(s["q_full"].at[i_q])
         plgpu.barrier_wait(s["there"].at[h])
         if p.ahla:  # orders what the other copies wrote before this warpgroup reads it
