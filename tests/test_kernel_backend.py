@@ -56,6 +56,14 @@ KINDS = [(o, "causal") for o in OPERATORS] + [("hla3", "prefix")]  # of every pa
 
 
 @pytest.fixture(autouse=True)
+def compile_quickly(request):
+    """Have JAX spend less on compiling what an interpreter runs once."""
+    device = getattr(request.node, "callspec", None) and request.node.callspec.params["device"]
+    if device and device.compiles:
+        request.getfixturevalue("quick_jax")
+
+
+@pytest.fixture(autouse=True)
 def poison_libraries(monkeypatch):
     for library in {device.library for device in devices()}:
         poison_empty(monkeypatch, library)

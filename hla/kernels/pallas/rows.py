@@ -1,4 +1,4 @@
-"""Fused kernels of Mosaic GPU as rows of the planner: which requests they serve, and how.
+"""Which fused kernels serve a request on a Hopper GPU, and what does each.
 
 What does a fused step is given ``take``, the array that a reference means, and the gate; it returns
 pairs of a reference and its new array.
@@ -117,8 +117,9 @@ def pair(operator: str, call: Call, fused: Fused) -> Make:
             (left(ends[0], rest), left(ends[1], rest)), one.tokens or two.tokens,
             memory_axis(call, one.q[0].name),
         )  # fmt: skip
-        given: Any = (take(x) for x in (one.q[0], one.k[0], v))
-        made = hopper.pair(p, *given, gate_of(call, gate), *(taken(take, x) for x in starts))
+        given: Any = [take(x) for x in (one.q[0], one.k[0], v)]
+        given += [gate_of(call, gate), *(taken(take, x) for x in starts)]
+        made = hopper.pair(p, *given)
         return [(r, x) for r, x in zip(refs, made, strict=True) if r is not None]
 
     def left(end: Ref | None, own: int) -> Shape | None:
@@ -142,8 +143,9 @@ def reverse(call: Call, fused: Fused) -> Make:
             dv.batch, call.request.gate, (dk.power, dv.power), dv.write, end is not None,
             axis=memory_axis(call, dk.q[0].name),
         )  # fmt: skip
-        given: Any = (take(x) for x in (dy.v[0], dk.q[0], dy.q[0], dv.v[0], dv.q[0]))
-        made = sweep.reverse(p, *given, gate_of(call, gate), taken(take, R), taken(take, Z))
+        given: Any = [take(x) for x in (dy.v[0], dk.q[0], dy.q[0], dv.v[0], dv.q[0])]
+        given += [gate_of(call, gate), taken(take, R), taken(take, Z)]
+        made = sweep.reverse(p, *given)
         return [(r, x) for r, x in zip(refs, made, strict=False) if r is not None]
 
     return make
@@ -176,9 +178,9 @@ def queries(call: Call, fused: Fused) -> Make:
             ahla, first.batch, call.request.gate, (second.power, first.power), first.read,
             axis=memory_axis(call, second.v[0].name),
         )  # fmt: skip
-        given: Any = (take(x) for x in (second.v[0], v, first.q[0], y, second.q[0]))
-        dq = sweep.queries(p, *given, gate_of(call, gate), taken(take, S), taken(take, F))
-        return [(first.o[0], dq)]
+        given: Any = [take(x) for x in (second.v[0], v, first.q[0], y, second.q[0])]
+        given += [gate_of(call, gate), taken(take, S), taken(take, F)]
+        return [(first.o[0], sweep.queries(p, *given))]
 
     return make
 
