@@ -18,6 +18,7 @@ from .warpgroups import (
     BF16,
     F32,
     HALF,
+    LISTS,
     WGMMA,
     WIDEST,
     Array,
@@ -37,26 +38,25 @@ class Place(NamedTuple):
     batch: Shape
     axis: int = -2
 
-    def entry(self, ref: Any, rank: int) -> tuple[Array, ...]:
+    def entry(self, ref: Any, rank: int, axis: int = -2) -> tuple[Array, ...]:
         """Return the index of an array with so many own axes; it is broadcast over the rest."""
         lead = len(ref.shape) - rank
-        if rank == 2 and self.axis == -3 and lead:
+        sizes = ref.shape[:lead]
+        if axis == -3 and lead:
             sizes = (*ref.shape[: lead - 1], ref.shape[-2])
-        else:
-            sizes = ref.shape[:lead]
         own = self.heads[len(self.heads) - lead :]
         return tuple(i if n > 1 else i32(0) for i, n in zip(own, sizes, strict=True))
 
     def rows(self, ref: Any, first: Array, cols: Any = None) -> Any:
         """Return W rows of an array of tokens, (*batch, T, D) in the order of its memory."""
-        entry, cols = self.entry(ref, 2), [] if cols is None else [cols]
+        entry, cols = self.entry(ref, 2, self.axis), [] if cols is None else [cols]
         if self.axis == -3 and entry:
             return ref.at[(*entry[:-1], pl.ds(first, W), entry[-1], *cols)]
         return ref.at[(*entry, pl.ds(first, W), *cols)]
 
-    def first(self, ref: Any, rank: int) -> Array:
+    def first(self, ref: Any, rank: int, axis: int = -2) -> Array:
         """Whether a program is the first of those that share an array."""
-        entry = self.entry(ref, rank)
+        entry = self.entry(ref, rank, axis)
         shared = [i for i, n in zip(self.heads, self.batch, strict=True) if n > 1]
         own = {id(i) for i in entry}
         there = [i == 0 for i in shared if id(i) not in own]
@@ -92,7 +92,7 @@ def launched(
         num_threads=threads, thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=512,
+            approx_math=True,
         ),
     )  # fmt: skip
     return lambda *x: call(*x, jnp.zeros((1,), jnp.int32))
@@ -172,6 +172,19 @@ def weights_of(
     if kind == "decay":
         slot = jnp.logical_and(part.last, c == part.chunks - 1).astype(jnp.int32)
     return Weights(lists.at[slot], power)
+
+
+def load_decay(lists: Any, place: Place, buffers: Any, full: Any) -> None:
+    """Load the weights of a decay: all chunks but the last have the same."""
+    for n in range(2):
+        rows = lists.at[(*place.entry(lists, 2), pl.ds(n * LISTS, LISTS))]
+        plgpu.copy_gmem_to_smem(rows, buffers.at[n], full)
+
+
+def lists_at(lists: Any, place: Place, first: Array) -> Any:
+    """Return the weights of the chunk that begins with a token."""
+    at = lax.div(first, i32(W)) * LISTS
+    return lists.at[(*place.entry(lists, 2), pl.ds(at, LISTS))]
 
 
 def begun(

@@ -45,6 +45,8 @@ from .copies import (
     heads,
     laid,
     launched,
+    lists_at,
+    load_decay,
     move,
     out_shape,
     state_in,
@@ -57,6 +59,7 @@ from .warpgroups import (
     COLUMN,
     F32,
     HALF,
+    LISTS,
     MOVER,
     OWNER,
     Array,
@@ -66,10 +69,9 @@ from .warpgroups import (
     barrier,
     columns,
     i32,
+    listed,
     pairs,
-    product,
     put_turned,
-    sums,
     taken_turned,
     tile,
     turned,
@@ -103,49 +105,58 @@ class Made(NamedTuple):
     end2: Array | None
 
 
-def read(
-    S: Sequence[Array],
-    b_q: Any,
-    b_x: Any,
-    b_tile: Any,
-    w: Weights | None,
-    scale: float,
-    leave: Callable[[int, Array], None],
-) -> list[Array]:
-    """Leave O' = S' Q' + X' A' by halves; return the states as the gate has them."""
-    found = []
-    for h, s in enumerate(S):
-        x = turned(b_x.at[:, columns(h)])
-        if w is None:
-            o = product(HALF, W, (s.astype(BF16), turned(b_q)), (x, b_tile))
-        else:
-            o = product(HALF, W, (s.astype(BF16), turned(b_q)))
-            (o,) = added((o * w.before(COLUMN, HALF),), ((x, b_tile),))
-            s = s * w.total()
-        leave(h, o if scale == 1.0 else o * scale)
-        found.append(s)
-    return found
-
-
-def written(S: Sequence[Array], b_x: Any, b_k: Any, w: Weights | None) -> tuple[Array, ...]:
-    """Return S' + X' K."""
+def weighed(b_x: Any, w: Weights | None) -> Any:
+    """Return one half of the values as they enter the state, [64, W]."""
     if w is None:
-        return added(S, *(((turned(b_x.at[:, columns(h)]), b_k),) for h in range(len(S))))
-    found: tuple[Array, ...] = ()
-    for h, s in enumerate(S):  # one after the other, else registers would not suffice
-        x = taken_turned(b_x.at[:, columns(h)]).astype(F32) * w.after(COLUMN, HALF)
-        found += added((s,), ((x.astype(BF16), b_k),))
-    return found
+        return turned(b_x)
+    return (taken_turned(b_x).astype(F32) * w.after(COLUMN, HALF)).astype(BF16)
 
 
-def rings(p: Pair) -> tuple[Ring, Ring, Ring]:
-    """Return the buffers of q, k and v: as many as there is memory for, by how long they are read.
+def read(
+    S: Sequence[Array], b_q: Any, b_x: Any, b_tile: Any, w: Weights | None, scale: float,
+    leave: Callable[[int, Array], None],
+) -> tuple[list[Array], list[Any]]:  # fmt: skip
+    """Leave O' = S' Q' + X' A' by halves; return states and values as the gate has them."""
+    states, values = [], []
+    for h, s in enumerate(S):
+        own = b_x.at[:, columns(h)]
 
-    The first pass is one chunk ahead of the second.
+        def go(acc: Any, s: Array = s, own: Any = own) -> tuple[Array, ...]:
+            plgpu.wgmma(acc, s.astype(BF16), turned(b_q))
+            if w is None:
+                plgpu.wgmma(acc, turned(own), b_tile)
+                return (acc[...],)
+            s = s * w.total()  # as the product runs, and so below
+            acc[...] = acc[...] * w.before(COLUMN, HALF)
+            plgpu.wgmma(acc, turned(own), b_tile)
+            x = weighed(own, w)
+            return acc[...], s, x
+
+        o, *rest = pl.run_scoped(go, plgpu.ACC((HALF, W), F32))
+        leave(h, o if scale == 1.0 else o * scale)
+        states.append(rest[0] if rest else s)
+        values.append(rest[1] if rest else turned(own))
+    return states, values
+
+
+def faded(S: Sequence[Array], b_x: Any, w: Weights | None) -> tuple[list[Array], list[Any]]:
+    """Return states and values as the gate has them, where nothing is read."""
+    values = [weighed(b_x.at[:, columns(h)], w) for h in range(len(S))]
+    return [s if w is None else s * w.total() for s in S], values
+
+
+def rings(p: Pair) -> tuple[Ring, Ring, Ring, int]:
+    """Return the buffers of q, k, v and how many of o: as many as there is memory for.
+
+    They are shared out by how long they are read; the first pass is one chunk ahead of the second.
+    Where y is stored too, stores take longer than a chunk, so that o has two.
     """
+    tight = p.y is not None or p.gate == "log_gate"
     if p.ahla:
-        return Ring(AHEAD, 0, 2), Ring(AHEAD, 0, 2), Ring(2, AHEAD - 3, 1)
-    return Ring(AHEAD, 0, 2), Ring(AHEAD - 1, 0, 1), Ring(AHEAD - 1, 1, 1)
+        k = Ring(AHEAD - 1, 1, 2) if tight else Ring(AHEAD, 0, 2)
+        return Ring(AHEAD, 0, 2), k, Ring(2, AHEAD - 3, 1), 1 + tight
+    v = Ring(2, 2, 1) if tight else Ring(AHEAD - 1, 1, 1)
+    return Ring(AHEAD, 0, 2), Ring(AHEAD - 1, 0, 1), v, 1 + tight
 
 
 def pair(p: Pair, q: Array, k: Array, v: Array, gate: Array | None = None,
@@ -172,9 +183,9 @@ def pair(p: Pair, q: Array, k: Array, v: Array, gate: Array | None = None,
     T, D, V = q.shape[-2], q.shape[-1], v.shape[-1]
     BD, BV = wide(D), wide(V)
     Y, BY = (V, BV) if p.ahla else (D, BD)
-    Q, K, X = rings(p)
+    Q, K, X, O = rings(p)
     starts = [None if s is None else state_in(s, BD, b) for s, b in ((start1, BY), (start2, BV))]
-    lists = None if gate is None or p.gate is None else sums(gate, p.gate, T)
+    lists = None if gate is None or p.gate is None else listed(gate, p.gate, T)
     given = [laid(x, p.axis, b) for x, b in ((q, BD), (k, BD), (v, BV))]
     given += [x for x in (lists, *starts) if x is not None]
     parts = -(-T // p.tokens) if p.tokens else 1
@@ -189,14 +200,14 @@ def pair(p: Pair, q: Array, k: Array, v: Array, gate: Array | None = None,
             outs.append(jax.ShapeDtypeStruct((*lead, *axes, b, BD), F32))
     scratch = {
         "qs": tile(Q.size, W, BD), "ks": tile(K.size, W, BD), "xs": tile(X.size, W, BV),
-        "made": tile(2, W, BY), "out": tile(1, W, BV), "tiles": tile(2, W, W),
+        "made": tile(2, W, BY), "out": tile(O, W, BV), "tiles": tile(2, W, W),
         "q_full": barrier(Q.size, 1 + (p.gate == "log_gate")), "q_free": barrier(Q.size, 2),
         "k_full": barrier(K.size), "k_free": barrier(K.size, K.readers),
         "v_full": barrier(X.size), "v_free": barrier(X.size),
         "there": barrier(2), "taken": barrier(2),
     }  # fmt: skip
     if p.gate is not None:
-        scratch |= {"lists": plgpu.SMEM((AHEAD if p.gate == "log_gate" else 2, W), F32)}
+        scratch |= {"lists": plgpu.SMEM((AHEAD if p.gate == "log_gate" else 2, LISTS, W), F32)}
         scratch |= {"gate_full": barrier(1, 2)}
 
     def body(*refs: Any, **scratch: Any) -> None:
@@ -223,7 +234,7 @@ def _pair(p: Pair, T: int, parts: int, there: Sequence[bool], refs: Any, s: dict
     number = lax.rem(i, i32(parts)) if p.tokens else i32(0)
     place = Place(heads(p.batch, lax.div(i, i32(parts)) if p.tokens else i), p.batch, p.axis)
     part, axes = chunks_of(T, p.tokens, number), (number,) if p.tokens else ()
-    Q, K, X = rings(p)
+    Q, K, X, _ = rings(p)
     BD, BV = s["qs"].shape[-1], s["xs"].shape[-1]
     BY = BV if p.ahla else BD
     args = p, place, part, axes, nil, s
@@ -244,12 +255,9 @@ def _pair(p: Pair, T: int, parts: int, there: Sequence[bool], refs: Any, s: dict
         at = lambda ref: lambda e: place.rows(ref, part.first + e * W)  # noqa: E731
         own = [(at(q), s["qs"])]
         if p.gate == "log_gate":
-            entry = place.entry(lists, 1)
-            own.append((lambda e: lists.at[(*entry, pl.ds(part.first + e * W, W))], s["lists"]))
+            own.append((lambda c: lists_at(lists, place, part.first + c * W), s["lists"]))
         if p.gate == "decay":
-            for n in range(2):
-                rows = lists.at[(*place.entry(lists, 1), pl.ds(n * W, W))]
-                plgpu.copy_gmem_to_smem(rows, s["lists"].at[n], s["gate_full"].at[0])
+            load_decay(lists, place, s["lists"], s["gate_full"].at[0])
         move(part, [
             Load(K, s["k_full"], s["k_free"], [(at(k), s["ks"])]),
             Load(Q, s["q_full"], s["q_free"], own),
@@ -271,9 +279,9 @@ def _first(
     width: int,
 ) -> None:
     """Own the state of the first pass; hand on what it makes, and of ahla its A'."""
-    rank, (Q, K, X) = 2 + len(axes), rings(p)
+    rank, (Q, K, X, _) = 2 + len(axes), rings(p)
     S = begun(start, place, axes, halves, width)
-    keeps = y is not None and (p.y == p.batch or place.first(y, 2))
+    keeps = y is not None and (p.y == p.batch or place.first(y, 2, p.axis))
     if p.gate == "decay":
         plgpu.barrier_wait(s["gate_full"].at[0])
 
@@ -304,14 +312,14 @@ def _first(
         if y is not None:
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         leave = lambda n, x: put_turned(made.at[:, columns(n)], x.astype(BF16))  # noqa: E731
-        S = read(S, b_q, b_x, b_tile, w, p.scales[0], leave)
+        S, x = read(S, b_q, b_x, b_tile, w, p.scales[0], leave)
         plgpu.commit_smem()
         plgpu.barrier_arrive(s["there"].at[h])
         if y is not None:
             rows = place.rows(y, part.first + c * W)
             keep = lambda: plgpu.copy_smem_to_gmem(made, rows)  # noqa: E731
             keep() if keeps is True else pl.when(keeps)(keep)
-        S = written(S, b_x, b_k, w)
+        S = added(S, *(((own, b_k),) for own in x))
         plgpu.barrier_arrive(s["k_free"].at[i_k])
         plgpu.barrier_arrive(s["q_free"].at[i_q])
         if p.ahla:
@@ -341,7 +349,7 @@ def _second(
     width: int,
 ) -> None:
     """Own the state of the second pass, whose keys (of ahla: whose values) the first made."""
-    rank, (Q, K, X) = 2 + len(axes), rings(p)
+    rank, (Q, K, X, O) = 2 + len(axes), rings(p)
     S = begun(start, place, axes, halves, width)
     if p.gate == "decay":
         plgpu.barrier_wait(s["gate_full"].at[0])
@@ -350,7 +358,8 @@ def _second(
         z, *S = carry
         z = lax.bitwise_and(z, c)
         i_q, i_k, i_x, h = (lax.rem(c, i32(n)) for n in (Q.size, K.size, X.size, 2))
-        b_q, out = s["qs"].at[i_q], s["out"].at[z]
+        b_q = s["qs"].at[i_q]
+        out = s["out"].at[lax.rem(c, i32(2)) if O == 2 else z]
         if p.ahla:
             b_k, b_x, b_tile = s["ks"].at[i_k], s["made"].at[h], s["tiles"].at[h]
         else:
@@ -366,18 +375,18 @@ def _second(
         if not p.ahla:
             plgpu.barrier_wait(s["v_full"].at[i_x])
         if o is None:
-            S = S if w is None else [x * w.total() for x in S]
+            S, x = faded(S, b_x, w)
         elif p.wide:
             rows = lambda n: place.rows(o, part.first + c * W, columns(n))  # noqa: E731
-            S = read(S, b_q, b_x, b_tile, w, p.scales[1], lambda n, x: put_turned(rows(n), x))
+            S, x = read(S, b_q, b_x, b_tile, w, p.scales[1], lambda n, x: put_turned(rows(n), x))
             plgpu.commit_smem()  # every warp has read its pairs
         else:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(O - 1, wait_read_only=True)
             leave = lambda n, x: put_turned(out.at[:, columns(n)], x.astype(BF16))  # noqa: E731
-            S = read(S, b_q, b_x, b_tile, w, p.scales[1], leave)
+            S, x = read(S, b_q, b_x, b_tile, w, p.scales[1], leave)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out, place.rows(o, part.first + c * W))
-        S = written(S, b_x, b_k, w)
+        S = added(S, *(((own, b_k),) for own in x))
         plgpu.barrier_arrive(s["q_free"].at[i_q])
         plgpu.barrier_arrive(s["k_free" if p.ahla else "v_free"].at[i_k if p.ahla else i_x])
         plgpu.barrier_arrive(s["taken"].at[h])

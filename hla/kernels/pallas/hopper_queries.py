@@ -36,6 +36,8 @@ from .copies import (
     heads,
     laid,
     launched,
+    lists_at,
+    load_decay,
     move,
     out_shape,
     state_in,
@@ -47,6 +49,7 @@ from .warpgroups import (
     COLUMN,
     F32,
     HALF,
+    LISTS,
     MOVER,
     OWNER,
     WGMMA,
@@ -57,11 +60,11 @@ from .warpgroups import (
     columns,
     i32,
     legal,
+    listed,
     loaded,
     pairs,
     product,
     put_turned,
-    sums,
     taken_turned,
     tile,
     turned,
@@ -103,7 +106,7 @@ def queries(
     T, D, V = k.shape[-2], k.shape[-1], v.shape[-1]
     B = wide(max(D, V))
     S, F = (None if x is None else state_in(jnp.swapaxes(x, -1, -2), B, B) for x in (S, F))
-    lists = None if gate is None or p.gate is None else sums(gate, p.gate, T)
+    lists = None if gate is None or p.gate is None else listed(gate, p.gate, T)
     given = [laid(x, p.axis, B) for x in (k, v, do, y, dy)]
     given += [x for x in (lists, S, F) if x is not None]
     parts, owners = -(-T // p.tokens) if p.tokens else 1, B // HALF
@@ -112,7 +115,7 @@ def queries(
     scratch |= {"full": barrier(STAGES, 5 + (p.gate == "log_gate"))}
     scratch |= {"free": barrier(STAGES, owners)}
     if p.gate is not None:
-        scratch |= {"lists": plgpu.SMEM((2, W), F32), "gate_full": barrier(1, 2)}
+        scratch |= {"lists": plgpu.SMEM((2, LISTS, W), F32), "gate_full": barrier(1, 2)}
 
     def body(*refs: Any, **scratch: Any) -> None:
         _queries(p, T, parts, owners, [x is not None for x in (lists, S, F)], refs, scratch)
@@ -150,13 +153,10 @@ def _queries(
             plgpu.set_max_registers(MOVER, action="decrease")
         at = lambda ref: lambda c: place.rows(ref, part.first + c * W)  # noqa: E731
         own = [(at(x), s[n]) for x, n in ((k, "ks"), (v, "vs"), (g, "gs"), (y, "ys"), (e, "es"))]
-        entry = () if lists is None else place.entry(lists, 1)
         if p.gate == "log_gate":
-            own.append((lambda c: lists.at[(*entry, pl.ds(part.first + c * W, W))], s["lists"]))
+            own.append((lambda c: lists_at(lists, place, part.first + c * W), s["lists"]))
         if p.gate == "decay":
-            for n in range(2):
-                rows = lists.at[(*entry, pl.ds(n * W, W))]
-                plgpu.copy_gmem_to_smem(rows, s["lists"].at[n], s["gate_full"].at[0])
+            load_decay(lists, place, s["lists"], s["gate_full"].at[0])
         move(part, [Load(Ring(STAGES, 0, owners), s["full"], s["free"], own)])
 
 

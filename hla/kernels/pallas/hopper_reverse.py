@@ -43,6 +43,8 @@ from .copies import (
     heads,
     laid,
     launched,
+    lists_at,
+    load_decay,
     out_shape,
     state_in,
     state_out,
@@ -54,6 +56,7 @@ from .warpgroups import (
     COLUMN,
     F32,
     HALF,
+    LISTS,
     MOVER,
     OWNER,
     ROW,
@@ -64,10 +67,10 @@ from .warpgroups import (
     barrier,
     columns,
     i32,
+    listed,
     pairs,
     product,
     put_turned,
-    sums,
     taken_turned,
     tile,
     turned,
@@ -128,7 +131,7 @@ def reverse(
         R = state_in(jnp.swapaxes(R, -1, -2) / p.scale, B, B)
     if Z is not None:
         Z = state_in((Z + jnp.swapaxes(Z, -1, -2)) / p.scale, B, B)
-    lists = None if gate is None or p.gate is None else sums(gate, p.gate, T)
+    lists = None if gate is None or p.gate is None else listed(gate, p.gate, T)
     states = [x for x in (lists, R, Z) if x is not None]
     given = [laid(x, p.axis, B) for x in (q, k, v, do, y)]
     parts = -(-T // p.tokens) if p.tokens else 1
@@ -140,7 +143,7 @@ def reverse(
     scratch |= {"full": barrier(STAGES, 4 + (p.gate == "log_gate")), "k_full": barrier(STAGES)}
     scratch |= {n: barrier(STAGES) for n in ("dy_there", "dv_there", "dk_there")}
     if p.gate is not None:
-        scratch |= {"lists": plgpu.SMEM((2, W), F32), "gate_full": barrier(1, 2)}
+        scratch |= {"lists": plgpu.SMEM((2, LISTS, W), F32), "gate_full": barrier(1, 2)}
 
     def body(*refs: Any, **scratch: Any) -> None:
         _reverse(p, T, parts, [x is not None for x in (lists, R, Z)], refs, scratch)
@@ -188,11 +191,8 @@ def _mover(
     """Load what the owners read; store what they leave in its place."""
     q, k, v, g, y = given
     dy, dv, dk = made
-    entry = () if lists is None else place.entry(lists, 1)
     if p.gate == "decay":
-        for n in range(2):
-            rows = lists.at[(*entry, pl.ds(n * W, W))]
-            plgpu.copy_gmem_to_smem(rows, s["lists"].at[n], s["gate_full"].at[0])
+        load_decay(lists, place, s["lists"], s["gate_full"].at[0])
 
     def step(i: Array, _: None) -> None:
         slot = lax.rem(i, i32(STAGES))
@@ -229,7 +229,7 @@ def _mover(
             load(q, "qs")
             load(v, "vs")
             if p.gate == "log_gate":
-                rows = lists.at[(*entry, pl.ds(row, W))]
+                rows = lists_at(lists, place, row)
                 plgpu.copy_gmem_to_smem(rows, s["lists"].at[slot], s["full"].at[slot])
 
         @pl.when(late)

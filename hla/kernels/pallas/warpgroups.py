@@ -3,7 +3,7 @@
 A chunk of W tokens lies in shared memory as rows of 64 or 128 columns, zero where there are none:
 copies fill what is outside of an array. States are held transposed, [V, D], as halves of 64 rows.
 
-A gate comes as one list of float32 a chunk: log2 of the product of its gates up to each token.
+The weights of a gate lie beside a chunk as lists of float32 (`listed`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _IDX = inspect.signature(plgpu.load).parameters["idx"].default
 WHOLE = ((),) if _IDX is inspect.Parameter.empty else ()  # `plgpu.load` before JAX 0.11 needs it
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 ROW, COLUMN = 0, 1  # which axis of a tile tokens are on
+UNTIL, AFTER, LISTS = range(3)  # of a chunk's weights, and how many there are
 
 
 def i32(x: int) -> Array:
@@ -108,39 +109,39 @@ def legal(x: Array, *, upper: bool) -> Array:
     return jnp.where(row <= column if upper else row >= column, x, 0.0).astype(BF16)
 
 
-class Weights(NamedTuple):
-    """Weights of a chunk in a pass: ``c`` its list in shared memory, ``power`` of the gate."""
+def raised(x: Array, power: int) -> Array:
+    """Return the first, second or third power."""
+    return x if power == 1 else x * x if power == 2 else x * x * x
 
-    c: Any
+
+class Weights(NamedTuple):
+    """Weights of a chunk in a pass: ``lists`` of `listed`, of the power 1, and that of the pass."""
+
+    lists: Any
     power: int
 
-    def list(self, axis: int, rows: int) -> Array:
-        """Return the list along an axis of a tile, [rows, W] or [W, rows]."""
-        x = loaded(self.c, WGMMA.reduce(1 - axis))
-        shape = (W, rows) if axis == ROW else (rows, W)
-        x = lax.broadcast_in_dim(x, shape, (axis,))
-        return x if self.power == 1 else x * float(self.power)
-
-    def last(self) -> Array:
-        """Return log2 of the product over the chunk."""
-        return self.c[W - 1] * float(self.power)
+    def along(self, row: int, axis: int, n: int) -> Array:
+        """Return a list along an axis of a tile, [n, W] or [W, n]."""
+        x = loaded(self.lists.at[row], WGMMA.reduce(1 - axis))
+        return lax.broadcast_in_dim(x, (W, n) if axis == ROW else (n, W), (axis,))
 
     def pairs(self, *, upper: bool) -> Array:
         """Return the weights of pairs, inf where no pair is."""
         later, earlier = (COLUMN, ROW) if upper else (ROW, COLUMN)
-        return jnp.exp2(self.list(later, W) - self.list(earlier, W))
+        x = self.along(UNTIL, later, W) - self.along(UNTIL, earlier, W)
+        return jnp.exp2(x if self.power == 1 else x * float(self.power))
 
-    def before(self, axis: int, rows: int) -> Array:
+    def before(self, axis: int, n: int) -> Array:
         """Return what is left of a state at each token."""
-        return jnp.exp2(self.list(axis, rows))
+        return raised(jnp.exp2(self.along(UNTIL, axis, n)), self.power)
 
-    def after(self, axis: int, rows: int) -> Array:
+    def after(self, axis: int, n: int) -> Array:
         """Return what is left of each token after the last."""
-        return jnp.exp2(self.last() - self.list(axis, rows))
+        return raised(self.along(AFTER, axis, n), self.power)
 
     def total(self) -> Array:
         """Return what is left of a state after the last token."""
-        return jnp.exp2(self.last())
+        return raised(jnp.exp2(self.lists[UNTIL, W - 1]), self.power)
 
 
 def pairs(a: Any, b: Any, weights: Weights | None, *, upper: bool) -> Array:
@@ -151,8 +152,11 @@ def pairs(a: Any, b: Any, weights: Weights | None, *, upper: bool) -> Array:
     return legal(x, upper=upper)
 
 
-def sums(gate: Array, kind: str, tokens: int) -> Array:
-    """Return the lists of a gate: of a decay those of a whole chunk and of the last one.
+def listed(gate: Array, kind: str, tokens: int) -> Array:
+    """Return the weights of chunks, (*batch, chunks * LISTS, W), of a decay those of two.
+
+    Lists are log2 of the product of gates up to a token, and the product behind it. A decay's are
+    those of a whole chunk and of the last one.
 
     Parameters
     ----------
@@ -168,10 +172,11 @@ def sums(gate: Array, kind: str, tokens: int) -> Array:
         g = jnp.where(gate < LEAST, LEAST, gate).astype(F32)
         t = jnp.arange(1, W + 1, dtype=F32)
         rest = float(tokens - (chunks - 1) * W)
-        counts = jnp.concatenate([t, jnp.minimum(t, rest)])
-        return jnp.log2(g)[..., None] * counts
-    a = gate.astype(F32) * LOG2E
-    a = jnp.where(a < RESET, RESET, a)  # not maximum: a NaN stays
-    a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, chunks * W - tokens)])
-    c = jnp.cumsum(a.reshape(*a.shape[:-1], chunks, W), axis=-1)
-    return c.reshape(a.shape)
+        c = jnp.log2(g)[..., None, None] * jnp.stack([t, jnp.minimum(t, rest)])
+    else:
+        a = gate.astype(F32) * LOG2E
+        a = jnp.where(a < RESET, RESET, a)  # not maximum: a NaN stays
+        a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, chunks * W - tokens)])
+        c = jnp.cumsum(a.reshape(*a.shape[:-1], chunks, W), axis=-1)
+    lists = jnp.stack([c, jnp.exp2(c[..., -1:] - c)], axis=-2)
+    return lists.reshape(*lists.shape[:-3], -1, W)
