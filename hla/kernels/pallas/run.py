@@ -52,7 +52,9 @@ def steps(call: Call, step: Step) -> list[Do]:
         make = rows.KERNELS[step.row](call, step)
     else:
         make = functools.partial(between, step)
-    return [does(call, make, put)]
+    rest = rows.after(step) if isinstance(step, Fused) else ()
+    makes = [make, *(functools.partial(launched, call, s) for s in rest)]
+    return [does(call, x, put) for x in makes]
 
 
 def put(old: Array, ref: Ref, x: Array) -> Array:
