@@ -18,6 +18,7 @@ from jax import numpy as jnp
 from ...core.passes import Gate, Shape
 from ...core.reference import Gradients
 from ...core.request import Inputs, Request
+from ...device import segments as rule
 from ...device.elementwise import ELEMENTWISE, Made, Take, does
 from ...device.scan import Call, Device, Do, Runner
 from ...device.steps import Fused, Launch, Limits, Ref, Row, Step
@@ -28,6 +29,7 @@ from .sweep import Found, Operands
 
 Array = Any
 PERIOD = 256  # tokens between the states that are kept for a gate's gradient
+COLUMNS = 128  # values of a program, at most
 WIDE = 1 << 30
 
 
@@ -199,6 +201,20 @@ def limits(request: Request, where: str) -> Limits:
     return Limits(keys, -1, 0, 0, symmetric=(), tile=64, chunk=W, period=PERIOD)
 
 
+@functools.cache
+def processors() -> int:
+    """Multiprocessors of the GPU here; those of an H100 where there is none."""
+    found = [x for x in jax.devices() if x.platform == "gpu"]
+    return int(found[0].core_count) if found else 132
+
+
+def segments(request: Request, where: str) -> int:
+    """Return the tokens of a segment, 0 for the whole sequence as one."""
+    if where != "cuda":
+        return 0
+    return rule.tokens(request, processors(), PERIOD, COLUMNS)
+
+
 def fitting(request: Request, where: str) -> tuple[Row, ...]:
     """Return the fused kernels of a request."""
     return rows.rows(request) if where == "cuda" else ()
@@ -230,6 +246,7 @@ def device(where: str) -> Device:
         where=lambda x: where,
         alike=lambda arrays, _: (jax.config.jax_enable_x64,),
         rows=fitting,
+        segments=segments,
     )
 
 
