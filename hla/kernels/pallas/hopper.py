@@ -326,7 +326,7 @@ def _first(
             plgpu.barrier_arrive(s["v_free"].at[i_x])
         return z, *S
 
-    _, *S = lax.fori_loop(0, part.chunks, step, (nil[0], *S))
+    _, *S = lax.fori_loop(i32(0), part.chunks, step, (nil[0], *S))
     drain(s["taken"], 2, part.chunks)
     if end is not None:
         first = p.ends[0] == p.batch or place.first(end, rank)
@@ -392,7 +392,7 @@ def _second(
         plgpu.barrier_arrive(s["taken"].at[h])
         return z, *S
 
-    _, *S = lax.fori_loop(0, part.chunks, step, (nil[0], *S))
+    _, *S = lax.fori_loop(i32(0), part.chunks, step, (nil[0], *S))
     if end is not None:
         first = p.ends[1] == p.batch or place.first(end, rank)
         ended(end, (*place.entry(end, rank), *axes), first, S)
