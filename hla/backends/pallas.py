@@ -24,6 +24,7 @@ CAPABILITIES = Capabilities(
     ("float16", "bfloat16", "float32"),
     libraries=("jax",),
     native="jax",
+    serves=(("jax", True),),
     forms=("chunked",),
     traced=("jax",),
     opaque=True,
@@ -98,12 +99,14 @@ def plan(request: Request) -> str:
     if _one_token(request):
         return "one token, by what XLA fuses of the generic code"
     where = _platform(request) or "cuda"
-    found = plans.forward(request, run.limits(request, where), run.fitting(request, where))
+    tokens = run.segments(request, where)
+    found = plans.forward(request, run.limits(request, where), run.fitting(request, where), tokens)
     fused = sum(isinstance(step, Fused) for step in found.steps)
     count = sum(isinstance(step, Launch) for step in found.steps)
     kinds = [f"{fused} fused"] if fused else []
     kinds += [f"{count} of the causal pass"] if count or not fused else []
-    return f"whole, launches: {' and '.join(kinds)}: {found}"
+    cut = f"segments of {tokens} tokens" if tokens else "whole"
+    return f"{cut}, launches: {' and '.join(kinds)}: {found}"
 
 
 def _one_token(request: Request) -> bool:
@@ -114,15 +117,21 @@ def _run(name: str, request: Request, *given: Any) -> Any:
     """Run "forward" or "backward" where the arrays are or, under a trace, will be."""
     import jax
 
-    from ..kernels.pallas import run
+    from ..kernels.pallas import lowering, run
 
     call: Callable[..., Any] = getattr(run, name)
     where = "" if request.device == "traced" else _platform(request)
     if where:
         return call(where, request, *given)
-    platforms = ("cuda", "tpu") if _mosaic() else ("tpu",)
-    on = {x: functools.partial(call, x, request) for x in platforms}
-    default = functools.partial(call, "host" if _interpreted() else "plain", request)
+    plain = functools.partial(call, "plain", request)
+    on = {
+        x: lowering.alone(x, functools.partial(call, x, request), plain)
+        for x in ("cuda", "tpu")
+        if x == "tpu" or _mosaic()
+    }
+    default = plain
+    if _interpreted():
+        default = lowering.alone("", functools.partial(call, "host", request), plain)
     return jax.lax.platform_dependent(*given, **on, default=default)
 
 

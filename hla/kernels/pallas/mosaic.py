@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...core.passes import Shape
 from .chunk import ROWS, TOTAL, W, Work, chunk
-from .sweep import OWN, Found, Operands, entry
+from .sweep import OWN, Found, Operands, entry, weights_of
 
 Array = Any
 V = 64  # values of a program
@@ -253,7 +253,8 @@ def _kernel(
                             part = r[name].at[at[name](head), i, rows, mine]
                         plgpu.copy_gmem_to_smem(part, r[name + "s"].at[slot, i], full)
                 if p.gated:
-                    part = r["gate"].at[at["gate"](head), place(c)]
+                    row = weights_of(arrays["gate"].shape[1], C, place(c))
+                    part = r["gate"].at[at["gate"](head), row]
                     plgpu.copy_gmem_to_smem(part, r["gates"].at[slot], full)
 
             lax.fori_loop(i32(0), i32(C), load, None)

@@ -18,6 +18,7 @@ from jax import numpy as jnp
 from ...core.passes import Gate, Shape
 from ...core.reference import Gradients
 from ...core.request import Inputs, Request
+from ...device import segments as rule
 from ...device.elementwise import ELEMENTWISE, Made, Take, does
 from ...device.scan import Call, Device, Do, Runner
 from ...device.steps import Fused, Launch, Limits, Ref, Row, Step
@@ -28,6 +29,7 @@ from .sweep import Found, Operands
 
 Array = Any
 PERIOD = 256  # tokens between the states that are kept for a gate's gradient
+COLUMNS = 128  # values of a program, at most
 WIDE = 1 << 30
 
 
@@ -172,11 +174,11 @@ def operands(call: Call, s: Launch, take: Take, gate: Gate) -> tuple[Operands, S
     factors = None
     if s.power and call.request.gate is not None:
         log = gate.log_gate
-        if log is None:
-            decay = weights.log_of(gate.decay)
-            log = jnp.broadcast_to(decay[..., None], (*decay.shape, T))
-        log = cut(log, -1)
-        log = jnp.reshape(log, (*log.shape[:-1], tokens // W, W))
+        if log is None and not s.tokens and T > 2 * W:
+            log = weights.of_decay(gate.decay, W + (T % W or W), 2 * W)  # of two kinds of chunks
+        else:
+            log = cut(weights.of_decay(gate.decay, T, T) if log is None else log, -1)
+        log = jnp.reshape(log, (*log.shape[:-1], log.shape[-1] // W, W))
         factors = weights.vectors(log, s.power, strict=s.strict, reverse=s.reverse)
     start = None if s.start[0] is None else take(s.start[0]).mT
     batch = (*s.batch, count) if s.tokens else s.batch
@@ -197,6 +199,20 @@ def limits(request: Request, where: str) -> Limits:
         return Limits(WIDE, -1, 0, 0, symmetric=(), tile=WIDE, chunk=W, period=PERIOD)
     keys = 128 if request.dtype == "bfloat16" else 64  # of which there are several planes
     return Limits(keys, -1, 0, 0, symmetric=(), tile=64, chunk=W, period=PERIOD)
+
+
+@functools.cache
+def processors() -> int:
+    """Multiprocessors of the GPU here; those of an H100 where there is none."""
+    found = [x for x in jax.devices() if x.platform == "gpu"]
+    return int(found[0].core_count) if found else 132
+
+
+def segments(request: Request, where: str) -> int:
+    """Return the tokens of a segment, 0 for the whole sequence as one."""
+    if where != "cuda":
+        return 0
+    return rule.tokens(request, processors(), PERIOD, COLUMNS)
 
 
 def fitting(request: Request, where: str) -> tuple[Row, ...]:
@@ -230,6 +246,7 @@ def device(where: str) -> Device:
         where=lambda x: where,
         alike=lambda arrays, _: (jax.config.jax_enable_x64,),
         rows=fitting,
+        segments=segments,
     )
 
 

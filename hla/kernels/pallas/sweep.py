@@ -5,7 +5,9 @@ It is `chunk` in a lax.scan over the chunks of all heads at once.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +27,7 @@ class Operands(NamedTuple):
     k: Array  # (T, D)
     v: Array  # (T, V)
     x: Array | None  # (T, V)
-    gate: Array | None  # (C, ROWS, W)
+    gate: Array | None  # (C, ROWS, W); or (2, ROWS, W), of a decay: every chunk's and the last's
     start: Array | None  # (V, D)
 
 
@@ -101,6 +103,19 @@ class Plain:
         return jnp.sum(x, axis=axis)
 
 
+def weights_of(count: int, C: int, c: Any) -> Any:
+    """Return which of so many weights a chunk has."""
+    if count == C:
+        return c
+    return int(c == C - 1) if isinstance(c, int) else (c == C - 1).astype(jnp.int32)
+
+
+def nothing(given: Operands) -> Array:
+    """Return a zero that varies over a mesh as all operands together (`jax.shard_map`)."""
+    zeros = (jnp.zeros_like(x, jnp.float32, shape=()) for x in given if x is not None)
+    return functools.reduce(operator.add, zeros)
+
+
 def plain(p: Work, batch: Shape, given: Operands) -> Found:
     """Do a launch as plain jnp."""
     n = math.prod(batch)
@@ -117,7 +132,9 @@ def plain(p: Work, batch: Shape, given: Operands) -> Found:
     def chunks(x: Array | None) -> Array | None:
         return None if x is None else jnp.moveaxis(jnp.reshape(x, (n, C, W, x.shape[-1])), 1, 0)
 
-    gate = None if gate is None else jnp.moveaxis(gate, 1, 0)
+    if gate is not None:
+        gate = jnp.moveaxis(gate, 1, 0)
+        gate = gate[jnp.asarray([weights_of(gate.shape[0], C, c) for c in range(C)])]
     turns = *map(chunks, (q, k, v, x)), gate
 
     def one(S: Array, q: Array, k: Array, v: Array, x: Array, gate: Array) -> Chunk:
@@ -131,6 +148,7 @@ def plain(p: Work, batch: Shape, given: Operands) -> Found:
 
     if start is None:
         start = jnp.zeros((n, p.V, p.D), jnp.float32)
+    start = start + nothing(given)
     end, (o, sums, states) = lax.scan(turn, start, turns, reverse=p.reverse)
     found = Found(None, None, None, jnp.reshape(end, (*batch, p.V, p.D)) if p.end else None)
     if p.reads:

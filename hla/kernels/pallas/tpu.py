@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ...core.passes import Shape
 from .chunk import ROWS, W, Work, chunk
-from .sweep import OWN, Found, Operands, Plain, entry
+from .sweep import OWN, Found, Operands, Plain, entry, nothing, weights_of
 
 Array = Any
 
@@ -41,7 +41,10 @@ def specs(p: Work, batch: Shape, given: Operands, C: int) -> tuple[dict[str, Any
         if name == "start":
             block = (1, *tail), lambda i, c, at=at: (at(i), 0, 0)
         elif name == "gate":
-            block = (1, 1, ROWS, W), lambda i, c, at=at: (at(i), place(c), 0, 0)
+            block = (
+                (1, 1, ROWS, W),
+                lambda i, c, at=at, n=tail[0]: (at(i), weights_of(n, C, place(c)), 0, 0),
+            )
         blocks[name] = pl.BlockSpec(*block)
     return arrays, blocks
 
@@ -52,6 +55,9 @@ def outputs(p: Work, n: int, C: int) -> dict[str, tuple[Any, Any]]:
     def place(c: Any) -> Any:
         return C - 1 - c if p.reverse else c
 
+    def at_period(i: Any, c: Any) -> Any:
+        return i, lax.div(place(c), jnp.int32(p.period)), 0, 0
+
     found: dict[str, Any] = {}
     if p.reads:
         found["o"] = (n, C * W, p.V), p.out, (1, W, p.V), lambda i, c: (i, place(c), 0)
@@ -60,11 +66,11 @@ def outputs(p: Work, n: int, C: int) -> dict[str, tuple[Any, Any]]:
         found["sums"] = (n, C, p.sums, W), "float32", block, lambda i, c: (i, place(c), 0, 0)
     if p.period:
         shape, block = (n, -(-C // p.period), p.V, p.D), (1, 1, p.V, p.D)
-        found["kept"] = shape, "float32", block, lambda i, c: (i, place(c) // p.period, 0, 0)
+        found["kept"] = shape, "float32", block, at_period
     if p.end:
         found["end"] = (n, p.V, p.D), "float32", (1, p.V, p.D), lambda i, c: (i, 0, 0)
     return {
-        name: (jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), pl.BlockSpec(block, at))
+        name: ((shape, jnp.dtype(dtype)), pl.BlockSpec(block, at))
         for name, (shape, dtype, block, at) in found.items()
     }
 
@@ -105,9 +111,12 @@ def tpu(p: Work, batch: Shape, given: Operands, interpret: Any = False) -> Found
             def _() -> None:
                 own["end"][0] = found.S
 
+    varies = {}
+    if (axes := getattr(jax.typeof(nothing(given)), "manual_axis_type", None)) is not None:
+        varies["manual_axis_type"] = axes
     found = pl.pallas_call(
         body,
-        out_shape=[shape for shape, _ in outs.values()],
+        out_shape=[jax.ShapeDtypeStruct(*shape, **varies) for shape, _ in outs.values()],
         grid=(n, C),
         in_specs=list(blocks.values()),
         out_specs=[block for _, block in outs.values()],

@@ -50,6 +50,7 @@ def vectors(gate: Array, power: int, *, strict: bool, reverse: bool) -> Array:
     return jnp.stack(found, axis=-2)
 
 
-def log_of(decay: Array) -> Array:
-    """Return the log gate of a decay."""
-    return jnp.log(jnp.where(decay < LEAST, LEAST, decay).astype(jnp.float32))
+def of_decay(decay: Array, tokens: int, length: int) -> Array:
+    """Return the log gate (*batch, length) of a decay, 0 behind so many tokens."""
+    log = jnp.log(jnp.where(decay < LEAST, LEAST, decay).astype(jnp.float32))
+    return jnp.where(jnp.arange(length) < tokens, log[..., None], 0.0)
