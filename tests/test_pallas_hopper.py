@@ -179,7 +179,8 @@ def test_lowering(name, kind):
     x = jax.ShapeDtypeStruct((*BATCH, T, n), jnp.bfloat16)
     state = jax.ShapeDtypeStruct((*BATCH, n, n), jnp.float32)
     gate = kind and jax.ShapeDtypeStruct((*BATCH, *((T,) * (kind == "log_gate"))), jnp.float32)
-    pair = dict(batch=BATCH, gate=kind, o=BATCH, y=BATCH, ends=(BATCH, BATCH), axis=-3)
+    pair = {"batch": BATCH, "gate": kind, "o": BATCH, "y": BATCH, "axis": -3}
+    pair["ends"] = BATCH, BATCH
     functions = {
         "hla2": (hopper.pair, hopper.Pair(False, **pair), 3, 2),
         "ahla": (hopper.pair, hopper.Pair(True, **pair, wide=True), 3, 2),
