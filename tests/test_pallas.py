@@ -199,6 +199,16 @@ def test_a_mesh_of_devices_lowers():
         assert "custom_call" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+def test_tokens_before_heads_are_read_where_they_lie():
+    """Under a trace a fused kernel takes [B, T, H, D] as given: its transpose meets theirs."""
+    installed("absl")
+    x = jax.ShapeDtypeStruct((2, 70, 4, 128), "bfloat16")
+    run = jax.jit(lambda q, k, v: hla.scan(q, k, v, axis=-3, backend="pallas"))
+    text = run.trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    (kernel,) = [line for line in text.splitlines() if "mosaic_gpu" in line]
+    assert kernel.count("tensor<2x72x4x128xbf16>") == 4  # q, k, v, o: rows come in eights
+
+
 def test_a_symbol_for_a_size_is_refused():
     T = export.symbolic_shape("T")[0]
     given = jax.ShapeDtypeStruct((2, T, 8), "float32")

@@ -256,7 +256,7 @@ def move(part: Chunks, loads: Sequence[Load]) -> None:
             there = jnp.logical_and(e >= 0, e < part.chunks)
             pl.when(there)(functools.partial(load, e))
 
-    lax.fori_loop(0, part.chunks + max(x.ring.later for x in loads), go, None)
+    lax.fori_loop(i32(0), part.chunks + max(x.ring.later for x in loads), go, None)
     for x in loads:
         drain(x.free, x.ring.size, part.chunks)
 
@@ -267,4 +267,4 @@ def drain(free: Any, count: int, chunks: Array | int) -> None:
     def go(c: Array, _: None) -> None:
         plgpu.barrier_wait(free.at[lax.rem(c, i32(count))])
 
-    lax.fori_loop(jnp.maximum(chunks - count, 0), chunks, go, None)
+    lax.fori_loop(jnp.maximum(chunks - count, i32(0)), chunks, go, None)

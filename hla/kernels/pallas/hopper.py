@@ -339,7 +339,7 @@ def first_owner(
             plgpu.barrier_arrive(s["v_free"].at[i_x])
         return z, *S
 
-    _, *S = lax.fori_loop(0, part.chunks, step, (nil[0], *S))
+    _, *S = lax.fori_loop(i32(0), part.chunks, step, (nil[0], *S))
     drain(s["taken"], 2, part.chunks)
     ended(end, place, axes, p.ends[0] == p.batch, mine, S)
     if y is not None:
@@ -404,6 +404,6 @@ def _second(
         plgpu.barrier_arrive(s["taken"].at[h])
         return z, *S
 
-    _, *S = lax.fori_loop(0, part.chunks, step, (nil[0], *S))
+    _, *S = lax.fori_loop(i32(0), part.chunks, step, (nil[0], *S))
     ended(end, place, axes, p.ends[1] == p.batch, True, S)
     plgpu.wait_smem_to_gmem(0)

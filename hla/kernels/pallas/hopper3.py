@@ -283,7 +283,7 @@ def _second(
             plgpu.barrier_arrive(s[name].at[i])
         return z, P, F
 
-    _, *S = lax.fori_loop(0, part.chunks, step, (nil[0], *map(first, starts)))
+    _, *S = lax.fori_loop(i32(0), part.chunks, step, (nil[0], *map(first, starts)))
     for end, lead, state in zip(ends, p.ends[1:], S, strict=True):
         if end is not None:
             at = (*place.entry(end, 2 + len(axes)), *axes, cols)

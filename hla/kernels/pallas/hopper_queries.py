@@ -236,5 +236,5 @@ def _owner(
         plgpu.barrier_arrive(s["free"].at[slot])
         return z, F, S
 
-    lax.fori_loop(0, part.chunks, step, (nil[0], first(start_F), first(start_S)))
+    lax.fori_loop(i32(0), part.chunks, step, (nil[0], first(start_F), first(start_S)))
     plgpu.wait_smem_to_gmem(0)

@@ -242,7 +242,7 @@ def _mover(
         def _() -> None:
             load(k, "ks", "k_full")
 
-    lax.fori_loop(0, part.chunks + STAGES, step, None)
+    lax.fori_loop(i32(0), part.chunks + STAGES, step, None)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -319,7 +319,7 @@ def _owner_r(
         plgpu.barrier_arrive(s["dv_there"].at[slot])
         return z, *R
 
-    _, *R = lax.fori_loop(0, part.chunks, step, (nil[0], *R))
+    _, *R = lax.fori_loop(i32(0), part.chunks, step, (nil[0], *R))
     ended(end, place, axes, True, True, R)
 
 
@@ -400,7 +400,7 @@ def _owner_z(
         plgpu.barrier_arrive(s["dk_there"].at[slot])
         return z, *Z
 
-    _, *Z = lax.fori_loop(0, part.chunks, step, (nil[0], *Z))
+    _, *Z = lax.fori_loop(i32(0), part.chunks, step, (nil[0], *Z))
     if half is not None:
         at = (*place.entry(half, 2 + len(axes)), *axes)
         half.at[(*at, columns(0), columns(0))][...] = Z[0]

@@ -217,7 +217,7 @@ def _mover(
             load(u, "us", "u_full")
             load(v, "vs", "v_full")
 
-    lax.fori_loop(0, part.chunks + STAGES, step, None)
+    lax.fori_loop(i32(0), part.chunks + STAGES, step, None)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -264,5 +264,5 @@ def _owner(
         plgpu.barrier_arrive(s["done" if n else "there"].at[slot])
         return z, *R
 
-    _, *R = lax.fori_loop(0, part.chunks, step, (nil[0], *R))
+    _, *R = lax.fori_loop(i32(0), part.chunks, step, (nil[0], *R))
     ended(end, place, axes, True, True, R)

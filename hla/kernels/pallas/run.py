@@ -222,7 +222,7 @@ def fitting(request: Request, where: str) -> tuple[Row, ...]:
 
 def forward(where: str, request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
     """Return (o, state, the arrays that `backward` needs), on a platform."""
-    return runner(where).forward(request, inputs)
+    return runner(where, request.axis).forward(request, inputs)
 
 
 def backward(
@@ -231,15 +231,24 @@ def backward(
     """Return the gradients of `forward`, on a platform."""
     if do is not None and request.dtype == "bfloat16":
         do = do.astype(jnp.bfloat16)
-    return runner(where).backward(request, inputs, saved, do, dstate)
+    return runner(where, request.axis).backward(request, inputs, saved, do, dstate)
 
 
-def device(where: str) -> Device:
-    """Return the device of a platform."""
+def strides(shape: Shape, axis: int) -> Shape:
+    """Return strides of an array of tokens whose token axis was -2 or -3 when it was given."""
+    if axis != -3 or len(shape) < 3:
+        return whole(shape)
+    *lead, heads, T, D = shape
+    *most, t, h, d = whole((*lead, T, heads, D))
+    return (*most, h, t, d)
+
+
+def device(where: str, axis: int) -> Device:
+    """Return the device of a platform, for arrays with tokens along an axis in memory."""
     return Device(
         steps=steps,
         limits=limits,
-        layout=lambda x: Layout(tuple(x.shape), whole(tuple(x.shape))),
+        layout=lambda x: Layout(tuple(x.shape), strides(tuple(x.shape), axis)),
         empty=lambda shape, strides, dtype, _: jnp.zeros(shape, dtype),
         constant=lambda fill, shape, dtype, _: jnp.full(shape, fill, dtype),
         dtype=lambda name: jax.dtypes.canonicalize_dtype(jnp.dtype(name)),
@@ -251,6 +260,6 @@ def device(where: str) -> Device:
 
 
 @functools.cache
-def runner(where: str) -> Runner:
+def runner(where: str, axis: int = -2) -> Runner:
     """Return what runs plans on a platform: "cuda", "tpu", "host" (interpreted) or "plain"."""
-    return Runner(device(where))
+    return Runner(device(where, axis))
