@@ -198,14 +198,25 @@ def begun(
     return [loaded(x, WGMMA, optimized=False) for x in places]
 
 
-def ended(end: Any, at: tuple[Array, ...], first: Array | bool, S: Sequence[Array]) -> None:
-    """Store a last state, in the head that is to."""
+def ended(
+    end: Any, place: Place, axes: tuple[Array, ...], own: bool, mine: Array | bool,
+    S: Sequence[Array],
+) -> None:  # fmt: skip
+    """Store a last state, in the head that is to: ``own`` where each has its own, and ``mine``."""
+    if end is None:
+        return
+    at = (*place.entry(end, 2 + len(axes)), *axes)
 
     def go() -> None:
         for h, s in enumerate(S):
             end.at[(*at, columns(h))][...] = s
 
-    go() if first is True else pl.when(first)(go)
+    where(mine if own else jnp.logical_and(mine, place.first(end, 2 + len(axes))), go)
+
+
+def where(there: Array | bool, go: Callable[[], None]) -> None:
+    """Do something where a condition holds, which may be known."""
+    go() if there is True else pl.when(there)(go)
 
 
 class Ring(NamedTuple):

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -52,6 +53,7 @@ from .copies import (
     state_in,
     state_out,
     weights_of,
+    where,
     wide,
 )  # fmt: skip
 from .warpgroups import (
@@ -145,7 +147,10 @@ def faded(S: Sequence[Array], b_x: Any, w: Weights | None) -> tuple[list[Array],
     return [s if w is None else s * w.total() for s in S], values
 
 
-def rings(p: Pair) -> tuple[Ring, Ring, Ring, int]:
+Rings = tuple[Ring, Ring, Ring, int]  # of q, k and v, and how many buffers o has
+
+
+def rings(p: Pair) -> Rings:
     """Return the buffers of q, k, v and how many of o: as many as there is memory for.
 
     They are shared out by how long they are read; the first pass is one chunk ahead of the second.
@@ -237,12 +242,12 @@ def _pair(p: Pair, T: int, parts: int, there: Sequence[bool], refs: Any, s: dict
     Q, K, X, _ = rings(p)
     BD, BV = s["qs"].shape[-1], s["xs"].shape[-1]
     BY = BV if p.ahla else BD
-    args = p, place, part, axes, nil, s
+    args = p, rings(p), place, part, axes, nil, s
 
     @pl.when(warpgroup == 0)
     def _() -> None:
         plgpu.set_max_registers(OWNER, action="increase")
-        _first(*args, start1, end1, y, BY // HALF, BD)
+        first_owner(*args, start1, end1, y, BY // HALF, BD, hands=p.ahla)
 
     @pl.when(warpgroup == 1)
     def _() -> None:
@@ -265,8 +270,9 @@ def _pair(p: Pair, T: int, parts: int, there: Sequence[bool], refs: Any, s: dict
         ])  # fmt: skip
 
 
-def _first(
+def first_owner(
     p: Pair,
+    ring: Rings,
     place: Place,
     part: Chunks,
     axes: tuple[Array, ...],
@@ -277,11 +283,19 @@ def _first(
     y: Any,
     halves: int,
     width: int,
+    *,
+    hands: bool,
+    mine: Array | bool = True,
 ) -> None:
-    """Own the state of the first pass; hand on what it makes, and of ahla its A'."""
-    rank, (Q, K, X, _) = 2 + len(axes), rings(p)
+    """Own the state of the first pass; hand on what it makes, and where asked its A'.
+
+    What leaves the kernel does so in the programs that are ``mine``.
+    """
+    Q, K, X, _ = ring
     S = begun(start, place, axes, halves, width)
-    keeps = y is not None and (p.y == p.batch or place.first(y, 2, p.axis))
+    keeps = mine
+    if y is not None and p.y != p.batch:
+        keeps = jnp.logical_and(mine, place.first(y, 2, p.axis))
     if p.gate == "decay":
         plgpu.barrier_wait(s["gate_full"].at[0])
 
@@ -291,7 +305,7 @@ def _first(
         i_q, i_k, i_x, h = (lax.rem(c, i32(n)) for n in (Q.size, K.size, X.size, 2))
         b_q, b_k, made = s["qs"].at[i_q], s["ks"].at[i_k], s["made"].at[h]
         b_x = s["xs"].at[i_x] if p.ahla else b_k
-        b_tile = s["tiles"].at[h if p.ahla else z]
+        b_tile = s["tiles"].at[h if hands else z]
         w = weights_of(s.get("lists"), c, i_q, part, p.gate, p.powers[0])
 
         def free() -> None:
@@ -301,13 +315,13 @@ def _first(
 
         plgpu.barrier_wait(s["k_full"].at[i_k])
         plgpu.barrier_wait(s["q_full"].at[i_q])
-        if p.ahla:
+        if hands:
             free()
         b_tile[...] = pairs(b_k, b_q, w, upper=True)
         plgpu.commit_smem()
         if p.ahla:
             plgpu.barrier_wait(s["v_full"].at[i_x])
-        else:
+        if not hands:
             free()
         if y is not None:
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -317,8 +331,7 @@ def _first(
         plgpu.barrier_arrive(s["there"].at[h])
         if y is not None:
             rows = place.rows(y, part.first + c * W)
-            keep = lambda: plgpu.copy_smem_to_gmem(made, rows)  # noqa: E731
-            keep() if keeps is True else pl.when(keeps)(keep)
+            where(keeps, lambda: plgpu.copy_smem_to_gmem(made, rows))
         S = added(S, *(((own, b_k),) for own in x))
         plgpu.barrier_arrive(s["k_free"].at[i_k])
         plgpu.barrier_arrive(s["q_free"].at[i_q])
@@ -328,15 +341,14 @@ def _first(
 
     _, *S = lax.fori_loop(i32(0), part.chunks, step, (nil[0], *S))
     drain(s["taken"], 2, part.chunks)
-    if end is not None:
-        first = p.ends[0] == p.batch or place.first(end, rank)
-        ended(end, (*place.entry(end, rank), *axes), first, S)
+    ended(end, place, axes, p.ends[0] == p.batch, mine, S)
     if y is not None:
         plgpu.wait_smem_to_gmem(0)
 
 
 def _second(
     p: Pair,
+    ring: Rings,
     place: Place,
     part: Chunks,
     axes: tuple[Array, ...],
@@ -349,7 +361,7 @@ def _second(
     width: int,
 ) -> None:
     """Own the state of the second pass, whose keys (of ahla: whose values) the first made."""
-    rank, (Q, K, X, O) = 2 + len(axes), rings(p)
+    Q, K, X, O = ring
     S = begun(start, place, axes, halves, width)
     if p.gate == "decay":
         plgpu.barrier_wait(s["gate_full"].at[0])
@@ -393,7 +405,5 @@ def _second(
         return z, *S
 
     _, *S = lax.fori_loop(i32(0), part.chunks, step, (nil[0], *S))
-    if end is not None:
-        first = p.ends[1] == p.batch or place.first(end, rank)
-        ended(end, (*place.entry(end, rank), *axes), first, S)
+    ended(end, place, axes, p.ends[1] == p.batch, True, S)
     plgpu.wait_smem_to_gmem(0)

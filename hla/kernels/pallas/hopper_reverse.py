@@ -60,6 +60,7 @@ from .warpgroups import (
     MOVER,
     OWNER,
     ROW,
+    WGMMA,
     Array,
     W,
     Weights,
@@ -68,6 +69,7 @@ from .warpgroups import (
     columns,
     i32,
     listed,
+    loaded,
     pairs,
     product,
     put_turned,
@@ -245,9 +247,10 @@ def _mover(
 
 
 def rows_of(
-    a: Any, parts: Sequence[Any], b_tile: Array, b: Any, w: Weights | None, scale: float
-) -> list[Array]:
-    """Return a R + tile b, [W, B] by columns of 64; parts are those of R, [B, 64]."""
+    a: Any, parts: Sequence[Any], b_tile: Array, b: Any, w: Weights | None, scale: float,
+    to: Sequence[Any] = (),
+) -> list[Array]:  # fmt: skip
+    """Return a R + tile b (+ to), [W, B] by columns of 64; parts are those of R, [B, 64]."""
     found = []
     for h, r in enumerate(parts):
         own = b.at[:, columns(h)]
@@ -256,7 +259,21 @@ def rows_of(
         else:
             x = product(W, HALF, (a, r)) * w.after(ROW, HALF)
             (x,) = added((x,), ((b_tile, own),))
-        found.append((x if scale == 1.0 else x * scale).astype(BF16))
+        x = x if scale == 1.0 else x * scale
+        x = x + loaded(to[h], WGMMA).astype(F32) if to else x
+        found.append(x.astype(BF16))
+    return found
+
+
+def updated(R: Sequence[Array], b_q: Any, b_x: Any, w: Weights | None) -> tuple[Array, ...]:
+    """Return R + Q' X, by halves."""
+    halves = [b_q.at[:, columns(h)] for h in range(len(R))]
+    if w is None:
+        return added(R, *(((turned(q), b_x),) for q in halves))
+    found: tuple[Array, ...] = ()
+    for r, q in zip(R, halves, strict=True):
+        x = (taken_turned(q).astype(F32) * w.before(COLUMN, HALF)).astype(BF16)
+        found += added((r * w.total(),), ((x, b_x),))
     return found
 
 
@@ -294,14 +311,7 @@ def _owner_r(
         plgpu.commit_smem()
         for h in halves:
             b_y[:, columns(h)] = dv[h]
-        if w is None:
-            R = added(R, *(((turned(b_q.at[:, columns(h)]), b_g),) for h in halves))
-        else:
-            found: tuple[Array, ...] = ()
-            for h in halves:
-                x = taken_turned(b_q.at[:, columns(h)]).astype(F32) * w.before(COLUMN, HALF)
-                found += added((R[h] * w.total(),), ((x.astype(BF16), b_g),))
-            R = found
+        R = updated(R, b_q, b_g, w)
         plgpu.commit_smem()  # every warp has read the copy
         for h in halves:
             copy[columns(h), :] = R[h].astype(BF16)
@@ -310,8 +320,7 @@ def _owner_r(
         return z, *R
 
     _, *R = lax.fori_loop(i32(0), part.chunks, step, (nil[0], *R))
-    if end is not None:
-        ended(end, (*place.entry(end, 2 + len(axes)), *axes), True, R)
+    ended(end, place, axes, True, True, R)
 
 
 def blocks_of(start: Any, place: Place, axes: tuple[Array, ...], B: int) -> list[Array]:

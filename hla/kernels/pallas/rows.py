@@ -22,8 +22,9 @@ from ...device.steps import Fused, Launch, Ref, Row
 Array = Any
 Make = Callable[[Take, Gate], Made]
 FORWARD = "{} by two state owners"
-OPERATORS = "hla2", "ahla"
+OPERATORS = "hla2", "ahla", "hla3"
 HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
+AHLA = "ahla on Hopper: du, dv, dk", "ahla on Hopper: dq"
 WIDEST = 128  # columns of a tile
 
 
@@ -48,13 +49,14 @@ def rows(request: Request) -> tuple[Row, ...]:
 
 def sweeps(request: Request, count: int) -> tuple[Row, ...]:
     """Return the sweeps of an adjoint, where they do all of it."""
-    plain = request.operator == "hla2" and not request.normalize and request.scale != 0
+    names = {"hla2": HLA2, "ahla": AHLA}.get(request.operator)
+    plain = not request.normalize and request.scale != 0
     asked = request.gate is not None and request.gate_given  # whose gradient asks for more
-    if not plain or asked or count != len(request.program.steps):
+    if names is None or not plain or asked or count != len(request.program.steps):
         return ()
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
-    first = tuple(s for s in back if s.reverse)
-    return Row(HLA2[0], first), Row(HLA2[1], tuple(s for s in back if not s.reverse))
+    reverse, queries = (tuple(s for s in back if s.reverse == x) for x in (True, False))
+    return Row(names[0], reverse), Row(names[1], queries)
 
 
 def lead(call: Call, ref: Ref | None) -> Shape | None:
@@ -99,8 +101,8 @@ def pair(operator: str, call: Call, fused: Fused) -> Make:
     if any(x.add or x.write != 1.0 for x in fused.launches):
         raise NotImplementedError(f"no fused kernel does {fused}")
     y, o = (kept(fused, s) for s in (one, two))
-    starts, ends = ([next(iter(x), None) for x in (a, b)]
-                    for a, b in ((one.start, two.start), (one.end, two.end)))  # fmt: skip
+    starts = [next(iter(s.start), None) for s in fused.launches]
+    ends = [next(iter(s.end), None) for s in fused.launches]
     batch, ahla = broadcast(one.batch, two.batch), operator == "ahla"
     rest = 3 if one.tokens or two.tokens else 2  # a state's own axes, and that of segments
     v = one.v[0] if ahla else two.v[0]
@@ -114,7 +116,7 @@ def pair(operator: str, call: Call, fused: Fused) -> Make:
         p = hopper.Pair(
             ahla, batch, call.request.gate, (one.power, two.power), (one.read, two.read),
             lead(call, o), o is not None and call.dtypes[o.name].itemsize > 2, lead(call, y),
-            (left(ends[0], rest), left(ends[1], rest)), one.tokens or two.tokens,
+            (left(call, ends[0], rest), left(call, ends[1], rest)), one.tokens or two.tokens,
             memory_axis(call, one.q[0].name),
         )  # fmt: skip
         given: Any = [take(x) for x in (one.q[0], one.k[0], v)]
@@ -122,8 +124,43 @@ def pair(operator: str, call: Call, fused: Fused) -> Make:
         made = hopper.pair(p, *given)
         return [(r, x) for r, x in zip(refs, made, strict=True) if r is not None]
 
-    def left(end: Ref | None, own: int) -> Shape | None:
-        return None if end is None else call.layouts[end.name].shape[:-own]
+    return make
+
+
+def left(call: Call, end: Ref | None, own: int) -> Shape | None:
+    """Return the batch of a last state with so many own axes, None of none."""
+    return None if end is None else call.layouts[end.name].shape[:-own]
+
+
+def triple(call: Call, fused: Fused) -> Make:
+    """Return what makes o (y, u) and last states of hla3."""
+    launches = fused.launches
+    if any(x.add or x.write != 1.0 for x in launches):
+        raise NotImplementedError(f"no fused kernel does {fused}")
+    y, u, o = (kept(fused, s) for s in launches)
+    starts = [next(iter(s.start), None) for s in launches]
+    ends = [next(iter(s.end), None) for s in launches]
+    batch = broadcast(*(s.batch for s in launches))
+    tokens = max(s.tokens for s in launches)
+    first, second, third = launches
+
+    def make(take: Take, gate: Gate) -> Made:
+        from . import hopper3
+
+        refs = [o, y, u, *ends]
+        if 0 in batch:
+            return zeros(refs, take)
+        own = [left(call, x, 3 if tokens else 2) for x in ends]
+        p = hopper3.Triple(
+            batch, call.request.gate, (first.power, third.power),
+            (first.read, second.read, third.read), lead(call, o),
+            o is not None and call.dtypes[o.name].itemsize > 2, lead(call, y), lead(call, u),
+            (own[0], own[1], own[2]), tokens, memory_axis(call, first.q[0].name),
+        )  # fmt: skip
+        given: Any = [take(x) for x in (first.q[0], first.k[0], second.v[0])]
+        given += [gate_of(call, gate), *(taken(take, x) for x in starts)]
+        made = hopper3.triple(p, *given)
+        return [(r, x) for r, x in zip(refs, made, strict=True) if r is not None]
 
     return make
 
@@ -136,7 +173,7 @@ def reverse(call: Call, fused: Fused) -> Make:
     def make(take: Take, gate: Gate) -> Made:
         from . import hopper_reverse as sweep
 
-        refs = [dy.o[0], dv.o[0], dk.o[0], end]
+        refs = [kept(fused, dy), dv.o[0], dk.o[0], end]
         if 0 in dv.batch:
             return zeros(refs, take)
         p = sweep.Reverse(
@@ -147,6 +184,29 @@ def reverse(call: Call, fused: Fused) -> Make:
         given += [gate_of(call, gate), taken(take, R), taken(take, Z)]
         made = sweep.reverse(p, *given)
         return [(r, x) for r, x in zip(refs, made, strict=False) if r is not None]
+
+    return make
+
+
+def reverse_ahla(call: Call, fused: Fused) -> Make:
+    """Return what makes du, dv and dk of ahla, last token first."""
+    one, du, two, dv = fused.launches
+    R, P, end1, end2 = (next(iter(x), None) for x in (du.start, dv.start, du.end, dv.end))
+
+    def make(take: Take, gate: Gate) -> Made:
+        from . import hopper_reverse_ahla as sweep
+
+        refs = [kept(fused, du), dv.o[0], two.o[0], end1, end2]
+        if 0 in dv.batch:
+            return zeros(refs, take)
+        p = sweep.Reverse(
+            dv.batch, call.request.gate, du.write, (end1 is not None, end2 is not None),
+            axis=memory_axis(call, one.v[0].name),
+        )  # fmt: skip
+        given: Any = [take(x) for x in (one.v[0], du.q[0], two.q[0], one.k[0], one.q[0])]
+        given += [gate_of(call, gate), taken(take, R), taken(take, P)]
+        made = sweep.reverse(p, *given)
+        return [(r, x) for r, x in zip(refs, made, strict=True) if r is not None]
 
     return make
 
@@ -186,6 +246,8 @@ def queries(call: Call, fused: Fused) -> Make:
 
 
 KERNELS: dict[str, Callable[[Call, Fused], Make]] = {
-    **{FORWARD.format(x): functools.partial(pair, x) for x in OPERATORS},
+    **{FORWARD.format(x): functools.partial(pair, x) for x in OPERATORS[:2]},
+    FORWARD.format("hla3"): triple,
     **dict(zip(HLA2, (reverse, queries), strict=True)),
+    **dict(zip(AHLA, (reverse_ahla, queries), strict=True)),
 }
