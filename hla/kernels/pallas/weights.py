@@ -5,8 +5,9 @@ pass is strict, the weight of a pair is exp(e_t - c_j), of the state to a token 
 to the state exp(c_last - c_t). The reverse pass exchanges the last two and has the pair's turned.
 
 A difference of sums must keep float32's digits whatever the gate; so a log gate is split into
-multiples of 1/4 and of 2^-14, whose sums over a chunk are exact, and a rest below 2^-15. What is
-less than -1024 is taken as that, a reset, which weighs 0: -inf is never subtracted.
+multiples of 1/4, of 2^-14 and of 2^-32, the last rounded, whose sums over a chunk are exact: they
+have the same bits in any order. What is less than -1024 is taken as that, a reset, which weighs 0:
+-inf is never subtracted.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .chunk import ROWS, TOTAL, W
 
 Array = Any
 RESET = -1024.0
-COARSE, FINE = 2.0**-2, 2.0**-14
+COARSE, FINE, LAST = 2.0**-2, 2.0**-14, 2.0**-32
 
 
 def vectors(gate: Array, power: int, *, strict: bool, reverse: bool) -> Array:
@@ -29,17 +30,18 @@ def vectors(gate: Array, power: int, *, strict: bool, reverse: bool) -> Array:
     a = jnp.clip(power * gate.astype(jnp.float32), RESET, -RESET)  # keeps a NaN
     whole = jnp.where(jnp.isnan(a), 0.0, jnp.round(a / FINE))
     coarse = jnp.floor(whole * (FINE / COARSE))
-    parts = jnp.stack([coarse, whole - coarse * (COARSE / FINE), a - whole * FINE])
-    # a sum of products with ones: XLA folds that of a constant gate fast, other sums it does not
-    c = jnp.matmul(parts, jnp.triu(jnp.ones((W, W), a.dtype)), precision=lax.Precision.HIGHEST)
-    up = c - parts if strict else c
+    parts = [coarse, whole - coarse * (COARSE / FINE), jnp.round((a - whole * FINE) / LAST)]
+    # products with ones: of a constant gate XLA folds them fast, and cumulative sums slowly
+    ones = jnp.triu(jnp.ones((W, W), jnp.float32))
+    c = jnp.matmul(jnp.stack(parts), ones, precision=lax.Precision.HIGHEST)
+    up = c - jnp.stack(parts) if strict else c
     last = c[..., -1:] - c
 
     def exp(x: Array) -> Array:
-        return jnp.exp(x[0] * COARSE + (x[1] * FINE + x[2]))
+        return jnp.exp(x[0] * COARSE + (x[1] * FINE + x[2] * LAST))
 
     def exponents(x: Array) -> tuple[Array, Array]:
-        return x[0] * COARSE, x[1] * FINE + x[2]
+        return x[0] * COARSE, x[1] * FINE + x[2] * LAST
 
     columns, rows = exponents(up), exponents(-c)
     into, out = exp(up), exp(last)
