@@ -20,6 +20,7 @@ if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not any(
     os.path.exists(f"/dev/{name}") for name in ("nvidia0", "nvidiactl", "dxg")
 ):  # no GPU: interpreters stand in; they are chosen by what is set at their first import
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("HLA_PALLAS_INTERPRET", "1")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX leaves the GPU some memory
 if "PYTEST_XDIST_WORKER" in os.environ:  # the test processes share the cores: no threads that spin
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -48,7 +49,10 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 DTYPES = dict.fromkeys(LIBRARIES, FLOATS) | {"array_api_strict": FLOATS[2:]}
 ACCELERATORS = {"torch": "cuda", "jax": "cuda", "cupy": "cuda", "numba": "cuda"}  # by library
 BUILT_IN = [*backends.TABLE]
-INTERPRETERS = {"triton": "TRITON_INTERPRET"}  # backend: what is 1 where it needs no device
+INTERPRETERS = {  # backend: what is 1 where it needs no device
+    "triton": "TRITON_INTERPRET",
+    "pallas": "HLA_PALLAS_INTERPRET",
+}
 
 # Error budget: unit roundoff of the wide types, RMS of one rounding of the narrow ones; the same on
 # every machine. The core keeps intermediates in float32, so only the output is rounded (1.2).
@@ -82,7 +86,7 @@ def serves(name) -> tuple[tuple[str, bool], ...]:
 def homes(name) -> tuple[str, ...]:
     """Libraries whose arrays a backend is picked for."""
     found = dict(serves(name))
-    return LIBRARIES if ANY in found else tuple(found)
+    return LIBRARIES if ANY in found else tuple(found) or (native(name),)
 
 
 def of_a_device(name) -> tuple[str, ...]:
@@ -90,7 +94,14 @@ def of_a_device(name) -> tuple[str, ...]:
 
     Kernels have their own chunks, and round what they hand on to a narrow dtype.
     """
-    return tuple(x for x, accelerated in serves(name) if accelerated and x != ANY)
+    found = tuple(x for x, accelerated in serves(name) if accelerated and x != ANY)
+    return found or tuple(filter(None, [native(name)]))
+
+
+@functools.cache
+def native(name) -> str:
+    """The library of the arrays that a backend's kernels are given."""
+    return backends.load(name).capabilities.native if name in backends.names() else ""
 
 
 def usable(entry) -> bool:

@@ -7,6 +7,7 @@ there. Truth is the core in float64 on the same rounded inputs.
 import functools
 import importlib
 import math
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ W = 64  # the widest chunk of any launch table
 H = 2
 GATES = ("none", "per_head", "resets")
 STREAMING = ("causal", "prefix")
+SAMPLE = 11  # cases to one that is run where every call is compiled
 CALLS = [(o, m, g) for o in OPERATORS for m in MASKS for g in GATES if g == "none" or m != "none"]
 
 
@@ -48,6 +50,11 @@ class Device(NamedTuple):
     def interpreted(self) -> bool:
         """Whether no accelerator is under it."""
         return self.place == "cpu"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether it is interpreted and yet compiles every call, which takes seconds."""
+        return self.interpreted and self.library == "jax"
 
     @property
     def dtype(self) -> str:
@@ -112,7 +119,8 @@ def devices() -> tuple[Device, ...]:
 def per_device(names="", cases=((),), where=lambda device: True):
     """Parametrise a test by device, and by the cases of the other names (a list, or made of it).
 
-    A case whose operator, mask, gate or dtype the backend does not take is none.
+    A case whose operator, mask, gate or dtype the backend does not take is none. Of a device that
+    compiles every call only one in so many cases is not marked as such.
     """
     names, found = names.replace(",", " ").split(), []
     for device in filter(where, devices()):
@@ -120,7 +128,9 @@ def per_device(names="", cases=((),), where=lambda device: True):
             values = case if isinstance(case, tuple) else (case,)
             if not device.refuses(**dict(zip(names, values, strict=True))):
                 name = "-".join(map(str, (device.backend, *values)))
-                found.append(pytest.param(device, *values, id=name, marks=device.marks))
+                rest = device.compiles and zlib.crc32(f"{names} {name}".encode()) % SAMPLE
+                marks = [*device.marks, *([pytest.mark.compiled] if rest else [])]
+                found.append(pytest.param(device, *values, id=name, marks=marks))
     return pytest.mark.parametrize(("device", *names), found)
 
 

@@ -58,6 +58,8 @@ def test_triton_is_required_only_where_it_is_published(requirements):
 
 
 def test_the_floors_that_ci_installs_are_those_of_the_metadata(requirements):
+    """Pallas has a floor of its own: an older JAX has no kernels here."""
+    requirements = [r for r in requirements if 'extra == "pallas"' not in str(r.marker)]
     for floor in pinned("constraints-floors.txt"):
         (pin,) = floor.specifier
         bounds = {str(r.specifier) for r in requirements if r.name == floor.name}

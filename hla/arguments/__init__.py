@@ -172,6 +172,7 @@ def _check(
         state_type=kind,
         gradient=gradient,
         gate_given=layout.decay_shape is not None or layout.gate_shape is not None,
+        axis=layout.axis or -2,
         **found,
     )
     whole = True

@@ -17,9 +17,10 @@ from ..contract import Backend
 TABLE = {  # in the order in which they are tried; plugins come before the last
     "numpy": "hla.backends.numpy",
     "triton": "hla.backends.triton",
+    "pallas": "hla.backends.pallas",
     "array_api": "hla.backends.array_api",
 }
-RESERVED = ("pallas", "cupy", "numba")  # known names, also before they are there
+RESERVED = ("cupy", "numba")  # known names, also before they are there
 GROUP = "hla.backends"
 warned: set[str] = set()
 

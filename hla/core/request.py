@@ -60,6 +60,7 @@ class Request:
     form: str | None = None
     chunk_size: int | None = None
     tf32: bool = False
+    axis: int = -2  # the caller's token axis, where no strides tell the order in memory
 
     def __hash__(self) -> int:
         return self._hash
@@ -114,8 +115,7 @@ class Request:
         if not self.gradient:
             return ()
         steps = self.alive(steps, False)
-        read = {name for s in steps for name in (s.q, s.k, s.v)}
-        read |= {"o", "o|1"} if self.normalize else set()
+        read = {*(("o", "o|1") if self.normalize else ())}.union(*((s.q, s.k, s.v) for s in steps))
         return tuple(dict.fromkeys(s.out for s in steps if s.out in read))
 
     @property

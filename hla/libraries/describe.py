@@ -25,11 +25,15 @@ def describe(
     state_type : type or None
         Of the incoming state, or else of the outgoing one.
     **options
-        The fields of Request that no array shows.
+        The fields of Request that no array shows, ``axis`` also where it is of no use.
     """
     q, k, v, decay, log_gate, _ = inputs
     kinds = {"decay": decay, "log_gate": log_gate}
-    found = library_of(q).facts(q)
+    library = library_of(q)
+    found = library.facts(q)
+    axis = options.pop("axis", -2)
+    if library.strided or not found.traced:  # a transpose is done, or is none
+        axis = -2
     return Request(
         q_shape=tuple(q.shape),
         k_shape=tuple(k.shape),
@@ -41,6 +45,7 @@ def describe(
         device=found.device,
         dtype=found.dtype,
         accelerator=found.accelerator,
+        axis=axis,
         traced=found.traced or any(library_of(x).traced(x) for x in (k, v, *others)),
         **{"tf32": found.tf32} | options,
     )

@@ -1,0 +1,120 @@
+"""The causal pass over one chunk, in any arithmetic that multiplies tiles.
+
+    o_t = read * (a_t q_t S + sum_j write * L[j, t] (q_t . k_j) v_j)     S <- r S + write * (b k)' v
+
+The state is held transposed, S' (V, D), so that every product on it has the state's V rows: then
+Hopper's wgmma takes it from registers. All operands are q, k, v as they are stored:
+
+    A' = L' * (K Q')  [W, W]    O' = a * (S' Q') + V' A'  [V, W]    S' = r S' + V' (b K)  [V, D]
+
+The same text runs as plain jnp, as a TPU kernel and as a Mosaic GPU kernel: each has its `Tiles`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from jax import numpy as jnp
+
+Array = Any
+W = 64  # tokens in a chunk
+# Rows of the gate's weights of a chunk. The first four are the exponents of L' by (row, axis of
+# A'), two sums of two.
+SPAN = (0, 1), (1, 0), (2, 1), (3, 0)
+INTO, OUT, TOTAL, ROWS = 4, 5, 6, 8
+
+
+class Work(NamedTuple):
+    """What a launch does, the same in all its chunks."""
+
+    D: int
+    V: int
+    reads: bool  # outputs are asked, not the state alone
+    strict: bool
+    reverse: bool
+    gated: bool
+    read: float
+    write: float
+    dots: bool
+    period: int  # chunks between the states that are kept; 0: none are
+    start: bool
+    end: bool
+    dtype: str  # of what is multiplied
+    out: str  # of o
+
+    @property
+    def sums(self) -> int:
+        """Sums a token that the gate's gradient is made of."""
+        return (3 if self.reverse else 1) if self.dots else 0
+
+
+class Tiles(Protocol):
+    """Arithmetic of tiles. An operand is what products take; arrays are float32."""
+
+    def product(self, a: Any, b: Any) -> Array:
+        """Return a b'."""
+
+    def outer(self, a: Any, b: Any, to: Array) -> Array:
+        """Return ``to`` + a' b."""
+
+    def state(self, S: Array) -> Any:
+        """Return a state as an operand."""
+
+    def stored(self, name: str, x: Array) -> Any:
+        """Return a tile as an operand, which has the place of this name."""
+
+    def values(self, x: Any, turned: bool = False) -> Array:
+        """Return an operand's values, or their transpose."""
+
+    def weights(self, row: int, axis: int, shape: tuple[int, int]) -> Array:
+        """Return a row of the gate's weights along one axis of a tile, the same along the other."""
+
+    def total(self) -> Array:
+        """Return what the gate leaves of the state over the chunk."""
+
+    def places(self) -> tuple[Array, Array]:
+        """Return the places of tokens along the rows and the columns of a W x W tile."""
+
+    def sum(self, x: Array, axis: int) -> Array:
+        """Return sums along one axis."""
+
+
+class Chunk(NamedTuple):
+    """What a chunk leaves, turned: o' (V, W), and sums of its tokens."""
+
+    o: Array | None
+    sums: tuple[Array, ...]
+    S: Array
+
+
+def chunk(m: Tiles, p: Work, q: Any, k: Any, v: Any, x: Any, S: Array) -> Chunk:
+    """Do one chunk: operands q, k, v (and x where dots are asked) as they are stored, S (V, D)."""
+    o: Array | None = None
+    sums: tuple[Array, ...] = ()
+    if p.reads:
+        key, query = m.places()
+        early, late = (query, key) if p.reverse else (key, query)
+        legal = early < late if p.strict else early <= late
+        A = m.product(k, q)
+        if p.gated:
+            each = (m.weights(i, axis, (W, W)) for i, axis in SPAN)
+            span, rest = (next(each) + next(each) for _ in "ab")
+            A = A * jnp.exp(jnp.where(legal, span + rest, 0.0))
+        A = A if p.write == 1 else A * p.write
+        A = jnp.where(legal, A, 0.0)  # a product with the mask would let inf through
+        into = m.product(m.state(S), q)
+        if p.gated:
+            into = into * m.weights(INTO, 1, (p.V, W))
+        if p.dots:
+            sums = (m.sum(into * p.read * m.values(x, turned=True), 0),)
+        if p.dots and p.reverse:
+            M = jnp.where(early != late, A * p.read * m.product(v, x), 0.0)
+            sums += (m.sum(M, 1), m.sum(M, 0))
+        o = m.outer(v, m.stored("A", A), into)
+        o = o if p.read == 1 else o * p.read
+    if p.gated or p.write != 1:
+        rows = m.values(k) * p.write
+        k = m.stored("k", rows * m.weights(OUT, 0, (W, p.D)) if p.gated else rows)
+    if p.gated:
+        S = S * m.total()
+    return Chunk(o, sums, m.outer(v, k, S))

@@ -1,0 +1,240 @@
+"""First token first on Hopper: the gradient of q of hla2 and ahla.
+
+    hla2  F = sum y v', S = sum k k'    dq = F do + S dy
+    ahla  E = sum k u', P = sum k v'    dq = E do + P du
+
+Of D = 128 two warpgroups own 64 rows each of both states, so that dq is one accumulator and rounded
+once; both make the two tiles of pairs. The last warpgroup loads. In chunks of W = 64 tokens (for
+ahla: X = u, Y = K, C = V; else X = V, Y = Y, C = K):
+
+    dQ' = F dO' + Y' up(X dO') + S dY' + K' up(C dY')    F += Y' X, S += K' C
+
+Bytes a token and head, D = V = 128: 6 rows of 256, 0.268 ms for B = 8, T = 4096, H = 16 at 3.0
+TB/s. No atomics; bits depend on nothing but the head's data.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ...core.passes import Shape
+from .copies import (
+    Chunks,
+    Load,
+    Place,
+    Ring,
+    chunks_of,
+    cut,
+    entries,
+    heads,
+    laid,
+    launched,
+    lists_at,
+    load_decay,
+    move,
+    out_shape,
+    state_in,
+    weights_of,
+    wide,
+)  # fmt: skip
+from .warpgroups import (
+    BF16,
+    COLUMN,
+    F32,
+    HALF,
+    LISTS,
+    MOVER,
+    OWNER,
+    WGMMA,
+    Array,
+    W,
+    added,
+    barrier,
+    columns,
+    i32,
+    legal,
+    listed,
+    loaded,
+    pairs,
+    product,
+    put_turned,
+    taken_turned,
+    tile,
+    turned,
+    zeros,
+)  # fmt: skip
+
+STAGES = 2  # chunks in shared memory
+
+
+class Queries(NamedTuple):
+    """What a launch does, apart from its arrays."""
+
+    ahla: bool  # u and du come as y and dy, and the states are P, E
+    batch: Shape  # of all arrays of tokens
+    gate: str | None = None
+    powers: tuple[int, int] = (1, 2)  # of the gate: of S, of F
+    scale: float = 1.0  # of what is read
+    tokens: int = 0  # of a segment, one more batch axis of states; 0: the whole
+    axis: int = -2  # of tokens, in memory
+
+
+def queries(
+    p: Queries, k: Array, v: Array, do: Array, y: Array, dy: Array,
+    gate: Array | None = None, S: Array | None = None, F: Array | None = None,
+) -> Array:  # fmt: skip
+    """Sweep from the first token to the last; return dq, (*batch, T, D), bfloat16.
+
+    Parameters
+    ----------
+    p : Queries
+        What to do.
+    k, v, do, y, dy : array, (*batch, T, D or V), bfloat16
+        Batch axes of k and v broadcast.
+    gate : array, optional
+        A decay (*batch) or a log gate (*batch, T).
+    S, F : array, (*batch, D, D or V), float32, optional
+        Before the first token, of segments (*batch, segments, ...).
+    """
+    T, D, V = k.shape[-2], k.shape[-1], v.shape[-1]
+    B = wide(max(D, V))
+    S, F = (None if x is None else state_in(jnp.swapaxes(x, -1, -2), B, B) for x in (S, F))
+    lists = None if gate is None or p.gate is None else listed(gate, p.gate, T)
+    given = [laid(x, p.axis, B) for x in (k, v, do, y, dy)]
+    given += [x for x in (lists, S, F) if x is not None]
+    parts, owners = -(-T // p.tokens) if p.tokens else 1, B // HALF
+    scratch = {n: tile(STAGES, W, B) for n in ("ks", "vs", "gs", "ys", "es")}
+    scratch |= {"outs": tile(owners, W, HALF), "tiles": tile(2 * owners, W, W)}
+    scratch |= {"full": barrier(STAGES, 5 + (p.gate == "log_gate"))}
+    scratch |= {"free": barrier(STAGES, owners)}
+    if p.gate is not None:
+        scratch |= {"lists": plgpu.SMEM((2, LISTS, W), F32), "gate_full": barrier(1, 2)}
+
+    def body(*refs: Any, **scratch: Any) -> None:
+        _queries(p, T, parts, owners, [x is not None for x in (lists, S, F)], refs, scratch)
+
+    outs = [out_shape(p.batch, T, B, p.axis)]
+    (dq,) = launched(body, outs, scratch, entries(p.batch) * parts, owners + 1)(*given)
+    return cut(dq, T, D, p.axis)
+
+
+def _queries(
+    p: Queries, T: int, parts: int, owners: int, there: Sequence[bool], refs: Any,
+    s: dict[str, Any],
+) -> None:  # fmt: skip
+    """Do a program: its warpgroup's part."""
+    inputs = iter(refs)
+    k, v, g, y, e = (next(inputs) for _ in "kvgye")
+    lists, S, F = (next(inputs) if x else None for x in there)
+    nil, dq = next(inputs), next(inputs)
+    i, warpgroup = lax.axis_index("head"), lax.axis_index("warpgroup")
+    number = lax.rem(i, i32(parts)) if p.tokens else i32(0)
+    place = Place(heads(p.batch, lax.div(i, i32(parts)) if p.tokens else i), p.batch, p.axis)
+    part, axes = chunks_of(T, p.tokens, number), (number,) if p.tokens else ()
+
+    def owner(h: int) -> None:
+        if owners > 1:
+            plgpu.set_max_registers(OWNER, action="increase")
+        _owner(p, place, part, axes, nil, s, S, F, dq, h)
+
+    for h in range(owners):
+        pl.when(warpgroup == h)(functools.partial(owner, h))
+
+    @pl.when(warpgroup == owners)
+    def _() -> None:
+        if owners > 1:
+            plgpu.set_max_registers(MOVER, action="decrease")
+        at = lambda ref: lambda c: place.rows(ref, part.first + c * W)  # noqa: E731
+        own = [(at(x), s[n]) for x, n in ((k, "ks"), (v, "vs"), (g, "gs"), (y, "ys"), (e, "es"))]
+        if p.gate == "log_gate":
+            own.append((lambda c: lists_at(lists, place, part.first + c * W), s["lists"]))
+        if p.gate == "decay":
+            load_decay(lists, place, s["lists"], s["gate_full"].at[0])
+        move(part, [Load(Ring(STAGES, 0, owners), s["full"], s["free"], own)])
+
+
+def _owner(
+    p: Queries, place: Place, part: Chunks, axes: tuple[Array, ...], nil: Any, s: dict[str, Any],
+    start_S: Any, start_F: Any, dq: Any, h: int,
+) -> None:  # fmt: skip
+    """Own 64 rows of F, [D, V], and of S, [D, D]: make as many columns of dq."""
+    B = s["ks"].shape[-1]
+
+    def first(start: Any) -> Array:
+        if start is None:
+            return zeros(HALF, B)
+        at = (*place.entry(start, 2 + len(axes)), *axes, columns(h))
+        return loaded(start.at[at], WGMMA, optimized=False)
+
+    if p.gate == "decay":
+        plgpu.barrier_wait(s["gate_full"].at[0])
+
+    def step(c: Array, carry: Any) -> Any:
+        z, F, S = carry
+        z = lax.bitwise_and(z, c)
+        slot = lax.rem(c, i32(STAGES))
+        tile1, tile2, out = (
+            s["tiles"].at[z + 2 * h],
+            s["tiles"].at[z + 2 * h + 1],
+            s["outs"].at[z + h],
+        )
+        b_k, b_v, b_g, b_y, b_e = (s[n].at[slot] for n in ("ks", "vs", "gs", "ys", "es"))
+        # ahla: E += k' u, P += k' v; hla2: F += y' v, S += k' k
+        x, y, other = (b_y, b_k, b_v) if p.ahla else (b_v, b_y, b_k)
+        kT, yT = turned(b_k.at[:, columns(h)]), turned(y.at[:, columns(h)])
+        w1, w2 = (weights_of(s.get("lists"), c, slot, part, p.gate, power) for power in p.powers)
+        plgpu.barrier_wait(s["full"].at[slot])
+        if w1 is None:
+
+            def both(a: Any, b: Any) -> None:
+                plgpu.wgmma(a, x, turned(b_g))
+                plgpu.wgmma(b, other, turned(b_e))
+                tile2[...] = legal(plgpu.wgmma_accumulator_load(a, wait_n=1), upper=True)
+                tile1[...] = legal(b[...], upper=True)
+
+            pl.run_scoped(both, plgpu.ACC((W, W), F32), plgpu.ACC((W, W), F32))
+        else:  # one after the other, else registers would not suffice
+            tile2[...] = pairs(x, b_g, w2, upper=True)
+            tile1[...] = pairs(other, b_e, w1, upper=True)
+        plgpu.commit_smem()
+        if w1 is None:
+
+            def read(acc: Any) -> Array:
+                plgpu.wgmma(acc, F.astype(BF16), turned(b_g))
+                plgpu.wgmma(acc, yT, tile2)
+                plgpu.wgmma(acc, kT, tile1)
+                plgpu.wgmma_wait(0)
+                plgpu.wgmma(acc, S.astype(BF16), turned(b_e))
+                return acc[...]
+
+            o = pl.run_scoped(read, plgpu.ACC((HALF, W), F32))
+        else:
+            o = product(HALF, W, (F.astype(BF16), turned(b_g)))
+            if w2.power > w1.power:
+                o = o * w1._replace(power=w2.power - w1.power).before(COLUMN, HALF)
+            (o,) = added((o,), ((S.astype(BF16), turned(b_e)),))
+            (o,) = added((o * w1.before(COLUMN, HALF),), ((yT, tile2), (kT, tile1)))
+        o = (o if p.scale == 1.0 else o * p.scale).astype(BF16)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        put_turned(out, o)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out, place.rows(dq, part.first + c * W, columns(h)))
+        if w1 is None:
+            F, S = added((F, S), ((yT, x),), ((kT, other),))
+        else:
+            v = taken_turned(y.at[:, columns(h)]).astype(F32) * w2.after(COLUMN, HALF)
+            (F,) = added((F * w2.total(),), ((v.astype(BF16), x),))
+            v = taken_turned(b_k.at[:, columns(h)]).astype(F32) * w1.after(COLUMN, HALF)
+            (S,) = added((S * w1.total(),), ((v.astype(BF16), other),))
+        plgpu.barrier_arrive(s["free"].at[slot])
+        return z, F, S
+
+    lax.fori_loop(i32(0), part.chunks, step, (nil[0], first(start_F), first(start_S)))
+    plgpu.wait_smem_to_gmem(0)

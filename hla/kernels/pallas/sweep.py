@@ -1,0 +1,189 @@
+"""The causal pass over whole sequences: what a launch reads and leaves, and the pass as plain jnp.
+
+It is `chunk` in a lax.scan over the chunks of all heads at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from ...core.passes import Shape
+from .chunk import TOTAL, Chunk, W, Work, chunk
+
+Array = Any
+
+
+class Operands(NamedTuple):
+    """Arrays of a launch, each (*own batch, ...); what there is not is None. T is C chunks."""
+
+    q: Array | None  # (T, D)
+    k: Array  # (T, D)
+    v: Array  # (T, V)
+    x: Array | None  # (T, V)
+    gate: Array | None  # (C, ROWS, W); or (2, ROWS, W), of a decay: every chunk's and the last's
+    start: Array | None  # (V, D)
+
+
+class Found(NamedTuple):
+    """What a launch leaves, each (*batch, ...)."""
+
+    o: Array | None  # (T, V)
+    sums: Array | None  # (tiles, sums, T)
+    kept: Array | None  # (periods, V, D): before each, of a reverse pass behind its first token
+    end: Array | None  # (V, D)
+
+
+OWN = Operands(2, 2, 2, 2, 3, 2)  # axes that are an operand's own
+
+
+class Plain:
+    """Tiles as jnp has them, of one chunk."""
+
+    def __init__(self, dtype: str, gate: Array | None) -> None:
+        self.dtype = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
+        self.precision = lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+        self.gate = gate
+
+    def operand(self, x: Array) -> Array:
+        """Cast to what is multiplied."""
+        return x.astype(self.dtype)
+
+    def _dot(self, a: Array, b: Array, axis: int) -> Array:
+        dims = (((axis,), (axis,)), ((), ()))
+        return lax.dot_general(
+            a, b, dims, precision=self.precision, preferred_element_type=jnp.float32
+        )
+
+    def product(self, a: Array, b: Array) -> Array:
+        """Return a b'."""
+        return self._dot(a, b, 1)
+
+    def outer(self, a: Array, b: Array, to: Array) -> Array:
+        """Return ``to`` + a' b."""
+        return to + self._dot(a, b, 0)
+
+    def state(self, S: Array) -> Array:
+        """Return a state as an operand."""
+        return self.operand(S)
+
+    def stored(self, name: str, x: Array) -> Array:
+        """Return a tile as an operand."""
+        return self.operand(x)
+
+    def values(self, x: Array, turned: bool = False) -> Array:
+        """Return an operand's values, or their transpose."""
+        x = x.astype(jnp.float32)
+        return x.T if turned else x
+
+    def weights(self, row: int, axis: int, shape: tuple[int, int]) -> Array:
+        """Return a row of the gate's weights along one axis of a tile."""
+        assert self.gate is not None
+        x = self.gate[row : row + 1, :]
+        return jnp.broadcast_to(x, shape) if axis else jnp.broadcast_to(x, shape[::-1]).T
+
+    def total(self) -> Array:
+        """Return what the gate leaves of the state over the chunk."""
+        assert self.gate is not None
+        return self.gate[TOTAL, 0]
+
+    def places(self) -> tuple[Array, Array]:
+        """Return the places of tokens along the rows and the columns of a W x W tile."""
+        rows, columns = (lax.broadcasted_iota(jnp.int32, (W, W), i) for i in (0, 1))
+        return rows, columns
+
+    def sum(self, x: Array, axis: int) -> Array:
+        """Return sums along one axis."""
+        return jnp.sum(x, axis=axis)
+
+
+def weights_of(count: int, C: int, c: Any) -> Any:
+    """Return which of so many weights a chunk has."""
+    if count == C:
+        return c
+    return int(c == C - 1) if isinstance(c, int) else (c == C - 1).astype(jnp.int32)
+
+
+def nothing(given: Operands) -> Array:
+    """Return a zero that varies over a mesh as all operands together (`jax.shard_map`)."""
+    zeros = (jnp.zeros_like(x, jnp.float32, shape=()) for x in given if x is not None)
+    return functools.reduce(operator.add, zeros)
+
+
+def plain(p: Work, batch: Shape, given: Operands) -> Found:
+    """Do a launch as plain jnp."""
+    n = math.prod(batch)
+
+    def flat(x: Array | None, own: int) -> Array | None:
+        if x is None:
+            return None
+        shape = x.shape[x.ndim - own :]
+        return jnp.reshape(jnp.broadcast_to(x, (*batch, *shape)), (n, *shape))
+
+    q, k, v, x, gate, start = map(flat, given, OWN)
+    C = k.shape[1] // W  # type: ignore[union-attr]
+
+    def chunks(x: Array | None) -> Array | None:
+        return None if x is None else jnp.moveaxis(jnp.reshape(x, (n, C, W, x.shape[-1])), 1, 0)
+
+    if gate is not None:
+        gate = jnp.moveaxis(gate, 1, 0)
+        gate = gate[jnp.asarray([weights_of(gate.shape[0], C, c) for c in range(C)])]
+    turns = *map(chunks, (q, k, v, x)), gate
+
+    def one(S: Array, q: Array, k: Array, v: Array, x: Array, gate: Array) -> Chunk:
+        m = Plain(p.dtype, gate)
+        q, k, v, x = (None if y is None else m.operand(y) for y in (q, k, v, x))
+        return chunk(m, p, q, k, v, x, S)
+
+    def turn(S: Array, given: Any) -> Any:
+        found = jax.vmap(one)(S, *given)
+        return found.S, (found.o, found.sums, found.S if p.reverse else S)
+
+    if start is None:
+        start = jnp.zeros((n, p.V, p.D), jnp.float32)
+    start = start + nothing(given)
+    end, (o, sums, states) = lax.scan(turn, start, turns, reverse=p.reverse)
+    found = Found(None, None, None, jnp.reshape(end, (*batch, p.V, p.D)) if p.end else None)
+    if p.reads:
+        o = jnp.transpose(o, (1, 0, 3, 2)).astype(p.out)
+        found = found._replace(o=jnp.reshape(o, (*batch, C * W, p.V)))
+    if p.sums:
+        each = jnp.moveaxis(jnp.stack(sums), 1, 2)  # (sums, n, C, W)
+        each = jnp.moveaxis(jnp.reshape(each, (p.sums, n, C * W)), 0, 1)
+        found = found._replace(sums=jnp.reshape(each, (*batch, 1, p.sums, C * W)))
+    if p.period:
+        kept = jnp.moveaxis(states[:: p.period], 0, 1)
+        found = found._replace(kept=jnp.reshape(kept, (*batch, *kept.shape[1:])))
+    return found
+
+
+def entry(batch: Shape, own: Shape) -> Any:
+    """Return the function of an entry of a batch that gives the operand's own, both flat."""
+    own = (1,) * (len(batch) - len(own)) + own
+    terms: list[list[int]] = []  # entries behind an axis of the batch, its size, of the operand
+    behind, step = 1, 1
+    for n, mine in zip(reversed(batch), reversed(own), strict=True):
+        stride = step if mine != 1 else 0
+        if n == 1:
+            pass
+        elif terms and terms[-1][2] * terms[-1][1] == stride:
+            terms[-1][1] *= n
+        else:
+            terms.append([behind, n, stride])
+        behind, step = behind * n, step * mine
+
+    def of(i: Any) -> Any:
+        found = jnp.int32(0)
+        for behind, n, stride in terms:
+            if stride:
+                found += lax.rem(lax.div(i, jnp.int32(behind)), jnp.int32(n)) * jnp.int32(stride)
+        return found
+
+    return of

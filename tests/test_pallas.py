@@ -1,0 +1,256 @@
+"""Pallas: kernels lowered without their devices, their text in three arithmetics, traces."""
+
+import functools
+import importlib
+import itertools
+import math
+
+import numpy as np
+import pytest
+from conftest import close, draw, installed, load, same, to_numpy
+
+import hla
+from hla import backends
+from hla.arguments import prepare
+
+jax = installed("jax")
+if why := backends.load("pallas").machine().reason:  # an older JAX
+    pytest.skip(why, allow_module_level=True)
+jnp, export = jax.numpy, importlib.import_module("jax.export")
+sweep = installed("hla.kernels.pallas.sweep")
+tpu = installed("hla.kernels.pallas.tpu")
+weights = installed("hla.kernels.pallas.weights")
+text = installed("hla.kernels.pallas.chunk")
+Operands, Work, ROWS, W = sweep.Operands, text.Work, text.ROWS, text.W
+
+BATCH, C = (2, 3), 5
+PLAIN = Work(
+    128, 128, reads=True, strict=False, reverse=False, gated=False, read=1.0, write=1.0,
+    dots=False, period=0, start=False, end=False, dtype="bfloat16", out="bfloat16",
+)  # fmt: skip
+ALL = {"gated": True, "dots": True, "period": 4, "start": True, "end": True}
+SMALL = {"D": 24, "V": 11, "out": "float32"}
+WORK = {
+    "plain": PLAIN,
+    "written": PLAIN._replace(write=0.5, read=0.25, strict=True),
+    "states alone": PLAIN._replace(reads=False, gated=True, end=True),
+    "narrow": PLAIN._replace(**ALL, write=0.5),
+    "narrow reverse": PLAIN._replace(**ALL, reverse=True, strict=True),
+    "float16": PLAIN._replace(**SMALL | {"V": 100}, dtype="float16"),
+    "float32": PLAIN._replace(**SMALL | ALL, dtype="float32"),
+    "float32 reverse": PLAIN._replace(**SMALL | ALL, dtype="float32", reverse=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def quickly(quick_jax):
+    """Compile what runs once with less care."""
+
+
+def operands(p: Work, batch=BATCH, chunks=C, shared=False):
+    """Operands of a launch; with ``shared`` keys are those of several heads."""
+    rng = np.random.default_rng(3)
+    T, few = chunks * W, (*batch[:-1], 1) if shared else batch
+
+    def some(*shape, dtype=p.dtype):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    gate = None
+    if p.gated:
+        a = -rng.random((*few, chunks, W))
+        a[0, 0, 1, [0, 3, 4, W - 1]] = -math.inf
+        gate = weights.vectors(jnp.asarray(a, "float32"), 2, strict=p.strict, reverse=p.reverse)
+    return Operands(
+        some(*batch, T, p.D) if p.reads else None,
+        some(*few, T, p.D),
+        some(*few, T, p.V),
+        some(*batch, T, p.V) if p.dots else None,
+        gate,
+        some(*few, p.V, p.D, dtype="float32") if p.start else None,
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", ["written", "float32 reverse"])
+def test_a_tpu_kernel_is_its_text_as_plain_jnp(name, shared):
+    p, given = WORK[name], operands(WORK[name], shared=shared)
+    got = jax.jit(lambda x: tpu.interpreted(p, BATCH, x))(given)
+    want = jax.jit(lambda x: sweep.plain(p, BATCH, x))(given)
+    for x, y in zip(got, want, strict=True):
+        assert (x is None) == (y is None)
+        if y is not None:
+            assert x.dtype == y.dtype
+            close(to_numpy(x), to_numpy(y), 1e-6 if x.dtype == jnp.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("name", ["narrow"])
+def test_a_tpu_kernel_has_no_races(name, capfd):
+    p = WORK[name]
+    params = tpu.pltpu.InterpretParams(detect_races=True)
+    found = tpu.tpu(p, (1, 2), operands(p, (1, 2), 2), interpret=params)
+    want = tpu.interpreted(p, (1, 2), operands(p, (1, 2), 2))
+    jax.block_until_ready(found)
+    assert "RACE" not in capfd.readouterr().out
+    for x, y in zip(found, want, strict=True):
+        close(to_numpy(x), to_numpy(y), 1e-2)
+
+
+@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_every_kernel_lowers_without_its_device(name, platform):
+    run = tpu.tpu
+    if platform == "cuda":
+        installed("absl")
+        run = installed("hla.kernels.pallas.mosaic").cuda
+    p = WORK[name]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands(p))
+    exported = lowered(lambda x: run(p, BATCH, x), [platform], shapes)
+    assert ("mosaic_gpu" if platform == "cuda" else "tpu_custom_call") in exported.mlir_module()
+
+
+def lowered(function, platforms, *given):
+    """A program for platforms that need not be here; Mosaic's calls make no promise for later."""
+    checks = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    return export.export(jax.jit(function), platforms=platforms, disabled_checks=checks)(*given)
+
+
+def test_weights_keep_their_digits_whatever_the_gate():
+    """Differences of sums over resets, steep and gentle gates; those of a decay of 1 are 1."""
+    rng = np.random.default_rng(0)
+    a = -rng.random((4, W)).astype(np.float32) * np.float32([[0.01], [0.3], [5.0], [0.3]])
+    a[1, [0, 9, 40]] = -math.inf
+    a[2, 20] = -1e30
+    a[3, 30] = math.nan
+    for strict, reverse, power in itertools.product((False, True), (False, True), (1, 3)):
+        x = to_numpy(weights.vectors(jnp.asarray(a), power, strict=strict, reverse=reverse))
+        assert x.shape == (4, ROWS, W)
+        exact = np.maximum(power * a.astype(np.float64), -1e4)
+        c = np.cumsum(exact, -1)
+        up = c - exact if strict else c
+        span = x[:, 0][:, None, :] + x[:, 1][:, :, None]
+        span += x[:, 2][:, None, :] + x[:, 3][:, :, None]  # [key, query]
+        span = span.mT if reverse else span
+        want = up[:, None, :] - c[:, :, None]
+        legal = np.triu(np.ones((W, W)), 1 if strict else 0) > 0
+        rows = slice(0, 3)
+        close(np.exp(span[rows][:, legal]), np.exp(want[rows][:, legal]), 2e-6)
+        before, after = np.exp(up), np.exp(c[:, -1:] - c)
+        first, second = (after, before) if reverse else (before, after)
+        close(x[rows, 4], first[rows], 2e-6)
+        close(x[rows, 5], second[rows], 2e-6)
+        close(x[rows, 6], np.broadcast_to(np.exp(c[rows, -1:]), (3, W)), 2e-6)
+        assert np.isnan(x[3, 6]).all()
+    ones = to_numpy(weights.vectors(jnp.zeros(W), 3, strict=False, reverse=False))
+    same(ones[4:], np.ones((ROWS - 4, W)))
+
+
+@pytest.mark.parametrize("gate", ["decay", "log_gate"])
+def test_segments_are_the_whole(gate):
+    """A segment is a batch entry of a launch, the last one short; gradients too."""
+    q, k, v, a = (x[:1] for x in arrays(600))
+    gates = {"log_gate": a * 0.02} if gate == "log_gate" else {"decay": jnp.asarray([0.99])}
+    *_, start = hla.scan(q[:, :9], k[:, :9], v[:, :9], decay=0.9, return_state=True)
+    options = {"scale": 0.1, "return_state": True, "initial_state": start, "gradient": True}
+    request, inputs, _ = prepare(q, k, v, **gates, **options)
+    run = installed("hla.kernels.pallas.run").runner("plain")
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def everything(inputs, tokens):
+        o, state, saved = run.forward(request, inputs, tokens)
+        return o, state, run.backward(request, inputs, saved, o, state, tokens)
+
+    for x, y in zip(*(jax.tree.leaves(everything(inputs, n)) for n in (256, 0)), strict=True):
+        close(to_numpy(x), to_numpy(y), 1e-5)
+
+
+def call(q, k, v, log_gate):
+    return hla.scan(q, k, v, log_gate=log_gate, scale=0.25, backend="pallas")
+
+
+def loss(*given):
+    return jnp.sum(call(*given) ** 2)
+
+
+def arrays(T=70):
+    lib = load("jax")
+    gate = -np.random.default_rng(0).random((2, T))
+    return tuple(lib.array(x, "float32") for x in (*draw(2, T, D=24, V=11), gate))
+
+
+def test_one_program_serves_the_host_a_gpu_and_a_tpu():
+    """With gradients; what a trace does not know is chosen where it is lowered."""
+    installed("absl")
+    given, both = arrays(), jax.value_and_grad(loss, argnums=(0, 3))
+    program = lowered(both, ["cpu", "cuda", "tpu"], *given)
+    for kernel in ("mosaic_gpu", "tpu_custom_call"):
+        assert kernel in program.mlir_module()
+    for x, y in zip(*map(jax.tree.leaves, (program.call(*given), both(*given))), strict=True):
+        close(to_numpy(x), to_numpy(y), 1e-5)
+
+
+def test_transforms_are_those_of_the_generic_code():
+    """A scan over layers with checkpoints, of heads along an axis that vmap adds."""
+    q, k, *_ = arrays(9)
+
+    def layers(q, backend):
+        def layer(x, _):
+            o = jax.checkpoint(lambda x: hla.scan(x, k, k, backend=backend))(x)
+            return o / 9, None
+
+        run = jax.vmap(lambda x: jax.lax.scan(layer, x, length=2)[0], in_axes=1, out_axes=1)
+        return jnp.sum(run(jnp.stack([q, 2 * q], 1)) ** 2)
+
+    got, want = (jax.grad(layers)(q, backend) for backend in ("pallas", "array_api"))
+    close(to_numpy(got), to_numpy(want), 1e-5)
+
+
+def test_a_mesh_of_devices_lowers():
+    """Heads over devices by shard_map, which asks along which axes results vary; with gradients."""
+    installed("absl")
+    q, k, v, _ = arrays(9)
+    mesh = jax.make_mesh((1,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    heads = jax.sharding.PartitionSpec("heads")
+    own = jax.shard_map(
+        lambda q, k, v: hla.scan(q, k, v, backend="pallas"),
+        mesh=mesh, in_specs=heads, out_specs=heads,
+    )  # fmt: skip
+    for platform in ("cuda", "tpu"):
+        traced = jax.jit(jax.grad(lambda q: jnp.sum(own(q, k, v)))).trace(q)
+        assert "custom_call" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_tokens_before_heads_are_read_where_they_lie():
+    """Under a trace a fused kernel takes [B, T, H, D] as given: its transpose meets theirs."""
+    installed("absl")
+    x = jax.ShapeDtypeStruct((2, 70, 4, 128), "bfloat16")
+    run = jax.jit(lambda q, k, v: hla.scan(q, k, v, axis=-3, backend="pallas"))
+    text = run.trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    (kernel,) = [line for line in text.splitlines() if "mosaic_gpu" in line]
+    assert kernel.count("tensor<2x72x4x128xbf16>") == 4  # q, k, v, o: rows come in eights
+
+
+def test_a_symbol_for_a_size_is_refused():
+    T = export.symbolic_shape("T")[0]
+    given = jax.ShapeDtypeStruct((2, T, 8), "float32")
+    with pytest.raises(hla.Unsupported, match="symbols for sizes"):
+        lowered(lambda x: hla.scan(x, x, x, backend="pallas"), ["cpu"], given)
+
+
+def test_what_is_missing_is_the_reason(monkeypatch):
+    """An older JAX, no device of the kernels, Mosaic GPU without what it imports."""
+    module = importlib.import_module("hla.backends.pallas")
+    monkeypatch.delenv("HLA_PALLAS_INTERPRET")
+    monkeypatch.setattr(module, "_platforms", lambda: {"TFRT_CPU_0": ""})
+    assert "compute capability 9.0" in module.machine().reason
+    monkeypatch.setattr(module, "_platforms", lambda: {"cuda:0": "cuda"})
+    monkeypatch.setattr(module, "_mosaic", lambda: False)
+    assert "absl-py" in module.machine().reason
+    module._missing.cache_clear()
+    monkeypatch.setattr(module.metadata, "version", lambda name: "0.9.1")
+    assert "0.10.2 or newer" in module.machine().reason
+    monkeypatch.undo()
+    module._missing.cache_clear()
+    card = type("Device", (), {"platform": "gpu", "compute_capability": "10.0"})
+    assert module._kernels(card) == ""
+    card.compute_capability = "9.0"
+    assert module._kernels(card) == "cuda"
