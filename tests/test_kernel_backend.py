@@ -5,6 +5,7 @@ interpreted on the host where there is no accelerator.
 """
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -61,6 +62,9 @@ def compile_quickly(request):
     device = getattr(request.node, "callspec", None) and request.node.callspec.params["device"]
     if device and device.compiles:
         request.getfixturevalue("quick_jax")
+    yield
+    if device and device.compiles:  # programs that are kept use up the mappings of a process
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -122,26 +122,29 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
     per = s.period // s.chunk
     count = [-(-min(T - i * s.period, s.period) // s.chunk) for i in range(periods)]
     after = xp.concat([B[..., 1:], xp.zeros((*batch, 1), dtype=B.dtype)], axis=-1)
-    carried, begin, kept = B, xp.zeros_like(B), []
+    read, written = xp.sum(c, axis=-1), xp.sum(d, axis=-1)
+    kept = xp.exp(s.power * xp.sum(a, axis=-1)) >= FORGOTTEN
+
+    def passed(B: Array, i: int) -> Array:
+        """Return what crosses all of a chunk, of what crosses its start."""
+        return xp.where(kept[..., i], B - read[..., i], xp.zeros_like(B))
+
+    carried, begin = B, xp.zeros_like(B)
     for i in range(per):
-        kept.append(xp.exp(s.power * xp.sum(a[..., i, :], axis=-1)) >= FORGOTTEN)
-        into = xp.where(kept[i], carried - xp.sum(c[..., i, :], axis=-1), xp.zeros_like(B))
-        carried = into + xp.sum(d[..., i, :], axis=-1)
-        begin = xp.where(kept[i], begin, xp.full_like(B, i + 0.5))
+        carried = passed(carried, i) + written[..., i]
+        begin = xp.where(kept[..., i], begin, xp.full_like(B, i + 0.5))
     known = xp.asarray([s.ends or i < periods - 1 for i in range(periods)])
     rest = (after - carried) / (xp.asarray(count, dtype=B.dtype) - begin)
     missing = xp.where(known, rest, xp.zeros_like(B))
-    found = []
+    through = []
     for i in range(per):
-        ci, di, ri, wi = (x[..., i, :] for x in (c, d, query, key))
-        into = xp.where(kept[i], B - xp.sum(ci, axis=-1), xp.zeros_like(B))
-        B = into + xp.sum(di, axis=-1)
-        late = i + 0.5 - begin
-        through = into + xp.where(late > 0, missing * late, xp.zeros_like(B))
-        behind = xp.cumulative_sum(ci + ri, axis=-1) - (0 if s.strict else ci + ri)
-        ahead = xp.cumulative_sum(di + wi, axis=-1) - di - wi
-        found.append((through + xp.sum(ci, axis=-1))[..., None] - behind + ahead)
-    G = s.power * xp.stack(found, axis=-2) * valid
+        into, late = passed(B, i), i + 0.5 - begin
+        B = into + written[..., i]
+        through.append(into + xp.where(late > 0, missing * late, xp.zeros_like(B)))
+    behind = xp.cumulative_sum(c + query, axis=-1) - (0 if s.strict else c + query)
+    ahead = xp.cumulative_sum(d + key, axis=-1) - d - key
+    G = (xp.stack(through, axis=-1) + read)[..., None] - behind + ahead
+    G = s.power * G * valid
     if gate.log_gate is None:
         return [(s.o, xp.sum(G, axis=(-2, -1)))]
     return [(s.o, xp.reshape(G, (*batch, periods * s.period))[..., :T])]

@@ -5,49 +5,51 @@ pass is strict, the weight of a pair is exp(e_t - c_j), of the state to a token 
 to the state exp(c_last - c_t). The reverse pass exchanges the last two and has the pair's turned.
 
 A difference of sums must keep float32's digits whatever the gate; so a log gate is split into
-multiples of 2^-14, which int32 adds without an error, and a rest below 2^-15. What is less than
--1024 is taken as that, a reset, which weighs 0: -inf is never subtracted.
+multiples of 1/4, of 2^-14 and of 2^-32, the last rounded, whose sums over a chunk are exact: they
+have the same bits in any order. What is less than -1024 is taken as that, a reset, which weighs 0:
+-inf is never subtracted.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from jax import lax
 from jax import numpy as jnp
 
 from ...device.elementwise import LEAST
-from .chunk import ROWS, TOTAL
+from .chunk import ROWS, TOTAL, W
 
 Array = Any
 RESET = -1024.0
-UNIT = 2.0**-14
-COARSE = 4096  # units that a float32 adds without an error
+COARSE, FINE, LAST = 2.0**-2, 2.0**-14, 2.0**-32
 
 
 def vectors(gate: Array, power: int, *, strict: bool, reverse: bool) -> Array:
     """Return the weights (*batch, C, ROWS, W) of a log gate (*batch, C, W); see `chunk.SPAN`."""
     a = jnp.clip(power * gate.astype(jnp.float32), RESET, -RESET)  # keeps a NaN
-    whole = jnp.where(jnp.isnan(a), 0.0, jnp.round(a / UNIT)).astype(jnp.int32)
-    rest = a - whole.astype(jnp.float32) * UNIT
-    c, d = (jnp.cumsum(x, axis=-1, dtype=x.dtype) for x in (whole, rest))
-    up = (c - whole, d - rest) if strict else (c, d)
-    last = c[..., -1:] - c, d[..., -1:] - d
+    whole = jnp.where(jnp.isnan(a), 0.0, jnp.round(a / FINE))
+    coarse = jnp.floor(whole * (FINE / COARSE))
+    parts = [coarse, whole - coarse * (COARSE / FINE), jnp.round((a - whole * FINE) / LAST)]
+    # products with ones: of a constant gate XLA folds them fast, and cumulative sums slowly
+    ones = jnp.triu(jnp.ones((W, W), jnp.float32))
+    c = jnp.matmul(jnp.stack(parts), ones, precision=lax.Precision.HIGHEST)
+    up = c - jnp.stack(parts) if strict else c
+    last = c[..., -1:] - c
 
-    def exp(x: tuple[Array, Array]) -> Array:
-        return jnp.exp(x[0].astype(jnp.float32) * UNIT + x[1])
+    def exp(x: Array) -> Array:
+        return jnp.exp(x[0] * COARSE + (x[1] * FINE + x[2] * LAST))
 
-    def split(x: tuple[Array, Array], sign: int) -> tuple[Array, Array]:
-        coarse = x[0] // COARSE
-        fine = (x[0] - coarse * COARSE).astype(jnp.float32) * UNIT + x[1]
-        return sign * coarse.astype(jnp.float32) * (COARSE * UNIT), sign * fine
+    def exponents(x: Array) -> tuple[Array, Array]:
+        return x[0] * COARSE, x[1] * FINE + x[2] * LAST
 
-    later, earlier = split(up, 1), split((c, d), -1)
-    columns, rows = (earlier, later) if reverse else (later, earlier)
-    into, out = (exp(last), exp(up)) if reverse else (exp(up), exp(last))
-    total = jnp.broadcast_to(exp((c[..., -1:], d[..., -1:])), into.shape)
+    columns, rows = exponents(up), exponents(-c)
+    into, out = exp(up), exp(last)
+    if reverse:
+        columns, rows, into, out = rows, columns, out, into
+    total = jnp.broadcast_to(exp(c[..., -1:]), into.shape)
     found = [columns[0], rows[0], columns[1], rows[1], into, out]
-    found += [total] * (ROWS - TOTAL)
-    return jnp.stack(found, axis=-2)
+    return jnp.stack(found + [total] * (ROWS - TOTAL), axis=-2)
 
 
 def of_decay(decay: Array, tokens: int, length: int) -> Array:
