@@ -193,8 +193,6 @@ def _step(
     state: Any,
     backend: Backends,
     donate: bool,
-    *,
-    node: bool = False,
     **options: Any,
 ) -> tuple[Array, Any]:
     ordered(options["mask"], "steps")
@@ -202,7 +200,7 @@ def _step(
     request, inputs, layout = prepare(
         q, k, v, one_token=True, initial_state=state, return_state=True, **options
     )
-    chosen = dispatch.choose(request, backend, autograd=True, node=node)
+    chosen = dispatch.choose(request, backend, autograd=True)
     if layout.packed and not chosen.capabilities.packed:
         inputs = inputs._replace(state=unpacked(inputs.state))
     o, new = chosen.step(request, inputs, donate and inputs.state is state)  # not of a copy
@@ -390,7 +388,7 @@ def _pull_anew(
 
 NODES |= {
     "scan": functools.partial(_scan, node=True),
-    "step": functools.partial(_step, node=True),
+    "step": _step,  # a few operations, which a compiler fuses with those around
     "summarize": functools.partial(_summarize, node=True),
     "combine": _combine,
     "forward": _forward_anew,

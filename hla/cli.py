@@ -64,7 +64,7 @@ def _run(words: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, purpose in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=f"{purpose}.".capitalize())
-        # Only the command that was asked for is imported.
+        # Only the requested command is imported.
         if name != "info" and words[:1] == [name]:
             importlib.import_module(f"hla.{name}").add_arguments(command)
     args = parser.parse_args(words)

@@ -78,7 +78,7 @@ def pick(
     Parameters
     ----------
     request : Request
-        What is asked.
+        The call.
     backend : None, str or sequence of str
         Automatic, that one alone, or these in order.
     summarize : bool
@@ -87,7 +87,7 @@ def pick(
     Raises
     ------
     Unsupported
-        No backend asked for can do it; the message holds every reason.
+        No requested backend can do it; the message holds every reason.
     """
     if not (backend is None or isinstance(backend, str)):
         backend = _sequence(backend)

@@ -1,9 +1,10 @@
 """Compile Triton's kernels ahead of time, without a GPU, and report what came out.
 
-    python ahead.py < cases.json > reports.json
+    python ahead.py < cases > reports
 
-Needs hla and Triton, of any version, and no torch. A case is the kernel's place, its signature and
-constants by argument, the arguments that are multiples of 16, the architecture and the options.
+Needs hla and Triton, of any version, and no torch. A case is a line of JSON: the kernel's place,
+its signature and constants by argument, the arguments that are multiples of 16, the architecture
+and the options. Its report is a line too.
 """
 
 import contextlib
@@ -136,6 +137,5 @@ def report(made, log):
 
 if __name__ == "__main__":
     os.environ |= {"TRITON_INTERPRET": "0", "TRITON_DUMP_PTXAS_LOG": "1"}
-    cases = [json.dumps(case) for case in json.load(sys.stdin)]
-    reports = {case: report(*built(json.loads(case))) for case in dict.fromkeys(cases)}
-    print(json.dumps([reports[case] for case in cases]))
+    for case in sys.stdin:
+        print(json.dumps(report(*built(json.loads(case)))), flush=True)

@@ -7,9 +7,12 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import json
 import math
 import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -251,6 +254,41 @@ def poisoned(empty):
         return x
 
     return allocate
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """What `ahead` reports of a case: it compiles in a process of its own, not interpreted."""
+    folder = tmp_path_factory.mktemp("triton")
+    python, variables = sys.executable, environment(TRITON_CACHE_DIR=str(folder))
+    if other := os.environ.get("HLA_TRITON_PYTHON"):  # which has its own hla
+        python = other
+        del variables["PYTHONPATH"]
+    command, log = [python, pathlib.Path(__file__).with_name("ahead.py")], folder / "errors"
+    pipe, processes, reports = subprocess.PIPE, [], {}
+
+    def begin():
+        with log.open("w") as file:
+            return subprocess.Popen(
+                command, env=variables, stdin=pipe, stdout=pipe, stderr=file, text=True
+            )
+
+    def compiled(case):
+        line = json.dumps(case)
+        if line not in reports:
+            if not processes or processes[-1].poll() is not None:
+                processes.append(begin())
+            print(line, file=processes[-1].stdin, flush=True)
+            answer = processes[-1].stdout.readline()
+            if not answer:
+                processes[-1].wait()
+            assert answer, log.read_text()
+            reports[line] = json.loads(answer)
+        return reports[line]
+
+    yield compiled
+    for process in processes:
+        process.communicate()
 
 
 @pytest.fixture

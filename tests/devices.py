@@ -5,6 +5,7 @@ there. Truth is the core in float64 on the same rounded inputs.
 """
 
 import functools
+import importlib
 import math
 import zlib
 from typing import NamedTuple
@@ -111,7 +112,7 @@ def devices() -> tuple[Device, ...]:
         if usable(entry)
     )
     if any(device.backend == "triton" and device.interpreted for device in found):
-        patch_once()
+        importlib.import_module("triton_interpreter").hasten()
     return found
 
 
@@ -153,17 +154,6 @@ def of_torch(device) -> bool:
 
 def on_cuda(device) -> bool:
     return of_torch(device) and accelerated(device)
-
-
-def patch_once():
-    """Have Triton's interpreter patch its language once a launch, which inner functions see too.
-
-    It does so again for every call of an inner function, which is half of the time of a launch.
-    """
-    from triton.runtime import interpreter
-
-    patch, known = interpreter._patch_lang, interpreter.InterpretedFunction.rewritten_fn
-    interpreter._patch_lang = lambda fn: None if fn in known else patch(fn)
 
 
 def each(f, x):

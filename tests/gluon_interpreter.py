@@ -88,7 +88,9 @@ class Tensor:
 
     shape = property(lambda self: list(self.a.shape))
     T = property(lambda self: Tensor(self.a.T, self.dtype))
-    type = property(lambda self: types.SimpleNamespace(element_ty=self.dtype, shape=self.shape))
+    type = property(lambda self: types.SimpleNamespace(
+        element_ty=self.dtype, shape=self.shape, layout=None
+    ))  # fmt: skip
 
     def to(self, dtype, bitcast=False):
         check(not bitcast, "bitcast is not interpreted")
@@ -269,6 +271,16 @@ class Shared:
 
     def reshape(self, shape):
         return self.view(lambda x: x.reshape([int(n) for n in shape]))
+
+    def reinterpret(self, dtype, shape, layout):
+        """The same memory as wider numbers: values of its own, which spoil those that were here."""
+        many = dtype.primitive_bitwidth // self.dtype.primitive_bitwidth
+        check(self.a.size == many * np.prod(shape), f"{shape} of {self.shape}")
+        _, *known = (x.reshape(*shape[:-1], -1)[..., ::many] for x in self.planes)
+        self.a[...] = np.nan
+        return Shared(dtype, [np.full(shape, np.nan, self.a.dtype), *known])
+
+    _reinterpret = reinterpret
 
     def ordered(self, who):
         """Check that the last writes happened before what this partition does now."""

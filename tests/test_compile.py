@@ -120,6 +120,23 @@ def test_the_other_functions_in_one_graph():
     assert max(map(len, graphs.seen)) < 600
 
 
+def test_a_step_is_plain_operations():
+    """A compiler sees them, and one graph serves every batch."""
+
+    def f(q, k, v, state):
+        return hla.step(q, k, v, state, decay=0.9, normalize=True, donate=True)
+
+    graphs = Graphs()
+    compiled = torch.compile(f, backend=graphs.backend, fullgraph=True, dynamic=True)
+    for batch in (4, 3):
+        token = [x[0].clone() for x in tensors(batch, "none").values()]
+        _, state = hla.step(*token)
+        packed = state.pack()
+        agree(compiled(*token, packed), f(*token, packed))
+    assert len(graphs.seen) == 1
+    assert not graphs.named("hla.")
+
+
 def test_torch_func_within_a_graph():
     """First and second derivatives and forward mode, with the operators where there are any."""
     q, k, v = tensors(9, "none").values()

@@ -4,7 +4,7 @@ import importlib
 import re
 
 import pytest
-from test_kernels import SHARED, compiled_cases, safe  # skips where there is no Triton
+from test_kernels import SHARED, named, safe  # skips where there is no Triton
 
 fused = importlib.import_module("hla.kernels.triton.fused")
 chain_kernel = importlib.import_module("hla.kernels.triton.chain").chain_kernel
@@ -87,17 +87,11 @@ def prepared(kind, width, arch):
     }
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    found = compiled_cases([prepared(*x) for x in CASES], tmp_path_factory.mktemp("fused"))
-    return dict(zip(CASES, found, strict=True))
-
-
 @pytest.mark.aot
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_compiled_for_the_hardware(reports, case):
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_compiled_for_the_hardware(compiled, case):
     kind, width, arch = case
-    found = reports[case]
+    found = compiled(prepared(*case))
     assert found["registers"] <= 255
     assert found["shared"] <= SHARED.get(arch, SHARED[90])
     assert set(found["offsets"]) == {"i64"}

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import installed
-from test_kernels import compiled_cases, safe
+from test_kernels import named, safe
 
 installed("triton")
 gluon_interpreter = installed("gluon_interpreter")
@@ -22,18 +22,18 @@ hopper3 = installed("hla.kernels.triton.hopper3")
 
 ROUNDED = 2e-3  # of one rounding to bfloat16, relative
 STATES = 1e-6  # of states, which are float32
+UNSUMMED = (None,) * 39  # strides of denominators (tests/device/test_owners.py has them)
 
 
 def sums(ahla, q, k, v, log_g, powers, factors, S, F):
     """(made, o, states) of one head in float64, token by token; y or u is what is made."""
-    (read1, write1), (read2, write2) = factors
     made, o = [], []
     for q_t, k_t, v_t, a in zip(q, k, v, log_g, strict=True):
-        S = math.exp(powers[0] * a) * S + write1 * np.outer(k_t, v_t if ahla else k_t)
-        made.append(read1 * q_t @ S)
+        S = math.exp(powers[0] * a) * S + np.outer(k_t, v_t if ahla else k_t)
+        made.append(factors[0] * q_t @ S)
         keys, values = (k_t, made[-1]) if ahla else (made[-1], v_t)
-        F = math.exp(powers[1] * a) * F + write2 * np.outer(keys, values)
-        o.append(read2 * q_t @ F)
+        F = math.exp(powers[1] * a) * F + np.outer(keys, values)
+        o.append(factors[1] * q_t @ F)
     return np.stack(made), np.stack(o), S, F
 
 
@@ -64,7 +64,7 @@ class Case:
     """Arrays of one call, and the call."""
 
     def __init__(self, seed=0, *, T=100, D=128, V=128, heads=(1, 1, 1), shared=(), ahla=False,
-                 gate=0, start=False, end=False, keep=False, read=True, factors=((1, 1), (1, 1)),
+                 gate=0, start=False, end=False, keep=False, read=True, factors=(1, 1),
                  fast=True, wide=False):  # fmt: skip
         random = np.random.default_rng(seed)
         self.ahla, self.gate, self.factors, self.heads = ahla, gate, factors, heads
@@ -96,22 +96,21 @@ class Case:
             self.g = -random.exponential(0.05, (*heads, T)).astype(np.float32)
             self.g[..., T // 3 : T : 40] = -np.inf
         powers = (1, 1) if ahla else (1, 2)
-        (read1, write1), (read2, write2) = factors
         unit, BD, BV = 8 if fast else 1, 64 * -(-D // 64), 64 * -(-V // 64)
         arrays = (self.q, self.k, self.v, self.y, self.o, self.start[0], self.end[0],
                   self.start[1], self.end[1])  # fmt: skip
         steps = [strides(x, 2, unit if i < 5 else 1) for i, x in enumerate(arrays)]
         gates = (0,) * 4 if gate == 0 else (*strides(self.g, gate - 1), 0)[:4]
         steps = [x if i < 5 else (*x[:3], None, *x[3:]) for i, x in enumerate(steps)]
-        self.args = (*arrays, self.g, read1 * write1, write1, 1 / write1,
-                     read2 * write2, write2, 1 / write2, T, None, D, V, *heads[1:],
-                     *(n for each in steps for n in each), *gates)  # fmt: skip
+        self.args = (*arrays, *[None] * 7, self.g, *factors, None, T, None, D, V, *heads[1:],
+                     *(n for each in steps for n in each), *UNSUMMED, *gates)  # fmt: skip
         self.constants = {
             "AHLA": ahla, "READ": read, "WIDE": wide, "KEEP": keep, "GATE": gate,
             "POWER1": powers[0] * (gate > 0), "POWER2": powers[1] * (gate > 0),
-            "SCALED1": factors[0] != (1, 1), "SCALED2": factors[1] != (1, 1),
+            "SCALED1": factors[0] != 1, "SCALED2": factors[1] != 1,
             "START1": start, "END1": end, "START2": start, "END2": end,
-            "BD": BD, "BV": BV, "WHOLE_D": D == BD, "WHOLE_V": V == BV, "FAST": fast,
+            "SUMS": False, "DEN": False, "BD": BD, "BV": BV,
+            "WHOLE_D": D == BD, "WHOLE_V": V == BV, "FAST": fast,
         }  # fmt: skip
         self.powers = powers
         self.run = lambda: gluon_interpreter.run(
@@ -140,7 +139,7 @@ def off(x, want):
     return np.linalg.norm(x.astype(np.float64) - want) / np.linalg.norm(want)
 
 
-SCALED = ((0.5, 2.0), (3.0, -1.0))
+SCALED = 0.5, -3.0
 CASES = {
     "one token": {"T": 1, "end": True},
     "63 tokens": {"T": 63, "keep": True},
@@ -236,8 +235,9 @@ def test_third_order(options, scales):
     steps += [(*x[:3], None, *x[3:]) for x in (strides(x, 2) for x in states)]
     tile = 64 * -(-D // 64)
     gluon_interpreter.run(
-        hopper3.triple_kernel, (math.prod(case.heads) * -(-V // 64),), *rows, *states, case.g,
-        *scales, T, None, D, V, *case.heads[1:], *(n for each in steps for n in each), *gates,
+        hopper3.triple_kernel, (math.prod(case.heads) * -(-V // 64),), *rows, *states,
+        *[None] * 7, case.g, *scales, None, T, None, D, V, *case.heads[1:],
+        *(n for each in steps for n in each), *UNSUMMED, *gates, SUMS=False, DEN=False,
         exact=True, READ=True, WIDE=options.get("wide", False), KEEP_Y=keep, KEEP_U=keep,
         GATE=gate, POWER1=min(gate, 1), POWER2=3 * min(gate, 1), SCALED=scales != (1, 1, 1),
         **{f"START{i}": starts[0] is not None for i in (1, 2, 3)},
@@ -273,10 +273,14 @@ SHAPES = {
     "states alone": {"READ": False, "END1": True, "END2": True},
     "64 keys": {"BD": 64},
     "64 values": {"BV": 64},
+    "64": {"BD": 64, "BV": 64},
     "narrow": {},
     "o in float32": {"WIDE": True, "KEEP": True},
     "odd rows": {},
     "segments": {"START1": True, "START2": True},
+    "denominators": {"SUMS": True, "DEN": True},
+    "denominators, all": EVERYTHING | {"SUMS": True, "DEN": True},
+    "states of denominators": EVERYTHING | {"SUMS": True, "READ": False},
     "segments, states alone": {"READ": False, "START1": True, "END2": True},
 }
 STATES3 = {f"{when}{i}": True for when in ("START", "END") for i in (1, 2, 3)}
@@ -286,6 +290,8 @@ THIRD = {
     "64 keys": {"BD": 64},
     "o in float32": {"WIDE": True, "KEEP_Y": True},
     "segments, states alone": {"READ": False, "START1": True, "START2": True, "END3": True},
+    "denominators, all": STATES3
+    | {"KEEP_Y": True, "KEEP_U": True, "SCALED": True, "SUMS": True, "DEN": True},
 }
 KERNELS = [
     *(
@@ -297,17 +303,25 @@ KERNELS = [
     *((name, 2, shape) for name in ("hla2", "ahla") for shape in ("states alone", "64 keys")),
     *((name, 0, shape) for name in ("hla2", "ahla") for shape in ("64 values", "narrow")),
     *(("hla2", 0, shape) for shape in ("y stored", "states", "o in float32")),
+    *((name, gate, "64") for name in ("hla2", "ahla") for gate in (0, 2)),
     ("ahla", 1, "odd rows"),
     *((name, 0, shape) for name in ("hla2", "ahla") for shape in SHAPES if "segments" in shape),
     ("hla2", 2, "segments"),
+    ("hla2", 0, "denominators"),
+    ("ahla", 0, "denominators, all"),
+    ("hla2", 2, "denominators, all"),
+    ("ahla", 2, "states of denominators"),
     *(("hla3", gate, "") for gate in (0, 1)),
     *(("hla3", 2, shape) for shape in THIRD),
 ]
 # Bytes a thread, most of them where addresses are made; others 24
 SPILLS = {"": 96, "segments": 176, "segments, states alone": 80, "states": 256, "all": 320,
-          "o in float32": 256, "states alone": 128, "odd rows": 2048}  # fmt: skip
+          "o in float32": 256, "states alone": 128, "odd rows": 2048, "denominators": 80,
+          "denominators, all": 448, "states of denominators": 56}  # fmt: skip
 NEWER_SPILLS = SPILLS | {"": 168, "segments, states alone": 160, "states": 432, "all": 512,
-                         "o in float32": 1016}  # by the assembler of CUDA 13  # fmt: skip
+                         "o in float32": 1016, "denominators": 192,
+                         "denominators, all": 1152,
+                         "states of denominators": 272}  # by that of CUDA 13  # fmt: skip
 SHARED = 227 * 1024
 
 
@@ -321,7 +335,9 @@ def prepared(name, gate, shape):
         "WHOLE_D": shape not in LOOSE, "WHOLE_V": shape not in LOOSE, "FAST": shape != "odd rows",
     } | (THIRD if name == "hla3" else SHAPES)[shape]  # fmt: skip
     given = {n: x for n, x in given.items() if n in names}
+    sums = given.get("SUMS") and shape[-1] != "s"  # all that there is of them
     present = {
+        **dict.fromkeys(("p_x", "p_den", "p_one", "p_m", "p_me", "p_n", "p_ne"), sums),
         "p_y": given.get("KEEP") or given.get("KEEP_Y"), "p_u": given.get("KEEP_U"),
         "p_o": given.get("READ", True), "p_gate": gate > 0,
         **{f"p_{n.lower()}": x for n, x in given.items() if re.match("(START|END)[123]", n)},
@@ -330,10 +346,16 @@ def prepared(name, gate, shape):
     for n in names:
         if n in given:
             signature[n] = "constexpr"
-        elif re.fullmatch("tokens|s[sefhSPF]e?n", n) and "segments" not in shape:
+        elif n == "eps" and given.get("DEN"):
+            signature[n] = "fp32"
+        elif (
+            n == "eps"
+            or (re.fullmatch("tokens|s[sefhSPFmn]e?n", n) and "segments" not in shape)
+            or (re.fullmatch("s(x|den|one|me?|ne?)[012ntdv]", n) and not present["p_" + n[1:-1]])
+        ):
             signature[n], constants[n] = "constexpr", None
         elif not n.startswith("p_"):
-            signature[n] = "fp32" if re.match("scale|write|unwrite", n) else "i32"
+            signature[n] = "fp32" if n.startswith("scale") else "i32"
         elif not present.get(n, True):
             signature[n], constants[n] = "constexpr", None
         else:
@@ -346,17 +368,10 @@ def prepared(name, gate, shape):
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("triton")
-    found = compiled_cases([prepared(*case) for case in KERNELS], cache)
-    return dict(zip(KERNELS, found, strict=True))
-
-
 @pytest.mark.aot
-@pytest.mark.parametrize("case", KERNELS, ids=lambda case: "-".join(map(str, case)))
-def test_compiled_for_the_hardware(reports, case):
-    found = reports[case]
+@pytest.mark.parametrize("case", KERNELS, ids=named)
+def test_compiled_for_the_hardware(compiled, case):
+    found = compiled(prepared(*case))
     assert found["shared"] <= SHARED
     assert set(found["offsets"]) == {"i64"}  # none wraps beyond 2^31 elements
     assert not found["narrow"]  # nor does a product that is widened later

@@ -253,7 +253,7 @@ def test_symbolic_sizes(jax, operator, form, kind):
         gate = array((2,) if kind == "decay" else (b, 2, t))
         return full, token, gate, jax.tree.map(lambda x: array((b, *x.shape[1:])), state)
 
-    for _ in range(2):  # symbols of one export are not compared with those of another
+    for _ in range(2 if operator == "hla2" else 1):  # symbols of two exports are not compared
         full, token, gate, state = symbols()
         exported = export.export(jax.jit(pulled))(*full, gate, state)
     for T in (1, 63, 64, 65, 200) if operator == "hla2" else (5,):
@@ -310,13 +310,18 @@ def test_a_traced_decay_of_zero(jax, operator, options):
         return total
 
     for f in (heads, steps) if not options else (heads,):
-        sums = jax.jit(lambda *args, f=f: (f(*args).sum(), f(*args)))
-        grads, found = jax.grad(sums, argnums=(0, 1, 2, 3), has_aux=True)(decay, q, k, v)
+
+        def sums(*args, f=f):
+            each = f(*args)
+            return each.sum(), each
+
+        slopes = jax.jit(jax.grad(sums, argnums=(0, 1, 2, 3), has_aux=True))
+        grads, found = slopes(decay, q, k, v)
         close(to_numpy(found), want)
         close(to_numpy(grads[0]), slope, 1e-8)
         assert all(np.isfinite(to_numpy(x)).all() for x in grads)
-        near = jax.grad(sums, argnums=(1, 2, 3), has_aux=True)(decay + 1e-14, q, k, v)[0]
-        for x, y in zip(grads[1:], near, strict=True):
+        near, _ = slopes(decay + 1e-14, q, k, v)
+        for x, y in zip(grads[1:], near[1:], strict=True):
             close(to_numpy(x), to_numpy(y), 1e-9)
     if not options:
         second = jax.jit(jax.hessian(lambda *args: heads(*args).sum()))(decay, q, k, v)

@@ -59,7 +59,7 @@ def installed_backend():
 
 
 @pytest.fixture
-def opaque(installed_backend):
+def opaque(installed_backend, quick_jax):
     installed_backend.seen.clear()
     return installed_backend
 

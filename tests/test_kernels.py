@@ -1,23 +1,17 @@
 """The Triton pass compiled ahead of time, without a GPU: registers, shared memory, instructions.
 
-For the launch table's own settings on Ampere and Hopper. One process compiles all, without the
-interpreter; which arguments are there follows from the kernel's own list of them. The searches
-through many compiled kernels take minutes: marked `aot`, they run by `pytest -m aot`, with the
-Triton of another Python where HLA_TRITON_PYTHON names one (it needs hla, and no torch).
+For the launch table's own settings on Ampere and Hopper. Which arguments are there follows from
+the kernel's own list of them. The searches through many compiled kernels take minutes: marked
+`aot`, they run by `pytest -m aot`, with the Triton of another Python where HLA_TRITON_PYTHON names
+one (it needs hla, and no torch).
 """
 
 import importlib
 import importlib.util
-import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 from ahead import overwritten
-from conftest import environment
 
 for name in ("torch", "triton"):
     if importlib.util.find_spec(name) is None:
@@ -178,25 +172,6 @@ def prepared(kind, width, dtype, arch):
     }
 
 
-def compiled_cases(given, cache):
-    """Compile what `ahead` takes in a process that is not interpreted; return what is found."""
-    python, variables = sys.executable, environment(TRITON_CACHE_DIR=str(cache))
-    if other := os.environ.get("HLA_TRITON_PYTHON"):  # which has its own hla
-        python = other
-        del variables["PYTHONPATH"]
-    command = [python, pathlib.Path(__file__).with_name("ahead.py")]
-    text = json.dumps(given)
-    done = subprocess.run(command, env=variables, input=text, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def compiled(cases, cache):
-    """Return what is found in compiled kernels, by case."""
-    found = compiled_cases([prepared(*case) for case in cases], cache)
-    return dict(zip(cases, found, strict=True))
-
-
 def safe(found):
     """Assert that nothing is overwritten too early, and that products run on by themselves."""
     assert not found["races"]
@@ -207,16 +182,15 @@ def safe(found):
     assert not found["serialised"]
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    return compiled(CASES, tmp_path_factory.mktemp("triton"))
+def named(case):
+    return "-".join(map(str, case))
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_compiled_for_the_hardware(reports, case):
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_compiled_for_the_hardware(compiled, case):
     kind, width, dtype, arch = case
-    found = reports[case]
+    found = compiled(prepared(*case))
     assert found["registers"] <= 255
     assert found["shared"] <= SHARED[arch]
     assert set(found["offsets"]) == {"i64"}  # none wraps beyond 2^31 elements
@@ -244,33 +218,34 @@ def carried(blocks, once, gated):
 
 
 @pytest.mark.aot
-def test_states_are_carried_in_registers(tmp_path):
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("blocks", "once"), [(8, True), (16, False)])
+def test_states_are_carried_in_registers(compiled, blocks, once, gated):
     """All loads of a run of segments are known, by 16 bytes; nothing is spilled or exchanged."""
-    cases = [(n, once, gated) for n, once in ((8, True), (16, False)) for gated in (False, True)]
-    for case, found in zip(
-        cases, compiled_cases([carried(*x) for x in cases], tmp_path), strict=True
-    ):
-        assert found["spills"] == 0, case
-        assert set(found["offsets"]) == {"i64"}, case
-        assert not found["narrow"], case
-        assert case[2] or not found["shuffles"], case
+    found = compiled(carried(blocks, once, gated))
+    assert found["spills"] == 0
+    assert set(found["offsets"]) == {"i64"}
+    assert not found["narrow"]
+    assert gated or not found["shuffles"]
 
 
 @pytest.mark.aot
-def test_no_load_lands_on_what_a_product_still_reads(tmp_path):
+@pytest.mark.parametrize("case", RACES, ids=named)
+def test_no_load_lands_on_what_a_product_still_reads(compiled, case):
     """Whatever a pass is asked for, by the launch table's settings on Hopper."""
-    for case, found in compiled(RACES, tmp_path).items():
-        safe(found)
-        assert found["pipelined"] >= 2 - ("no query" in case[0]), case  # the search saw the loads
+    found = compiled(prepared(*case))
+    safe(found)
+    assert found["pipelined"] >= 2 - ("no query" in case[0])  # the search saw the loads
 
 
 @pytest.mark.aot
-def test_lanes_that_store_one_sum_agree(tmp_path):
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("kind", UNALIGNED)
+def test_lanes_that_store_one_sum_agree(compiled, kind, dtype):
     """All lanes of a row store its sum, to one place."""
-    cases = [(kind, 32, dtype, 90) for kind in UNALIGNED for dtype in ("bf16", "fp32")]
-    for case, found in compiled(cases, tmp_path).items():
-        assert found["shuffles"], case
-        assert not found["unequal"], case
+    found = compiled(prepared(kind, 32, dtype, 90))
+    assert found["shuffles"]
+    assert not found["unequal"]
 
 
 RACE = """

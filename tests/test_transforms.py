@@ -175,10 +175,9 @@ def test_torch_layouts_and_tensors_that_need_gradients():
     assert q.grad is not None
 
 
-@pytest.fixture(scope="module")
-def jax():
-    load("jax")
-    return installed("jax")
+@pytest.fixture
+def jax(quick_jax):
+    return quick_jax
 
 
 def test_jax_transformations(jax):

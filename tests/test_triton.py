@@ -242,10 +242,11 @@ def test_arrays_of_other_libraries_are_read_where_they_lie(device, library, dtyp
 @per_device("operator", ["linear", "hla2", "ahla", "hla3"], where=interpreted)
 @pytest.mark.parametrize("axis", [-2, -3])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_what_is_told_without_running_is_what_comes(device, operator, normalize, axis):
+def test_what_is_told_without_running_is_what_comes(device, operator, normalize, axis, monkeypatch):
     """Shapes, strides and dtypes of results and gradients, as compilers are told them."""
-    from hla.kernels.triton import run
+    from hla.kernels.triton import launch, run
 
+    monkeypatch.setattr(launch.Kernel, "__call__", lambda *_: None)  # the values are not looked at
     torch = installed("torch")
     q, k, v = (device.array(x, device.dtype) for x in draw(2, 3, 5, D=7, V=4))
     q, k, v = (x.movedim(-2, axis).contiguous() for x in (q, k, v))

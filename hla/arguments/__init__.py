@@ -53,7 +53,7 @@ def prepare(
     one_token : bool
         Whether there is no token axis.
     gradient : bool
-        Whether the gradient will be asked, so that a backend keeps what it needs.
+        Whether the gradient will be requested, so that a backend keeps what it needs.
     **given
         Options of `hla.scan`, without the backend.
 

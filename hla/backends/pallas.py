@@ -1,4 +1,4 @@
-"""Pallas for JAX arrays: plans by kernels of Mosaic GPU (Hopper) and of TPUs.
+"""Pallas for JAX arrays: plans by kernels of Mosaic GPU (Hopper) and of TPUs; by name alone.
 
 Under a trace, which has no device, the platform is chosen where the program is lowered; elsewhere
 than on a GPU or TPU it then runs the kernels' text as plain jnp. On the host Pallas' interpreter
@@ -24,7 +24,6 @@ CAPABILITIES = Capabilities(
     ("float16", "bfloat16", "float32"),
     libraries=("jax",),
     native="jax",
-    serves=(("jax", True),),
     forms=("chunked",),
     traced=("jax",),
     opaque=True,

@@ -1,6 +1,6 @@
 """How `hla bench` makes, awaits, differentiates and meters the arrays of each library.
 
-No library is imported before its adapter is asked for.
+A library is imported when its adapter is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST = 1000  # calls in one queue
 
 
 class Meter(NamedTuple):
-    """What an accelerator itself says of a call: its seconds, and the bytes it takes meanwhile."""
+    """An accelerator's own measurements of a call: seconds, and the peak of bytes in use."""
 
     seconds: Callable[[Callable[[], Arrays], float], list[float]]
     bytes_beyond: Callable[[Callable[[], Arrays]], int]

@@ -1,4 +1,4 @@
-"""What a figure was measured on: date, commit, versions, processor and devices."""
+"""Where a figure was measured: date, commit, versions, processor and devices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def describe(commit: str | None = None) -> dict[str, Any]:
     Parameters
     ----------
     commit : str, optional
-        What to say where hla is not in a git checkout.
+        The commit to report where hla is not in a git checkout.
 
     Returns
     -------

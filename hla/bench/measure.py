@@ -105,7 +105,7 @@ def measure_case(
     case : Case
         Operator and size.
     before : iterable of Row
-        Rows of other lengths, from which it is foreseen what would take too long.
+        Rows of other lengths, from which the time of a longer call is predicted.
     quick : bool
         One short round instead of three.
     devices, libraries : iterable of str
@@ -128,14 +128,14 @@ def measure_case(
         ready: dict[str, tuple[Work, float]] = {}
         for name, one in prepare.items():
             if name in PEERS and not ready:
-                break  # no backend runs here, so there is nothing to hold against it
+                break  # no backend runs here, so there is nothing to compare it with
             same = [r for r in before if (r.name, r.accelerator) == (name, accelerator)]
             try:
                 _foresee(workload, case, same)
                 made = one()
                 ready[name] = made, checked(made)
             except Exception as why:
-                if not (_foreseen(why) or name in PEERS):  # a peer that breaks stops nobody else
+                if not (_foreseen(why) or name in PEERS):  # a broken peer stops no other row
                     raise
                 about = (workload, case.operator, case.tokens, name, _reason(why))
                 skipped.append(Skipped(*about, isinstance(why, Wrong)))
@@ -290,7 +290,7 @@ def import_seconds(repeats: int = 5) -> list[float]:
 def _child(code: str, *words: str) -> str:
     """Run code in a fresh interpreter that finds this very hla, installed or not."""
     paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
-    # glibc must give freed arrays back, or the next one would look free of charge
+    # glibc must return freed memory, or the next array would not be counted
     settings = {"PYTHONPATH": os.pathsep.join(paths), "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", code, *words]
     env = {**os.environ, **settings}
@@ -316,7 +316,7 @@ def _status(field: str) -> int:
 
 
 def memory_of(target: Target, case: Case) -> int:
-    """`memory_beyond` in a process of its own; NotImplementedError where it cannot be told."""
+    """`memory_beyond` in a process of its own; NotImplementedError where it cannot be measured."""
     if target.accelerator or not os.access("/proc/self/clear_refs", os.W_OK):
         raise NotImplementedError("peak memory is read on Linux, of the host")
     try:
@@ -329,7 +329,7 @@ def memory_of(target: Target, case: Case) -> int:
 
 
 def memories(case: Case, libraries: Iterable[str] = LIBRARIES) -> dict[str, int]:
-    """`memory_of` by target, for those that can be told."""
+    """`memory_of` by target, for those that can be measured."""
     found = {}
     for target in (t for t in targets() if t.library in libraries):
         with contextlib.suppress(NotImplementedError):

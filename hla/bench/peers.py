@@ -1,4 +1,4 @@
-"""What timings are held against: the peers that a user has instead, and the machine's own floor.
+"""What timings are compared with: the peers a user has instead, and the machine's own floor.
 
 The floor of a row is the operations of its program over the matrix rate that the machine reaches in
 the same run (`matrix_product`). A pass with key width K and value width U, in chunks of W = 64
@@ -27,7 +27,7 @@ from .libraries import Array, Arrays, Call, Host, load
 from .workloads import DECAY, Case, Work, against_truth, inputs, sample
 
 CHUNK = 64
-LIMIT = 0.02  # a peer promises no accuracy: its error is shown, and refused where it is plain wrong
+LIMIT = 0.02  # a peer promises no accuracy: its error is shown, and refused if plainly wrong
 CPU, GPU = False, True  # on an accelerator?
 PARTS = slice(None, -1), slice(-1, None)  # all tokens but the last, and that
 
@@ -339,9 +339,7 @@ def floor(dtype: str, library: str = "numpy", accelerator: bool = False) -> Floo
     a, b = (lib.array(x, dtype) for x in draws)
 
     def multiply(a: Array, b: Array) -> Arrays:
-        with library_of(a).exact_products(
-            a
-        ):  # float32 rows must be held against the rate of float32
+        with library_of(a).exact_products(a):  # float32 rows need float32's rate
             return (a @ b,)
 
     product = lib.compile(multiply)

@@ -1,4 +1,4 @@
-"""Show what was measured: progress and tables in the terminal, and the plot of time against T."""
+"""Progress and tables of results in the terminal, and the plot of time against T."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
 
 
 def introduce(console: Console, result: dict[str, Any]) -> None:
-    """Say what is measured on, and whether other work disturbs it."""
+    """Print the machine, and a warning where other work disturbs it."""
     machine = result["machine"]
     load = "" if machine["load"] is None else f", load {machine['load']:.1f}"
     places = [f"{machine['processor']}, {machine['cores']} cores{load}", *machine["accelerators"]]

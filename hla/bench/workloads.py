@@ -1,6 +1,7 @@
-"""What `hla bench` and the asv suite time: backends, data, calls, and the truth they must give.
+"""The calls that `hla bench` and the asv suite time: backends, data, and the right results.
 
-No library is imported before a workload asks for it. `peers` has what they are held against.
+A library is imported when a workload first uses it. `peers` has what the backends are compared
+with.
 """
 
 from __future__ import annotations

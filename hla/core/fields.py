@@ -13,7 +13,7 @@ from .request import Request
 
 
 def aligned(request: Request, xs: Sequence[Array]) -> list[Array]:
-    """Give arrays (*batch, X, Y) all batch axes of the request, where their library asks for it."""
+    """Give arrays (*batch, X, Y) all batch axes of the request, where their library requires it."""
     library = library_of(xs[0])
     if not library.meshes:
         return list(xs)
@@ -33,7 +33,7 @@ def batch_rank(field: str, x: Array) -> int:
 
 
 def joined(request: Request, state: Any, *, gradient: bool = False) -> dict[str, Array]:
-    """Give matrix and, where asked, denominator of each pass side by side, of the full shape.
+    """Put matrix and, where requested, denominator of each pass side by side, of the full shape.
 
     The names are those of the first states, of a ``gradient`` those of the last ones' gradients. A
     denominator is the same for all values it is broadcast over, so its gradient is shared out

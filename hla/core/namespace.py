@@ -1,4 +1,4 @@
-"""What core asks of an array library: its namespace, and a few things that the standard lacks.
+"""What core needs of an array library: its namespace, and a few things that the standard lacks.
 
 `hla.libraries` answers: `Generic` in terms of the standard alone, other adapters better where a
 library has a way of its own. What adapts which library is data, `ADAPTERS`, and an adapter is

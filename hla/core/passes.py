@@ -34,7 +34,7 @@ class Pass(NamedTuple):
     S <- S + write * k v', out <- out + read * q S.
     """
 
-    out: str  # "" asks for the state alone
+    out: str  # "": the state alone
     q: str
     k: str
     v: str
@@ -137,7 +137,7 @@ def counts(kind: str, W: int, tokens: Any, like: Array) -> tuple[Array, tuple[Ar
     tokens : int or array
         Those of it that there are; zeros after them fill it up.
     like : array
-        Of the dtype and device asked.
+        Of the dtype and device of the results.
 
     Returns
     -------
@@ -210,7 +210,7 @@ def weights_adjoint(power: int, kind: str, w: Weights, slope: Weights | None, dw
     w : Weights
         What it returned.
     slope : Weights or None
-        The `slopes` of a decay; None asks for the gradient of a log gate.
+        The `slopes` of a decay; None for the gradient of a log gate.
     dw : Weights
         Gradients of the arrays of ``w``, None for 0; there is one of ``query`` or of ``key``. That
         of ``pair`` is 0 where no pair is legal.

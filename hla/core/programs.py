@@ -181,9 +181,9 @@ def prune(
     steps : tuple of Pass
         A program.
     given, wanted : collection of str
-        Names of arrays that are there, and that are asked for.
+        Names of arrays that are there, and that are requested.
     gate : bool
-        Whether the products with ``dot`` are asked for.
+        Whether the products with ``dot`` are requested.
     """
     have, found, need, kept = set(given), [], set(wanted), []
     for s in steps:

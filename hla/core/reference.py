@@ -1,4 +1,4 @@
-"""One request in each of its forms, over any array library.
+"""Reference forward and backward of every `form`, over any array library.
 
 chunked, recurrent and dense are one pass at chunk widths w, 1 and T; associative is the paper's
 two-level exclusive scan (its Algorithms 1 and 4) with the operator's own combine.
@@ -61,7 +61,7 @@ def forward(
     Parameters
     ----------
     request : Request
-        What is asked.
+        The call.
     inputs : Inputs
         Its arrays.
     engine : Engine
@@ -113,7 +113,7 @@ def restored(request: Request, saved: Sequence[Array]) -> Env | None:
 
 
 def shapes(request: Request) -> tuple[Shape, tuple[Shape, ...], tuple[Shape, ...]]:
-    """Shapes of the output, of the state's fields where asked, and of what is `saved`."""
+    """Shapes of the output, of the state's fields where requested, and of what is `saved`."""
     kind: Any = request.state_type
     given = [request.q_shape, request.k_shape, request.v_shape]
     o = (*broadcast(*(x[:-2] for x in given)), request.tokens, request.v_shape[-1])
@@ -126,7 +126,7 @@ def shapes(request: Request) -> tuple[Shape, tuple[Shape, ...], tuple[Shape, ...
 
 
 def _finish(request: Request, inputs: Inputs, out: Array) -> Array:
-    """Divide by the denominator where asked and return to the caller's dtype."""
+    """Divide by the denominator where requested and return to the caller's dtype."""
     xp = namespace(out)
     if request.normalize:
         out = out[..., :-1] / (out[..., -1:] + request.eps)

@@ -1,4 +1,4 @@
-"""What one call asks for: the validated, hashable Request and the arrays that go with it."""
+"""One call: the validated, hashable Request and the arrays that go with it."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def pull(
         What `run` was given and, with ``keep``, returned; "d.o" and "d.S@T" as far as they are not
         zero.
     with_gate : bool
-        Whether the gate's gradient is asked.
+        Whether the gate's gradient is requested.
     gate, chunk, run_pass
         As given to `run`.
     """

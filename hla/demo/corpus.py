@@ -1,4 +1,4 @@
-"""The demo's text, and what a compressor and a table of counts make of it."""
+"""The demo's text, and its bits a byte by a compressor and by a table of counts."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def order2_bits(corpus: Corpus) -> float:
 
 
 def _counts(learnt: Codes, asked: Codes) -> Codes:
-    """How often each asked code was learnt."""
+    """Count how often each code of ``asked`` was learnt."""
     codes, counts = np.unique(learnt, return_counts=True)
     at = np.searchsorted(codes, asked).clip(max=len(codes) - 1)
     return np.where(codes[at] == asked, counts[at], 0)

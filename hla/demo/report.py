@@ -1,4 +1,4 @@
-"""What the demo shows: progress, the table and the sample, and the files that it saves."""
+"""The demo's output: progress, the table and the sample, and the files that it saves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .corpus import Bytes, Corpus, gzip_bits, order2_bits
 from .model import NO_MIXER, parameter_count
 from .training import BATCH, WINDOW, Job, Sample, Trained, cores
 
-# Okabe and Ito's colours, told apart by any eye
+# Okabe and Ito's colours, which colour-blind readers can tell apart
 COLOURS = {
     NO_MIXER: "#777777",
     "linear": "#0072B2",
@@ -36,12 +36,12 @@ GZIP, ORDER2 = "gzip -9", "order-2 byte counts"
 
 
 def label(operator: str) -> str:
-    """Return how a row is called."""
+    """Return the name of a row."""
     return "no mixer" if operator == NO_MIXER else operator
 
 
 def introduce(console: Console, jobs: Sequence[Job]) -> None:
-    """Say what will be trained, and on what."""
+    """Print the models to be trained, and the text."""
     corpus, config = jobs[0].corpus, jobs[0].config
     console.print(
         f"{corpus.name}: {len(corpus.train):,} bytes to train on, the last {len(corpus.held):,} "
@@ -53,7 +53,7 @@ def introduce(console: Console, jobs: Sequence[Job]) -> None:
 
 @contextmanager
 def progress(console: Console, jobs: Sequence[Job]) -> Iterator[Callable[[str, int, float], None]]:
-    """Show a bar a model; yields what moves it."""
+    """Show a bar for each model; yield the function that moves it."""
     columns = (
         TextColumn("{task.description:>8}"),
         BarColumn(40),
@@ -80,7 +80,7 @@ def progress(console: Console, jobs: Sequence[Job]) -> Iterator[Callable[[str, i
 
 
 class Results(NamedTuple):
-    """All that was measured; `baselines` are held-out bits a byte of what needs no training."""
+    """All measurements; `baselines` are held-out bits a byte of methods without training."""
 
     jobs: Sequence[Job]
     models: Sequence[Trained]
@@ -143,7 +143,7 @@ def print_sample(console: Console, results: Results, model: Trained, prompt: Byt
 
 
 def _readable(text: bytes) -> str:
-    """Decode, with a dot for what a terminal would obey rather than show."""
+    """Decode, with a dot for each control character."""
     shown = text.decode(errors="replace")
     return "".join(c if c.isprintable() or c == "\n" else "\u00b7" for c in shown)
 

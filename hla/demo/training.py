@@ -61,7 +61,7 @@ def train(job: Job, report: Report) -> Trained:
     Parameters
     ----------
     report : callable
-        Called now and then with the steps done and the bits a byte of the last batches.
+        Called from time to time with the steps done and the bits a byte of the last batches.
     """
     parameters = initialise(job.config, job.seed)
     adam, rng = Adam(parameters), np.random.default_rng(job.seed)
@@ -168,7 +168,7 @@ def train_all(jobs: Sequence[Job], report: Callable[[str, int, float], None]) ->
 
 
 def _work(job: Job, sender: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     sender.send(train(job, lambda step, bits: sender.send((step, bits))))
 
 

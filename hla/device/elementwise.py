@@ -99,7 +99,8 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
     gate leaves nothing, and what is missing at the border behind is added along the way:
     differences, which lose digits, are taken of no more than the chunks of a period.
     """
-    batch, c, w = take(s.o).shape[:-1], take(s.reads)[..., 0, :], take(s.writes)[..., 0, :]
+    batch, *dots = take(s.o).shape[:-1], take(s.reads), take(s.writes)
+    c, w = (xp.sum(x, axis=-2) if x.shape[-2] > 1 else x[..., 0, :] for x in dots)
     T = c.shape[-1]
     d, query, key = (w[..., i * T : (i + 1) * T] for i in range(3))
     a = take(s.gate)
@@ -115,7 +116,9 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
 
     c, d, query, key, a, valid = map(chunks, (c, s.factor * d, query, key, a, valid))
     B = (xp.zeros(batch, dtype=c.dtype) if s.border is None else take(s.border))[..., None]
-    if s.S is not None and s.R is not None:
+    if s.met is not None:
+        B = xp.concat([B, xp.sum(take(s.met), axis=-1)], axis=-1)
+    elif s.S is not None and s.R is not None:
         later = xp.sum(take(s.S) * take(s.R).mT, axis=(-2, -1))
         B = xp.concat([B, s.factor * later], axis=-1)
     # What is missing at the border behind a period, and from which chunk on it came to miss.

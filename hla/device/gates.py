@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 from ..core.passes import Pass, Shape
 from ..core.programs import Passes
-from .steps import Border, GateGradient, Limits, Ref, Step, Sum
+from .steps import Border, GateGradient, Limits, Parts, Ref, Step, Sum
 
 if TYPE_CHECKING:
     from .plan import Builder
@@ -24,11 +25,16 @@ class Term:
         self.dots: dict[bool, list[Ref]] = {False: [], True: []}
         self.border: list[tuple[Ref, Ref]] = []
         self.states: dict[bool, Ref | None] = {False: None, True: None}
+        self.parts: Parts | None = None  # of the fused rows that do its launches
+        self.period = 0  # and tokens between the states that they keep
+        self.met: Ref | None = None
         self.one = False  # whether its k is its v
         self.ends = True
 
     def chunk(self, limits: Limits, gate: str | None) -> int:
         """Tokens by which all its launches count."""
+        if self.parts:
+            return self.parts.chunk
         V, D = self.widths[False]
         return limits.chunk if isinstance(limits.chunk, int) else limits.chunk(D, V, gate, self.one)
 
@@ -64,24 +70,46 @@ class GateTerms:
             term.widths[s.reverse] = [columns, rows]
 
     def asked(
-        self, s: Pass, batch: Shape, pack: list[tuple[Pass, int, int]], *, symmetric: bool
-    ) -> tuple[Ref | None, Ref | None, Ref | None, int]:
-        """Return x, dots, states and chunk of a launch."""
+        self,
+        s: Pass,
+        batch: Shape,
+        pack: list[tuple[Pass, int, int]],
+        parts: Parts | None,
+        *,
+        symmetric: bool,
+    ) -> dict[str, Any]:
+        """Return what a launch leaves: its fields; ``parts`` is that of a fused row."""
         if not s.dot:
-            return None, None, None, 0
+            return {}
         b, term = self.builder, self.terms[s.step, batch]
         T, limits, width = b.request.tokens, b.limits, b.width(s.v)
+        period, tiles = limits.period, -(-width // limits.tile)
+        if parts:
+            term.period = math.gcd(b.tokens, parts.period)
+            period, tiles = term.period, parts.writes if s.reverse else parts.reads
         dtype = "float32" if b.request.dtype == "bfloat16" else "float64"
-        shape = (*batch, -(-width // limits.tile), T * (3 if s.reverse else 1))
+        shape = (*batch, tiles, T * (3 if s.reverse else 1))
         dots = b.temporary("dots", shape, dtype=dtype, like="")
         term.dots[s.reverse].append(dots)
         term.factor = 0.5 if symmetric else term.factor  # of what is written for k and v alike
-        if b.tokens % limits.period:
+        term.parts = parts
+        found = {"x": Ref(s.dot), "dots": dots, "chunk": term.chunk(limits, b.request.gate)}
+        if b.tokens % period:
             raise ValueError(
-                f"segments have {b.tokens} tokens; expected a multiple of {limits.period}, the"
+                f"segments have {b.tokens} tokens; expected a multiple of {period}, the"
                 " period of the states that a gate's gradient reads"
             )
-        if n := max(0, T - 1) // limits.period:
+        n = max(0, T - 1) // period
+        if n and parts:
+            kept = term.states[True] or b.temporary(
+                "kept", (*batch, n, parts.side, parts.side), dtype=b.narrow, like=""
+            )
+            term.states[True] = kept
+            if s.reverse:
+                return found | {"states": kept}
+            term.met = b.temporary("met", (*batch, n, parts.met), dtype=b.wide, like="")
+            return found | {"kept": kept, "met": term.met}
+        if n:
             columns, rows = term.widths[s.reverse]
             states = term.states[s.reverse] or b.temporary(
                 "kept", (*batch, n, rows, columns), dtype=b.narrow, like=""
@@ -92,9 +120,8 @@ class GateTerms:
             lo, hi = (
                 x + (0 if s.reverse else self.offset[p]) for x, p in ((lo, first), (hi, last))
             )
-            states = states._replace(rows=(begin, begin + width), columns=(lo, hi))
-            return Ref(s.dot), dots, states, term.chunk(limits, b.request.gate)
-        return Ref(s.dot), dots, None, term.chunk(limits, b.request.gate)
+            found["states"] = states._replace(rows=(begin, begin + width), columns=(lo, hi))
+        return found
 
     def border(self, s: Pass, batch: Shape, ends: dict[Pass, Ref]) -> None:
         """Note the gradients of first states beside what they are gradients of."""
@@ -114,14 +141,15 @@ class GateTerms:
     def steps(self, batch: Shape, term: Term) -> list[Step]:
         """Return the steps of one term."""
         b, steps = self.builder, list[Step]()
-        T, period, log = b.request.tokens, b.limits.period, b.request.gate == "log_gate"
+        T, log = b.request.tokens, b.request.gate == "log_gate"
+        period = term.period or b.limits.period
         shape = (*batch, T if log else -(-T // period))
         o = b.temporary("d.gate", shape, dtype=b.wide if log else "float64")
         self.found.append(o)
 
         def one(name: str, shape: Shape, dtype: str, refs: list[Ref]) -> Ref:
             """Add up to one array of a shape."""
-            if len(refs) == 1 and b.of(refs[0].name) == shape:
+            if len(refs) == 1 and (b.of(refs[0].name) == shape or term.parts):
                 return refs[0]
             total = b.temporary(name, shape, dtype=dtype)
             steps.append(Sum(total, tuple((1.0, ref) for ref in refs)))
@@ -137,7 +165,8 @@ class GateTerms:
         if term.border:
             border = b.temporary("border", batch, dtype="float64")
             steps.append(Border(border, tuple(term.border)))
-        given = reads, writes, gate, border, term.states[False], term.states[True]
+        S, R = (None, None) if term.parts else (term.states[False], term.states[True])
+        given = reads, writes, gate, border, S, R
         options = (
             term.power,
             term.strict,
@@ -146,4 +175,4 @@ class GateTerms:
             term.chunk(b.limits, b.request.gate),
             period,
         )
-        return [*steps, GateGradient(o, *given, *options)]
+        return [*steps, GateGradient(o, *given, *options, met=term.met)]

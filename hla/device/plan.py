@@ -1,6 +1,6 @@
 """Request -> Plan: buffers and steps as data, in both directions. Shapes and names only.
 
-`Builder` packs the passes that something asked for depends on into launches: fused rows, shared
+`Builder` packs the passes that a requested result depends on into launches: fused rows, shared
 queries and keys, shared values, parts of wide keys, segments of the sequence.
 """
 
@@ -19,6 +19,7 @@ from .gates import GateTerms
 from .segments import levels
 from .shapes import alive, named, saved
 from .steps import (
+    UNDOTTED,
     Buffer,
     Carry,
     Divide,
@@ -33,6 +34,7 @@ from .steps import (
     Step,
     Sum,
     names,
+    written,
 )
 
 Sums = list[tuple[str, Ref]]  # what is then added to which name
@@ -59,9 +61,8 @@ def dtype_of(request: Request, name: str) -> str:
 
 
 # What the states of a launch do not depend on
-WHATEVER: dict[str, Any] = {
-    "q": (), "o": (), "end": (), "read": 1.0, "add": False, "x": None, "dots": None,
-    "states": None, "batch": (), "tokens": 0, "chunk": 0,
+WHATEVER: dict[str, Any] = UNDOTTED | {
+    "q": (), "o": (), "end": (), "read": 1.0, "add": False, "batch": (), "tokens": 0,
 }  # fmt: skip
 
 
@@ -136,7 +137,9 @@ class Builder:
         """Emit all passes: a fused row where one waits, else the first and its company."""
         self.given |= set(given)
         self.gates.expect(steps)
-        pending = list(steps)
+        self.rows = self.able(steps)
+        theirs = {s.out for r in self.rows if r.parts for s in r.steps}
+        pending = sorted(steps, key=lambda s: s.out in theirs)  # what adds to it goes after
         while pending:
             rows = ((r, self.waiting(r, pending)) for r in self.rows)
             row, passes = next(((r, g) for r, g in rows if g), (None, ()))
@@ -152,6 +155,20 @@ class Builder:
             pending = [s for s in pending if s not in passes]
             self.steps += self.gates.finished(pending)
 
+    def able(self, steps: Passes) -> tuple[Row, ...]:
+        """Return the rows that are used: for a gate's gradient by a step's passes all or none."""
+        if not any(s.dot for s in steps):
+            return self.rows
+        starts = {s.start for s in steps if s.start}
+        gated = [r for r in self.rows if r.parts and r.parts.without not in starts]
+        theirs = {s.step for r in gated for s in r.steps}
+        pending = [s for s in steps if s.step in theirs]
+        while found := next((g for r in gated if (g := self.waiting(r, pending))), None):
+            pending = [s for s in pending if s not in found]
+        if any(s.dot for s in pending):
+            gated = []
+        return tuple(r for r in self.rows if r in gated or not any(s.dot for s in r.steps))
+
     def fused(
         self, row: Row, passes: Passes, pending: list[Pass], keep: Collection[str]
     ) -> tuple[list[Sum], list[Step], Sums]:
@@ -163,7 +180,7 @@ class Builder:
         found: list[Launch] = []
         after: dict[str, Ref] = {}
         for s in passes:
-            sums, launches, rest = self.launches(Group((s,), (s,)), pending, whole=True)
+            sums, launches, rest = self.launches(Group((s,), (s,)), pending, row)
             before += sums
             own = [x for x in launches if isinstance(x, Launch)]
             for name, aside in rest:  # what is added to one name goes aside together
@@ -193,6 +210,7 @@ class Builder:
             self.ready(s, pending, group)
             and (s.out not in inner or self.lead(s)[0] == self.of(s.out)[:-2])
             and (not self.tokens or (s.out and s.out not in inner & self.written))
+            and (row.adds or not self.adds(s))
             for s in group
         )
         return tuple(group) if able and len(group) == len(row.steps) else ()
@@ -231,10 +249,11 @@ class Builder:
         return Group((s,), (s,))
 
     def launches(
-        self, group: Group, pending: Iterable[Pass], *, whole: bool = False
+        self, group: Group, pending: Iterable[Pass], row: Row | None = None
     ) -> tuple[list[Sum], list[Step], Sums]:
         """Return what goes before, the launches, and what is then added to which name."""
-        keys, values = group.keys, group.values
+        keys, values, whole = group.keys, group.values, row is not None
+        parts = row.parts if row else None
         if group.symmetric:
             dk, dv = sorted(values, key=lambda s: not s.turned)
             keys = values = (dk._replace(dot=dv.dot),)
@@ -262,7 +281,6 @@ class Builder:
             cuts = [
                 (p, None if (lo, hi) == (0, self.width(p.k)) else (lo, hi)) for p, lo, hi in pack
             ]
-            x, dots, states, chunk = self.gates.asked(s, batch, pack, symmetric=group.symmetric)
             each = [(p if len(values) == 1 else t, cut) for p, cut in cuts for t in values]
             start, end = (
                 tuple((ref := of.get(p)) and ref._replace(rows=cut) for p, cut in each)
@@ -275,9 +293,11 @@ class Builder:
             one = Launch(
                 q if read else (), k, tuple(Ref(self.operand(t.v)) for t in values), outs,
                 start, end, s.power if s.kind != "full" else 0, s.kind == "strict", s.reverse,
-                s.read, s.write, read and (add or i > 0), group.symmetric, x, dots, states, batch,
-                held, chunk=chunk,
+                s.read, s.write, read and (add or i > 0), group.symmetric, None, None, None, batch,
+                held,
             )  # fmt: skip
+            asked = self.gates.asked(s, batch, pack, parts, symmetric=group.symmetric)
+            one = one._replace(**asked)
             sizes: list[Shape] = [(hi - lo, self.width(t.v)) for _, lo, hi in pack for t in values]
             tokens = self.tokens if s.kind != "full" and not whole else 0
             found += self.two(one, sizes, tokens) if s.kind == "full" or tokens else [one]
@@ -341,7 +361,7 @@ class Builder:
         sizes = [(*x.held, *axis, *size) for size in sizes]
         local, begin = (tuple(self.temporary("state", z) for z in sizes) for _ in "ab")
         alone = x._replace(q=(), o=(), start=none, end=local, add=False, batch=x.held)
-        yield alone._replace(x=None, dots=None, states=None, chunk=0, tokens=n)
+        yield alone._replace(**UNDOTTED, tokens=n)
         if n:
             fading = self.fading(n) if x.power and self.request.gate else None
             for o, end, mine, start in zip(begin, x.end, local, x.start, strict=True):
@@ -363,6 +383,17 @@ class Builder:
         found = self.states.get(key._replace(k=x.v, v=x.k, start=turned), ())
         return tuple(ref._replace(turned=True) for ref in found) or None
 
+    def divide(self, s: Divide, keep: Collection[str]) -> None:
+        """Divide: in the fused row that alone makes both terms, where it does so, else at last."""
+        made = {s.x.name, s.den.name}
+        makers = [x for x in self.steps if made & written(x)]
+        last = self.steps[-1] if makers == self.steps[-1:] else None
+        if isinstance(last, Fused) and any(r.divides and r.name == last.row for r in self.rows):
+            inner = last.inner + tuple(sorted(made - {*keep}))
+            self.steps[-1] = last._replace(inner=inner, divide=s)
+        else:
+            self.steps.append(s)
+
     def fading(self, n: int) -> Ref:
         """Return the sums of the log gate over segments."""
         T, name = self.request.tokens, "fading"
@@ -372,6 +403,15 @@ class Builder:
             self.steps.append(Fading(o, Ref("gate"), n, T))
             self.written.add(name)
         return o
+
+
+def _replaced(step: Step, rows: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield what is read before a result is written over it, chunk by chunk, and the result."""
+    if isinstance(step, Fused) and step.row in rows:
+        yield from ((x.q[0].name, x.o[0].name) for x in step.launches if x.q and x.o)
+    elif isinstance(step, Launch) and len(step.q) == len(step.k) == len(step.v) == 1:
+        v, o = step.v[0].name, step.o[0].name
+        yield from [(v, o)] if v not in names((step.q, step.k, step.x)) else ()
 
 
 def finished(b: Builder, results: Mapping[str, str], kept: tuple[str, ...] = ()) -> Plan:
@@ -384,14 +424,11 @@ def finished(b: Builder, results: Mapping[str, str], kept: tuple[str, ...] = ())
             last[name] = i
     own = {n: x for n, x in b.buffers.items() if n in first}
     outs = {*results.values(), *kept, "gate"}  # which launches read without naming it
-    for i, step in enumerate(b.steps):  # a chunk of v is read before its result is written
-        if not isinstance(step, Launch) or not (len(step.q) == len(step.k) == len(step.v) == 1):
-            continue
-        v, o = step.v[0].name, step.o[0].name
-        idle = v in own and last[v] == i == first.get(o) and own[v].fill is None
-        idle = idle and v not in outs | names((step.q, step.k, step.x))
-        if idle and own[v][:2] == own[o][:2]:
-            own[o] = own[o]._replace(reuses=v)
+    for i, step in enumerate(b.steps):
+        for x, o in _replaced(step, {r.name for r in b.rows if r.in_place}):
+            idle = x in own and last[x] == i == first.get(o) and own[x].fill is None
+            if idle and x not in outs and not own[o].reuses and own[x][:2] == own[o][:2]:
+                own[o] = own[o]._replace(reuses=x)
     fresh = [tuple(n for n in own if first[n] == i) for i in range(len(b.steps))]
     dead = [tuple(n for n in last if last[n] == i and n not in outs) for i in range(len(b.steps))]
     given = tuple(n for n in first if n not in own)
@@ -412,7 +449,7 @@ def forward(
     Parameters
     ----------
     request : Request
-        What is asked.
+        The call.
     limits, rows
         What the device has for it: the first row whose passes wait is taken.
     tokens : int
@@ -428,9 +465,9 @@ def forward(
     b.buffer("o", dtype=request.dtype if direct else b.wide, like="q")
     given = {"q", "k", "v"} | {s.start for s in steps} - {""}
     b.run(steps, given, {*kept, "o", "o|1"})
-    out = Ref("o") if direct else b.buffer("out", b.of("o"), request.dtype, like="o")
+    out = Ref("o") if direct else b.buffer("out", b.of("o"), request.dtype, like="q")
     if request.normalize:
-        b.steps.append(Divide(out, Ref("o"), Ref("o|1"), request.eps))
+        b.divide(Divide(out, Ref("o"), Ref("o|1"), request.eps), kept)
     elif not direct:
         b.total("out", (1.0, Ref("o")))
     return finished(b, {"o": out.name} | {s.end: s.end for s in steps if s.end}, kept)

@@ -49,7 +49,7 @@ class Device(NamedTuple):
     """A backend, as this package sees it.
 
     ``steps`` returns what does a step: it reads the arrays of a list and writes into them, or puts
-    new ones in their places. The other functions are asked of arrays of the device's library.
+    new ones in their places. The other functions take arrays of the device's library.
     """
 
     steps: Callable[[Call, Step], Iterable[Do]]
@@ -148,7 +148,7 @@ def _column(name: str, x: Layout) -> Layout:
 
 
 class Kind(NamedTuple):
-    """What a request does not tell of a call."""
+    """Facts of a call that its request does not hold."""
 
     back: bool
     start: bool  # there is an initial state
@@ -212,7 +212,7 @@ class Runner:
         Parameters
         ----------
         request, inputs
-            What is asked, and its arrays.
+            The call, and its arrays.
         tokens : int, optional
             Of a segment, 0 for the whole sequence as one; by default as the device has it.
         """

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from ..core.passes import broadcast
 from ..core.request import Request
-from .steps import Fused, Launch, Row, Step, names
+from .steps import UNDOTTED, Fused, Launch, Row, Step, names
 
 if TYPE_CHECKING:
     from .plan import Builder
 
 WHOLE = 2048  # tokens up to which a head's bits do not depend on how many heads there are
 LEAST = 256  # tokens of a segment: then its states cost what its tokens do
+FEWEST = 3  # segments: two gain nothing, as all is read twice
 
 
 @functools.lru_cache(maxsize=1024)
@@ -28,7 +29,7 @@ def tokens(request: Request, slots: int, period: int, columns: int) -> int:
     Parameters
     ----------
     request : Request
-        What is asked.
+        The call.
     slots : int
         Programs that the device runs at once.
     period : int
@@ -42,7 +43,9 @@ def tokens(request: Request, slots: int, period: int, columns: int) -> int:
     batch = broadcast(*(x[:-2] for x in (request.q_shape, request.k_shape, request.v_shape)))
     programs = math.prod(batch) * -(-request.v_shape[-1] // columns)
     count = min(slots // max(1, programs), T // LEAST)
-    n = -(-T // max(1, count) // period) * period
+    if count < FEWEST:
+        return 0
+    n = -(-T // count // period) * period
     return n if 0 < n < T else 0
 
 
@@ -72,7 +75,7 @@ def levels(b: Builder, row: Row, launches: list[Launch], inner: tuple[str, ...])
         makers: list[Launch] = []
         for x, depth in zip(reads[::-1], depths[::-1], strict=True):
             if depth < now and names(x.o) & needs:
-                makers.insert(0, x._replace(x=None, dots=None, states=None))
+                makers.insert(0, x._replace(**UNDOTTED))
                 needs |= names((x.q, x.k, x.v))
         if makers:
             made = tuple(dict.fromkeys(o.name for x in makers for o in x.o))
@@ -87,7 +90,7 @@ def levels(b: Builder, row: Row, launches: list[Launch], inner: tuple[str, ...])
 
 
 def _halved(x: Launch, launches: list[Launch]) -> bool:
-    """Whether a last state is asked of one of two that a row may leave as halves of their sum."""
+    """Whether a last state is requested of one of two that a row may leave as half sums."""
     return any(x.end) and any((x.k, x.v) == (y.v, y.k) and y.o == x.o for y in launches if y != x)
 
 

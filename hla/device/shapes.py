@@ -1,4 +1,4 @@
-"""Shapes of all that a request computes, by name; no backend is asked."""
+"""Shapes of all that a request computes, by name, without a backend."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def saved(request: Request) -> tuple[str, ...]:
 
 
 def shapes(request: Request) -> Shapes:
-    """Return the shapes of o, of the final state's fields where asked, and of what is `saved`."""
+    """Shapes of o, of the final state's fields where requested, and of what is `saved`."""
     found, kind = named(request), cast("Any", request.state_type)
     fields = request.state_shapes()
     names = kind._fields if request.return_state else ()

@@ -61,7 +61,9 @@ class Launch(NamedTuple):
     A reverse launch has (*batch, tiles, 3 T): behind it, of read * write * L (q_t.k_j) (v_j.x_t)
     over the pairs of a chunk but those of a token with itself, each token's sum as j and then as t
     (a symmetric launch: of its own two operands, not the exchanged ones). ``states`` (*batch, N, V,
-    D) takes the transposed states before every period of tokens but the first.
+    D) takes the transposed states before every period of tokens but the first. In a fused row with
+    `Parts` they are as its kernels have them; its forward launches take <S, R> (*batch, N, parts)
+    of them and the states, which sum up, to ``met`` instead.
     """
 
     q: tuple[Ref, ...]  # a part, or two (the second of few columns)
@@ -84,6 +86,12 @@ class Launch(NamedTuple):
     held: Shape  # of the states: batch without the axes that only q has
     tokens: int = 0  # of a segment, one more batch axis of states (-3); 0: the whole
     chunk: int = 0  # tokens by which dots count
+    kept: Ref | None = None  # what a reverse launch left as its ``states``
+    met: Ref | None = None
+
+
+# Fields of a launch that leaves nothing for a gate's gradient
+UNDOTTED: dict[str, Any] = dict.fromkeys(("x", "dots", "states", "kept", "met")) | {"chunk": 0}
 
 
 class Sum(NamedTuple):
@@ -114,10 +122,10 @@ class Border(NamedTuple):
 class GateGradient(NamedTuple):
     """Gradient of the log gate by one pass (*batch, T), of a decay its sum over each period.
 
-    From what the launches of dq and dv leave: ``reads`` (*batch, 1, T) and ``writes`` (*batch, 1,
-    3 T) are their dots, S and R the states and their gradients before the later periods, ``border``
-    <S, R> at the first token. ``factor`` is that of what is written and of R; with ``ends`` no
-    gradient comes from after the last token.
+    From what the launches of dq and dv leave: ``reads`` (*batch, tiles, T) and ``writes`` (*batch,
+    tiles, 3 T) are their dots, S and R the states and their gradients before the later periods or
+    ``met`` their products, ``border`` <S, R> at the first token. ``factor`` is that of what is
+    written and of R; with ``ends`` no gradient comes from after the last token.
     """
 
     o: Ref
@@ -133,6 +141,7 @@ class GateGradient(NamedTuple):
     ends: bool
     chunk: int
     period: int
+    met: Ref | None = None  # (*batch, N, parts)
 
 
 class GateSum(NamedTuple):
@@ -179,20 +188,37 @@ class Fused(NamedTuple):
     row: str
     launches: tuple[Launch, ...]
     inner: tuple[str, ...]  # names that only they use: there is no such buffer
+    divide: Divide | None = None  # of what they make, at last
 
 
 Step = Launch | Sum | Divide | Border | GateGradient | GateSum | Fading | Carry | Fused
 
 
+class Parts(NamedTuple):
+    """How a fused row leaves the parts of a gate's gradient: see `Launch`."""
+
+    chunk: int  # tokens, by which dots count
+    period: int  # tokens between the states that are kept; less where a segment is no multiple
+    reads: int  # tiles of the dots of forward launches
+    writes: int  # and of reverse ones
+    side: int  # of the square in which a state is kept
+    met: int  # parts of <S, R>
+    without: str = ""  # a first state with which it is none
+
+
 class Row(NamedTuple):
     """A fused kernel: the passes it does, in their order and by what `Pass.does` tells of them.
 
-    It takes them whatever their factors and states are, and also where nobody asks for a result.
+    It takes them whatever their factors and states are, and also where a result is not requested.
     """
 
     name: str
     steps: Passes
     segments: bool = False  # also some of the passes from states, and the states of others alone
+    parts: Parts | None = None  # None: it leaves nothing for a gate's gradient
+    in_place: bool = False  # reads a chunk of all queries before it writes results there
+    adds: bool = False  # also to what results hold
+    divides: bool = False  # also o by its denominator, where both are made by it alone
 
 
 class Plan(NamedTuple):
@@ -213,7 +239,8 @@ class Plan(NamedTuple):
 def text(step: Step) -> str:
     """Say what a step computes."""
     if isinstance(step, Fused):
-        outs = (x.name for launch in step.launches for x in launch.o if x.name not in step.inner)
+        outs = [x.name for launch in step.launches for x in launch.o if x.name not in step.inner]
+        outs += [step.divide.o.name] if step.divide else []
         return f"{step.row} ({', '.join(dict.fromkeys(outs))})"
     if isinstance(step, Launch):
         made = step.o or tuple(x for x in step.end if x)
@@ -221,7 +248,7 @@ def text(step: Step) -> str:
     return ""
 
 
-WRITES = {"o", "end", "dots", "states", "dden"}
+WRITES = {"o", "end", "dots", "states", "met", "dden"}
 
 
 def names(x: Any) -> set[str]:
@@ -229,12 +256,13 @@ def names(x: Any) -> set[str]:
     if isinstance(x, Ref):
         return {x.name}
     if isinstance(x, Fused):
-        return names(x.launches) - {*x.inner}
+        return (names(x.launches) | names(x.divide)) - {*x.inner}
     return set().union(*map(names, x)) if isinstance(x, tuple) else set()
 
 
 def written(step: Step) -> set[str]:
     """Names of the arrays that a step writes."""
     if isinstance(step, Fused):
-        return set().union(*map(written, step.launches))
+        own = written(step.divide) if step.divide else set[str]()
+        return own.union(*map(written, step.launches))
     return set().union(*(names(x) for field, x in step._asdict().items() if field in WRITES))

@@ -41,7 +41,7 @@ class Turn(NamedTuple):
     strict: bool
     factor: float  # of what is read
     first: bool  # of those that share this state
-    weighs: bool  # the denominator of what it reads is asked for
+    weighs: bool  # the denominator of what it reads is requested
 
 
 @functools.lru_cache(maxsize=1024)

@@ -47,7 +47,7 @@ class CuPy(Generic):
         return lambda: bool(event.done)
 
     def underflow(self) -> AbstractContextManager[Any]:
-        """Return no context: a GPU does not tell."""
+        """Return no context: a GPU reports no underflow."""
         return nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""Any array library of the standard: what a call asks of arrays before and around its work."""
+"""Any array library of the standard: facts about arrays, and operations that the standard lacks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def compiling() -> bool:
 
 
 class Facts(NamedTuple):
-    """What a request tells of an array beside its shape."""
+    """Facts of a request about an array beside its shape."""
 
     library: str
     device: str  # "traced" where a tracer has none
@@ -50,7 +50,7 @@ class Generic:
 
     strided = True  # whether it takes arrays with strides by DLPack
     rule = ""  # module by which its transforms know any backend
-    meshes = False  # whether an array's type may tell its layout on a mesh of devices
+    meshes = False  # whether an array's type may hold its layout on a mesh of devices
 
     def __init__(self, name: str, xp: Namespace) -> None:
         self.name, self.xp = name, xp
@@ -128,7 +128,7 @@ class Generic:
         return grad
 
     def facts(self, x: Array) -> Facts:
-        """Return everything that a request tells of ``x`` beside its shape."""
+        """Return the facts of a request about ``x`` beside its shape."""
         return Facts(
             self.name,
             self.device_name(x),
@@ -159,7 +159,7 @@ class Generic:
         return False
 
     def same_device(self, x: Array, y: Array) -> bool:
-        """Whether two arrays are on one device, as far as can be told."""
+        """Whether two arrays are on one device, as far as can be known."""
         return bool(self.device(x) == self.device(y))
 
     def traced(self, x: Array) -> bool:

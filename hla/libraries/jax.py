@@ -75,7 +75,7 @@ class Jax(Generic):
         return capabilities.opaque and capabilities.native == "jax"
 
     def underflow(self) -> AbstractContextManager[Any]:
-        """Return no context: JAX does not tell."""
+        """Return no context: JAX reports no underflow."""
         return nullcontext()
 
     def exact_products(self, x: Array) -> AbstractContextManager[Any]:
@@ -138,7 +138,7 @@ class Jax(Generic):
     def aligned(self, xs: Sequence[Array], axes: int) -> list[Array]:
         """Give arrays so many axes (jax_numpy_rank_promotion), and explicit ones one split.
 
-        JAX may be told to refuse a broadcast to more axes, and multiplies only what is split alike.
+        JAX may be set to refuse a broadcast to more axes, and multiplies only what is split alike.
         """
         xs = [jnp.reshape(x, (1,) * (axes - x.ndim) + x.shape) for x in xs]
         if not any(map(self.explicit, xs)):

@@ -149,7 +149,7 @@ class Torch(Generic):
             return step(request, inputs)
 
     def underflow(self) -> AbstractContextManager[Any]:
-        """Return no context: torch does not tell."""
+        """Return no context: torch reports no underflow."""
         return nullcontext()
 
     def exact_products(self, x: Array) -> AbstractContextManager[Any]:

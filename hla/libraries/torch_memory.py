@@ -16,7 +16,7 @@ PLAIN = frozenset((Tensor, nn.Parameter))
 def on_memory(function: Callable[..., Result], *trees: Any) -> Result:
     """Call a function of torch tensors that reads their memory, as torch calls its own functions.
 
-    A subclass is asked by its ``__torch_function__``, which says what type the results have. The
+    A subclass's ``__torch_function__`` is called, which decides the type of the results. The
     function itself sees memory that holds the values: no sign that is pending, no implied zeros.
 
     Parameters

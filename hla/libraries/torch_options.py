@@ -1,4 +1,4 @@
-"""What an operator of torch is told of a call: tensors, and plain options.
+"""The arguments of torch's operators for a call: tensors, and plain options.
 
 From both the Request is made again, so that symbolic shapes stay symbolic.
 """
@@ -48,7 +48,7 @@ ABSENT = {"form": "", "chunk_size": 0}  # what stands for None
 
 
 def options_of(backend: str, request: Request) -> Options:
-    """Return what an operator is told of a request beside its arrays."""
+    """Return an operator's arguments for a request beside its arrays."""
     kind: Any = request.state_type
     shared = {name: getattr(request, name) for name in SHARED}
     shared |= {name: shared[name] or absent for name, absent in ABSENT.items()}
@@ -62,7 +62,7 @@ def inputs_of(options: Options, tensors: Sequence[Any]) -> Inputs:
 
 
 def request_of(inputs: Inputs, options: Options, keep: bool) -> Request:
-    """Return the request that `options_of` was told of; ``keep`` says that a gradient follows."""
+    """Return the request that `options_of` was given; ``keep`` says that a gradient follows."""
     shared = {name: getattr(options, name) for name in SHARED}
     shared |= {name: shared[name] or None for name in ABSENT}
     others = [x for x in (*inputs[3:5], *(inputs.state or ())) if x is not None]
@@ -98,7 +98,7 @@ def like(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def apart(found: Sequence[Tensor], *given: Any) -> list[Tensor]:
-    """Each result whole, as `like` has it, and in memory of its own: what torch asks for."""
+    """Each result whole, as `like` has it, and in memory of its own, as torch requires."""
     taken = {x.untyped_storage().data_ptr() for x in present(given)}
     out = []
     for x in found:

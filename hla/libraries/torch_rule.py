@@ -147,7 +147,7 @@ def _looked_at(request: Request) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _keeping(request: Request, gate: bool) -> Request:
-    """Return the request of a call whose gradient may follow, that of the gate where asked."""
+    """Return the request of a call whose gradient may follow, that of the gate where requested."""
     return dataclasses.replace(request, gradient=True, gate_given=gate)
 
 

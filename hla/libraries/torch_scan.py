@@ -44,12 +44,12 @@ class Eager(torch.autograd.Function):
 
 
 def _scan(*args: Any, request: Request | None = None, fake: bool = False) -> list[Tensor]:
-    """Return o, the state where asked, and with ``keep`` what `scan_backward` needs."""
+    """Return o, the state where requested, and with ``keep`` what `scan_backward` needs."""
     given, options = [*args[:5], *args[5]], Options(*args[6:-1])
     inputs = inputs_of(options, given)
     request = request or request_of(inputs, options, args[-1])
     module = loaded(options.backend)
-    empty = module.empty  # told without being run; others launch nothing on fake tensors
+    empty = module.empty  # shapes without running; others launch nothing on fake tensors
     o, end, saved = (empty if fake and empty else module.forward)(request, inputs)
     found = [o, *(end if request.return_state else ()), *saved]
     return apart(found, given) if empty and not fake else found

@@ -207,6 +207,8 @@ def run_fused(s, take, gate, tokens, S):
                 made[x.o[0].name] = made.get(x.o[0].name, 0.0) + o
             else:
                 row(x.o[0])[...] = row(x.o[0]) + o if x.add else o
+        if s.divide:
+            row(s.divide.o)[...] = row(s.divide.x) / (row(s.divide.den) + s.divide.eps)
     return S
 
 
@@ -214,7 +216,7 @@ WHOLE = single_passes(program("hla2", "causal", "exact", False, None), 1.0)
 HLA2 = tuple(s for s in WHOLE if "|" not in s.out)
 NO_ONES = tuple(s for s in adjoint(WHOLE) if s.out != "d.v|1")
 ROWS = (  # the longest first
-    Row("hla2 and denominators", WHOLE, True),
+    Row("hla2 and denominators", WHOLE, True, divides=True),
     Row("hla2", HLA2, True),
     Row("hla2 and denominators: dk, dv, dy", tuple(s for s in NO_ONES if s.reverse), True),
     Row("hla2: dk, dv, dy", tuple(s for s in adjoint(HLA2) if s.reverse), True),

@@ -18,7 +18,7 @@ rows = installed("hla.kernels.triton.rows")
 
 FAKE = fakes.in_place(Limits(chunk=2, period=4)).device
 CLOSE = 1e-6  # weights are float32
-ran = []
+ran, divided = [], []
 
 
 def step_of(call, step):
@@ -26,16 +26,19 @@ def step_of(call, step):
     if not isinstance(step, Fused):
         return FAKE.steps(call, step)
     (kernel,) = rows.KERNELS[step.row](call, step)
+    kernel = getattr(kernel, "aligned", kernel)
 
     def do(arrays, addresses, stream):
         ran.append(step.row)
         given = [None if x is None else arrays[x.slot] for x in kernel.operands]
-        kernel.settle([0 if x is None else x.ctypes.data for x in given])
+        divided.append(step.divide)
         placed = [
             None if x is None else placed_at(x, at)
             for x, at in zip(given, kernel.operands, strict=True)
         ]
-        constants = dict(kernel.constants, WIDE=True)  # what is wide here is all
+        constants = dict(kernel.constants)
+        if not step.divide:  # else what is left is stored as bfloat16 would be
+            constants["WIDE"] = True
         gluon_interpreter.run(
             kernel.function, kernel.grid, *placed, *kernel.scalars, exact=True, **constants
         )
@@ -60,7 +63,8 @@ PLANNED = Runner(FAKE._replace(steps=step_of, rows=lambda request, where: owners
 
 @pytest.mark.parametrize("options", [
     {}, {"operator": "ahla"}, {"gate": "decay"}, {"gate": "log_gate", "operator": "ahla"},
-    {"normalize": True}, {"scale": 0.5, "return_state": True}, {"D": 40, "ridge": 0.3},
+    {"normalize": True, "shared": "qk"}, {"D": 40, "ridge": 0.3},
+    {"scale": 0.5, "return_state": True},
     {"return_state": True, "start": True, "gate": "decay"}, {"turned": True}, {"shared": "kv"},
     {"tokens": 68, "return_state": True, "start": True, "gate": "log_gate"},
     {"tokens": 36, "operator": "ahla", "gate": "decay", "shared": "kv"},
@@ -68,6 +72,12 @@ PLANNED = Runner(FAKE._replace(steps=step_of, rows=lambda request, where: owners
     {"operator": "hla3", "gate": "log_gate", "D": 40, "return_state": True},
     {"operator": "hla3", "start": True, "return_state": True, "scale": 0.7, "shared": "k"},
     {"operator": "hla3", "tokens": 36, "return_state": True, "gate": "decay"},
+    {"normalize": True, "gate": "log_gate", "gradient": False, "D": 40, "return_state": True},
+    {"normalize": True, "tokens": 36, "scale": 0.5, "start": True, "return_state": True},
+    {"normalize": True, "operator": "ahla", "gate": "decay", "tokens": 36, "gradient": False},
+    {"normalize": True, "operator": "ahla", "start": True, "return_state": True, "scale": 0.7},
+    {"normalize": True, "operator": "hla3", "gate": "log_gate", "tokens": 36, "shared": "k"},
+    {"normalize": True, "ridge": 0.3},
 ], ids=str)  # fmt: skip
 def test_planned(options):
     """What a call asks for is what the kernel is told, whatever the shapes and strides."""
@@ -94,6 +104,7 @@ def test_planned(options):
     names = {"decay": None, "log_gate": None, "scale": 1.0, "mask": "causal"} | arrays | given
     request, inputs, _ = prepare(**names, gradient=gradient)
     ran.clear()
+    divided.clear()
     o, state, saved = PLANNED.forward(request, inputs, tokens)
     assert len(ran) == (2 if tokens else 1)
     want = hla.scan(**arrays, **given)
@@ -101,7 +112,9 @@ def test_planned(options):
     assert off(o, want) < CLOSE
     for x, y in zip(state or (), states, strict=True):
         assert off(x, y) < CLOSE
-    assert len(saved) == len(fakes.in_place().forward(request, inputs)[2])
+    for x, y in zip(saved, fakes.in_place().forward(request, inputs)[2], strict=True):
+        assert off(x, y) < CLOSE
+    assert bool(divided[-1]) == (given["normalize"] and "ridge" not in given)
 
 
 def test_what_it_serves():
@@ -110,7 +123,7 @@ def test_what_it_serves():
 
     def served(v=q, **options):
         given = names | {"v": v, "operator": "hla2", "mask": "causal"} | options
-        return [x.name for x in owners.rows(prepare(**given, gradient=False)[0])]
+        return list(dict.fromkeys(x.name for x in owners.rows(prepare(**given, gradient=False)[0])))
 
     assert served() == ["hla2 by two state owners"]
     assert served(operator="ahla", normalize=True) == ["ahla by two state owners"]
@@ -123,7 +136,7 @@ def test_what_it_serves():
     ):  # fmt: skip
         assert served(**other) == []
     small = q[..., :64]
-    assert served(v=small, q=small, k=small) == []
+    assert served(v=small, q=small, k=small) == ["hla2 by two state owners"]
 
 
 def test_where_it_runs(monkeypatch):

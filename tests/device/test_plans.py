@@ -198,7 +198,7 @@ def test_fused_rows_are_taken_where_they_fit():
     request = some()[2]
     plan = plans.forward(request, Limits(), rows=small(request))
     assert [x.row for x in launches(plan)] == ["hla2 and denominators"]
-    assert str(plan) == "hla2 and denominators (y, o, o|1)"
+    assert str(plan) == "hla2 and denominators (y, o, o|1, out)"
     back = plans.backward(request, Limits(), rows=small(request))
     assert [x.row for x in launches(back)] == [
         "hla2 and denominators: dk, dv, dy", "hla2 and denominators: dq"
@@ -302,10 +302,9 @@ def test_a_fused_row_in_segments_is_cut_level_by_level():
     )
 
 
-def test_under_jit():
+def test_under_jit(quick_jax):
     """The functional device under jax.jit."""
-    jax = installed("jax")
-    jax.config.update("jax_enable_x64", True)
+    jax = quick_jax
     arrays, options, request, inputs, do = some("hla3", gate="log_gate", return_state=True)
     device = functional(jax.numpy, TIGHT)
 

@@ -13,7 +13,7 @@ The adjoint, last group first, with R the gradient of the state after the chunk 
 The left factors are held transposed, so that q' is copied once, where its product with k wants it.
 The states S before each chunk are kept by the forward sweep where a gradient may follow (T / W of
 them a step, the size of v at D = W). Steps that share q and k share their pairs. Where the gate's
-gradient is asked, dq and dv are two products each, whose state parts q and v then multiply.
+gradient is requested, dq and dv are two products each, whose state parts q and v then multiply.
 
 A group is 2048 tokens of a thread's heads (at 2 heads 16 chunks of W = 64), in buffers that are
 reused (0.5 to 1 MB each at D = V = 64): fresh pages cost more than the sums, and smaller groups

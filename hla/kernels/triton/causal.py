@@ -20,11 +20,11 @@ bind: 0.179 ms for B = 8, T = 4096, H = 16; one H100 took 0.190 (94%), and 0.104
 atomics; bits depend on nothing but the head's data.
 
 Two parts of the values that share q and k go in one launch, with a state each: [k | v] of hla3 in
-1280 bytes instead of 1792, or values and their masses. Two passes that are summed and have each
-other's k and v, as the gradient of k in S = sum k k' has, are one with one state. Of bfloat16 keys
-wider than a tile up to 16 further columns go along, with their own part of the state: the adjoint
-of masses has keys [v | 1] and queries [do | dden], 0.24 ms at D = 128. More are parts, whose
-results are added.
+1280 bytes instead of 1792, or values and their denominators. Two passes that are summed and have
+each other's k and v, as the gradient of k in S = sum k k' has, are one with one state. bfloat16
+keys may exceed a tile by up to 16 columns, which have their own part of the state: the adjoint of
+denominators has keys [v | 1] and queries [do | dden], 0.24 ms at D = 128. Wider keys are split into
+parts, whose results are added.
 """
 
 import triton
@@ -140,7 +140,7 @@ def pass_kernel(
     skc0, skc1, skc2, skct, skcd,
     sg0, sg1, sg2, sgt,
     sa0, saa,
-    READ: tl.constexpr,  # outputs are asked, not the state alone
+    READ: tl.constexpr,  # outputs are requested, not the state alone
     UPDATE: tl.constexpr,  # tokens enter the state; else every token reads the same one
     STRICT: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -153,7 +153,7 @@ def pass_kernel(
     BOTH: tl.constexpr,  # add the pass with k and v exchanged; D = V
     DOT: tl.constexpr,  # write sum_v x (a_t q_t S) token by token, a row a tile of values
     PAIRS: tl.constexpr,  # and of the pairs of q, k and v, x: see `gate`
-    EVERY: tl.constexpr,  # also write the state before every so many chunks but the first; 0: not
+    EVERY: tl.constexpr,  # also write the state before every EVERY-th chunk but the first; 0: none
     V_IS_K: tl.constexpr,
     ROW: tl.constexpr,  # stride between rows of the states that are kept
     BD: tl.constexpr,

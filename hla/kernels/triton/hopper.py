@@ -4,7 +4,7 @@
 
 A program does a head with three warpgroups. Two own a state each, transposed, in float32
 registers: the first makes y (or u), up to two chunks ahead of the second, which makes o; only y
-passes between them, in shared memory. The third loads q, k and v, each as soon as there is a buffer
+passes between them, in shared memory. The third loads q, k and v, each as soon as a buffer is free
 for it (freed together they kept one chunk in flight: 0.228 ms, not 0.198), and stores y and o. A
 chunk of W = 64 tokens, of keys K and values X of either pass, operands as they are stored:
 
@@ -12,6 +12,8 @@ chunk of W = 64 tokens, of keys K and values X of either pass, operands as they 
 
 S' enters its product from registers, in bfloat16 and by halves of 64 values: a half is read and
 its O' stored before the other is touched, else registers would not suffice. ahla has one A'.
+
+Denominators are summed by the third warpgroup (`denominators`), while the owners multiply.
 
 The weights of a gate (`warpgroups`; `causal` defines them) are those of each pass's power. A
 decay's lie ready, a log gate's are put beside q by the third warpgroup.
@@ -35,6 +37,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .denominators import (
+    COUNT,
+    DIVISOR,
+    DOTS_M,
+    DOTS_N,
+    ONES,
+    add_rows,
+    dots,
+    load_sum,
+    read_pairs,
+    store_sum,
+)
 from .warpgroups import (
     A64,
     A128,
@@ -46,6 +60,7 @@ from .warpgroups import (
     LIST,
     LISTS,
     LOG2E,
+    MILD,
     RESET,
     TILE,
     TOKENS,
@@ -92,17 +107,29 @@ def _put_decay(
 
 
 @gluon.jit
-def _pairs(tile, b_k, b_qT, weights, at, GATED: gl.constexpr):
-    """Leave A' = upper(K Q'), weighed."""
+def _mild(ends, at, GATED: gl.constexpr):
+    """Whether a chunk's gate is so mild that each of its weights is two factors."""
+    if GATED:
+        return gl.max(ends.index(at).load(gl.SliceLayout(1, ACC64)), 0) > MILD
+    else:
+        return True
+
+
+@gluon.jit
+def _pairs(tile, b_k, b_qT, weights, at, mild, GATED: gl.constexpr):
+    """Leave A' = upper(K Q'), weighed; of a mild gate by what is left of it after a key."""
     s = gl.arange(0, W, layout=gl.SliceLayout(1, ACC64))
     t = gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))
     a = gl.zeros([W, W], gl.float32, ACC64)
     a = warpgroup_mma(b_k, b_qT, a, use_acc=False, is_async=True)
     a = warpgroup_mma_wait(0, deps=[a])
     if GATED:
-        until = weights.index(at * LISTS + UNTIL)
-        c_s, c_t = until.load(gl.SliceLayout(1, ACC64)), until.load(gl.SliceLayout(0, ACC64))
-        a *= gl.exp2(c_t[None, :] - c_s[:, None])  # where it overflows no pair is
+        if mild:
+            a *= weights.index(at * LISTS + AFTER).load(gl.SliceLayout(1, ACC64))[:, None]
+        else:
+            until = weights.index(at * LISTS + UNTIL)
+            c_s, c_t = until.load(gl.SliceLayout(1, ACC64)), until.load(gl.SliceLayout(0, ACC64))
+            a *= gl.exp2(c_t[None, :] - c_s[:, None])  # where it overflows no pair is
     a = gl.where(s[:, None] <= t[None, :], a, 0.0)
     tile.store(a.to(gl.bfloat16))
     fence_async_shared()
@@ -111,19 +138,35 @@ def _pairs(tile, b_k, b_qT, weights, at, GATED: gl.constexpr):
 
 @gluon.jit
 def _read(
-    S, b_qT, b_xT, tile, weights, ends, at,
+    S, b_qT, b_xT, tile, weights, ends, at, mild,
     FIRST: gl.constexpr, BD: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Begin one half of a Q S + A X; return it, and the state as the gate leaves it."""
-    a = gl.convert_layout(S.to(gl.bfloat16), A64)
+    x = b_xT.slice(FIRST, 64, 0)
     o = gl.zeros([64, W], gl.float32, ACC64)
-    o = warpgroup_mma(a, b_qT, o, use_acc=False, is_async=True)
     if GATED:
-        S = _fade(S, ends, at, BD)  # as the product runs
-        before = weights.index(at * LISTS + BEFORE).load(gl.SliceLayout(0, ACC64))
-        o = warpgroup_mma_wait(0, deps=[o])
-        o *= before[None, :]
-    return warpgroup_mma(b_xT.slice(FIRST, 64, 0), tile, o, is_async=True), S
+        if mild:  # a Q S + A X = (Q r S + A (b X)) / b
+            S = _fade(S, ends, at, BD)
+            a = gl.convert_layout(S.to(gl.bfloat16), A64)
+            o = warpgroup_mma(a, b_qT, o, use_acc=False, is_async=True)
+            o = warpgroup_mma(x, tile, o, is_async=True)
+            after = weights.index(at * LISTS + AFTER).load(gl.SliceLayout(0, ACC64))
+            o = warpgroup_mma_wait(0, deps=[o])
+            o *= (1.0 / after)[None, :]
+        else:
+            a = gl.convert_layout(S.to(gl.bfloat16), A64)
+            o = warpgroup_mma(a, b_qT, o, use_acc=False, is_async=True)
+            S = _fade(S, ends, at, BD)  # as the product runs
+            before = weights.index(at * LISTS + BEFORE).load(gl.SliceLayout(0, ACC64))
+            o = warpgroup_mma_wait(0, deps=[o])
+            o *= before[None, :]
+            o = warpgroup_mma(x, tile, o, is_async=True)
+            o = warpgroup_mma_wait(0, deps=[o])
+    else:
+        a = gl.convert_layout(S.to(gl.bfloat16), A64)
+        o = warpgroup_mma(a, b_qT, o, use_acc=False, is_async=True)
+        o = warpgroup_mma(x, tile, o, is_async=True)
+    return o, S
 
 
 @gluon.jit
@@ -135,19 +178,23 @@ def _fade(S, ends, at, BD: gl.constexpr):
 
 @gluon.jit
 def _leave(
-    made, p_o, o, row, T, V, sot, sod, scale,
-    FIRST: gl.constexpr, SCALED: gl.constexpr, WIDE: gl.constexpr,
+    made, p_o, o, c, T, V, sot, sod, scale, lists, FIRST: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """Store one half of what was read once it is there: as bfloat16 in shared memory, or wide."""
+    """Store one half of what was read once it is there, where it is asked.
+
+    As float32 at p_o; in shared memory as bfloat16, divided where there are ``lists``.
+    """
     o = warpgroup_mma_wait(0, deps=[o])
     if SCALED:
         o *= scale
-    if WIDE:
+    if p_o is not None:
         v = FIRST + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC64))
-        t = row + gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))
+        t = c * W + gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))
         p = p_o + t.to(gl.int64)[None, :] * sot + v.to(gl.int64)[:, None] * sod
         gl.store(p, o, mask=(v < V)[:, None] & (t < T)[None, :])
-    else:
+    if made is not None:
+        if lists is not None:
+            o *= lists.index(DIVISOR + c % 2).load(gl.SliceLayout(0, ACC64))[None, :]
         made.permute((1, 0)).slice(FIRST, 64, 0).store(o.to(gl.bfloat16))
 
 
@@ -165,16 +212,19 @@ def _weighed(b_xT, weights, at, FIRST: gl.constexpr, BD: gl.constexpr, GATED: gl
 
 @gluon.jit
 def _reads(
-    made, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, row, T, V, sot, sod, scale,
-    HALVES: gl.constexpr, BD: gl.constexpr, GATED: gl.constexpr, SCALED: gl.constexpr,
-    READ: gl.constexpr, WIDE: gl.constexpr,
+    made, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, mild, c, T, V, sot, sod, scale,
+    lists, divided, HALVES: gl.constexpr, BD: gl.constexpr, GATED: gl.constexpr,
+    SCALED: gl.constexpr, READ: gl.constexpr,
 ):  # fmt: skip
     """Leave O of a chunk; return both halves of the state and the values as the gate has them."""
     if READ:
-        o, S0 = _read(S0, b_qT, b_xT, tile, weights, ends, at, 0, BD, GATED)
+        o, S0 = _read(S0, b_qT, b_xT, tile, weights, ends, at, mild, 0, BD, GATED)
+        if divided is not None:
+            o = warpgroup_mma_wait(0, deps=[o])
+            mbarrier.wait(divided.index(c % 2), (c // 2) & 1)
         if HALVES == 2:
-            _leave(made, p_o, o, row, T, V, sot, sod, scale, 0, SCALED, WIDE)
-            o, S1 = _read(S1, b_qT, b_xT, tile, weights, ends, at, 64, BD, GATED)
+            _leave(made, p_o, o, c, T, V, sot, sod, scale, lists, 0, SCALED)
+            o, S1 = _read(S1, b_qT, b_xT, tile, weights, ends, at, mild, 64, BD, GATED)
     elif GATED:
         S0, S1 = _fade(S0, ends, at, BD), _fade(S1, ends, at, BD)
     x0 = _weighed(b_xT, weights, at, 0, BD, GATED)
@@ -182,7 +232,7 @@ def _reads(
     if HALVES == 2:
         x1 = _weighed(b_xT, weights, at, 64, BD, GATED)
     if READ:
-        _leave(made, p_o, o, row, T, V, sot, sod, scale, 64 * HALVES - 64, SCALED, WIDE)
+        _leave(made, p_o, o, c, T, V, sot, sod, scale, lists, 64 * HALVES - 64, SCALED)
     return S0, S1, x0, x1
 
 
@@ -210,17 +260,17 @@ def _at(c, i_q, chunks, GATE: gl.constexpr, GROUPS: gl.constexpr, GROUP: gl.cons
 @gluon.jit
 def _first(
     qs, ks, xs, made, tiles, weights, ends, q_full, q_free, k_full, k_free, v_full, v_free,
-    there, taken, chunks, p_start, ssd, ssv, p_end, sed, sev, writes, D, V, scale, write, unwrite,
+    there, taken, chunks, p_start, ssd, ssv, p_end, sed, sev, writes, D, V, scale,
     HALVES: gl.constexpr, BD: gl.constexpr, AHLA: gl.constexpr, HANDS: gl.constexpr,
     GATE: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr,
     START: gl.constexpr, END: gl.constexpr,
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
-    """Own the state of the first pass; hand on what it makes, and where asked its A'."""
-    S0 = load_state(p_start, ssd, ssv, D, V, unwrite, 0, BD, START, SCALED)
+    """Own the state of the first pass; pass on what it makes and, where requested, its A'."""
+    S0 = load_state(p_start, ssd, ssv, D, V, 1.0, 0, BD, START, False)
     S1 = S0
     if HALVES == 2:
-        S1 = load_state(p_start, ssd, ssv, D, V, unwrite, 64, BD, START, SCALED)
+        S1 = load_state(p_start, ssd, ssv, D, V, 1.0, 64, BD, START, False)
     for c in range(chunks):
         i_q, i_k, i_v, h = c % Q, c % K, c % V_, c % 2
         at = _at(c, i_q, chunks, GATE, GROUPS, 0)
@@ -233,15 +283,16 @@ def _first(
         if HANDS:
             mbarrier.wait(taken.index(h), ((c // 2) & 1) ^ 1)
         fence_async_shared()
-        _pairs(tile, b_k, b_qT, weights, at, GATE > 0)
+        mild = _mild(ends, at, GATE > 0)
+        _pairs(tile, b_k, b_qT, weights, at, mild, GATE > 0)
         if AHLA:
             mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
             fence_async_shared()
         if not HANDS:
             mbarrier.wait(taken.index(h), ((c // 2) & 1) ^ 1)
         S0, S1, x0, x1 = _reads(
-            made_h, None, S0, S1, b_qT, b_xT, tile, weights, ends, at, 0, 0, 0, 0, 0, scale,
-            HALVES, BD, GATE > 0, SCALED, True, False,
+            made_h, None, S0, S1, b_qT, b_xT, tile, weights, ends, at, mild, c, 0, 0, 0, 0, scale,
+            None, None, HALVES, BD, GATE > 0, SCALED, True,
         )  # fmt: skip
         fence_async_shared()
         mbarrier.arrive(there.index(h), count=1)
@@ -251,28 +302,30 @@ def _first(
         if AHLA:
             mbarrier.arrive(v_free.index(i_v), count=1)
     if END:
-        store_state(p_end, S0, S1, sed, sev, writes, D, V, write, HALVES, BD, SCALED)
+        store_state(p_end, S0, S1, sed, sev, writes, D, V, HALVES, BD)
 
 
 @gluon.jit
 def _second(
     qs, ks, xs, made, out, tiles, weights, ends, q_full, q_free, k_free, v_full, v_free,
-    there, taken, ready, stored, chunks, p_o, T, sot, sod,
-    p_start, ssd, ssv, p_end, sed, sev, writes, D, V, scale, write, unwrite,
+    there, taken, ready, stored, paired, divided, lists, chunks, p_o, T, sot, sod,
+    p_start, ssd, ssv, p_end, sed, sev, writes, D, V, scale,
     HALVES: gl.constexpr, BD: gl.constexpr, AHLA: gl.constexpr,
     GATE: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr, READ: gl.constexpr,
-    WIDE: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
+    START: gl.constexpr, END: gl.constexpr,
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
     """Own the state of the second pass, whose keys (of ahla: whose values) the first made."""
-    S0 = load_state(p_start, ssd, ssv, D, V, unwrite, 0, BD, START, SCALED)
+    S0 = load_state(p_start, ssd, ssv, D, V, 1.0, 0, BD, START, False)
     S1 = S0
     if HALVES == 2:
-        S1 = load_state(p_start, ssd, ssv, D, V, unwrite, 64, BD, START, SCALED)
+        S1 = load_state(p_start, ssd, ssv, D, V, 1.0, 64, BD, START, False)
     for c in range(chunks):
         i_q, i_k, i_v, h = c % Q, c % K, c % V_, c % 2
         at = _at(c, i_q, chunks, GATE, GROUPS, GROUPS - 1)
-        b_qT, out_0 = qs.index(i_q).permute((1, 0)), out.index(0)
+        b_qT, out_0 = qs.index(i_q).permute((1, 0)), None
+        if out is not None:
+            out_0 = out.index(0)
         if AHLA:
             b_k, b_xT, tile = ks.index(i_k), made.index(h).permute((1, 0)), tiles.index(h)
         else:
@@ -280,20 +333,23 @@ def _second(
         mbarrier.wait(q_full.index(i_q), (c // Q) & 1)
         mbarrier.wait(there.index(h), (c // 2) & 1)
         fence_async_shared()
+        mild = _mild(ends, at, GATE > 0)
         if READ:
             if not AHLA:
-                _pairs(tile, b_k, b_qT, weights, at, GATE > 0)
-            if not WIDE:
+                _pairs(tile, b_k, b_qT, weights, at, mild, GATE > 0)
+                if divided is not None:
+                    mbarrier.arrive(paired.index(0), count=1)
+            if out is not None:
                 mbarrier.wait(stored.index(0), (c & 1) ^ 1)
         if not AHLA:
             mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
             fence_async_shared()
         S0, S1, x0, x1 = _reads(
-            out_0, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, c * W, T, V, sot, sod, scale,
-            HALVES, BD, GATE > 0, SCALED, READ, WIDE,
+            out_0, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, mild, c, T, V, sot, sod, scale,
+            lists, divided, HALVES, BD, GATE > 0, SCALED, READ,
         )  # fmt: skip
         if READ:
-            if not WIDE:
+            if out is not None:
                 mbarrier.arrive(ready.index(0), count=1)
             if GATE < 2:
                 mbarrier.arrive(q_free.index(i_q), count=1)
@@ -306,7 +362,60 @@ def _second(
             mbarrier.arrive(v_free.index(i_v), count=1)
         mbarrier.arrive(taken.index(h), count=1)
     if END:
-        store_state(p_end, S0, S1, sed, sev, writes, D, V, write, HALVES, BD, SCALED)
+        store_state(p_end, S0, S1, sed, sev, writes, D, V, HALVES, BD)
+
+
+@gluon.jit
+def _sum_ahead(
+    c, qs, ks, tiles, weights, ends, lists, q_full, k_full, there, chunks,
+    m, n, p_one, T_one, sone, scale_one,
+    GATE: gl.constexpr, GROUPS: gl.constexpr, ONE: gl.constexpr, DEN: gl.constexpr,
+    BD: gl.constexpr, Q: gl.constexpr, K: gl.constexpr,
+):  # fmt: skip
+    """Do what a chunk's denominators need of the first owner alone; return m after it."""
+    i_q, i_k, h = c % Q, c % K, c % 2
+    at = _at(c, i_q, chunks, GATE, GROUPS, 0)
+    if ONE or DEN:
+        mbarrier.wait(q_full.index(i_q), (c // Q) & 1)
+    if DEN:
+        dots(lists.index(DOTS_N), qs.index(i_q), n)
+    if ONE:
+        dots(lists.index(DOTS_M), qs.index(i_q), m)
+        mbarrier.wait(there.index(h), (c // 2) & 1)
+        one = read_pairs(
+            lists, DOTS_M, tiles.index(h), weights, ends, at, p_one, c * W, T_one, sone, scale_one,
+            False, GATE > 0,
+        )  # fmt: skip
+        lists.index(ONES).store(one)
+        mbarrier.wait(k_full.index(i_k), (c // K) & 1)
+        m = add_rows(m, ks.index(i_k), lists, weights, ends, at, BD, False, GATE > 0)
+    return m
+
+
+@gluon.jit
+def _sum_behind(
+    c, ks, made, tiles, weights, ends, lists, there, paired, divided, chunks,
+    n, p_den, T_den, sden, scale_den, eps,
+    AHLA: gl.constexpr, GATE: gl.constexpr, GROUPS: gl.constexpr, ONE: gl.constexpr,
+    DEN: gl.constexpr, TILE_2: gl.constexpr, BD: gl.constexpr, Q: gl.constexpr, K: gl.constexpr,
+):  # fmt: skip
+    """Leave the denominators of a chunk; return n after it."""
+    h = c % 2
+    at = _at(c, c % Q, chunks, GATE, GROUPS, GROUPS - 1)
+    if not ONE:
+        mbarrier.wait(there.index(h), (c // 2) & 1)
+    if DEN:
+        if not AHLA:
+            mbarrier.wait(paired.index(0), c & 1)
+        den = read_pairs(
+            lists, DOTS_N, tiles.index(h if AHLA else TILE_2), weights, ends, at, p_den, c * W,
+            T_den, sden, scale_den, ONE, GATE > 0,
+        )  # fmt: skip
+        if eps is not None:
+            lists.index(DIVISOR + h).store(1.0 / (den + eps))
+        mbarrier.arrive(divided.index(h), count=1)
+    keys = ks.index(c % K) if AHLA else made.index(h)
+    return add_rows(n, keys, lists, weights, ends, at, BD, ONE, GATE > 0)
 
 
 @gluon.jit
@@ -314,18 +423,31 @@ def _mover(
     p_q, p_k, p_v, p_y, p_u, p_o, p_gate, qs, ks, vs, made, us, out, weights, ends,
     q_full, q_free, k_full, k_free, v_full, v_free, there, taken, u_there, u_taken, ready, stored,
     chunks, T, T_y, T_u, D, V, sqt, sqd, skt, skd, svt, svd, syt, syd, sut, sud, sot, sod, sgt,
+    tiles, lists, paired, divided, p_one, T_one, sone, scale_one, p_den, T_den, sden, scale_den,
+    eps, p_m, smd, p_m_end, smed, writes_m, p_n, snd, p_n_end, sned, writes_n,
     BD: gl.constexpr, BV: gl.constexpr, AHLA: gl.constexpr,
     GATE: gl.constexpr, POWER1: gl.constexpr, POWER2: gl.constexpr,
-    READ: gl.constexpr, KEEP: gl.constexpr, KEEP_U: gl.constexpr, FAST: gl.constexpr,
+    READ: gl.constexpr, KEEP: gl.constexpr, KEEP_U: gl.constexpr, SUMS: gl.constexpr,
+    ONE: gl.constexpr, TILE_2: gl.constexpr, FAST: gl.constexpr,
     WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr, K_LATER: gl.constexpr, V_LATER: gl.constexpr,
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
     """Load what the owners read, in the order in which they free it; store what they make."""
     BY: gl.constexpr = BV if AHLA else BD
     WHOLE_Y: gl.constexpr = WHOLE_V if AHLA else WHOLE_D
+    GROUPS: gl.constexpr = 1 if POWER1 == POWER2 else 2
     if GATE == 2:
         a = load_gate(p_gate, sgt, 0, T)
+    if SUMS:
+        m, n = load_sum(p_m, smd, D, BD), load_sum(p_n, snd, D, BD)
     for c in range(chunks + Q):
+        if SUMS and not AHLA:  # noqa: SIM102 - known when it is compiled, as c is not
+            if c >= Q:
+                n = _sum_behind(
+                    c - Q, ks, made, tiles, weights, ends, lists, there, paired, divided, chunks,
+                    n, p_den, T_den, sden, scale_den, eps,
+                    AHLA, GATE, GROUPS, ONE, divided is not None, TILE_2, BD, Q, K,
+                )  # fmt: skip
         # A minimum is no sum of steps, of which the compiler would keep an address for each row
         if (c >= K_LATER) & (c < chunks + K_LATER):
             e = c - K_LATER
@@ -347,6 +469,20 @@ def _mover(
                 sums = gl.associative_scan(g, 0, add)
                 _put_both(weights, ends, i_q, sums, gl.sum(g, 0), POWER1, POWER2)
                 mbarrier.arrive(q_full.index(i_q), count=1)
+        if SUMS:  # noqa: SIM102
+            if (c >= Q - 1) & (c < chunks + Q - 1):
+                e = c - Q + 1
+                m = _sum_ahead(
+                    e, qs, ks, tiles, weights, ends, lists, q_full, k_full, there, chunks,
+                    m, n, p_one, T_one, sone, scale_one,
+                    GATE, GROUPS, ONE, divided is not None, BD, Q, K,
+                )  # fmt: skip
+                if AHLA:
+                    n = _sum_behind(
+                        e, ks, made, tiles, weights, ends, lists, there, paired, divided, chunks,
+                        n, p_den, T_den, sden, scale_den, eps,
+                        AHLA, GATE, GROUPS, ONE, divided is not None, TILE_2, BD, Q, K,
+                    )  # fmt: skip
         if c >= Q:
             e = c - Q
             row = gl.minimum(e * W, T)
@@ -356,10 +492,12 @@ def _mover(
                 mbarrier.arrive(stored.index(0), count=1)
             if KEEP:
                 h = e % 2
-                mbarrier.wait(there.index(h), (e // 2) & 1)
+                if not SUMS:  # for which it has been waited
+                    mbarrier.wait(there.index(h), (e // 2) & 1)
                 width = V if AHLA else D
                 store_chunk(p_y, made.index(h), row, T_y, width, syt, syd, BY, FAST, WHOLE_Y)
-                mbarrier.arrive(taken.index(h), count=1)
+            if KEEP or SUMS:
+                mbarrier.arrive(taken.index(e % 2), count=1)
             if KEEP_U:
                 mbarrier.wait(u_there.index(0), e & 1)
                 store_chunk(p_u, us.index(0), row, T_u, V, sut, sud, BV, FAST, WHOLE_V)
@@ -371,22 +509,33 @@ def _mover(
             mbarrier.wait(v_free.index(i_v), ((e // V_) & 1) ^ 1)
             load_chunk(vs.index(i_v), p_v, row, T, V, svt, svd, BV, FAST, WHOLE_V)
             arrive_full(v_full.index(i_v), FAST)
+    if SUMS:
+        store_sum(p_m_end, m, smed, writes_m, D, BD)
+        store_sum(p_n_end, n, sned, writes_n, D, BD)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "scale1", "write1", "unwrite1", "scale2", "write2", "unwrite2", "T", "D", "V", "N1", "N2",
+        "scale1", "scale2", "eps", "T", "D", "V", "N1", "N2",
         "sq0", "sq1", "sq2", "sqt", "sqd", "sk0", "sk1", "sk2", "skt", "skd",
         "sv0", "sv1", "sv2", "svt", "svd", "sy0", "sy1", "sy2", "syt", "syd",
         "so0", "so1", "so2", "sot", "sod", "ss0", "ss1", "ss2", "ssn", "ssd", "ssv",
         "se0", "se1", "se2", "sen", "sed", "sev", "sf0", "sf1", "sf2", "sfn", "sfd", "sfv",
-        "sh0", "sh1", "sh2", "shn", "shd", "shv", "sg0", "sg1", "sg2", "sgt",
+        "sh0", "sh1", "sh2", "shn", "shd", "shv", "sx0", "sx1", "sx2", "sxt", "sxd",
+        "sden0", "sden1", "sden2", "sdent", "sdend", "sone0", "sone1", "sone2", "sonet", "soned",
+        "sm0", "sm1", "sm2", "smn", "smd", "smv", "sme0", "sme1", "sme2", "smen", "smed", "smev",
+        "sn0", "sn1", "sn2", "snn", "snd", "snv", "sne0", "sne1", "sne2", "snen", "sned", "snev",
+        "sg0", "sg1", "sg2", "sgt",
     ],
-    do_not_specialize_on_alignment=["p_gate", "p_start1", "p_end1", "p_start2", "p_end2"],
+    do_not_specialize_on_alignment=[
+        "p_gate", "p_start1", "p_end1", "p_start2", "p_end2",
+        "p_x", "p_den", "p_one", "p_m", "p_me", "p_n", "p_ne",
+    ],
 )  # fmt: skip
 def pair_kernel(
-    p_q, p_k, p_v, p_y, p_o, p_start1, p_end1, p_start2, p_end2, p_gate,
-    scale1, write1, unwrite1, scale2, write2, unwrite2, T, tokens, D, V, N1, N2,
+    p_q, p_k, p_v, p_y, p_o, p_start1, p_end1, p_start2, p_end2,
+    p_x, p_den, p_one, p_m, p_me, p_n, p_ne, p_gate,
+    scale1, scale2, eps, T, tokens, D, V, N1, N2,
     sq0, sq1, sq2, sqt, sqd,
     sk0, sk1, sk2, skt, skd,
     sv0, sv1, sv2, svt, svd,
@@ -396,20 +545,29 @@ def pair_kernel(
     se0, se1, se2, sen, sed, sev,
     sf0, sf1, sf2, sfn, sfd, sfv,
     sh0, sh1, sh2, shn, shd, shv,
+    sx0, sx1, sx2, sxt, sxd,  # the numerators, in float32
+    sden0, sden1, sden2, sdent, sdend,  # the denominators of o, and of u
+    sone0, sone1, sone2, sonet, soned,
+    sm0, sm1, sm2, smn, smd, smv,  # states of denominators: those of u, first and last
+    sme0, sme1, sme2, smen, smed, smev,
+    sn0, sn1, sn2, snn, snd, snv,  # and those of o
+    sne0, sne1, sne2, snen, sned, snev,
     sg0, sg1, sg2, sgt,
     AHLA: gl.constexpr,  # the first pass makes the values of the second; else its keys
-    READ: gl.constexpr,  # o is asked, not the states alone
+    READ: gl.constexpr,  # o is requested, not the states alone
     WIDE: gl.constexpr,  # in float32
     KEEP: gl.constexpr,  # y (u) is stored
     GATE: gl.constexpr,  # 0 none, 1 decay, 2 log_gate
     POWER1: gl.constexpr,
     POWER2: gl.constexpr,
-    SCALED1: gl.constexpr,  # scale1 (of what is read) or write1 is not 1; unwrite1 = 1 / write1
+    SCALED1: gl.constexpr,  # scale1, of what is read, is not 1
     SCALED2: gl.constexpr,
     START1: gl.constexpr,
     END1: gl.constexpr,
     START2: gl.constexpr,
     END2: gl.constexpr,
+    SUMS: gl.constexpr,  # there are denominators, stored or divided by, or states of them
+    DEN: gl.constexpr,  # the first; with eps o is divided
     BD: gl.constexpr,  # tiles of 64 or 128 keys and values
     BV: gl.constexpr,
     WHOLE_D: gl.constexpr,  # D == BD
@@ -442,6 +600,20 @@ def pair_kernel(
             p_start2 += part * sfn
         if END2:
             p_end2 += part * shn
+        if p_x is not None:
+            p_x += first * sxt
+        if p_den is not None:
+            p_den += first * sdent
+        if p_one is not None:
+            p_one += first * sonet
+        if p_m is not None:
+            p_m += part * smn
+        if p_me is not None:
+            p_me += part * smen
+        if p_n is not None:
+            p_n += part * snn
+        if p_ne is not None:
+            p_ne += part * snen
     i_2 = (i_head % N2).to(gl.int64)
     i_1 = (i_head // N2 % N1).to(gl.int64)
     i_0 = (i_head // N2 // N1).to(gl.int64)
@@ -465,11 +637,31 @@ def pair_kernel(
     if END2:
         p_end2 += i_0 * sh0 + i_1 * sh1 + i_2 * sh2
         writes2 = is_first(i_0, i_1, i_2, sh0, sh1, sh2)
+    if p_x is not None:
+        p_x += i_0 * sx0 + i_1 * sx1 + i_2 * sx2
+    T_den, T_one, writes_m, writes_n = T, T, True, True
+    if p_den is not None:
+        p_den += i_0 * sden0 + i_1 * sden1 + i_2 * sden2
+        T_den = gl.where(is_first(i_0, i_1, i_2, sden0, sden1, sden2), T, 0)
+    if p_one is not None:
+        p_one += i_0 * sone0 + i_1 * sone1 + i_2 * sone2
+        T_one = gl.where(is_first(i_0, i_1, i_2, sone0, sone1, sone2), T, 0)
+    if p_m is not None:
+        p_m += i_0 * sm0 + i_1 * sm1 + i_2 * sm2
+    if p_n is not None:
+        p_n += i_0 * sn0 + i_1 * sn1 + i_2 * sn2
+    if p_me is not None:
+        p_me += i_0 * sme0 + i_1 * sme1 + i_2 * sme2
+        writes_m = is_first(i_0, i_1, i_2, sme0, sme1, sme2)
+    if p_ne is not None:
+        p_ne += i_0 * sne0 + i_1 * sne1 + i_2 * sne2
+        writes_n = is_first(i_0, i_1, i_2, sne0, sne1, sne2)
     if GATE > 0:
         p_gate += i_0 * sg0 + i_1 * sg1 + i_2 * sg2
 
     chunks = (T + W - 1) // W
-    sot64 = gl.to_tensor(sot).to(gl.int64)
+    if WIDE:
+        p_x, sxt, sxd = p_o, gl.to_tensor(sot).to(gl.int64) * UNIT, sod
     # Buffers of q, k and v: as many as there is memory for, by how long both owners read them
     Q: gl.constexpr = AHEAD
     K: gl.constexpr = AHEAD if AHLA and GATE == 0 else AHEAD - 1
@@ -491,8 +683,13 @@ def pair_kernel(
     q_full, q_free = barriers(Q, LOADS + (1 if GATE == 2 else 0)), barriers(Q, 2)
     k_full, k_free = barriers(K, LOADS), barriers(K, 2 if AHLA else 1)
     v_full, v_free = barriers(V_, LOADS), barriers(V_, 1)
-    there, taken = barriers(2, 1), barriers(2, 2 if KEEP else 1)
+    there, taken = barriers(2, 1), barriers(2, 2 if KEEP or SUMS else 1)
     ready, stored = barriers(1, 1), barriers(1, 1)
+    lists, paired, divided = None, None, None
+    if SUMS:
+        lists = gl.allocate_shared_memory(gl.float32, [COUNT, W], LIST)
+    if DEN:
+        paired, divided = barriers(1, 1), barriers(2, 1)
     if GATE == 1:
         _put_decay(weights, ends, p_gate, T, chunks, POWER1, POWER2)
     fence_async_shared()
@@ -503,23 +700,25 @@ def pair_kernel(
                 qs, ks, vs, made, tiles, weights, ends, q_full, q_free, k_full, k_free,
                 v_full, v_free, there, taken, chunks,
                 p_start1, ssd, ssv, p_end1, sed, sev, writes1, D, V if AHLA else D,
-                scale1, write1, unwrite1,
+                scale1,
                 BY // 64, BD, AHLA, AHLA, GATE, GROUPS, SCALED1, START1, END1, Q, K, V_,
             )),
             (_second, (
-                qs, ks, vs, made, out, tiles, weights, ends, q_full, q_free, k_free,
-                v_full, v_free, there, taken, ready, stored, chunks, p_o, T, sot64 * UNIT, sod,
-                p_start2, sfd, sfv, p_end2, shd, shv, writes2, D, V, scale2, write2, unwrite2,
-                BV // 64, BD, AHLA, GATE, GROUPS, SCALED2, READ, WIDE,
-                START2, END2, Q, K, V_,
+                qs, ks, vs, made, out if READ and not WIDE else None, tiles, weights, ends,
+                q_full, q_free, k_free, v_full, v_free, there, taken, ready, stored,
+                paired, divided, lists if eps is not None else None, chunks, p_x, T, sxt, sxd,
+                p_start2, sfd, sfv, p_end2, shd, shv, writes2, D, V, scale2,
+                BV // 64, BD, AHLA, GATE, GROUPS, SCALED2, READ, START2, END2, Q, K, V_,
             )),
             (_mover, (
                 p_q, p_k, p_v, p_y, None, p_o, p_gate, qs, ks, vs, made, made, out, weights, ends,
                 q_full, q_free, k_full, k_free, v_full, v_free, there, taken, there, taken,
                 ready, stored, chunks, T, T_y, T_y, D, V,
                 sqt, sqd, skt, skd, svt, svd, syt, syd, syt, syd, sot, sod, sgt,
-                BD, BV, AHLA, GATE, POWER1, POWER2, READ and not WIDE, KEEP, False, FAST,
-                WHOLE_D, WHOLE_V, K_LATER, V_LATER, Q, K, V_,
+                tiles, lists, paired, divided, p_one, T_one, sonet, scale1, p_den, T_den, sdent,
+                scale2, eps, p_m, smd, p_me, smed, writes_m, p_n, snd, p_ne, sned, writes_n,
+                BD, BV, AHLA, GATE, POWER1, POWER2, READ and not WIDE, KEEP, False, SUMS, AHLA, 1,
+                FAST, WHOLE_D, WHOLE_V, K_LATER, V_LATER, Q, K, V_,
             )),
         ],
         [4, 4],

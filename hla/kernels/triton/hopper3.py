@@ -4,8 +4,8 @@
 
 As `hopper` has it, with the same three warpgroups. Three states of 128 x 128 fill more than the
 registers, so a program has 64 values: its first owner holds S and makes y, the second holds P' and
-F' (64, D), half of the registers each, and makes u and o. u reaches memory only where it is asked
-for. The programs of a head run side by side and read q and k by way of L2; both make y.
+F' (64, D), half of the registers each, and makes u and o. u is stored only where
+it is requested. The programs of a head run side by side and read q and k by way of L2; both make y.
 
 Chunk by chunk, where A' = upper(K Q') is the first owner's and B' = upper(Y Q') the second's:
 
@@ -24,7 +24,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import AHEAD, _at, _fade, _first, _leave, _mover, _pairs, _put_decay, _read, _weighed
+from .denominators import COUNT
+from .hopper import (
+    AHEAD,
+    _at,
+    _fade,
+    _first,
+    _leave,
+    _mild,
+    _mover,
+    _pairs,
+    _put_decay,
+    _read,
+    _weighed,
+)
 from .warpgroups import (
     LIST,
     LISTS,
@@ -41,11 +54,12 @@ from .warpgroups import (
 @gluon.jit
 def _second(
     qs, ks, vs, made, us, out, tiles, weights, ends, q_full, q_free, k_free, v_full, v_free,
-    there, taken, u_there, u_taken, ready, stored, chunks, p_o, T, sot, sod,
+    there, taken, u_there, u_taken, ready, stored, paired, divided, lists, chunks,
+    p_o, T, sot, sod,
     p_start2, sPd, sPv, p_end2, sPed, sPev, p_start3, sFd, sFv, p_end3, sFed, sFev,
     writes_P, writes_F, D, V, scale_u, scale_o,
     BD: gl.constexpr, GATE: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr,
-    READ: gl.constexpr, WIDE: gl.constexpr, KEEP_U: gl.constexpr,
+    READ: gl.constexpr, KEEP_U: gl.constexpr,
     START2: gl.constexpr, END2: gl.constexpr, START3: gl.constexpr, END3: gl.constexpr,
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
@@ -53,6 +67,9 @@ def _second(
     GATED: gl.constexpr = GATE > 0
     P = load_state(p_start2, sPd, sPv, D, V, 1.0, 0, BD, START2, False)
     F = load_state(p_start3, sFd, sFv, D, V, 1.0, 0, BD, START3, False)
+    out_0 = None
+    if out is not None:
+        out_0 = out.index(0)
     for c in range(chunks):
         i_q, i_k, i_v, h = c % Q, c % K, c % V_, c % 2
         at1, at3 = (
@@ -66,23 +83,29 @@ def _second(
         mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
         mbarrier.wait(there.index(h), (c // 2) & 1)
         fence_async_shared()
-        u, P = _read(P, b_qT, b_vT, tiles.index(h), weights, ends, at1, 0, BD, GATED)
+        mild1, mild3 = _mild(ends, at1, GATED), _mild(ends, at3, GATED)
+        u, P = _read(P, b_qT, b_vT, tiles.index(h), weights, ends, at1, mild1, 0, BD, GATED)
         if KEEP_U:
             mbarrier.wait(u_taken.index(0), (c & 1) ^ 1)
-        _leave(us.index(0), None, u, 0, 0, 0, 0, 0, scale_u, 0, SCALED, False)
+        _leave(us.index(0), None, u, 0, 0, 0, 0, 0, scale_u, None, 0, SCALED)
         if READ:
-            _pairs(tile, b_y, b_qT, weights, at3, GATED)  # and fences u
+            _pairs(tile, b_y, b_qT, weights, at3, mild3, GATED)  # and fences u
+            if divided is not None:
+                mbarrier.arrive(paired.index(0), count=1)
         else:
             fence_async_shared()
             barrier()
         if KEEP_U:
             mbarrier.arrive(u_there.index(0), count=1)
         if READ:
-            if not WIDE:
+            if out is not None:
                 mbarrier.wait(stored.index(0), (c & 1) ^ 1)
-            o, F = _read(F, b_qT, b_uT, tile, weights, ends, at3, 0, BD, GATED)
-            _leave(out.index(0), p_o, o, c * W, T, V, sot, sod, scale_o, 0, SCALED, WIDE)
-            if not WIDE:
+            o, F = _read(F, b_qT, b_uT, tile, weights, ends, at3, mild3, 0, BD, GATED)
+            if divided is not None:
+                o = warpgroup_mma_wait(0, deps=[o])
+                mbarrier.wait(divided.index(c % 2), (c // 2) & 1)
+            _leave(out_0, p_o, o, c, T, V, sot, sod, scale_o, lists, 0, SCALED)
+            if out is not None:
                 mbarrier.arrive(ready.index(0), count=1)
         elif GATED:
             F = _fade(F, ends, at3, BD)
@@ -97,14 +120,14 @@ def _second(
         mbarrier.arrive(v_free.index(i_v), count=1)
         mbarrier.arrive(taken.index(h), count=1)
     if END2:
-        store_state(p_end2, P, P, sPed, sPev, writes_P, D, V, 1.0, 1, BD, False)
+        store_state(p_end2, P, P, sPed, sPev, writes_P, D, V, 1, BD)
     if END3:
-        store_state(p_end3, F, F, sFed, sFev, writes_F, D, V, 1.0, 1, BD, False)
+        store_state(p_end3, F, F, sFed, sFev, writes_F, D, V, 1, BD)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "scale_y", "scale_u", "scale_o", "T", "D", "V", "N1", "N2",
+        "scale_y", "scale_u", "scale_o", "eps", "T", "D", "V", "N1", "N2",
         "sq0", "sq1", "sq2", "sqt", "sqd",
         "sk0", "sk1", "sk2", "skt", "skd",
         "sv0", "sv1", "sv2", "svt", "svd",
@@ -116,16 +139,21 @@ def _second(
         "sP0", "sP1", "sP2", "sPn", "sPd", "sPv",
         "sPe0", "sPe1", "sPe2", "sPen", "sPed", "sPev",
         "sF0", "sF1", "sF2", "sFn", "sFd", "sFv",
-        "sFe0", "sFe1", "sFe2", "sFen", "sFed", "sFev",
+        "sFe0", "sFe1", "sFe2", "sFen", "sFed", "sFev", "sx0", "sx1", "sx2", "sxt", "sxd",
+        "sden0", "sden1", "sden2", "sdent", "sdend", "sone0", "sone1", "sone2", "sonet", "soned",
+        "sm0", "sm1", "sm2", "smn", "smd", "smv", "sme0", "sme1", "sme2", "smen", "smed", "smev",
+        "sn0", "sn1", "sn2", "snn", "snd", "snv", "sne0", "sne1", "sne2", "snen", "sned", "snev",
         "sg0", "sg1", "sg2", "sgt",
     ],
     do_not_specialize_on_alignment=[
         "p_gate", "p_start1", "p_end1", "p_start2", "p_end2", "p_start3", "p_end3",
+        "p_x", "p_den", "p_one", "p_m", "p_me", "p_n", "p_ne",
     ],
 )  # fmt: skip
 def triple_kernel(
-    p_q, p_k, p_v, p_y, p_u, p_o, p_start1, p_end1, p_start2, p_end2, p_start3, p_end3, p_gate,
-    scale_y, scale_u, scale_o, T, tokens, D, V, N1, N2,
+    p_q, p_k, p_v, p_y, p_u, p_o, p_start1, p_end1, p_start2, p_end2, p_start3, p_end3,
+    p_x, p_den, p_one, p_m, p_me, p_n, p_ne, p_gate,
+    scale_y, scale_u, scale_o, eps, T, tokens, D, V, N1, N2,
     sq0, sq1, sq2, sqt, sqd,
     sk0, sk1, sk2, skt, skd,
     sv0, sv1, sv2, svt, svd,
@@ -138,8 +166,15 @@ def triple_kernel(
     sPe0, sPe1, sPe2, sPen, sPed, sPev,
     sF0, sF1, sF2, sFn, sFd, sFv,
     sFe0, sFe1, sFe2, sFen, sFed, sFev,
+    sx0, sx1, sx2, sxt, sxd,  # the numerators, in float32
+    sden0, sden1, sden2, sdent, sdend,  # the denominators of o, and of u
+    sone0, sone1, sone2, sonet, soned,
+    sm0, sm1, sm2, smn, smd, smv,  # states of denominators: those of u, first and last
+    sme0, sme1, sme2, smen, smed, smev,
+    sn0, sn1, sn2, snn, snd, snv,  # and those of o
+    sne0, sne1, sne2, snen, sned, snev,
     sg0, sg1, sg2, sgt,
-    READ: gl.constexpr,  # o is asked, not the states alone
+    READ: gl.constexpr,  # o is requested, not the states alone
     WIDE: gl.constexpr,  # in float32
     KEEP_Y: gl.constexpr,  # y is stored
     KEEP_U: gl.constexpr,
@@ -153,6 +188,8 @@ def triple_kernel(
     END2: gl.constexpr,
     START3: gl.constexpr,
     END3: gl.constexpr,
+    SUMS: gl.constexpr,  # there are denominators, stored or divided by, or states of them
+    DEN: gl.constexpr,  # the first; with eps o is divided
     BD: gl.constexpr,  # tile of 64 or 128 keys; of values it is 64
     WHOLE_D: gl.constexpr,  # D == BD
     WHOLE_V: gl.constexpr,  # 64 divides V
@@ -190,6 +227,20 @@ def triple_kernel(
             p_start3 += part * sFn
         if END3:
             p_end3 += part * sFen
+        if p_x is not None:
+            p_x += first * sxt
+        if p_den is not None:
+            p_den += first * sdent
+        if p_one is not None:
+            p_one += first * sonet
+        if p_m is not None:
+            p_m += part * smn
+        if p_me is not None:
+            p_me += part * smen
+        if p_n is not None:
+            p_n += part * snn
+        if p_ne is not None:
+            p_ne += part * snen
     i_2 = (i_head % N2).to(gl.int64)
     i_1 = (i_head // N2 % N1).to(gl.int64)
     i_0 = (i_head // N2 // N1).to(gl.int64)
@@ -223,11 +274,31 @@ def triple_kernel(
     if END3:
         p_end3 += i_0 * sFe0 + i_1 * sFe1 + i_2 * sFe2 + v64 * sFev
         writes_F = is_first(i_0, i_1, i_2, sFe0, sFe1, sFe2)
+    if p_x is not None:
+        p_x += i_0 * sx0 + i_1 * sx1 + i_2 * sx2 + v64 * sxd
+    T_den, T_one, writes_m, writes_n = T, T, True, True
+    if p_den is not None:
+        p_den += i_0 * sden0 + i_1 * sden1 + i_2 * sden2
+        T_den = gl.where(is_first(i_0, i_1, i_2, sden0, sden1, sden2) & (i_v == 0), T, 0)
+    if p_one is not None:
+        p_one += i_0 * sone0 + i_1 * sone1 + i_2 * sone2
+        T_one = gl.where(is_first(i_0, i_1, i_2, sone0, sone1, sone2) & (i_v == 0), T, 0)
+    if p_m is not None:
+        p_m += i_0 * sm0 + i_1 * sm1 + i_2 * sm2
+    if p_n is not None:
+        p_n += i_0 * sn0 + i_1 * sn1 + i_2 * sn2
+    if p_me is not None:
+        p_me += i_0 * sme0 + i_1 * sme1 + i_2 * sme2
+        writes_m = is_first(i_0, i_1, i_2, sme0, sme1, sme2) & (i_v == 0)
+    if p_ne is not None:
+        p_ne += i_0 * sne0 + i_1 * sne1 + i_2 * sne2
+        writes_n = is_first(i_0, i_1, i_2, sne0, sne1, sne2) & (i_v == 0)
     if GATE > 0:
         p_gate += i_0 * sg0 + i_1 * sg1 + i_2 * sg2
 
     chunks = (T + W - 1) // W
-    sot64 = gl.to_tensor(sot).to(gl.int64)
+    if WIDE:
+        p_x, sxt, sxd = p_o, gl.to_tensor(sot).to(gl.int64) * UNIT, sod
     Q: gl.constexpr = AHEAD
     K: gl.constexpr = AHEAD if GATE == 0 else AHEAD - 1
     V_: gl.constexpr = 3
@@ -246,9 +317,14 @@ def triple_kernel(
     q_full, q_free = barriers(Q, LOADS + (1 if GATE == 2 else 0)), barriers(Q, 2)
     k_full, k_free = barriers(K, LOADS), barriers(K, 2)
     v_full, v_free = barriers(V_, LOADS), barriers(V_, 1)
-    there, taken = barriers(2, 1), barriers(2, 2 if KEEP_Y else 1)
+    there, taken = barriers(2, 1), barriers(2, 2 if KEEP_Y or SUMS else 1)
     u_there, u_taken = barriers(1, 1), barriers(1, 1)
     ready, stored = barriers(1, 1), barriers(1, 1)
+    lists, paired, divided = None, None, None
+    if SUMS:
+        lists = gl.allocate_shared_memory(gl.float32, [COUNT, W], LIST)
+    if DEN:
+        paired, divided = barriers(1, 1), barriers(2, 1)
     if GATE == 1:
         _put_decay(weights, ends, p_gate, T, chunks, POWER1, POWER2)
     fence_async_shared()
@@ -258,24 +334,27 @@ def triple_kernel(
             (_first, (
                 qs, ks, vs, made, tiles, weights, ends, q_full, q_free, k_full, k_free,
                 v_full, v_free, there, taken, chunks,
-                p_start1, sSd, sSv, p_end1, sSed, sSev, writes_S, D, D, scale_y, 1.0, 1.0,
+                p_start1, sSd, sSv, p_end1, sSed, sSev, writes_S, D, D, scale_y,
                 BD // 64, BD, False, True, GATE, GROUPS, SCALED, START1, END1, Q, K, V_,
             )),
             (_second, (
-                qs, ks, vs, made, us, out, tiles, weights, ends, q_full, q_free, k_free,
-                v_full, v_free, there, taken, u_there, u_taken, ready, stored,
-                chunks, p_o, T, sot64 * UNIT, sod,
+                qs, ks, vs, made, us, out if READ and not WIDE else None, tiles, weights, ends,
+                q_full, q_free, k_free, v_full, v_free, there, taken, u_there, u_taken,
+                ready, stored, paired, divided, lists if eps is not None else None,
+                chunks, p_x, T, sxt, sxd,
                 p_start2, sPd, sPv, p_end2, sPed, sPev, p_start3, sFd, sFv, p_end3, sFed, sFev,
                 writes_P, writes_F, D, V, scale_u, scale_o,
-                BD, GATE, GROUPS, SCALED, READ, WIDE, KEEP_U, START2, END2, START3, END3, Q, K, V_,
+                BD, GATE, GROUPS, SCALED, READ, KEEP_U, START2, END2, START3, END3, Q, K, V_,
             )),
             (_mover, (
                 p_q, p_k, p_v, p_y, p_u, p_o, p_gate, qs, ks, vs, made, us, out, weights, ends,
                 q_full, q_free, k_full, k_free, v_full, v_free, there, taken, u_there, u_taken,
                 ready, stored, chunks, T, T_y, T_u, D, V,
                 sqt, sqd, skt, skd, svt, svd, syt, syd, sut, sud, sot, sod, sgt,
-                BD, 64, False, GATE, POWER1, POWER2, READ and not WIDE, KEEP_Y, KEEP_U, FAST,
-                WHOLE_D, WHOLE_V, Q - K, Q - V_, Q, K, V_,
+                tiles, lists, paired, divided, p_one, T_one, sonet, scale_u, p_den, T_den, sdent,
+                scale_o, eps, p_m, smd, p_me, smed, writes_m, p_n, snd, p_ne, sned, writes_n,
+                BD, 64, False, GATE, POWER1, POWER2, READ and not WIDE, KEEP_Y, KEEP_U, SUMS, True,
+                2, FAST, WHOLE_D, WHOLE_V, Q - K, Q - V_, Q, K, V_,
             )),
         ],
         [4, 4],

@@ -1,4 +1,4 @@
-"""The adjoints of hla2 and ahla on Hopper in sweeps, as rows of the planner and their launches.
+"""The adjoints of hla2, ahla and hla3 on Hopper in sweeps: rows of the planner, their launches.
 
 From q, k, v, the gradient do of the output and the saved y, with powers p of the gate:
 
@@ -14,12 +14,25 @@ not later (not earlier) than its column:
     owner of Z   dK' = Z K' + dY' lo(Q K') + Q' lo(dY K')               Z += Q' dY + dY' Q
     of queries   dQ' = F dO' + Y' up(V dO') + S dY' + K' up(K dY')      F += Y' V, S += K' K
 
-ahla's are three sweeps of the same kernels: from R1 = sum q do' du = R1' k and a part of dk, R1 u;
-from R2 = sum q du' dv = R2' k and the other part, R2 v, which is added; queries have E and P for F
-and S, u and du for y and dy.
+ahla's reverse sweep has a kernel of its own (`hopper_ahla`), of R1 = sum q do' and R2 = sum q du';
+queries have E and P for F and S, u and du for y and dy. For a gate's gradient it is two sweeps of
+one state: du and a part of dk, R1 u; then dv and the other part, R2 v, which is added.
+
+hla3's are four: from R = sum q do' (p = 3) dy = R u and du = R' y; from
+R2 = sum q du' and Z dv = R2' k and dk = R2 v + Z k, of which the owner of R2 leaves its part in the
+place of v to that of Z; queries have P du + S dy, and once more F do alone, which is added. With D
+= V = 128 these are 6 + 7 + 5 + 5 = 23 rows of 256 bytes, 1.03 ms; by passes alone 35. One H100 took
+1.13, .285 + .367 + .235 + .242 (the last by the pass kernel).
 
 Weights of a gate are those of `causal`: the reverse sweep reads its states by the weights of what
 is left of a chunk, and writes by those of what came before.
+
+For a gate's gradient (`gate`) the owners of the reverse sweep leave d = y . (V R') and d = k . (Z
+k) / 2 and, of the two tiles of pairs that each makes, the sums of their product by query and by
+key; queries, which then read q too and leave dq in its place, c = q . (F do) and q . (S dy). What
+warps sum by columns meets in a tile of pairs that nobody reads any more. R and Z are kept in
+bfloat16 before every PERIOD of tokens; queries multiply them by F and S.
+Of <S, dS> that is the whole where S is symmetric, which a first state need not be: then passes do.
 
 Bytes a token and head of hla2, D = V = 128, bfloat16: 3584, 0.627 ms for B = 8, T = 4096, H = 16
 at 3.0 TB/s; 0.681 ms on one H100 (92%), with a decay 0.724, with a log gate 0.781. Operations: 524
@@ -28,60 +41,71 @@ k, 0.35 ms at 790 TFLOP/s. No atomics; bits depend on nothing but the head's dat
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...core.passes import Shape
+from ...core.passes import Shape, broadcast
 from ...core.programs import adjoint
 from ...core.request import Request
 from ...device.scan import Call, Do
-from ...device.steps import Fused, Launch, Ref, Row
-from .launch import GATES, Kernel, heads, listed, passes, placed, width
+from ...device.steps import UNDOTTED, Fused, Launch, Parts, Ref, Row
+from .launch import GATES, Aligned, Kernel, heads, listed, passes, placed, width
 from .owners import masked
 
 HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
 AHLA = "ahla on Hopper: du, dk", "ahla on Hopper: dv, dk", "ahla on Hopper: dq"
+BOTH = "ahla on Hopper: du, dv, dk"
+HLA3 = tuple(f"hla3 on Hopper: {x}" for x in ("dy, du", "dv, dk", "dq of y and u", "dq of o"))
+Sweep = tuple[str, bool, tuple[int, ...]]  # name, whether last token first, of which steps
+SWEEPS: dict[str, tuple[Sweep, ...]] = {
+    "hla2": ((HLA2[0], True, (0, 1)), (HLA2[1], False, (0, 1))),
+    "ahla": ((BOTH, True, (0, 1)), (AHLA[2], False, (0, 1))),
+    "hla3": (
+        (HLA3[0], True, (2,)), (HLA3[1], True, (0, 1)),
+        (HLA3[2], False, (0, 1)), (HLA3[3], False, (2,)),
+    ),
+}  # fmt: skip
+GATED = SWEEPS | {  # for a gate's gradient
+    "ahla": ((AHLA[0], True, (1,)), (AHLA[1], True, (0,)), (AHLA[2], False, (0, 1))),
+}
+ADDS = {AHLA[1], *HLA3[1:]}  # to dk or dq, what other passes may have left there
 WIDEST = 128  # columns of a tile
+CHUNK, PERIOD = 64, 1024  # tokens by which dots count, and between the states that are kept
+LATE = "START", "END", "DOTS", "EVERY"  # how constants begin that come behind powers
 FAR = 1 << 24  # elements between tokens: offsets inside a chunk have 32 bits
 
 
 def rows(request: Request) -> tuple[Row, ...]:
     """Return the sweeps, where they do a request's adjoint."""
     widths, gated = (request.k_shape[-1], request.v_shape[-1]), request.gate is not None
-    plain = request.operator in ("hla2", "ahla") and not (request.normalize or request.empty)
+    plain = request.operator in SWEEPS and not (request.normalize or request.empty)
     plain = plain and masked(request) == len(request.program.steps)
     if not plain or request.scale == 0 or not 0 < min(widths) <= max(widths) <= WIDEST:
         return ()
-    if gated and request.gate_given:  # its gradient asks for more
-        return ()
+    B, parts = side(*widths), None
+    if gated and request.gate_given:
+        symmetric = "" if request.operator == "ahla" else "S@0"
+        parts = Parts(CHUNK, PERIOD, B // 64, 1, side=B, met=B // 16, without=symmetric)
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
-    queries = tuple(s for s in back if not s.reverse)
-    if request.operator == "hla2":
-        sweeps = tuple(s for s in back if s.reverse)
-        return Row(HLA2[0], sweeps, segments=True), Row(HLA2[1], queries, segments=True)
-    steps = (tuple(s for s in back if s.reverse and s.step == i) for i in (1, 0))
-    return tuple(Row(*row, segments=True) for row in zip(AHLA, (*steps, queries), strict=True))
+    alike = request.operator != "hla3" or _alike(request)
+    return tuple(
+        Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
+            segments=True, parts=parts, in_place=not last, adds=name in ADDS)
+        for name, last, of in (GATED if parts else SWEEPS)[request.operator]
+        if alike or len(of) == 1
+    )  # fmt: skip
 
 
-class Aligned:
-    """Of two kernels that do the same, the first where all rows begin at whole 16 bytes.
+def side(D: int, V: int) -> int:
+    """Columns of a tile, of keys and values alike."""
+    return WIDEST // 2 if max(D, V) <= WIDEST // 2 else WIDEST
 
-    Memory is aligned alike in all calls of one plan, so the first call chooses.
-    """
 
-    def __init__(self, aligned: Kernel, other: Kernel, rows: int) -> None:
-        self.aligned, self.other, self.rows = aligned, other, rows
-        self.chosen: Kernel | None = None
-
-    def __call__(self, arrays: list[Any], addresses: list[Any], stream: int | None) -> None:
-        """Launch one of them."""
-        if self.chosen is None:
-            starts = zip(self.aligned.slots(addresses), self.aligned.offsets, strict=True)
-            apart = [p and (p + n) % 16 for p, n in itertools.islice(starts, self.rows)]
-            self.chosen = self.other if any(apart) else self.aligned
-        self.chosen(arrays, addresses, stream)
+def _alike(request: Request) -> bool:
+    """Whether y has all the heads that u has, so that what is made of both is of one batch."""
+    keys = broadcast(request.q_shape[:-2], request.k_shape[:-2], request.gate_batch)
+    return keys == broadcast(keys, request.v_shape[:-2])
 
 
 def launched(
@@ -93,7 +117,7 @@ def launched(
     numbers: tuple[float, ...],
     powers: tuple[int, int],
     tokens: int,
-    constants: Mapping[str, bool],
+    constants: Mapping[str, int],
 ) -> Iterator[Do]:
     """Yield what does a sweep.
 
@@ -106,7 +130,8 @@ def launched(
     batch : tuple of int
         Of all operands.
     refs : mapping
-        Operands by name: of rows as many as ``letters``, then states and the gate.
+        Operands by name: of rows as many as ``letters``, then states and the gate, then what lies
+        in order.
     letters : str
         How the kernel names the strides of rows.
     numbers : tuple of float
@@ -116,16 +141,16 @@ def launched(
     tokens : int
         Of a segment; 0: the whole sequence.
     constants : mapping
-        What the kernel does, and then which states there are.
+        What the kernel does, and then which states there are, and dots.
     """
     places, sizes = placed(call, refs)
-    T, D, V = call.request.tokens, width(places.get("q") or places["k"]), width(places["do"])
-    B = 64 if max(D, V) <= 64 else WIDEST
+    keys = places.get("q") or places["k"] or places["y"]
+    T, D, V = call.request.tokens, width(keys), width(places["do"])
+    B = side(D, V)
     gated = GATES.index(call.request.gate)
     power1, power2 = powers if gated else (0, 0)
     does, states = (
-        {n: x for n, x in constants.items() if n.startswith(("START", "END")) == late}
-        for late in (False, True)
+        {n: x for n, x in constants.items() if n.startswith(LATE) == late} for late in (False, True)
     )
     parts, cut = (-(-T // tokens), True) if tokens else (1, False)
     for counts, first, strides in heads(batch, places, gated == 2, cut=cut):
@@ -138,7 +163,8 @@ def launched(
         )
 
         lead = [n for x in own for n in x[:3]]
-        after = listed([*places][len(letters) :], rest, cut=cut)
+        names = [*places]
+        after = listed(names[len(letters) : names.index("gate") + 1], rest, cut=cut)
         made = [
             Kernel(
                 function, (math.prod(counts) * parts,), first, sizes,
@@ -164,17 +190,52 @@ def reverse(call: Call, s: Fused) -> Iterator[Do]:
         dy, half = s.launches
         again = dict.fromkeys(("q", "k", "v", "do", "y", "dy", "dv", "dk", "Z", "R"))
         again |= {"q": dy.v[0], "v": dy.q[0], "do": dy.k[0], "R": flipped(dy.start[0])}
-        constants = {"Z": True, "ADD": False, "READ": False}
-        yield from _reverse(call, again, dy, (half.power, dy.power), half.end[0], **constants)
+        constants = {"Z": True, "SUM": False, "ADD": False, "READ": False}
+        yield from _reverse(call, again, dy, half, half.end[0], **constants)
         return
     dy, dv, _, dk = s.launches
     refs: dict[str, Ref | None] = {
         "q": dy.v[0], "k": dk.q[0], "v": dy.q[0], "do": dv.v[0], "y": dv.q[0],
         "dy": dy.o[0], "dv": dv.o[0], "dk": dk.o[0], "Z": dk.start[0], "R": dv.start[0],
     }  # fmt: skip
-    yield from _reverse(call, refs, dv, (dk.power, dv.power), Z=True, ADD=False, READ=True)
+    yield from _reverse(call, refs, dv, dk, Z=True, SUM=False, ADD=False, READ=True)
     if any(dk.end):  # of the two that make up Z the kernel keeps the sum
-        yield from passes(call, dk._replace(q=(), o=(), add=False, batch=dk.held))
+        alone = dk._replace(q=(), o=(), add=False, batch=dk.held, **UNDOTTED)
+        yield from passes(call, alone)
+
+
+def ahla(call: Call, s: Fused) -> Iterator[Do]:
+    """Yield ahla's sweep of du, dv and dk, last token first."""
+    if s.launches[1].q:
+        dk, du, more, dv = s.launches
+        refs: dict[str, Ref | None] = {
+            "q": du.k[0], "k": du.q[0], "v": more.q[0], "do": du.v[0], "u": dk.q[0],
+            "du": du.o[0], "dv": dv.o[0], "dk": dk.o[0], "R": du.start[0], "Z": dv.start[0],
+        }  # fmt: skip
+        yield from _ahla(call, refs, du, dv, read=True)
+        return
+    du, *states = s.launches  # of segments: du again, and sums of q du' or their transposes
+    for x in states:
+        refs = dict.fromkeys(("q", "k", "v", "do", "u", "du", "dv", "dk", "R", "Z"))
+        refs |= {"q": du.k[0], "k": du.q[0], "do": du.v[0], "R": du.start[0]}
+        left = x if x.k == du.k else x._replace(end=(flipped(x.end[0]),))
+        yield from _ahla(call, refs, du, left, read=False)
+
+
+def _ahla(
+    call: Call, refs: dict[str, Ref | None], du: Launch, dv: Launch, *, read: bool
+) -> Iterator[Do]:
+    """Yield it by the launches that leave R1 and R2."""
+    from .hopper_ahla import ahla_kernel
+
+    refs |= {"end": next(iter(du.end), None), "left": next(iter(dv.end), None)}
+    there = {"START1": "R", "START2": "Z", "END1": "end", "END2": "left"}
+    constants = {"READ": read} | {name: refs[n] is not None for name, n in there.items()}
+    refs["gate"] = Ref("gate") if call.request.gate else None
+    powers, factors = (du.power, dv.power), (du.write, 1 / du.write)
+    yield from launched(
+        call, ahla_kernel, du.batch, refs, "qkvguabc", factors, powers, du.tokens, constants
+    )
 
 
 def one_state(call: Call, s: Fused) -> Iterator[Do]:
@@ -184,50 +245,81 @@ def one_state(call: Call, s: Fused) -> Iterator[Do]:
         "q": dk.v[0], "k": None, "v": dk.q[0], "do": dk.k[0], "y": dx.q[0],
         "dk": dk.o[0], "dx": dx.o[0], "none": None, "Z": None, "R": dx.start[0],
     }  # fmt: skip
-    yield from _reverse(call, refs, dx, (0, dx.power), Z=False, ADD=dk.add, READ=True)
+    yield from _reverse(call, refs, dx, None, Z=False, SUM=False, ADD=dk.add, READ=True)
+
+
+def summed(call: Call, s: Fused) -> Iterator[Do]:
+    """Yield hla3's sweep of dv and of all of dk, last token first."""
+    dk, dv, _, more = s.launches
+    refs: dict[str, Ref | None] = {
+        "q": dk.v[0], "k": more.v[0], "v": dk.q[0], "do": dk.k[0], "y": dv.q[0],
+        "dk": dk.o[0], "dv": dv.o[0], "none": None, "Z": more.start[0], "R": dv.start[0],
+    }  # fmt: skip
+    yield from _reverse(call, refs, dv, more, Z=True, SUM=True, ADD=dk.add, READ=True)
+    if any(more.end):
+        alone = more._replace(q=(), o=(), add=False, batch=more.held, **UNDOTTED)
+        yield from passes(call, alone)
 
 
 def _reverse(
     call: Call,
     refs: dict[str, Ref | None],
     x: Launch,
-    powers: tuple[int, int],
+    z: Launch | None,
     left: Ref | None = None,
-    **constants: bool,
+    **constants: int,
 ) -> Iterator[Do]:
-    """Yield a sweep from the last token, by the launch that leaves R."""
+    """Yield a sweep from the last token, by the launches that leave R and, if there is one, Z."""
     from .hopper_reverse import reverse_kernel
 
     refs |= {"end": x.end[0] if x.end else None, "left": left}
     refs["gate"] = Ref("gate") if call.request.gate else None
-    there = {"START1": "Z", "START2": "R", "END1": "left", "END2": "end"}
+    refs |= {"dots1": z and z.dots, "dots2": x.dots, "kept1": z and z.states, "kept2": x.states}
+    there = {"START1": "Z", "START2": "R", "END1": "left", "END2": "end", "DOTS": "dots2"}
     constants |= {name: refs[n] is not None for name, n in there.items()}
-    factors = x.write, 1 / x.write
+    constants["EVERY"] = every(x) if x.states else 0
+    powers, factors = (z.power if z else 0, x.power), (x.write, 1 / x.write)
     yield from launched(
         call, reverse_kernel, x.batch, refs, "qkvgyabc", factors, powers, x.tokens, constants
     )
+
+
+def every(x: Launch) -> int:
+    """Chunks between the states that are kept, of which a segment has a multiple."""
+    return math.gcd(x.tokens, PERIOD) // CHUNK
 
 
 def queries(call: Call, s: Fused) -> Iterator[Do]:
     """Yield the sweep of dq, first token first."""
     from .hopper_queries import queries_kernel
 
-    first, second = s.launches
-    S, F = flipped(second.start[0]), flipped(first.start[0])
-    ahla = first.v == second.v  # the k of both passes
-    v, y = (second.k[0], first.k[0]) if ahla else (first.k[0], first.v[0])
+    first, *rest = s.launches
+    second = rest[0] if rest else None  # of hla3's o there is F alone
+    k, dy = (second.v[0], second.q[0]) if second else (None, None)
+    S, F = flipped(second.start[0]) if second else None, flipped(first.start[0])
+    v, y, ahla = first.k[0], first.v[0], False
+    if second and first.v == second.v != second.k:  # k in both; of hla3 also in S = sum k k'
+        v, y, ahla = second.k[0], first.k[0], True
     refs = {
-        "k": second.v[0], "v": v, "do": first.q[0], "y": y, "dy": second.q[0],
-        "dq": first.o[0], "S": S, "F": F, "gate": Ref("gate") if call.request.gate else None,
+        "k": k, "v": v, "do": first.q[0], "y": y, "dy": dy,
+        "dq": first.o[0], "q": first.x, "S": S, "F": F,
+        "gate": Ref("gate") if call.request.gate else None,
+        "dots1": second and second.dots, "dots2": first.dots,
+        "kept1": second and second.kept, "kept2": first.kept,
+        "met1": second and second.met, "met2": first.met,
     }  # fmt: skip
-    constants = {"AHLA": ahla, "START1": S is not None, "START2": F is not None}
-    powers, factors = (second.power, first.power), (first.read,)
+    constants: dict[str, int] = {"AHLA": ahla, "ONE": second is None, "ADD": first.add}
+    constants |= {"START1": S is not None, "START2": F is not None}
+    constants |= {"DOTS": first.dots is not None, "EVERY": every(first) if first.kept else 0}
+    powers, factors = ((second or first).power, first.power), (first.read,)
     yield from launched(
-        call, queries_kernel, first.batch, refs, "kvgyab", factors, powers, first.tokens, constants
+        call, queries_kernel, first.batch, refs, "kvgyabq", factors, powers, first.tokens, constants
     )
 
 
 KERNELS = {
     **dict(zip(HLA2, (reverse, queries), strict=True)),
+    BOTH: ahla,
     **dict(zip(AHLA, (one_state, one_state, queries), strict=True)),
+    **dict(zip(HLA3, (one_state, summed, queries, queries), strict=True)),
 }

@@ -1,4 +1,4 @@
-"""What the sweeps of `hopper_backward` share beyond `warpgroups`: copies, weights and pairs.
+"""What the sweeps of `hopper_backward` share beyond `warpgroups`: copies, weights, pairs and dots.
 
 Strides of tokens and of columns are constants, so that what copies a chunk computes an address a
 thread and not one a row: a kernel is compiled for each (D, or heads times D).
@@ -25,6 +25,12 @@ from .warpgroups import (
     load_gate,
     put_weights,
 )
+
+NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # by later versions
+
+# Rows of float32 in shared memory, and four of them in each thread
+LINES = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0]))
+FOURS = gl.constexpr(gl.BlockedLayout([4, 1], [1, 32], [1, 4], [0, 1]))
 
 
 @gluon.jit
@@ -129,7 +135,7 @@ def _pairs(a, b):
 
 @gluon.jit
 def _put_pairs(tile, a, weights, slot, UP: gl.constexpr, POWER: gl.constexpr):
-    """Leave the pairs of a chunk in shared memory, masked and weighed."""
+    """Leave the pairs of a chunk in shared memory, masked and weighed; return them."""
     s = gl.arange(0, W, layout=gl.SliceLayout(1, ACC64))[:, None]
     t = gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))[None, :]
     if POWER > 0:
@@ -140,6 +146,7 @@ def _put_pairs(tile, a, weights, slot, UP: gl.constexpr, POWER: gl.constexpr):
         a *= gl.exp2(span * (POWER if UP else -POWER))  # where it overflows no pair is
     a = gl.where((s <= t) if UP else (s >= t), a, 0.0)
     tile.store(a.to(gl.bfloat16))
+    return a
 
 
 @gluon.jit
@@ -159,3 +166,61 @@ def _weighed(x, weights, slot, ROW: gl.constexpr, POWER: gl.constexpr, A: gl.con
 def _total(S, ends, slot, POWER: gl.constexpr, ACC: gl.constexpr):
     """Return a state as it is a chunk later."""
     return S * _power(ends.index(slot).load(gl.SliceLayout(1, ACC)), POWER)[:, None]
+
+
+@gluon.jit
+def _by_column(x):
+    """Return the sums over rows in four parts, [4, W]: in each warp its own."""
+    return gl.sum(x.reshape([4, 16, W]), 1)
+
+
+@gluon.jit
+def _lines(tile):
+    """Return a tile of pairs that nobody reads any more as 32 rows of W float32."""
+    if NAMED:
+        return tile.reinterpret(gl.float32, [32, W], LINES)
+    else:
+        return tile._reinterpret(gl.float32, [32, W], LINES)
+
+
+@gluon.jit
+def _put_line(p, lines, left, FIRST: gl.constexpr):
+    """Store the sum of four rows, one number a token."""
+    x = gl.sum(lines.slice(FIRST, 4, 0).load(FOURS), 0)
+    t = gl.arange(0, W, layout=gl.SliceLayout(0, FOURS))
+    gl.store(p + t, x, mask=t < left)
+
+
+@gluon.jit
+def _put_tokens(p, x, left):
+    """Store one number a token."""
+    t = gl.arange(0, W, layout=x.type.layout)
+    gl.store(p + t, x, mask=t < left)
+
+
+@gluon.jit
+def _apart(a, b):
+    """Return the products of two tiles of pairs but those of a token with itself."""
+    s = gl.arange(0, W, layout=gl.SliceLayout(1, ACC64))[:, None]
+    t = gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))[None, :]
+    return gl.where(s == t, 0.0, a * b)
+
+
+@gluon.jit
+def _accumulated(x):
+    """Return [64, W] of shared memory as an accumulator lies in registers."""
+    return gl.convert_layout(x.load(A64).to(gl.float32), ACC64)
+
+
+@gluon.jit
+def _kept(chunk, EVERY: gl.constexpr):
+    """Whether states are kept before a chunk."""
+    return (chunk > 0) & (chunk % EVERY == 0)
+
+
+@gluon.jit
+def _state_at(ROW: gl.constexpr, SIDE: gl.constexpr, ACC: gl.constexpr, N: gl.constexpr):
+    """Return offsets of 64 rows and N columns of a kept state from its first row."""
+    i = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))[:, None]
+    j = gl.arange(0, N, layout=gl.SliceLayout(0, ACC))[None, :]
+    return (i + ROW) * SIDE + j

@@ -4,7 +4,8 @@ The first partition owns R, the second Z, which is symmetric: of its four blocks
 kept, and the one beside the diagonal is read the other way round from a copy in shared memory. R is
 read both ways round, from a bfloat16 copy. The third partition moves: it stores what the owners
 leave in the place of an operand that nobody reads any more (dY takes V's, dV Y's, dK K's) and loads
-the next chunk there.
+the next chunk there. With SUM the parts of dk that come from R and Z are added: K and dY are loaded
+(into the places of Y and K), dK takes V's place, and dV K's once the owner of Z has read it.
 
 Bytes a token and head, D = V = 128: 8 rows of 256, 0.358 ms for B = 8, T = 4096, H = 16 at 3.0
 TB/s; 0.399 ms on one H100 (90%), 0.197 at D = 64 (91%).
@@ -21,15 +22,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_parts import (
+    LINES,
+    _accumulated,
+    _apart,
+    _by_column,
     _fetch,
+    _kept,
+    _lines,
     _operand,
     _pairs,
     _power,
     _put,
     _put_decay,
     _put_gate,
+    _put_line,
     _put_pairs,
+    _put_tokens,
     _slot,
+    _state_at,
     _total,
     _weigh,
     _weighed,
@@ -53,28 +63,36 @@ from .warpgroups import (
 
 
 @gluon.jit
-def _rows(
-    a, R, tile, b, weights, slot,
-    POWER: gl.constexpr, B: gl.constexpr,
-):  # fmt: skip
-    """Return a R + tile b, [W, B]."""
+def _read_rows(a, R, weights, slot, POWER: gl.constexpr, B: gl.constexpr):
+    """Return what rows read from a state, [W, B]."""
     ACC: gl.constexpr = ACC128 if B == 128 else ACC64
     o = gl.zeros([W, B], gl.float32, ACC)
     o = warpgroup_mma(a, R, o, use_acc=False, is_async=True)
     if POWER > 0:
         o = warpgroup_mma_wait(0, deps=[o])
         o *= _power(_weigh(weights, slot, AFTER, gl.SliceLayout(1, ACC)), POWER)[:, None]
+    return o
+
+
+@gluon.jit
+def _rows(
+    a, R, tile, b, weights, slot,
+    POWER: gl.constexpr, B: gl.constexpr,
+):  # fmt: skip
+    """Return a R + tile b, [W, B]."""
+    o = _read_rows(a, R, weights, slot, POWER, B)
     o = warpgroup_mma(tile, b, o, is_async=True)
     return warpgroup_mma_wait(0, deps=[o])
 
 
 @gluon.jit
 def _owner_r(
-    qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there, chunks, zero,
+    qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there, k_read, chunks, zero,
     p_start, ssd, ssv, p_end, sed, sev, D, V, scale, unscale,
+    p_dots, p_kept, length, total, earlier,
     HALVES: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, POWER: gl.constexpr, READ: gl.constexpr,
-    START: gl.constexpr, END: gl.constexpr,
+    GATE: gl.constexpr, POWER: gl.constexpr, SUM: gl.constexpr, READ: gl.constexpr,
+    START: gl.constexpr, END: gl.constexpr, DOTS: gl.constexpr, EVERY: gl.constexpr,
 ):  # fmt: skip
     """Own R, [D, V]: make dy and dv."""
     ACC: gl.constexpr = ACC128 if B == 128 else ACC64
@@ -97,17 +115,34 @@ def _owner_r(
         _put_pairs(tile, a, weights, slot, True, POWER)
         fence_async_shared()
         barrier()
-        dy = _rows(b_v, copy.permute((1, 0)), tile, b_q, weights, slot, POWER, B)
+        if DOTS:
+            dy = _read_rows(b_v, copy.permute((1, 0)), weights, slot, POWER, B)
+            d = gl.sum(b_y.load(ACC).to(gl.float32) * dy, 1) * scale
+            dy = warpgroup_mma(tile, b_q, dy, is_async=True)
+            dy = warpgroup_mma_wait(0, deps=[dy])
+        else:
+            dy = _rows(b_v, copy.permute((1, 0)), tile, b_q, weights, slot, POWER, B)
         b_v.store((dy * scale).to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(dy_there.index(s), count=1)
         if READ:
             a = warpgroup_mma_wait(0, deps=[_pairs(b_y, b_q)])
+            if DOTS:  # the tile still holds those of v and do
+                x = _apart(tile.load(ACC64).to(gl.float32), a) * scale
+                by_query, by_key = _by_column(x), gl.sum(x, 1)
             _put_pairs(tile, a, weights, slot, True, POWER)
             fence_async_shared()
             barrier()
             dv = _rows(b_y, copy, tile, b_g, weights, slot, POWER, B)
+            if SUM:
+                mbarrier.wait(k_read.index(s), (i // STAGES) & 1)
             b_y.store((dv * scale).to(gl.bfloat16))
+            if DOTS:
+                lines, p, left = _lines(tile), p_dots + c * W, length - c * W
+                lines.slice(0, 4, 0).store(by_query)
+                _put_tokens(p, d, left)
+                _put_tokens(p + 2 * total, by_key, left)
+                _put_line(p + total, lines, left, 0)
         qT = b_q.permute((1, 0))
         if POWER > 0:
             R0 = _total(R0, ends, slot, POWER, ACC)
@@ -128,6 +163,11 @@ def _owner_r(
             R0 = warpgroup_mma_wait(0, deps=[R0])
         copy.slice(0, 64, 0).store(R0.to(gl.bfloat16))
         mbarrier.arrive(dv_there.index(s), count=1)
+        if EVERY > 0 and _kept(earlier + c, EVERY):
+            at = p_kept + ((earlier + c) // EVERY - 1).to(gl.int64) * (B * B)
+            gl.store(at + _state_at(0, B, ACC, B), (R0 * scale).to(gl.bfloat16))
+            if HALVES == 2:
+                gl.store(at + _state_at(64, B, ACC, B), (R1 * scale).to(gl.bfloat16))
     if END:
         store_half(p_end, R0, sev, sed, V, D, scale, 0, B, True)
         if HALVES == 2:
@@ -175,11 +215,22 @@ def _add_block(Z, qT, dyT, b_q, b_dy):
 
 
 @gluon.jit
+def _rounded(o, out, scale, SUM: gl.constexpr):
+    """Return what is stored of half of dk, [64, W]: with SUM, of what R has left there too."""
+    o *= scale
+    if SUM:
+        o += out.load(ACC64).to(gl.float32)
+    return o.to(gl.bfloat16)
+
+
+@gluon.jit
 def _owner_z(
-    qs, ks, vs, tiles, crosses, weights, ends, full, dy_there, dk_there, chunks, zero,
+    qs, ks, vs, ys, tiles, crosses, weights, ends, full, dy_there, dk_there, k_read, chunks, zero,
     p_start, ss0, ss1, p_end, se0, se1, D, scale, unscale,
+    sums, p_dots, p_kept, length, total, earlier,
     HALVES: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, POWER: gl.constexpr,
-    READ: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
+    SUM: gl.constexpr, READ: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
+    DOTS: gl.constexpr, EVERY: gl.constexpr,
 ):  # fmt: skip
     """Own Z, [D, D], symmetric: of its four blocks three; make dk."""
     Z00 = _block(p_start, ss0, ss1, D, unscale, 0, 0, START)
@@ -192,17 +243,26 @@ def _owner_z(
     for i in range(chunks):
         c, s, z = chunks - 1 - i, i % STAGES, z & i
         slot, tile1, tile2 = _slot(c, s, chunks, GATE), tiles.index(z + 1), tiles.index(z + 2)
-        b_q, b_k, b_dy = qs.index(s), ks.index(s), vs.index(s)
+        if SUM:
+            b_q, b_k, b_dy = qs.index(s), ys.index(s), ks.index(s)
+        else:
+            b_q, b_k, b_dy = qs.index(s), ks.index(s), vs.index(s)
         kT = b_k.permute((1, 0))
+        outT = vs.index(s).permute((1, 0)) if SUM else kT
         qT0, dyT0 = b_q.permute((1, 0)).slice(0, 64, 0), b_dy.permute((1, 0)).slice(0, 64, 0)
         mbarrier.wait(full.index(s), (i // STAGES) & 1)
         fence_async_shared()
         if READ:
             a = warpgroup_mma_wait(0, deps=[_pairs(b_q, b_k)])
-            _put_pairs(tile1, a, weights, slot, False, POWER)
-        mbarrier.wait(dy_there.index(s), (i // STAGES) & 1)
+            pairs = _put_pairs(tile1, a, weights, slot, False, POWER)
+        if not SUM:
+            mbarrier.wait(dy_there.index(s), (i // STAGES) & 1)
         if READ:
             a = warpgroup_mma_wait(0, deps=[_pairs(b_dy, b_k)])
+            if DOTS:
+                x = _apart(pairs, a) * scale
+                by_query = gl.sum(x, 1)
+                sums.store(_by_column(x))
             _put_pairs(tile2, a, weights, slot, False, POWER)
             fence_async_shared()
             barrier()
@@ -211,10 +271,16 @@ def _owner_z(
             if HALVES == 2:
                 o = warpgroup_mma(_operand(Z01), kT.slice(64, 64, 0), o, is_async=True)
             o = _read_block(o, weights, slot, POWER)
+            if DOTS:
+                d = _by_column(_accumulated(kT.slice(0, 64, 0)) * o)
             o = warpgroup_mma(dyT0, tile1, o, is_async=True)
             o = warpgroup_mma(qT0, tile2, o, is_async=True)
             o = warpgroup_mma_wait(0, deps=[o])
-            dk0 = (o * scale).to(gl.bfloat16)
+            if SUM and HALVES == 1:
+                mbarrier.arrive(k_read.index(s), count=1)
+            if SUM:
+                mbarrier.wait(dy_there.index(s), (i // STAGES) & 1)
+            dk0 = _rounded(o, outT.slice(0, 64, 0), scale, SUM)
         q0, dy0 = b_q.slice(0, 64, 1), b_dy.slice(0, 64, 1)
         if POWER == 0:
             Z00 = _add_block(Z00, qT0, dyT0, q0, dy0)
@@ -229,15 +295,26 @@ def _owner_z(
                 )  # fmt: skip
                 o = warpgroup_mma(_operand(Z11), kT.slice(64, 64, 0), o, is_async=True)
                 o = _read_block(o, weights, slot, POWER)
+                if DOTS:
+                    d += _by_column(_accumulated(kT.slice(64, 64, 0)) * o)
                 o = warpgroup_mma(dyT1, tile1, o, is_async=True)
                 o = warpgroup_mma(qT1, tile2, o, is_async=True)
                 Z00, o = warpgroup_mma_wait(0, deps=[Z00, o])
-                kT.slice(64, 64, 0).store((o * scale).to(gl.bfloat16))
-                kT.slice(0, 64, 0).store(dk0)
+                if SUM:
+                    mbarrier.arrive(k_read.index(s), count=1)
+                dk1 = _rounded(o, outT.slice(64, 64, 0), scale, SUM)
+                outT.slice(64, 64, 0).store(dk1)
+                outT.slice(0, 64, 0).store(dk0)
             else:
                 Z00 = warpgroup_mma_wait(0, deps=[Z00])
         elif READ:
-            kT.store(dk0)
+            outT.store(dk0)
+        if DOTS:
+            lines, p, left = _lines(tile1), p_dots + c * W, length - c * W
+            lines.slice(0, 4, 0).store(d * (0.5 * scale))  # Z has a gradient and its transpose
+            _put_tokens(p + total, by_query, left)
+            _put_line(p, lines, left, 0)
+            _put_line(p + 2 * total, sums, left, 0)
         if POWER > 0:  # half by half, else registers would not suffice
             w_q = _weighed(qT0, weights, slot, BEFORE, POWER, A64)
             w_dy = _weighed(dyT0, weights, slot, BEFORE, POWER, A64)
@@ -260,6 +337,16 @@ def _owner_z(
         if HALVES == 2:
             crosses.index(z).store(Z01.to(gl.bfloat16))
         mbarrier.arrive(dk_there.index(s), count=1)
+        if EVERY > 0 and _kept(
+            earlier + c, EVERY
+        ):  # what lies above the diagonal for what lies below, too
+            SIDE: gl.constexpr = 64 * HALVES
+            at = p_kept + ((earlier + c) // EVERY - 1).to(gl.int64) * (SIDE * SIDE)
+            at += _state_at(0, SIDE, ACC64, 64)
+            gl.store(at, (Z00 * (0.5 * scale)).to(gl.bfloat16))
+            if HALVES == 2:
+                gl.store(at + 64, (Z01 * scale).to(gl.bfloat16))
+                gl.store(at + 64 * SIDE + 64, (Z11 * (0.5 * scale)).to(gl.bfloat16))
     if END:
         _leave_block(p_end, Z00, se0, se1, D, 0.5 * scale, 0, 0)
         if HALVES == 2:
@@ -272,8 +359,8 @@ def _mover_r(
     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys, weights, ends,
     full, dy_there, dv_there, dk_there, chunks, T, D, V,
     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd, sft,
-    Z: gl.constexpr, ADD: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
-    FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
+    Z: gl.constexpr, SUM: gl.constexpr, ADD: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
+    GATE: gl.constexpr, FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
 ):  # fmt: skip
     """Load what the owners read; store what they leave in its place."""
     for i in range(chunks + STAGES):
@@ -281,8 +368,9 @@ def _mover_r(
         row = (chunks - 1 - i) * W
         left = row + STAGES * W
         if i >= STAGES:
-            mbarrier.wait(dy_there.index(s), turn)
-            _put(p_dy, vs.index(s), left, T, D, sat, sad, B, FAST, WHOLE_D, ADD)
+            if not SUM:
+                mbarrier.wait(dy_there.index(s), turn)
+                _put(p_dy, vs.index(s), left, T, D, sat, sad, B, FAST, WHOLE_D, ADD)
             mbarrier.wait(dv_there.index(s), turn)
             _put(p_dv, ys.index(s), left, T, V, sbt, sbd, B, FAST, WHOLE_V)
             barrier()
@@ -291,11 +379,14 @@ def _mover_r(
             _fetch(gs.index(s), p_g, row, T, V, sgt, sgd, B, FAST, WHOLE_V)
         if Z and i >= STAGES:
             mbarrier.wait(dk_there.index(s), turn)
+            if SUM:
+                _put(p_dy, vs.index(s), left, T, D, sat, sad, B, FAST, WHOLE_D, ADD)
+                barrier()
         if i < chunks:
             _fetch(qs.index(s), p_q, row, T, D, sqt, sqd, B, FAST, WHOLE_D)
             _fetch(vs.index(s), p_v, row, T, V, svt, svd, B, FAST, WHOLE_V)
         if Z:
-            if i >= STAGES:
+            if i >= STAGES and not SUM:
                 _put(p_dk, ks.index(s), left, T, D, sct, scd, B, FAST, WHOLE_D)
                 barrier()
             if i < chunks:
@@ -314,8 +405,8 @@ def _mover_z(
     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys, weights, ends,
     full, dy_there, dv_there, dk_there, chunks, T, D, V,
     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd, sft,
-    Z: gl.constexpr, ADD: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
-    FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
+    Z: gl.constexpr, SUM: gl.constexpr, ADD: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
+    GATE: gl.constexpr, FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
 ):  # fmt: skip
     """Load what Z alone is made of."""
     for i in range(chunks):
@@ -350,6 +441,7 @@ def _mover_z(
 )  # fmt: skip
 def reverse_kernel(
     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_start1, p_start2, p_end2, p_end1, p_gate,
+    p_dots1, p_dots2, p_kept1, p_kept2,  # of Z and R, in order: (heads, 3 T), (heads, N, B, B)
     scale, unscale, T, tokens, D, V, N1, N2,
     sq0, sq1, sq2,
     sk0, sk1, sk2,
@@ -382,14 +474,17 @@ def reverse_kernel(
     scd: gl.constexpr,
     GATE: gl.constexpr,  # 0 none, 1 decay, 2 log_gate
     Z: gl.constexpr,  # there is Z, which makes dk
+    SUM: gl.constexpr,  # of hla3: dk adds to dy, of keys that come as y; Z is of dy that comes as k
     ADD: gl.constexpr,  # dy is added to what is there
-    READ: gl.constexpr,  # dy, dv and dk are asked, not Z alone
+    READ: gl.constexpr,  # dy, dv and dk are requested, not Z alone
     POWER1: gl.constexpr,  # of Z
     POWER2: gl.constexpr,  # of R
     START1: gl.constexpr,
     START2: gl.constexpr,
     END1: gl.constexpr,
     END2: gl.constexpr,
+    DOTS: gl.constexpr,  # also leave what a gate's gradient is made of: see `gate`
+    EVERY: gl.constexpr,  # and the states before every so many chunks but the first; 0: not
     B: gl.constexpr,  # tiles of 64 or 128 keys and values
     WHOLE_D: gl.constexpr,  # D == B
     WHOLE_V: gl.constexpr,
@@ -400,10 +495,12 @@ def reverse_kernel(
     UNIT: gl.constexpr = 8 if FAST else 1
     HALVES: gl.constexpr = B // 64
     i_head = gl.program_id(0)
+    total, earlier = T.to(gl.int64), 0  # tokens of the sequence, and chunks before those here
     if tokens is not None:  # a segment is a batch entry
         parts = (T + tokens - 1) // tokens
         part, i_head = (i_head % parts).to(gl.int64), i_head // parts
         first = part * tokens
+        earlier = (first // W).to(gl.int32)
         T = gl.minimum(T - first, tokens).to(gl.int32)
         p_q += first * sqt
         p_v += first * svt
@@ -414,6 +511,7 @@ def reverse_kernel(
             p_dv += first * sbt
         if READ and Z:
             p_k += first * skt
+        if READ and Z and not SUM:
             p_dk += first * sct
         if GATE == 2:
             p_gate += first * sft
@@ -425,6 +523,16 @@ def reverse_kernel(
             p_end1 += part * swn
         if END2:
             p_end2 += part * sen
+    if DOTS:
+        ahead = i_head.to(gl.int64) * 3 * total + earlier * W
+        p_dots2 += ahead
+        if Z:
+            p_dots1 += ahead
+    if EVERY > 0:
+        kept = i_head.to(gl.int64) * ((total - 1) // (EVERY * W)) * (B * B)
+        p_kept2 += kept
+        if Z:
+            p_kept1 += kept
     i_2 = (i_head % N2).to(gl.int64)
     i_1 = (i_head // N2 % N1).to(gl.int64)
     i_0 = (i_head // N2 // N1).to(gl.int64)
@@ -437,7 +545,7 @@ def reverse_kernel(
         p_y += (i_0 * sy0 + i_1 * sy1 + i_2 * sy2) * UNIT
         p_dy += (i_0 * sa0 + i_1 * sa1 + i_2 * sa2) * UNIT
         p_dv += (i_0 * sb0 + i_1 * sb1 + i_2 * sb2) * UNIT
-    if READ and Z:
+    if READ and Z and not SUM:
         p_dk += (i_0 * sc0 + i_1 * sc1 + i_2 * sc2) * UNIT
     if START1:
         p_start1 += i_0 * sz0 + i_1 * sz1 + i_2 * sz2
@@ -459,6 +567,9 @@ def reverse_kernel(
     copies = gl.allocate_shared_memory(gl.bfloat16, [1, B, B], TILE)
     tiles = gl.allocate_shared_memory(gl.bfloat16, [3, W, W], TILE)
     crosses = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], TILE)
+    sums = tiles
+    if DOTS:
+        sums = gl.allocate_shared_memory(gl.float32, [4, W], LINES)
     SLOTS: gl.constexpr = STAGES if GATE == 2 else 2
     weights = gl.allocate_shared_memory(gl.float32, [SLOTS * LISTS, W], LIST)
     ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
@@ -466,6 +577,7 @@ def reverse_kernel(
     LOADS: gl.constexpr = 128 if FAST else 0  # a copy arrives with each of the mover's threads
     full = barriers(STAGES, LOADS + (1 - ALONE))
     dy_there, dv_there, dk_there = barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 1)
+    k_read = barriers(STAGES, 1)
     if GATE == 1:
         _put_decay(weights, ends, p_gate, T, chunks)
     fence_async_shared()
@@ -475,19 +587,21 @@ def reverse_kernel(
             [
                 (_owner_r, (
                     qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there,
-                    chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale, unscale,
-                    HALVES, B, STAGES, GATE, POWER2, READ, START2, END2,
+                    k_read, chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale,
+                    unscale, p_dots2, p_kept2, T, total, earlier,
+                    HALVES, B, STAGES, GATE, POWER2, SUM, READ, START2, END2, DOTS, EVERY,
                 )),
                 (_owner_z, (
-                    qs, ks, vs, tiles, crosses, weights, ends, full, dy_there, dk_there,
-                    chunks, T >> 31, p_start1, szd, sze, p_end1, swd, swe, D, scale, unscale,
-                    HALVES, STAGES, GATE, POWER1, READ, START1, END1,
+                    qs, ks, vs, ys, tiles, crosses, weights, ends, full, dy_there, dk_there,
+                    k_read, chunks, T >> 31, p_start1, szd, sze, p_end1, swd, swe, D, scale,
+                    unscale, sums, p_dots1, p_kept1, T, total, earlier,
+                    HALVES, STAGES, GATE, POWER1, SUM, READ, START1, END1, DOTS, EVERY,
                 )),
                 (_mover_r if READ else _mover_z, (
                     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,
                     weights, ends, full, dy_there, dv_there, dk_there, chunks, T, D, V,
                     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd,
-                    sft, Z, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
+                    sft, Z, SUM, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
                 )),
             ],
             [4, 4],
@@ -498,14 +612,15 @@ def reverse_kernel(
             [
                 (_owner_r, (
                     qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there,
-                    chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale, unscale,
-                    HALVES, B, STAGES, GATE, POWER2, READ, START2, END2,
+                    k_read, chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale,
+                    unscale, p_dots2, p_kept2, T, total, earlier,
+                    HALVES, B, STAGES, GATE, POWER2, SUM, READ, START2, END2, DOTS, EVERY,
                 )),
                 (_mover_r, (
                     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,
                     weights, ends, full, dy_there, dv_there, dk_there, chunks, T, D, V,
                     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd,
-                    sft, Z, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
+                    sft, Z, SUM, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
                 )),
             ],
             [4],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
@@ -18,7 +19,7 @@ from ...core.passes import Shape
 from ...core.request import Request
 from ...device import segments as rule
 from ...device.scan import Call, Place
-from ...device.steps import Launch, Limits, Ref
+from ...device.steps import UNDOTTED, Launch, Limits, Ref
 from ...device.tiles import grids, inner
 from ...errors import Unsupported
 from .causal import pass_kernel
@@ -220,8 +221,27 @@ class Kernel:
             )  # fmt: skip
 
 
+class Aligned:
+    """Of two kernels that do the same, the first where all rows begin at whole 16 bytes.
+
+    Memory is aligned alike in all calls of one plan, so the first call chooses.
+    """
+
+    def __init__(self, aligned: Kernel, other: Kernel, rows: int) -> None:
+        self.aligned, self.other, self.rows = aligned, other, rows
+        self.chosen: Kernel | None = None
+
+    def __call__(self, arrays: list[Any], addresses: list[Any], stream: int | None) -> None:
+        """Launch one of them."""
+        if self.chosen is None:
+            starts = zip(self.aligned.slots(addresses), self.aligned.offsets, strict=True)
+            apart = [p and (p + n) % 16 for p, n in itertools.islice(starts, self.rows)]
+            self.chosen = self.other if any(apart) else self.aligned
+        self.chosen(arrays, addresses, stream)
+
+
 def stream_of(device: torch.device) -> int | None:
-    """Return the current stream; None where Triton is to tell its hooks of each launch."""
+    """Return the current stream; None where Triton must call its hooks at each launch."""
     runtime = triton.knobs.runtime
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         if getattr(hook, "calls", hook):
@@ -250,8 +270,8 @@ def view(arrays: list[Any], x: Place | None) -> torch.Tensor | None:
 
 def passes(call: Call, s: Launch) -> Iterator[Kernel]:
     """Return the kernels of one launch: one, or more where the batch has axes that are not one."""
-    if 0 in s.batch and s.q:  # nobody reads, and yet states of keys may be asked
-        s = s._replace(q=(), o=(), batch=s.held, x=None, dots=None, states=None)
+    if 0 in s.batch and s.q:  # no output, but states of keys may be requested
+        s = s._replace(q=(), o=(), batch=s.held, **UNDOTTED)
         if not any(s.end):
             return
     if 0 in s.batch:
@@ -330,10 +350,12 @@ def listed(names: Iterable[str], strides: Iterable[Shape], *, cut: bool) -> list
 
 NAMES = ("q", "k", "v", "o", "start", "end", "v2", "o2", "start2", "end2", "x", "qc", "kc", "gate",
          "dots", "states")  # fmt: skip
-RANKS = {"gate": 0, "states": 3}  # the axes that are an operand's own; others have two
+# the axes that are an operand's own; others have two
+RANKS = {"gate": 0, "states": 3, "kept1": 3, "kept2": 3}
 # and these one more, of segments
 STATES = {f"{when}{i}" for when in ("start", "end") for i in ("", 1, 2, 3)}
 STATES |= {"S", "F", "R", "Z", "end", "left"}  # of the adjoint's sweeps
+STATES |= {"m", "me", "n", "ne"}  # of denominators
 GATE = NAMES.index("gate")
 
 

@@ -133,20 +133,22 @@ def _sum(
 
 def _gate_gradient(call: Call, s: GateGradient) -> list[Do]:
     """Return what does a GateGradient: one kernel, of a gate that lies in order."""
-    given = (s.reads, s.writes, s.gate, s.border, s.S, s.R, s.o)
+    given = (s.reads, s.writes, s.gate, s.border, s.S, s.R, s.met, s.o)
     places = [None if x is None else call.place(x) for x in given]
-    T, gate, S = call.request.tokens, call.place(s.gate), places[4]
-    heads = math.prod(call.place(s.reads).layout.shape[:-2])
-    D, V = (1, 1) if S is None else S.layout.shape[-2:]
+    T, gate = call.request.tokens, call.place(s.gate)
+    *batch, reads, _ = call.place(s.reads).layout.shape
+    heads, writes = math.prod(batch), call.place(s.writes).layout.shape[-2]
+    D, V = (1, 1) if s.S is None else call.place(s.S).layout.shape[-2:]
     options = settings(
         strict=s.strict, log=call.request.gate == "log_gate", ends=s.ends, least=LEAST.value,
-        period=s.period, chunk=s.chunk,
+        period=s.period, chunk=s.chunk, reads=reads, writes=writes,
+        met=1 if s.met is None else call.place(s.met).layout.shape[-1],
     )  # fmt: skip
     shape, strides, _ = gate.layout
     order = whole(shape)
     places[2] = gate._replace(layout=Layout(shape, order))
     grid = (heads * triton.cdiv(T, s.period),)
-    kernel = Kernel(gate_kernel, grid, places, [0] * 7, s.power, s.factor, T, D, V, **options)
+    kernel = Kernel(gate_kernel, grid, places, [0] * 8, s.power, s.factor, T, D, V, **options)
     if not grid[0]:
         return []
     if all(n == 1 or a == b for n, a, b in zip(shape, strides, order, strict=True)):

@@ -24,6 +24,7 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 W = gl.constexpr(64)  # tokens in a chunk
 UNTIL, BEFORE, AFTER = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+MILD = gl.constexpr(2.0**-48)  # the product of a chunk's gates from which on it is mild (`hopper`)
 LISTS = gl.constexpr(3)  # of a chunk's weights: log2 of the product up to t, that, and from t on
 
 # Layouts: of tiles in shared memory, of accumulators by their width, of what registers feed
@@ -99,14 +100,13 @@ def store_half(
 
 @gluon.jit
 def store_state(
-    p_end, S0, S1, sd, sv, writes, D, V, write,
-    HALVES: gl.constexpr, BD: gl.constexpr, SCALED: gl.constexpr,
+    p_end, S0, S1, sd, sv, writes, D, V, HALVES: gl.constexpr, BD: gl.constexpr
 ):  # fmt: skip
     """Store the state after the last token, in the head that is to."""
     if writes:
-        store_half(p_end, S0, sd, sv, D, V, write, 0, BD, SCALED)
+        store_half(p_end, S0, sd, sv, D, V, 1.0, 0, BD, False)
         if HALVES == 2:
-            store_half(p_end, S1, sd, sv, D, V, write, 64, BD, SCALED)
+            store_half(p_end, S1, sd, sv, D, V, 1.0, 64, BD, False)
 
 
 @gluon.jit

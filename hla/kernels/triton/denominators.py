@@ -1,0 +1,101 @@
+"""Denominators of the fused forward on Hopper: what its third warpgroup sums beside moving chunks.
+
+A denominator is the pass of one column of ones. Its sums are no products of matrices: they run in
+float32, from what lies in shared memory for the owners anyway,
+
+    one = Q m + A 1            m = m + K' 1               (of u: ahla, hla3)
+    den = Q n + B (one or 1)   n = n + (Y or K)' (one or 1)
+
+with A and B as the owners' products read them, weighed and in bfloat16. An owner then multiplies
+what it made by 1 / (den + eps) as it leaves it.
+
+Each sum is a pass over a tile, 64 values a thread and chunk (pairs 32): hla2 has two of rows and
+one of pairs, about 500 instructions a thread of the 5300 cycles that a chunk takes; nothing moves
+between memory and the device but den itself, 4 bytes a token and head, where it is asked.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .warpgroups import AFTER, BEFORE, LISTS, MILD, ROWS64, W
+
+# A warp has all rows of its columns, so that sums over rows cross no warps
+SUMS64 = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [1, 4], [1, 0]))
+SUMS128 = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [1, 4], [1, 0]))
+ONES, DOTS_M, DOTS_N, DIVISOR = (gl.constexpr(i) for i in range(4))  # lists of a chunk, [W] each
+COUNT = gl.constexpr(5)  # of divisors two
+
+
+@gluon.jit
+def load_sum(p, sd, D, B: gl.constexpr):
+    """Return the first state of a denominator, [B]; zeros where there is none."""
+    SUMS: gl.constexpr = SUMS128 if B == 128 else SUMS64
+    d = gl.arange(0, B, layout=gl.SliceLayout(0, SUMS))
+    if p is None:
+        return gl.zeros([B], gl.float32, gl.SliceLayout(0, SUMS))
+    else:
+        return gl.load(p + d.to(gl.int64) * sd, mask=d < D, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def store_sum(p, x, sd, writes, D, B: gl.constexpr):
+    """Store its last one, in the head that is to."""
+    if p is not None:
+        SUMS: gl.constexpr = SUMS128 if B == 128 else SUMS64
+        d = gl.arange(0, B, layout=gl.SliceLayout(0, SUMS))
+        gl.store(p + d.to(gl.int64) * sd, x, mask=(d < D) & writes)
+
+
+@gluon.jit
+def dots(o, x, state):
+    """Leave the products of a chunk's rows with a state, [W]."""
+    state = gl.convert_layout(state, gl.SliceLayout(0, ROWS64))
+    o.store(gl.sum(x.load(ROWS64).to(gl.float32) * state[None, :], 1))
+
+
+@gluon.jit
+def _columns(x, after, ones, B: gl.constexpr, GATED: gl.constexpr, ONE: gl.constexpr):
+    """Return the sums of columns, of rows as two lists weigh them, [B]."""
+    SUMS: gl.constexpr = SUMS128 if B == 128 else SUMS64
+    rows = x.load(SUMS).to(gl.float32)
+    if GATED:
+        rows *= after.load(gl.SliceLayout(1, SUMS))[:, None]
+    if ONE:
+        rows *= ones.load(gl.SliceLayout(1, SUMS))[:, None]
+    return gl.sum(rows, 0)
+
+
+@gluon.jit
+def read_pairs(
+    lists, dots: gl.constexpr, tile, weights, ends, at, p, row, T, st, scale,
+    ONE: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """Return a chunk's denominators, [W], from what its pairs and its states give; store them."""
+    LIST_OF: gl.constexpr = gl.SliceLayout(0, SUMS64)
+    x = lists.index(dots).load(LIST_OF)
+    pairs = _columns(tile, None, lists.index(ONES), W, False, ONE)
+    if GATED:  # as owners weigh their results: see hopper
+        total = ends.index(at).load(LIST_OF)
+        before = weights.index(at * LISTS + BEFORE).load(LIST_OF)
+        after = weights.index(at * LISTS + AFTER).load(LIST_OF)
+        x = gl.where(total > MILD, (x * total + pairs) / after, x * before + pairs) * scale
+    else:
+        x = (x + pairs) * scale
+    if p is not None:
+        t = row + gl.arange(0, W, layout=LIST_OF)
+        gl.store(p + t.to(gl.int64) * st, x, mask=t < T)
+    return x
+
+
+@gluon.jit
+def add_rows(
+    state, rows, lists, weights, ends, at,
+    B: gl.constexpr, ONE: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """Return a state after a chunk."""
+    SUMS: gl.constexpr = SUMS128 if B == 128 else SUMS64
+    after = weights
+    if GATED:
+        state *= ends.index(at).load(gl.SliceLayout(0, SUMS))
+        after = weights.index(at * LISTS + AFTER)
+    return state + _columns(rows, after, lists.index(ONES), B, GATED, ONE)
