@@ -90,6 +90,7 @@ class Reverse(NamedTuple):
     scale: float = 1.0  # of what is written to R
     end: bool = False  # R at the first token is asked
     half: bool = False  # half of Z there is asked
+    read: bool = True  # dy, dv and dk are asked, not the states alone: of q, v and do
     tokens: int = 0  # of a segment, one more batch axis of states; 0: the whole
     axis: int = -2  # of tokens, in memory
 
@@ -97,15 +98,15 @@ class Reverse(NamedTuple):
 class Swept(NamedTuple):
     """What it makes: None where it is not asked."""
 
-    dy: Array
-    dv: Array
-    dk: Array
+    dy: Array | None
+    dv: Array | None
+    dk: Array | None
     R: Array | None
     half: Array | None
 
 
 def reverse(
-    p: Reverse, q: Array, k: Array, v: Array, do: Array, y: Array,
+    p: Reverse, q: Array, k: Array | None, v: Array, do: Array, y: Array | None,
     gate: Array | None = None, R: Array | None = None, Z: Array | None = None,
 ) -> Swept:  # fmt: skip
     """Sweep from the last token to the first.
@@ -115,7 +116,7 @@ def reverse(
     p : Reverse
         What to do.
     q, k, v, do, y : array, (*batch, T, D or V), bfloat16
-        Batch axes of q, k and v broadcast.
+        Batch axes of q, k and v broadcast. Of states alone there are no k and y.
     gate : array, optional
         A decay (*batch) or a log gate (*batch, T).
     R, Z : array, (*batch, D, V) and (*batch, D, D), float32, optional
@@ -135,14 +136,17 @@ def reverse(
         Z = state_in((Z + jnp.swapaxes(Z, -1, -2)) / p.scale, B, B)
     lists = None if gate is None or p.gate is None else listed(gate, p.gate, T)
     states = [x for x in (lists, R, Z) if x is not None]
-    given = [laid(x, p.axis, B) for x in (q, k, v, do, y)]
+    given = [laid(x, p.axis, B) for x in ((q, k, v, do, y) if p.read else (q, v, do))]
     parts = -(-T // p.tokens) if p.tokens else 1
     state = jax.ShapeDtypeStruct((*p.batch, *((parts,) if p.tokens else ()), B, B), F32)
-    outs = [out_shape(p.batch, T, B, p.axis)] * 3 + [state] * (p.end + p.half)
+    outs = [out_shape(p.batch, T, B, p.axis)] * (3 * p.read) + [state] * (p.end + p.half)
     scratch = {n: tile(STAGES, W, B) for n in ("qs", "ks", "vs", "gs", "ys")}
     scratch |= {"copies": tile(1, B, B), "tiles": tile(2, W, W)}
     scratch |= {"cross": tile(1, HALF, HALF)}
-    scratch |= {"full": barrier(STAGES, 4 + (p.gate == "log_gate")), "k_full": barrier(STAGES)}
+    scratch |= {
+        "full": barrier(STAGES, 3 + p.read + (p.gate == "log_gate")),
+        "k_full": barrier(STAGES),
+    }
     scratch |= {n: barrier(STAGES) for n in ("dy_there", "dv_there", "dk_there")}
     if p.gate is not None:
         scratch |= {"lists": plgpu.SMEM((2, LISTS, W), F32), "gate_full": barrier(1, 2)}
@@ -150,10 +154,12 @@ def reverse(
     def body(*refs: Any, **scratch: Any) -> None:
         _reverse(p, T, parts, [x is not None for x in (lists, R, Z)], refs, scratch)
 
-    dy, dv, dk, *rest = launched(body, outs, scratch, entries(p.batch) * parts, 3)(*given, *states)
+    found = launched(body, outs, scratch, entries(p.batch) * parts, 3)(*given, *states)
+    rows, rest = found[: 3 * p.read], found[3 * p.read :]
     end = jnp.swapaxes(state_out(rest[0], V, D), -1, -2) * p.scale if p.end else None
     half = rest[-1][..., :D, :D] * (0.5 * p.scale) if p.half else None
-    return Swept(*(cut(x, T, n, p.axis) for x, n in ((dy, D), (dv, V), (dk, D))), end, half)
+    made = [cut(x, T, n, p.axis) for x, n in zip(rows, (D, V, D), strict=False)]
+    return Swept(*(made or [None] * 3), end, half)
 
 
 def _reverse(
@@ -161,10 +167,10 @@ def _reverse(
 ) -> None:
     """Do a program: its warpgroup's part."""
     inputs = iter(refs)
-    q, k, v, g, y = (next(inputs) for _ in "qkvgy")
+    given = {n: next(inputs) for n in ("qkvgy" if p.read else "qvg")}
     lists, R, Z = (next(inputs) if x else None for x in there)
     nil = next(inputs)
-    dy, dv, dk = (next(inputs) for _ in "yvk")
+    made = [next(inputs) for _ in range(3 * p.read)]
     end, half = (next(inputs) if x else None for x in (p.end, p.half))
     i, warpgroup = lax.axis_index("head"), lax.axis_index("warpgroup")
     number = lax.rem(i, i32(parts)) if p.tokens else i32(0)
@@ -184,15 +190,13 @@ def _reverse(
     @pl.when(warpgroup == 2)
     def _() -> None:
         plgpu.set_max_registers(MOVER, action="decrease")
-        _mover(p, place, part, lists, s, (q, k, v, g, y), (dy, dv, dk))
+        _mover(p, place, part, lists, s, given, made)
 
 
 def _mover(
     p: Reverse, place: Place, part: Chunks, lists: Any, s: dict[str, Any], given: Any, made: Any
 ) -> None:
     """Load what the owners read; store what they leave in its place."""
-    q, k, v, g, y = given
-    dy, dv, dk = made
     if p.gate == "decay":
         load_decay(lists, place, s["lists"], s["gate_full"].at[0])
 
@@ -202,8 +206,9 @@ def _mover(
         left = row + STAGES * W
         more, late = i < part.chunks, i >= STAGES
 
-        def load(x: Any, name: str, full: str = "full") -> None:
-            plgpu.copy_gmem_to_smem(place.rows(x, row), s[name].at[slot], s[full].at[slot])
+        def load(name: str, full: str = "full") -> None:
+            rows = place.rows(given[name], row)
+            plgpu.copy_gmem_to_smem(rows, s[f"{name}s"].at[slot], s[full].at[slot])
 
         def store(x: Any, name: str) -> None:
             plgpu.copy_smem_to_gmem(s[name].at[slot], place.rows(x, left))
@@ -211,28 +216,35 @@ def _mover(
         @pl.when(late)
         def _() -> None:
             plgpu.barrier_wait(s["dy_there"].at[slot])
-            store(dy, "vs")
+            if p.read:
+                store(made[0], "vs")
             plgpu.barrier_wait(s["dv_there"].at[slot])
-            store(dv, "ys")
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if p.read:
+                store(made[1], "ys")
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(more)
         def _() -> None:
-            load(y, "ys")
-            load(g, "gs")
+            if p.read:
+                load("y")
+            load("g")
 
         @pl.when(late)
         def _() -> None:
             plgpu.barrier_wait(s["dk_there"].at[slot])
-            store(dk, "ks")
+            if p.read:
+                store(made[2], "ks")
 
         @pl.when(more)
         def _() -> None:
-            load(q, "qs")
-            load(v, "vs")
+            load("q")
+            load("v")
             if p.gate == "log_gate":
                 rows = lists_at(lists, place, row)
                 plgpu.copy_gmem_to_smem(rows, s["lists"].at[slot], s["full"].at[slot])
+
+        if not p.read:
+            return
 
         @pl.when(late)
         def _() -> None:
@@ -240,7 +252,7 @@ def _mover(
 
         @pl.when(more)
         def _() -> None:
-            load(k, "ks", "k_full")
+            load("k", "k_full")
 
     lax.fori_loop(i32(0), part.chunks + STAGES, step, None)
     plgpu.wait_smem_to_gmem(0)
@@ -306,11 +318,12 @@ def _owner_r(
             b_v[:, columns(h)] = dy[h]
         plgpu.commit_smem()
         plgpu.barrier_arrive(s["dy_there"].at[slot])
-        t = pairs(b_y, b_q, w, upper=True)
-        dv = rows_of(b_y, [copy.at[:, columns(h)] for h in halves], t, b_g, w, p.scale)
-        plgpu.commit_smem()
-        for h in halves:
-            b_y[:, columns(h)] = dv[h]
+        if p.read:
+            t = pairs(b_y, b_q, w, upper=True)
+            dv = rows_of(b_y, [copy.at[:, columns(h)] for h in halves], t, b_g, w, p.scale)
+            plgpu.commit_smem()
+            for h in halves:
+                b_y[:, columns(h)] = dv[h]
         R = updated(R, b_q, b_g, w)
         plgpu.commit_smem()  # every warp has read the copy
         for h in halves:
@@ -358,13 +371,15 @@ def _owner_z(
         at = range(B // HALF)
         q, dy, k = ([x.at[:, columns(h)] for h in at] for x in (b_q, b_dy, b_k))
         plgpu.barrier_wait(s["full"].at[slot])
-        plgpu.barrier_wait(s["k_full"].at[slot])
-        tile1[...] = pairs(b_q, b_k, w, upper=False)
+        if p.read:
+            plgpu.barrier_wait(s["k_full"].at[slot])
+            tile1[...] = pairs(b_q, b_k, w, upper=False)
         plgpu.barrier_wait(s["dy_there"].at[slot])
-        tile2[...] = pairs(b_dy, b_k, w, upper=False)
-        plgpu.commit_smem()
+        if p.read:
+            tile2[...] = pairs(b_dy, b_k, w, upper=False)
+            plgpu.commit_smem()
         dk = []
-        for h in at:
+        for h in at if p.read else ():
             if not both:
                 own = [(Z[0].astype(BF16), turned(b_k))]
             elif h == 0:
@@ -378,7 +393,7 @@ def _owner_z(
                 (x,) = added((product(HALF, W, *own) * w.after(COLUMN, HALF),), rest)
             dk.append((x if p.scale == 1.0 else x * p.scale).astype(BF16))
         plgpu.commit_smem()  # every warp has read k and the copy
-        for h in at:
+        for h in at if p.read else ():
             put_turned(k[h], dk[h])
         if w is None:
             made = [[(turned(q[0]), dy[0]), (turned(dy[0]), q[0])]]

@@ -76,6 +76,7 @@ class Reverse(NamedTuple):
     gate: str | None = None
     scale: float = 1.0  # of what is written to the states
     ends: tuple[bool, bool] = (False, False)  # which states at the first token are asked: R, P
+    read: bool = True  # du, dv and dk are asked, not the states alone: of q, k and do
     tokens: int = 0  # of a segment, one more batch axis of states; 0: the whole
     axis: int = -2  # of tokens, in memory
 
@@ -83,15 +84,15 @@ class Reverse(NamedTuple):
 class Swept(NamedTuple):
     """What it makes: None where it is not asked."""
 
-    du: Array
-    dv: Array
-    dk: Array
+    du: Array | None
+    dv: Array | None
+    dk: Array | None
     R: Array | None
     P: Array | None
 
 
 def reverse(
-    p: Reverse, q: Array, k: Array, v: Array, do: Array, u: Array,
+    p: Reverse, q: Array, k: Array, v: Array | None, do: Array, u: Array | None,
     gate: Array | None = None, R: Array | None = None, P: Array | None = None,
 ) -> Swept:  # fmt: skip
     """Sweep from the last token to the first.
@@ -101,7 +102,7 @@ def reverse(
     p : Reverse
         What to do.
     q, k, v, do, u : array, (*batch, T, D or V), bfloat16
-        Batch axes of q, k and v broadcast.
+        Batch axes of q, k and v broadcast. Of states alone there are no v and u.
     gate : array, optional
         A decay (*batch) or a log gate (*batch, T).
     R, P : array, (*batch, D, V), float32, optional
@@ -112,20 +113,20 @@ def reverse(
     Swept
         Gradients of u, v and k in bfloat16, and the states before the first token that are asked.
     """
-    T, D, V = q.shape[-2], q.shape[-1], v.shape[-1]
+    T, D, V = q.shape[-2], q.shape[-1], do.shape[-1]
     B = wide(max(D, V))
     R, P = (
         None if x is None else state_in(jnp.swapaxes(x, -1, -2) / p.scale, B, B) for x in (R, P)
     )
     lists = None if gate is None or p.gate is None else listed(gate, p.gate, T)
-    given = [laid(x, p.axis, B) for x in (q, k, v, do, u)]
+    given = [laid(x, p.axis, B) for x in ((q, k, v, do, u) if p.read else (q, k, do))]
     given += [x for x in (lists, R, P) if x is not None]
     parts = -(-T // p.tokens) if p.tokens else 1
     state = jax.ShapeDtypeStruct((*p.batch, *((parts,) if p.tokens else ()), B, B), F32)
-    outs = [out_shape(p.batch, T, B, p.axis)] * 3 + [state] * sum(p.ends)
+    outs = [out_shape(p.batch, T, B, p.axis)] * (3 * p.read) + [state] * sum(p.ends)
     scratch = {n: tile(STAGES, W, B) for n in ("qs", "ks", "vs", "gs", "us")}
     scratch |= {"copies": tile(2, B, B), "full": barrier(STAGES, 2 + (p.gate == "log_gate"))}
-    scratch |= {"u_full": barrier(STAGES, 2), "v_full": barrier(STAGES)}
+    scratch |= {"u_full": barrier(STAGES, 1 + p.read), "v_full": barrier(STAGES)}
     scratch |= {n: barrier(STAGES) for n in ("there", "done")}
     if p.gate is not None:
         scratch |= {"lists": plgpu.SMEM((2, LISTS, W), F32), "gate_full": barrier(1, 2)}
@@ -133,13 +134,14 @@ def reverse(
     def body(*refs: Any, **scratch: Any) -> None:
         _reverse(p, T, parts, [x is not None for x in (lists, R, P)], refs, scratch)
 
-    du, dv, dk, *rest = launched(body, outs, scratch, entries(p.batch) * parts, 3)(*given)
-    left = iter(rest)
+    found = launched(body, outs, scratch, entries(p.batch) * parts, 3)(*given)
+    left = iter(found[3 * p.read :])
     ends = [
         jnp.swapaxes(state_out(next(left), V, D), -1, -2) * p.scale if asked else None
         for asked in p.ends
     ]
-    return Swept(*(cut(x, T, n, p.axis) for x, n in ((du, V), (dv, V), (dk, D))), *ends)
+    made = [cut(x, T, n, p.axis) for x, n in zip(found[: 3 * p.read], (V, V, D), strict=False)]
+    return Swept(*(made or [None] * 3), *ends)
 
 
 def _reverse(
@@ -147,10 +149,10 @@ def _reverse(
 ) -> None:
     """Do a program: its warpgroup's part."""
     inputs = iter(refs)
-    given = [next(inputs) for _ in "qkvgu"]
+    given = {n: next(inputs) for n in ("qkvgu" if p.read else "qkg")}
     lists, *starts = (next(inputs) if x else None for x in there)
     nil = next(inputs)
-    made = [next(inputs) for _ in "uvk"]
+    made = [next(inputs) for _ in range(3 * p.read)]
     ends = [next(inputs) if x else None for x in p.ends]
     i, warpgroup = lax.axis_index("head"), lax.axis_index("warpgroup")
     number = lax.rem(i, i32(parts)) if p.tokens else i32(0)
@@ -174,8 +176,6 @@ def _mover(
     p: Reverse, place: Place, part: Chunks, lists: Any, s: dict[str, Any], given: Any, made: Any
 ) -> None:
     """Load what the owners read; store what they leave in its place."""
-    q, k, v, g, u = given
-    du, dv, dk = made
     if p.gate == "decay":
         load_decay(lists, place, s["lists"], s["gate_full"].at[0])
 
@@ -185,8 +185,9 @@ def _mover(
         left = row + STAGES * W
         more, late = i < part.chunks, i >= STAGES
 
-        def load(x: Any, name: str, full: str) -> None:
-            plgpu.copy_gmem_to_smem(place.rows(x, row), s[name].at[slot], s[full].at[slot])
+        def load(name: str, full: str) -> None:
+            rows = place.rows(given[name], row)
+            plgpu.copy_gmem_to_smem(rows, s[f"{name}s"].at[slot], s[full].at[slot])
 
         def store(x: Any, name: str) -> None:
             plgpu.copy_smem_to_gmem(s[name].at[slot], place.rows(x, left))
@@ -194,15 +195,17 @@ def _mover(
         @pl.when(late)
         def _() -> None:
             plgpu.barrier_wait(s["there"].at[slot])
-            store(du, "gs")
+            if p.read:
+                store(made[0], "gs")
             plgpu.barrier_wait(s["done"].at[slot])
-            store(dk, "us")
-            store(dv, "vs")
+            if p.read:
+                store(made[2], "us")
+                store(made[1], "vs")
 
         @pl.when(more)
         def _() -> None:
-            load(q, "qs", "full")
-            load(k, "ks", "full")
+            load("q", "full")
+            load("k", "full")
             if p.gate == "log_gate":
                 rows = lists_at(lists, place, row)
                 plgpu.copy_gmem_to_smem(rows, s["lists"].at[slot], s["full"].at[slot])
@@ -213,9 +216,10 @@ def _mover(
 
         @pl.when(more)
         def _() -> None:
-            load(g, "gs", "u_full")
-            load(u, "us", "u_full")
-            load(v, "vs", "v_full")
+            load("g", "u_full")
+            if p.read:
+                load("u", "u_full")
+                load("v", "v_full")
 
     lax.fori_loop(i32(0), part.chunks + STAGES, step, None)
     plgpu.wait_smem_to_gmem(0)
@@ -243,22 +247,25 @@ def _owner(
         b_u = s["vs" if n else "us"].at[slot]
         w = weights_of(s.get("lists"), part.chunks - 1 - i, slot, part, p.gate, 1)
         plgpu.barrier_wait(s["full"].at[slot])
-        plgpu.barrier_wait(s["v_full" if n else "u_full"].at[slot])
-        if n:
-            plgpu.barrier_wait(s["there"].at[slot])
-        own = [s["us"].at[slot].at[:, columns(h)] for h in halves]
-        t = pairs(b_u, b_g, w, upper=True)
-        turns = [turned(copy.at[columns(h), :]) for h in halves]
-        dk = rows_of(b_u, turns, t, b_q, w, p.scale, own if n else ())
-        plgpu.commit_smem()  # every warp has read u
-        for h in halves:
-            own[h][...] = dk[h]
+        if n and p.read:
+            plgpu.barrier_wait(s["v_full"].at[slot])
+        plgpu.barrier_wait(s["there" if n else "u_full"].at[slot])
+        if p.read:
+            own = [s["us"].at[slot].at[:, columns(h)] for h in halves]
+            t = pairs(b_u, b_g, w, upper=True)
+            turns = [turned(copy.at[columns(h), :]) for h in halves]
+            dk = rows_of(b_u, turns, t, b_q, w, p.scale, own if n else ())
+            plgpu.commit_smem()  # every warp has read u
+            for h in halves:
+                own[h][...] = dk[h]
         R = updated(R, b_q, b_g, w)
-        t = pairs(b_k, b_q, w, upper=True)
-        made = rows_of(b_k, [copy.at[:, columns(h)] for h in halves], t, b_g, w, p.scale)
+        if p.read or not n:
+            t = pairs(b_k, b_q, w, upper=True)
+            made = rows_of(b_k, [copy.at[:, columns(h)] for h in halves], t, b_g, w, p.scale)
         plgpu.commit_smem()  # every warp has read x and the copy
         for h in halves:
-            (b_u if n else b_g)[:, columns(h)] = made[h]
+            if p.read or not n:
+                (b_u if n else b_g)[:, columns(h)] = made[h]
             copy[columns(h), :] = R[h].astype(BF16)
         plgpu.commit_smem()
         plgpu.barrier_arrive(s["done" if n else "there"].at[slot])

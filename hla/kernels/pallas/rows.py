@@ -26,6 +26,7 @@ OPERATORS = "hla2", "ahla", "hla3"
 HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
 AHLA = "ahla on Hopper: du, dv, dk", "ahla on Hopper: dq"
 WIDEST = 128  # columns of a tile
+CHUNK = 64  # tokens
 
 
 def masked(request: Request) -> int:
@@ -54,9 +55,11 @@ def sweeps(request: Request, count: int) -> tuple[Row, ...]:
     asked = request.gate is not None and request.gate_given  # whose gradient asks for more
     if names is None or not plain or asked or count != len(request.program.steps):
         return ()
+    if request.tokens <= CHUNK:  # of one token a GPU had another dq, for reasons not found
+        return ()
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     reverse, queries = (tuple(s for s in back if s.reverse == x) for x in (True, False))
-    return Row(names[0], reverse), Row(names[1], queries)
+    return Row(names[0], reverse, segments=True), Row(names[1], queries, segments=True)
 
 
 def lead(call: Call, ref: Ref | None) -> Shape | None:
@@ -166,47 +169,70 @@ def triple(call: Call, fused: Fused) -> Make:
 
 
 def reverse(call: Call, fused: Fused) -> Make:
-    """Return what makes dy, dv and dk of hla2, last token first."""
-    dy, dv, _, dk = fused.launches
-    R, end, Z = (next(iter(x), None) for x in (dv.start, dv.end, dk.start))
+    """Return what makes dy, dv and dk of hla2, last token first.
+
+    In segments also what makes dy again and, of the two that make up Z, half of their sum.
+    """
+    if len(fused.launches) == 2:
+        dy, dk = fused.launches
+        dv, refs = None, [None, None, None, None, dk.end[0]]
+        R, Z = flipped(next(iter(dy.start), None)), None
+    else:
+        dy, dv, _, dk = fused.launches
+        R, end, Z = (next(iter(x), None) for x in (dv.start, dv.end, dk.start))
+        refs = [kept(fused, dy), dv.o[0], dk.o[0], end, None]
 
     def make(take: Take, gate: Gate) -> Made:
         from . import hopper_reverse as sweep
 
-        refs = [kept(fused, dy), dv.o[0], dk.o[0], end]
-        if 0 in dv.batch:
+        if 0 in dy.batch:
             return zeros(refs, take)
         p = sweep.Reverse(
-            dv.batch, call.request.gate, (dk.power, dv.power), dv.write, end is not None,
-            axis=memory_axis(call, dk.q[0].name),
+            dy.batch, call.request.gate, (dk.power, dy.power), dy.write, refs[3] is not None,
+            dv is None, dv is not None, dy.tokens, memory_axis(call, dy.v[0].name),
         )  # fmt: skip
-        given: Any = [take(x) for x in (dy.v[0], dk.q[0], dy.q[0], dv.v[0], dv.q[0])]
+        k, y = (dk.q[0], dv.q[0]) if dv else (None, None)
+        given: Any = [taken(take, x) for x in (dy.v[0], k, dy.q[0], dy.k[0], y)]
         given += [gate_of(call, gate), taken(take, R), taken(take, Z)]
         made = sweep.reverse(p, *given)
-        return [(r, x) for r, x in zip(refs, made, strict=False) if r is not None]
+        return [(r, x) for r, x in zip(refs, made, strict=True) if r is not None]
 
     return make
 
 
 def reverse_ahla(call: Call, fused: Fused) -> Make:
-    """Return what makes du, dv and dk of ahla, last token first."""
-    one, du, two, dv = fused.launches
-    R, P, end1, end2 = (next(iter(x), None) for x in (du.start, dv.start, du.end, dv.end))
+    """Return what makes du, dv and dk of ahla, last token first; in segments also the second state.
+
+    That is of du, which is made again, and q; it or its transpose may be asked twice.
+    """
+    refs: list[Ref | None]
+    v: Ref | None
+    u: Ref | None
+    if not fused.launches[1].q:
+        du, *states = fused.launches
+        lasts = [x.end[0] if x.k == du.k else flipped(x.end[0]) for x in states]
+        refs, v, u, P = [None, None, None, None], None, None, None
+    else:
+        one, du, two, dv = fused.launches
+        P, end, last = (next(iter(x), None) for x in (dv.start, du.end, dv.end))
+        refs, v, u, lasts = [kept(fused, du), dv.o[0], two.o[0], end], two.q[0], one.q[0], [last]
+    R = next(iter(du.start), None)
 
     def make(take: Take, gate: Gate) -> Made:
         from . import hopper_reverse_ahla as sweep
 
-        refs = [kept(fused, du), dv.o[0], two.o[0], end1, end2]
-        if 0 in dv.batch:
-            return zeros(refs, take)
+        if 0 in du.batch:
+            return zeros([*refs, *lasts], take)
         p = sweep.Reverse(
-            dv.batch, call.request.gate, du.write, (end1 is not None, end2 is not None),
-            axis=memory_axis(call, one.v[0].name),
+            du.batch, call.request.gate, du.write, (refs[3] is not None, lasts[0] is not None),
+            v is not None, du.tokens, memory_axis(call, du.k[0].name),
         )  # fmt: skip
-        given: Any = [take(x) for x in (one.v[0], du.q[0], two.q[0], one.k[0], one.q[0])]
+        given: Any = [taken(take, x) for x in (du.k[0], du.q[0], v, du.v[0], u)]
         given += [gate_of(call, gate), taken(take, R), taken(take, P)]
         made = sweep.reverse(p, *given)
-        return [(r, x) for r, x in zip(refs, made, strict=True) if r is not None]
+        found: Any = zip([*refs, *lasts], [*made[:4], *[made.P] * len(lasts)], strict=True)
+        found = [(r, x) for r, x in found if r is not None]
+        return [(r._replace(turned=False), x.mT if r.turned else x) for r, x in found]
 
     return make
 
@@ -216,9 +242,9 @@ def after(fused: Fused) -> tuple[Launch, ...]:
 
     It is one of the two that make up Z, of which the kernel keeps the sum.
     """
-    if fused.row != HLA2[0] or not any(fused.launches[3].end):
+    *_, dk = fused.launches
+    if fused.row != HLA2[0] or not dk.q or not any(dk.end):
         return ()
-    dk = fused.launches[3]
     return (dk._replace(q=(), o=(), add=False, batch=dk.held),)
 
 
@@ -236,7 +262,7 @@ def queries(call: Call, fused: Fused) -> Make:
             return zeros([first.o[0]], take)
         p = sweep.Queries(
             ahla, first.batch, call.request.gate, (second.power, first.power), first.read,
-            axis=memory_axis(call, second.v[0].name),
+            first.tokens, memory_axis(call, second.v[0].name),
         )  # fmt: skip
         given: Any = [take(x) for x in (second.v[0], v, first.q[0], y, second.q[0])]
         given += [gate_of(call, gate), taken(take, S), taken(take, F)]
