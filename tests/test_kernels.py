@@ -71,7 +71,7 @@ CASES = [
     for kind in kinds
     for width in (64, 128)
     for arch in (80, 90)
-    if dtype == "bf16" or width == 64  # of float32 keys a tile holds 64
+    if dtype == "bf16" or width == (128 if arch == 90 else 64)  # keys that a tile holds
 ]
 
 
@@ -126,7 +126,8 @@ def prepared(kind, width, dtype, arch):
         "DOT": False, "PAIRS": False, "EVERY": 0, "ROW": width, "V_IS_K": False,
         "BD": width, "BC": 0, "BV": width, "BV2": BV2,
         "W": chosen.W, "WHOLE_D": True,
-        "WHOLE_V": True, "WHOLE_V2": V2 == BV2, "PRECISION": "bf16x6",
+        "WHOLE_V": True, "WHOLE_V2": V2 == BV2,
+        "PRECISION": "ieee" if dtype == "bf16" else "fp16x3",
         "OPERAND": "tl.bfloat16" if dtype == "bf16" else "tl.float32",
     } | options  # fmt: skip
     second = two or given["BC"] > 0  # a second state

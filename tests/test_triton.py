@@ -73,6 +73,22 @@ def test_further_columns_of_keys(device, D, V, operator, mask, gate, monkeypatch
     check(device, inputs, options | {"normalize": True})
 
 
+@per_device("operator, gate", [("linear", "per_head"), ("ahla", "resets")], where=interpreted)
+def test_float32_in_two_parts(device, operator, gate, monkeypatch):
+    """As the hardware multiplies float32, whatever the sizes of keys and of values."""
+    from triton import language as tl
+
+    from hla.kernels.triton import launch, rows, run
+
+    parts = "float32", tl.float32, "fp16x3"
+    monkeypatch.setattr(launch, "multiplied", lambda *call, narrow: parts)
+    monkeypatch.setattr(rows, "rows", lambda *call: ())
+    monkeypatch.setattr(run.RUNNER, "ready", {})
+    inputs = inputs_of(W + 3, gate)
+    inputs |= {"q": inputs["q"] * 1e12, "k": inputs["k"] * 1e-13, "v": inputs["v"] * 1e16}
+    check(device, inputs, {"operator": operator, "return_state": operator == "linear"})
+
+
 def cut(monkeypatch, tokens):
     """Have sequences cut into segments of so many tokens, a multiple of 64."""
     from hla.kernels.triton import launch, run

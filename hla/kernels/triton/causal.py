@@ -19,6 +19,13 @@ lines of L2). Operations at W = 64: 2 (2 W + 2 D) V = 98 k. At 3.0 TB/s and 790 
 bind: 0.179 ms for B = 8, T = 4096, H = 16; one H100 took 0.190 (94%), and 0.104 at D = 64 (86%). No
 atomics; bits depend on nothing but the head's data.
 
+float32 operands are two float16 matrices each, high and low, in a unit: a power of 2 by the largest
+number of a tile, of a state by that of each row. The three products but low times low keep the
+digits of 3xTF32 at half the cost: 295 k operations at W = 64. The 2048 bytes then bind, 0.36 ms;
+one H100 took 0.73 (49%), where a chunk's chain of products and conversions binds, and 1.71 with six
+products of bfloat16. A number less than 2^-17 of the largest loses low digits, to 2^-40 of that.
+The sums of a chunk are added to the state in float32: the matrix unit would truncate them.
+
 Two parts of the values that share q and k go in one launch, with a state each: [k | v] of hla3 in
 1280 bytes instead of 1792, or values and their denominators. Two passes that are summed and have
 each other's k and v, as the gradient of k in S = sum k k' has, are one with one state. bfloat16
@@ -33,17 +40,75 @@ import triton.language as tl
 from ...device import elementwise
 
 RESET = tl.constexpr(-1e6)  # what a log gate of -inf becomes
+LEAST_EXPONENT = tl.constexpr(15 << 23)  # so that a unit and its inverse are normal numbers
 LEAST = tl.constexpr(elementwise.LEAST)  # what a decay of 0 becomes
 
 
 @triton.jit
 def _operand(x, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """Cast to what products take; to the nearest TF32, which the matrix unit would truncate to."""
-    x = x.to(OPERAND)
-    if PRECISION == "tf32":
-        nearest = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
-    return x
+    """Cast to what products take; to the nearest TF32, which the matrix unit would truncate to.
+
+    For ``fp16x3`` an operand is a tuple: two parts and their unit.
+    """
+    if PRECISION == "fp16x3":
+        x = x.to(tl.float32)
+        return _parts(x, _exponent(tl.max(tl.max(tl.abs(x), 1), 0)))
+    else:
+        x = x.to(OPERAND)
+        if PRECISION == "tf32":
+            nearest = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+            x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+        return x
+
+
+@triton.jit
+def _exponent(most):
+    """Return the exponent of a float32, in its place among the bits."""
+    return tl.maximum(most.to(tl.int32, bitcast=True) & 0x7F800000, LEAST_EXPONENT)
+
+
+@triton.jit
+def _parts(x, exponent):
+    """Return two float16 matrices, whose sum times a unit is x, and that unit, a power of 2.
+
+    Of x the largest is between 2^14 and 2^15 units, or as an exponent for each row says.
+    """
+    unit = exponent - (14 << 23)
+    scale = ((254 << 23) - unit).to(tl.float32, bitcast=True)
+    return _halves(x * scale, unit.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _halves(x, unit):
+    """Return the same of x that is in its units already."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16), unit
+
+
+@triton.jit
+def _row_operand(S, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """Cast a state to what products take; its parts have a unit a row."""
+    if PRECISION == "fp16x3":
+        return _parts(S, _exponent(tl.max(tl.abs(S), 1)[:, None]))
+    else:
+        return _operand(S, OPERAND, PRECISION)
+
+
+@triton.jit
+def _transposed(x, PRECISION: tl.constexpr):
+    """Return x', of an operand."""
+    if PRECISION == "fp16x3":
+        return tl.trans(x[0]), tl.trans(x[1]), x[2]
+    else:
+        return tl.trans(x)
+
+
+@triton.jit
+def _dot(a, b):
+    """Return a b of operands in two parts, in their units; what is least is added first."""
+    c = tl.dot(a[1], b[0], out_dtype=tl.float32)
+    c = tl.dot(a[0], b[1], c, out_dtype=tl.float32)
+    return tl.dot(a[0], b[0], c, out_dtype=tl.float32)
 
 
 @triton.jit
@@ -62,13 +127,19 @@ def _chunk_weights(p_gate, m_t, m_pair, power, STRICT: tl.constexpr, REVERSE: tl
 @triton.jit
 def _product(a, b, PRECISION: tl.constexpr):
     """Return a b', of operands."""
-    return tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=tl.float32)
+    if PRECISION == "fp16x3":
+        return _dot(a, _transposed(b, PRECISION)) * (a[2] * b[2])
+    else:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=tl.float32)
 
 
 @triton.jit
 def _add_product(c, a, b, PRECISION: tl.constexpr):
     """Return c + a b'."""
-    return tl.dot(a, tl.trans(b), c, input_precision=PRECISION, out_dtype=tl.float32)
+    if PRECISION == "fp16x3":
+        return c + _product(a, b, PRECISION)
+    else:
+        return tl.dot(a, tl.trans(b), c, input_precision=PRECISION, out_dtype=tl.float32)
 
 
 @triton.jit
@@ -89,7 +160,10 @@ def _pairs(
 def _read(b_o, b_v, A, UPDATE: tl.constexpr, PRECISION: tl.constexpr):
     """Return O' = S' Q' + V' A', [BV, W], from S' Q' as the gate weighs it."""
     if UPDATE:
-        b_o = tl.dot(tl.trans(b_v), A, b_o, input_precision=PRECISION, out_dtype=tl.float32)
+        if PRECISION == "fp16x3":
+            b_o += _dot(_transposed(b_v, PRECISION), A) * (b_v[2] * A[2])
+        else:
+            b_o = tl.dot(tl.trans(b_v), A, b_o, input_precision=PRECISION, out_dtype=tl.float32)
     return b_o
 
 
@@ -99,13 +173,23 @@ def _write(
     GATE: tl.constexpr, WRITE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return S' + V' K, [BV, BD]."""
-    vT = tl.trans(b_v)
     if GATE != 0:
         S *= total
-        vT = _operand(vT * (weight * write if WRITE else weight)[None, :], OPERAND, PRECISION)
-    elif WRITE:
-        vT = _operand(vT * write, OPERAND, PRECISION)
-    return tl.dot(vT, b_k, S, input_precision=PRECISION, out_dtype=tl.float32)
+    vT = _transposed(b_v, PRECISION)
+    if PRECISION == "fp16x3":
+        if GATE != 0:
+            vT = _halves((vT[0].to(tl.float32) + vT[1].to(tl.float32)) * weight[None, :], vT[2])
+        unit = vT[2] * b_k[2]
+        if WRITE:
+            unit *= write
+        S += _dot(vT, b_k) * unit
+    else:
+        if GATE != 0:
+            vT = _operand(vT * (weight * write if WRITE else weight)[None, :], OPERAND, PRECISION)
+        elif WRITE:
+            vT = _operand(vT * write, OPERAND, PRECISION)
+        S = tl.dot(vT, b_k, S, input_precision=PRECISION, out_dtype=tl.float32)
+    return S
 
 
 @triton.jit
@@ -339,7 +423,7 @@ def pass_kernel(
                 M = M.to(p_dots.dtype.element_ty)  # float64: both sums are of the same products
                 tl.store(p_dots + T64 + row64, tl.sum(M, 1), mask=m_t)
                 tl.store(p_dots + 2 * T64 + row64, tl.sum(M, 0), mask=m_t)
-            b_o = _product(_operand(S, OPERAND, PRECISION), b_q, PRECISION)
+            b_o = _product(_row_operand(S, OPERAND, PRECISION), b_q, PRECISION)
             if BC:
                 b_o = _add_product(b_o, _operand(Sc, OPERAND, PRECISION), b_qc, PRECISION)
             if GATE != 0:
@@ -353,7 +437,7 @@ def pass_kernel(
             if BOTH:
                 B = _product(b_v, b_q, PRECISION)
                 _, B = _pairs(B, m_pair, w_pair, write, GATE, WRITE, OPERAND, PRECISION)
-                b_o = tl.dot(tl.trans(b_k), B, b_o, input_precision=PRECISION, out_dtype=tl.float32)
+                b_o = _read(b_o, b_k, B, True, PRECISION)
             b_o = tl.trans(b_o * read)  # [W, BV]
             if ADD:
                 b_o += tl.load(p_o + row64 * sot, mask=m_tv, other=0.0).to(tl.float32)
@@ -361,7 +445,7 @@ def pass_kernel(
             if TWO:
                 if UPDATE:
                     a_v2 = b_v2
-                b_o2 = _product(_operand(S2, OPERAND, PRECISION), b_q, PRECISION)
+                b_o2 = _product(_row_operand(S2, OPERAND, PRECISION), b_q, PRECISION)
                 if GATE != 0:
                     b_o2 *= w_in[None, :]
                 b_o2 = _read(b_o2, a_v2, A, UPDATE, PRECISION)

@@ -29,9 +29,10 @@ PERIOD = 256  # tokens between the states that they keep for it
 GATES = (None, "decay", "log_gate")  # by their numbers in a kernel
 FEW = 16  # tokens that are multiplied exactly: their one or two terms can cancel to the roundings
 WIDEST = 128  # a float32 state of 128 x 128 takes half of the registers of 8 warps
-# float32 operands are split in registers: a tile holds fewer keys, and none go along with it, whose
+# TF32 operands, of twice the bytes: a tile holds fewer keys, and none go along with it, whose
 # products would leave no registers (ptxas 12.8 then took the stack's address for that of an
-# operand, a fault on the device: V = 257 with 65 keys and a log gate).
+# operand, a fault on the device: V = 257 with 65 keys and a log gate). float32 operands in parts of
+# 16 bits have the same limits, but for the keys on Hopper.
 WIDE = Limits(WIDEST // 2, 0, WIDEST, 16, tile=WIDEST, chunk=32, period=PERIOD)
 
 
@@ -75,8 +76,8 @@ def config(
     warps = 8 if large and max(V, V2) > 64 else 4  # of 16 rows of the state each
     if major != 9:
         return Config(32, warps, 1 if major == 10 else 2)
-    if operand == "float32":  # in three parts a product fills the registers
-        return Config(32, 4, 2) if D * V <= 32 * 64 else Config(64, warps, 1)
+    if operand == "float32":
+        return Config(32 if large and (V2 or mirrored) else 64, warps, 2)
     if operand == "tf32":
         return Config(64, warps, 2)
     if gated == 2 or V2 or shared or (gated and large):
@@ -122,7 +123,10 @@ def segments(request: Request, where: torch.device) -> int:
 
 def limits(request: Request, where: torch.device) -> Limits:
     """Return what one launch takes."""
-    return narrow(capability(where)) if request.dtype == "bfloat16" else WIDE
+    if request.dtype == "bfloat16":
+        return narrow(capability(where))
+    whole = capability(where) == 9 and multiplied(request, where, narrow=False)[0] == "float32"
+    return WIDE._replace(keys=WIDEST) if whole else WIDE
 
 
 @functools.cache
@@ -373,14 +377,14 @@ def operands(s: Launch, request: Request) -> dict[str, Ref | None]:
 
 def multiplied(request: Request, where: torch.device, *, narrow: bool) -> tuple[str, Any, str]:
     """Return how products are taken, ``narrow`` of bfloat16: name, operands' dtype, precision."""
-    tf32 = (request.tf32 or request.dtype == "float16") and request.tokens > FEW
-    # The matrix unit drops the last bits of a sum after every 32 bytes of operands: products of
-    # three bfloat16 parts take half as many such steps as those of two TF32 parts, and err half.
-    exact = "bf16x6" if where.type == "cuda" else "ieee"  # which the interpreter has not
-    precision = "tf32" if tf32 else exact
     if narrow:
-        return "bf16", tl.bfloat16, precision
-    return "tf32" if tf32 else "float32", tl.float32, precision
+        return "bf16", tl.bfloat16, "ieee"
+    if (request.tf32 or request.dtype == "float16") and request.tokens > FEW:
+        return "tf32", tl.float32, "tf32"
+    # Two float16 parts: products of three bfloat16 ones are six, whose conversions, one at a time
+    # at a sixteenth of the rate, took most of the time (hla2, D = 128: 3.28 ms).
+    exact = "fp16x3" if where.type == "cuda" else "ieee"  # of the interpreter the fastest
+    return "float32", tl.float32, exact
 
 
 def width(x: Place | None) -> int:
