@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, Unpack, overload
 
-from . import dispatch
+from . import again, dispatch
 from .arguments import prepare
 from .arguments.cotangents import cotangents
 from .arguments.segments import as_before, stretches
@@ -195,6 +195,11 @@ def _step(
     donate: bool,
     **options: Any,
 ) -> tuple[Array, Any]:
+    asked = {**options, "backend": backend, "donate": donate}
+    call, decay = again.seen(q, k, v, state, asked), options["decay"]
+    found = call and again.take(call, decay)
+    if found is not None:
+        return found
     ordered(options["mask"], "steps")
     donate = OPTIONS["donate"].check("donate", donate)
     request, inputs, layout = prepare(
@@ -203,7 +208,10 @@ def _step(
     chosen = dispatch.choose(request, backend, autograd=True)
     if layout.packed and not chosen.capabilities.packed:
         inputs = inputs._replace(state=unpacked(inputs.state))
-    o, new = chosen.step(request, inputs, donate and inputs.state is state)  # not of a copy
+    donate = donate and inputs.state is state  # not a copy
+    o, new = chosen.step(request, inputs, donate)
+    if call and inputs.state is state:
+        again.keep(call, decay, chosen, request, inputs, donate)
     return layout.tokens_out(o), layout.state_out(new)
 
 
@@ -419,6 +427,8 @@ def available() -> tuple[Info, ...]:
 @signed(AllScanOptions)
 def explain(q: Any, k: Any, v: Any, **options: Unpack[AllScanOptions]) -> Explanation:
     """Say what `scan` would run on these arguments, and why nothing else.
+
+    The plan of a backend that has kernels of its own for one token names those of `step` too.
 
     Parameters
     ----------

@@ -102,6 +102,10 @@ class Backend(NamedTuple):
         (request) to the plan that `hla.explain` reports, where the generic one is not true.
     empty : callable, optional
         As ``forward``, with nothing computed.
+    again : callable, optional
+        (request, inputs, donate) to None or to what does such a ``step`` of other arrays laid out
+        alike, outside of every mode and transform: of q, k, v and the decay, without a token axis,
+        and the fields of the state, and of their addresses, to (o, state) without a token axis.
     """
 
     name: str
@@ -114,6 +118,7 @@ class Backend(NamedTuple):
     machine: Callable[[], Machine]
     plan: Callable[[Request], str] | None
     empty: Callable[..., Any] | None
+    again: Callable[..., Any] | None
 
 
 def refusal(capabilities: Capabilities, request: Request) -> str | None:
@@ -170,7 +175,8 @@ class Fault(Exception):
     """What is wrong with a third party's backend."""
 
 
-CALLS = ("forward", "backward", "step", "summarize", "unable", "machine", "plan", "empty")
+CALLS = ("forward", "backward", "step", "summarize", "unable", "machine", "plan", "empty",
+         "again")  # fmt: skip
 KNOWN = {
     "dtypes": ("float16", "bfloat16", "float32", "float64"),
     "operators": OPERATORS,
@@ -252,6 +258,7 @@ def refusing(name: str, reason: str) -> Backend:
         machine=lambda: Machine(reason),
         plan=None,
         empty=None,
+        again=None,
     )
 
 

@@ -1,5 +1,6 @@
 """One token after another: states in place, packed, shared; each against the core in float64."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -140,18 +141,20 @@ def test_a_full_device(device, operator):
 
 @per_device("D, V", [(128, 128), (100, 60), (64, 20), (33, 11)], where=of_torch)
 def test_programs_that_share_a_head_give_its_bits(device, D, V, monkeypatch):
-    """One program a head, two, four: the rule is of the number of heads."""
+    """One program a head, two, four: the rule is of the number of heads, and of wide keys."""
+    from hla import again
     from hla.kernels.triton import step as launches
 
     token, found = token_of("per_head", device.dtype, D=D, V=V), []
     start = device.array(state_of({"operator": "hla2"}, "per_head", D=D, V=V, heads=H))
     for processors in (1, 2 * H, 132):
+        monkeypatch.setattr(again, "_kept", {})
         monkeypatch.setattr(launches, "_known", {})
         monkeypatch.setattr(launches, "processors", lambda device, n=processors: n)
         found.append(stepped(device, token, start, normalize=True))
         (known,) = launches._known.values()
         kernels = known.ready[False].kernels
-        assert len(kernels) == 1 + (processors > 1)
+        assert len(kernels) == 1 + (processors > 1 and D > 64)
     for one in found[1:]:
         bits(one, found[0])
 
@@ -227,6 +230,58 @@ def test_torch_updates_a_donated_state_where_it_lies(operator, mask, gate):
             torch.testing.assert_close(x, y)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
+
+
+@per_device("operator", ["hla2", "hla3"], where=of_torch)
+def test_explain_names_the_kernel_of_a_token(device, operator, monkeypatch):
+    from hla import again
+    from hla.kernels.triton import step as launches
+
+    monkeypatch.setattr(again, "_kept", {})
+    monkeypatch.setattr(launches, "_known", {})
+    token, options = token_of(D=16, V=16), {"operator": operator}
+    stepped(device, token, device.array(state_of(options, "none", D=16, V=16, heads=H)), **options)
+    (known,) = launches._known.values()
+    name = known.ready[False].kernels[0].function.fn.__name__
+    q, k, v = (device.array(x, device.dtype)[:, None] for x in token.values())
+    plan = hla.explain(q, k, v, backend=device.backend, **options).plan
+    assert plan.split("; one token: ")[1].startswith(name)
+    assert "one token" not in hla.explain(q, k, v, backend=device.backend, mask="none").plan
+
+
+@per_device(where=of_torch)
+def test_calls_like_an_earlier_one(device):
+    """The values are those of a first call, and whatever differs is noticed."""
+    torch, kept = installed("torch"), installed("hla.again")._kept
+    token = {n: device.array(x) for n, x in token_of(D=16, V=16).items()}
+    state = device.array(state_of({"operator": "hla2"}, "none", D=16, V=16, heads=H))
+    packed = each(torch.clone, state).pack()
+    kept.clear()
+    for n, (start, options) in enumerate(
+        [(state, {}), (state, {"decay": 0.5}), (state, {"decay": 0.9}), (packed, {"scale": 2.0}),
+         (None, {"normalize": True})]
+    ):  # fmt: skip
+        found = []
+        for _ in range(3):
+            own = start if start is None else each(torch.clone, start)
+            found.append(step(token, own, backend=device.backend, donate=True, **options))
+            assert own is None or all(x is y for x, y in zip(found[-1][1], own, strict=True))
+        bits(found[1], found[0])
+        bits(found[2], found[0])
+        assert len(kept) == n + 1
+    run = functools.partial(step, backend=device.backend, donate=True)
+    with pytest.raises(ValueError, match="decay is 2"):
+        run(token, state, decay=2.0)
+    with pytest.raises(TypeError, match="normalize is 1"):
+        run(token, None, normalize=1)
+    learning = token | {"q": token["q"].clone().requires_grad_()}
+    assert run(learning, state)[0].requires_grad
+    before = each(torch.clone, state)
+    run(token, state._replace(eta=state.F[0, :H]))  # one memory
+    bits(state, before)
+    turned = torch.func.vmap(lambda q: run(token | {"q": q}, None, normalize=True)[0])
+    within = turned(token["q"][None])[0] - run(token, None, normalize=True)[0]
+    assert float(abs(within).max()) < 1e-5
 
 
 @per_device(where=of_torch)

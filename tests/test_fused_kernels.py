@@ -18,7 +18,7 @@ KINDS = {
         ("", {}),
         (", stored", {"Y": operator != "ahla", "U": operator != "hla2", "SCALED": True}),
         (", states", {"START": True, "END": True, "SUMS": True}),
-        (", denominators", {"SUMS": True, "DEN": True}),
+        (", denominators", {"SUMS": True, "NORM": True}),
     )
 }
 CASES = [
@@ -31,18 +31,19 @@ CASES = [
 ]
 SPILLS = {
     ("hla2, None, states", 128): 16,
-    ("hla2, None, denominators", 64): 80,
-    ("hla2, None, denominators", 128): 64,
+    ("hla2, None, denominators", 64): 16,
+    ("hla2, None, denominators", 128): 376,
+    ("hla2, decay, denominators", 64): 40,
     ("ahla, None, states", 128): 112,
-    ("ahla, None, denominators", 128): 160,
+    ("ahla, None, denominators", 128): 128,
     ("ahla, decay, states", 128): 208,
-    ("ahla, decay, denominators", 128): 248,
+    ("ahla, decay, denominators", 128): 216,
     ("ahla, log_gate", 128): 16,
     ("ahla, log_gate, states", 128): 288,
     ("ahla, log_gate, denominators", 64): 24,
-    ("ahla, log_gate, denominators", 128): 432,
+    ("ahla, log_gate, denominators", 128): 264,
     ("hla3, None, states", 64): 128,
-    ("hla3, None, denominators", 64): 208,
+    ("hla3, None, denominators", 64): 224,
 }  # bytes a thread; others none
 
 
@@ -50,7 +51,9 @@ def prepared(kind, width, arch):
     """Return what `ahead` compiles for one case."""
     operator, gate, options = KINDS[kind]
     chosen = fused.config(operator, width, width, "bf16", gate, arch // 10)
-    given = dict.fromkeys(("SCALED", "SUMS", "DEN", "ONE", "Y", "U", "START", "END"), False)
+    given = dict.fromkeys(
+        ("SCALED", "SUMS", "NORM", "X", "DEN", "ONE", "Y", "U", "START", "END"), False
+    )
     given |= {
         "KEYS": operator != "ahla", "VALUES": operator != "hla2",
         "POWER": {"hla2": 2, "ahla": 1, "hla3": 3}[operator],
@@ -58,7 +61,7 @@ def prepared(kind, width, arch):
         "BD": width, "BV": width, "W": chosen.W, "WHOLE_D": True, "WHOLE_V": True,
         "OPERAND": "tl.bfloat16", "PRECISION": "bf16x6",
     } | options  # fmt: skip
-    present = {f"p_{x.lower()}": given[x] for x in ("Y", "U", "DEN", "ONE")}
+    present = {f"p_{x.lower()}": given[x] for x in ("Y", "U", "X", "DEN", "ONE")}
     kept = {"S": given["KEYS"], "P": given["VALUES"], "F": True}
     kept |= {"m": given["VALUES"] and given["SUMS"], "n": given["SUMS"]}
     for state, there in kept.items():
@@ -69,8 +72,9 @@ def prepared(kind, width, arch):
     types = {n: "*bf16" if n in narrow else "*fp32" for n in operands}
     signature, constants = {}, dict(given)
     for name in chain_kernel.arg_names:
-        signature[name] = "fp32" if name in ("inner", "outer") else types.get(name, "i32")
-        if name[:2] == "p_" and name not in types:
+        signature[name] = "fp32" if name in ("inner", "outer", "eps") else types.get(name, "i32")
+        left = re.fullmatch("sx[012td]", name) or (name == "eps" and not given["NORM"])
+        if left or (name[:2] == "p_" and name not in types):
             constants[name] = None
         elif re.fullmatch(r"s[qkvoyu]d|s[SPF]e?v|s(?:den|one)[td]|s[mn]e?[dv]|sgt", name):
             constants[name] = 1

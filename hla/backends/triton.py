@@ -86,6 +86,9 @@ def plan(request: Request) -> str:
     from ..device.steps import Fused, Launch
     from ..kernels.triton import launch, rows
 
+    token = "" if request.mask == "none" else f"; one token: {_kernels().one_token.named(request)}"
+    if request.tokens == 1 and request.return_state:
+        return token[2:]
     where = torch.device("cpu" if _interpreted() else _device(request))
     tokens = launch.segments(request, where)
     found = plans.forward(request, launch.limits(request, where), rows.rows(request, where), tokens)
@@ -94,7 +97,7 @@ def plan(request: Request) -> str:
     kinds = [f"{fused} fused"] if fused else []
     kinds += [f"{count} of the causal pass"] if count or not fused else []
     cut = f"segments of {tokens} tokens" if tokens else "whole"
-    return f"{cut}, launches: {' and '.join(kinds)}: {found}"
+    return f"{cut}, launches: {' and '.join(kinds)}: {found}{token}"
 
 
 @functools.cache
@@ -121,6 +124,11 @@ def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
     """Return (o, state) of one token, with ``donate`` in the given state's memory where it can."""
     found: tuple[Array, Any] = _kernels().step(request, inputs, donate)
     return found
+
+
+def again(request: Request, inputs: Inputs, donate: bool) -> Any:
+    """Return what does such a `step` of other arrays laid out alike, or None."""
+    return _kernels().one_token.again(request, inputs, donate)
 
 
 def summarize(request: Request, inputs: Inputs) -> Any:

@@ -145,6 +145,10 @@ class Generic:
         """
         return None
 
+    def seen(self, arrays: Sequence[Array]) -> tuple[Any, list[int]] | None:
+        """Return what kernels are prepared for, and addresses; None where more must be asked."""
+        return None
+
     def dtype_name(self, x: Array) -> str:
         """Bare name of the dtype."""
         kind: Any = type(x.dtype)

@@ -25,4 +25,6 @@ def differentiable(name: str, library: str, node: bool) -> Any:
         return backend
     rule = importlib.import_module(own.rule)
     calls = {x: functools.partial(getattr(rule, x), name, node) for x in CALLS}
-    return SimpleNamespace(**calls, __name__=name, capabilities=backend.capabilities)
+    return SimpleNamespace(
+        **calls, __name__=name, capabilities=backend.capabilities, again=backend.again
+    )

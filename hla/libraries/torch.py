@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from array_api_compat import torch as xp
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..contract import Capabilities
 from ..core.namespace import Array
@@ -41,9 +42,28 @@ class Torch(Generic):
 
     def key(self, x: Array) -> Any:
         """Return type, shape, dtype and device, as long as it is plain memory."""
-        if x.layout is not torch.strided or x.is_nested or x.is_neg() or _wrapper(x):
+        if x.layout is not torch.strided or x.is_nested or x.is_neg():
+            return None
+        if type(x) not in PLAIN and _wrapper(x):
             return None
         return type(x), x.shape, x.dtype, x.device
+
+    def seen(self, arrays: Sequence[Array]) -> tuple[Any, list[int]] | None:
+        """Return shapes, strides, dtypes, devices and alignment of plain memory, and addresses."""
+        if torch._C._is_any_autocast_enabled() or torch._C._is_tracing() or tracing.watched():
+            return None
+        if forward_ad._current_level >= 0:
+            return None
+        found: list[Any] = []
+        addresses = []
+        for x in arrays:
+            if type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested:
+                return None
+            if x.requires_grad or x.is_neg() or x._is_zerotensor():
+                return None
+            addresses.append(p := x.data_ptr())
+            found += (x.shape, x.stride(), x.dtype, x.device, p & 15)
+        return tuple(found), addresses
 
     def device(self, x: Array) -> Any:
         """Return its device."""
@@ -76,7 +96,7 @@ class Torch(Generic):
 
     def operand(self, x: Array) -> Array:
         """Cast as torch.autocast, where it is on, casts the operands of a product."""
-        x = self.plain(x)
+        x = self.plain(x) if x.is_neg() else x
         if torch._C._is_any_autocast_enabled() and _autocast_is_on(x) and x.dtype in HALF:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x

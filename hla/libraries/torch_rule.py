@@ -71,7 +71,7 @@ def _as_operator(
     else:  # the same without the dispatcher, which takes longer than a short pass
         # a gate without a gradient saves a sum in every pass of the adjoint
         request = _keeping(request, any(x is not None and x.requires_grad for x in inputs[3:5]))
-        options = options_of(backend, request)
+        options = _options(backend, request)
         o, *rest = Eager.apply(request, options, *inputs[:5], *state)
     if not request.return_state:
         return o, None, rest
@@ -149,6 +149,9 @@ def _looked_at(request: Request) -> bool:
 def _keeping(request: Request, gate: bool) -> Request:
     """Return the request of a call whose gradient may follow, that of the gate where requested."""
     return dataclasses.replace(request, gradient=True, gate_given=gate)
+
+
+_options = functools.lru_cache(maxsize=1024)(options_of)
 
 
 def _segment(options: Options, tensors: Sequence[Any]) -> Sequence[Tensor]:

@@ -6,7 +6,7 @@ Second derivatives are those of the generic code: right, to any order, and slowe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,26 +28,32 @@ class Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, request: Request, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
         """Run the backend."""
-        ctx.request = request
-        args = (*tensors[:5], tensors[5:], *options, True)
-        output = tuple(_scan(*args, request=request))
-        _setup(ctx, args, output)
-        return output[: 1 + len(ctx.ends)]
+        ctx.request, inputs = request, inputs_of(options, tensors)
+        o, end, saved = loaded(options.backend).forward(request, inputs)
+        ends = tuple(end) if request.return_state else ()
+        _keep(ctx, options, tensors, ends, saved)
+        return (o, *ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Pull back, by the operator where a second derivative may follow."""
-        directly = functools.partial(_scan_backward, request=ctx.request)
-        backward = None if torch.is_grad_enabled() else directly
-        *found, state = _pull(ctx, grads, backward=backward)[:6]
-        return (None, None, *found, *state)
+        if torch.is_grad_enabled():
+            *found, state = _pull(ctx, grads)[:6]
+            return (None, None, *found, *state)
+        options, (given, saved, do, dstate) = ctx.options, _returned(ctx, grads)
+        ends = options.kind(*dstate) if dstate else None
+        inputs = inputs_of(options, given)
+        dq, dk, dv, ddecay, dlog_gate, starts = loaded(options.backend).backward(
+            ctx.request, inputs, saved, do, ends
+        )
+        return (None, None, dq, dk, dv, ddecay, dlog_gate, *(x.clone() for x in starts or ()))
 
 
-def _scan(*args: Any, request: Request | None = None, fake: bool = False) -> list[Tensor]:
+def _scan(*args: Any, fake: bool = False) -> list[Tensor]:
     """Return o, the state where requested, and with ``keep`` what `scan_backward` needs."""
     given, options = [*args[:5], *args[5]], Options(*args[6:-1])
     inputs = inputs_of(options, given)
-    request = request or request_of(inputs, options, args[-1])
+    request = request_of(inputs, options, args[-1])
     module = loaded(options.backend)
     empty = module.empty  # shapes without running; others launch nothing on fake tensors
     o, end, saved = (empty if fake and empty else module.forward)(request, inputs)
@@ -55,7 +61,7 @@ def _scan(*args: Any, request: Request | None = None, fake: bool = False) -> lis
     return apart(found, given) if empty and not fake else found
 
 
-def _scan_backward(*args: Any, request: Request | None = None, fake: bool = False) -> list[Tensor]:
+def _scan_backward(*args: Any, fake: bool = False) -> list[Tensor]:
     """Return gradients of q, k, v, of the gate where given as an array, and of the state."""
     given, (saved, do, dstate) = [*args[:5], *args[5]], args[6:9]
     options = Options(*args[9:])
@@ -64,7 +70,7 @@ def _scan_backward(*args: Any, request: Request | None = None, fake: bool = Fals
     if fake and told:
         return like([given[i] for i in moved(given, options)])
     inputs = inputs_of(options, given)
-    request = request or request_of(inputs, options, True)
+    request = request_of(inputs, options, True)
     dstate = options.kind(*dstate) if dstate else None
     grads = module.backward(request, inputs, tuple(saved), do, dstate)
     gate = [x for x in (grads.ddecay, grads.dlog_gate) if x is not None]
@@ -76,37 +82,46 @@ def _scan_backward(*args: Any, request: Request | None = None, fake: bool = Fals
 
 def _setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     *given, state = inputs[:6]
-    ctx.options = options = Options(*inputs[6:-1])
-    ends = output[1 : 1 + len(options.kind._fields)] if options.return_state else ()
-    ctx.ends = [(x.shape, x.dtype) for x in ends]
-    ctx.fields = len(state)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*given, *state, *output[1 + len(ends) :])
+    options = Options(*inputs[6:-1])
+    fields = len(options.kind._fields) if options.return_state else 0
+    _keep(ctx, options, (*given, *state), output[1 : 1 + fields], output[1 + fields :])
 
 
-def _pull_needed(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    return _pull(ctx, grads, gate=any(ctx.needs_input_grad[3:5]))
-
-
-def _pull(
+def _keep(
     ctx: Any,
-    grads: Sequence[Tensor | None],
-    *,
-    gate: bool = True,
-    backward: Callable[..., Any] | None = None,
-) -> tuple[Any, ...]:
-    options = ctx.options if gate else ctx.options._replace(gate_given=False)
+    options: Options,
+    given: Sequence[Any],
+    ends: Sequence[Tensor],
+    saved: Sequence[Tensor],
+) -> None:
+    """Save what `_returned` takes: the inputs, the state's fields among them, and the saved."""
+    ctx.options, ctx.given = options, len(given)
+    ctx.ends = [(x.shape, x.dtype) for x in ends]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*given, *saved)
+
+
+def _returned(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, Any, Any, list[Any]]:
+    """Return the inputs, the saved, and the gradients of o and of the state, whole if any is."""
     tensors = ctx.saved_tensors  # read once: activation checkpointing gives them once
-    given, state, saved = tensors[:5], tensors[5 : 5 + ctx.fields], tensors[5 + ctx.fields :]
     do, *dstate = grads[: 1 + len(ctx.ends)]
     if all(x is None for x in dstate):
         dstate = []
     for i, x in enumerate(dstate):
         if x is None:
             shape, dtype = ctx.ends[i]
-            dstate[i] = given[0].new_zeros(shape, dtype=dtype)
-    args = (*given, list(state), list(saved), do, dstate, *options)
-    found = (backward or SCAN_BACKWARD)(*args)
+            dstate[i] = tensors[0].new_zeros(shape, dtype=dtype)
+    return tensors[: ctx.given], tensors[ctx.given :], do, dstate
+
+
+def _pull_needed(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    return _pull(ctx, grads, gate=any(ctx.needs_input_grad[3:5]))
+
+
+def _pull(ctx: Any, grads: Sequence[Tensor | None], *, gate: bool = True) -> tuple[Any, ...]:
+    options = ctx.options if gate else ctx.options._replace(gate_given=False)
+    given, saved, do, dstate = _returned(ctx, grads)
+    found = SCAN_BACKWARD(*given[:5], list(given[5:]), list(saved), do, dstate, *options)
     return (*by_argument(found, given, options), *(None,) * (len(options) + 1))
 
 

@@ -69,6 +69,7 @@ PLANNED = Runner(FAKE._replace(steps=step_of, rows=lambda request, where: owners
     {"tokens": 68, "return_state": True, "start": True, "gate": "log_gate"},
     {"tokens": 36, "operator": "ahla", "gate": "decay", "shared": "kv"},
     {"gradient": False}, {"operator": "hla3", "normalize": True, "turned": True},
+    {"operator": "hla3", "normalize": True, "gradient": False, "scale": 0.7, "return_state": True},
     {"operator": "hla3", "gate": "log_gate", "D": 40, "return_state": True},
     {"operator": "hla3", "start": True, "return_state": True, "scale": 0.7, "shared": "k"},
     {"operator": "hla3", "tokens": 36, "return_state": True, "gate": "decay"},
@@ -76,7 +77,7 @@ PLANNED = Runner(FAKE._replace(steps=step_of, rows=lambda request, where: owners
     {"normalize": True, "tokens": 36, "scale": 0.5, "start": True, "return_state": True},
     {"normalize": True, "operator": "ahla", "gate": "decay", "tokens": 36, "gradient": False},
     {"normalize": True, "operator": "ahla", "start": True, "return_state": True, "scale": 0.7},
-    {"normalize": True, "operator": "hla3", "gate": "log_gate", "tokens": 36, "shared": "k"},
+    {"normalize": True, "operator": "hla3", "gate": "log_gate", "tokens": 36, "gradient": False},
     {"normalize": True, "ridge": 0.3},
 ], ids=str)  # fmt: skip
 def test_planned(options):
@@ -114,7 +115,9 @@ def test_planned(options):
         assert off(x, y) < CLOSE
     for x, y in zip(saved, fakes.in_place().forward(request, inputs)[2], strict=True):
         assert off(x, y) < CLOSE
-    assert bool(divided[-1]) == (given["normalize"] and "ridge" not in given)
+    other = given["operator"] != "hla2"
+    apart = "ridge" in given or (other and tokens) or (given["operator"] == "hla3" and gradient)
+    assert bool(divided[-1]) == (given["normalize"] and not apart)
 
 
 def test_what_it_serves():

@@ -37,8 +37,10 @@ def vectors(gate: Array, power: int, *, strict: bool, reverse: bool) -> Array:
     up = c - jnp.stack(parts) if strict else c
     last = c[..., -1:] - c
 
-    def exp(x: Array) -> Array:
-        return jnp.exp(x[0] * COARSE + (x[1] * FINE + x[2] * LAST))
+    def exp(x: Array) -> Array:  # a large exponent that is rounded would lose digits
+        more = jnp.round(x[1] * (FINE / COARSE))
+        rest = x[1] * FINE - more * COARSE + x[2] * LAST
+        return jnp.exp((x[0] + more) * COARSE) * jnp.exp(rest)
 
     def exponents(x: Array) -> tuple[Array, Array]:
         return x[0] * COARSE, x[1] * FINE + x[2] * LAST

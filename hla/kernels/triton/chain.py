@@ -18,7 +18,8 @@ is made: Y is not then the transposed result of a product as a first operand, wh
 slice of uses connects with another one: all of Q' would lie in the registers of each warp. A
 transpose ends the slice, hence some that seem to do nothing.
 
-Denominators are columns of ones beside v: their sums are no products and run in float32,
+Denominators are columns of ones beside v: their sums are no products and run in float32 (o is then
+divided as it is stored),
 
     u1 = Q m + A' 1                   m = m + K' 1
     den = Q n + B (u1 or 1)           n = n + (Y or K)' (u1 or 1)
@@ -94,15 +95,16 @@ def _later(i_0, i_1, i_2, s0, s1, s2):
 @triton.jit(do_not_specialize=["T", "D", "V", "N1", "N2", "sg0", "sg1", "sg2"],
             do_not_specialize_on_alignment=["p_gate"])  # fmt: skip
 def chain_kernel(
-    p_q, p_k, p_v, p_o, p_y, p_u, p_den, p_one,
+    p_q, p_k, p_v, p_o, p_y, p_u, p_x, p_den, p_one,
     p_S, p_Se, p_P, p_Pe, p_F, p_Fe, p_m, p_me, p_n, p_ne, p_gate,
-    inner, outer, T, D, V, N1, N2,
+    inner, outer, eps, T, D, V, N1, N2,
     sq0, sq1, sq2, sqt, sqd,
     sk0, sk1, sk2, skt, skd,
     sv0, sv1, sv2, svt, svd,
     so0, so1, so2, sot, sod,
     sy0, sy1, sy2, syt, syd,
     su0, su1, su2, sut, sud,
+    sx0, sx1, sx2, sxt, sxd,
     sden0, sden1, sden2, sdent, sdend,
     sone0, sone1, sone2, sonet, soned,
     sS0, sS1, sS2, sSd, sSv,
@@ -122,6 +124,8 @@ def chain_kernel(
     GATE: tl.constexpr,  # 0 none, 1 decay, 2 log_gate
     SCALED: tl.constexpr,  # inner and outer are not both 1
     SUMS: tl.constexpr,  # there are denominators or, in states, what they are made of
+    NORM: tl.constexpr,  # o is divided, by its denominator and eps
+    X: tl.constexpr,  # and stored before, too
     DEN: tl.constexpr,  # the denominator of o is stored
     ONE: tl.constexpr,  # and that of u
     Y: tl.constexpr,  # y is stored
@@ -154,6 +158,8 @@ def chain_kernel(
     if U:
         p_u += i_0 * su0 + i_1 * su1 + i_2 * su2 + t64[:, None] * sut + v[None, :] * sud
         T_u = tl.where(_later(i_0, i_1, i_2, su0, su1, su2) == 0, T, 0)
+    if X:
+        p_x += i_0 * sx0 + i_1 * sx1 + i_2 * sx2 + t64[:, None] * sxt + v[None, :] * sxd
     if DEN:
         p_den += i_0 * sden0 + i_1 * sden1 + i_2 * sden2 + t64 * sdent
         T_den = tl.where(_later(i_0, i_1, i_2, sden0, sden1, sden2) == 0, T, 0)
@@ -285,16 +291,24 @@ def chain_kernel(
         b_o = tl.dot(x, A, b_o, input_precision=PRECISION, out_dtype=tl.float32)
         if SCALED:
             b_o *= outer
-        tl.store(p_o + row64 * sot, tl.trans(b_o).to(p_o.dtype.element_ty), mask=m_tv)
+        if X:
+            tl.store(p_x + row64 * sxt, tl.trans(b_o), mask=m_tv)
+        if not NORM:
+            tl.store(p_o + row64 * sot, tl.trans(b_o).to(p_o.dtype.element_ty), mask=m_tv)
         if SUMS:
-            if DEN:
+            if DEN or NORM:
                 den = tl.sum(b_q.to(tl.float32) * n[None, :], 1)
                 if GATE != 0:
                     den *= tl.reshape(before_o, [W])
                 if VALUES:
                     pairs *= each[:, None]
                 den = (den + tl.sum(tl.trans(pairs), 1)) * outer
-                tl.store(p_den + row64 * sdent, den, mask=t < T_den - row)
+                if DEN:
+                    tl.store(p_den + row64 * sdent, den, mask=t < T_den - row)
+                if NORM:
+                    b_o *= (1.0 / (den + eps))[None, :]
+                    o_t = tl.trans(b_o).to(p_o.dtype.element_ty)
+                    tl.store(p_o + row64 * sot, o_t, mask=m_tv)
             if GATE != 0:
                 n *= total_o
                 each *= after_o

@@ -42,7 +42,8 @@ def rows(request: Request, where: torch.device) -> tuple[Row, ...]:
         return ()
     steps = tuple(s for s in request.passes if s.step < count)
     alone = tuple(s for s in steps if "|" not in s.out)
-    return tuple(Row(NAME.format(request.operator), x) for x in (steps, alone))
+    name = NAME.format(request.operator)
+    return Row(name, steps, divides=True), Row(name, alone)
 
 
 def chosen(request: Request, where: torch.device) -> Config | None:
@@ -91,9 +92,13 @@ def operands(operator: str, request: Request, fused: Fused) -> dict[str, Ref | N
     first, last = fused.launches[0], by["o"]
     found: dict[str, Ref | None] = {"q": first.q[0], "k": first.k[0]}
     found["v"] = by.get("u", last).v[0]
-    for name in ("o", "y", "u", "den", "one"):
-        outs = by[name].o if name in by else ()
+    for name in ("o", "y", "u", "x", "den", "one"):
+        outs = by[role].o if (role := "o" if name == "x" else name) in by else ()
         found[name] = outs[0] if outs and outs[0].name not in fused.inner else None
+    if fused.divide:
+        found["o"] = fused.divide.o
+    else:
+        found["x"] = None
     for name, state in STATES.items():
         one = by.get(name)
         found[state] = one.start[0] if one else None
@@ -131,6 +136,7 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Kernel]:
         "KEYS": "y" in by, "VALUES": "u" in by, "POWER": by["o"].power,
         "GATE": GATES.index(request.gate),
         "SCALED": (inner, outer) != (1.0, 1.0), "SUMS": "den" in by,
+        "NORM": fused.divide is not None, "X": there["x"],
         "DEN": there["den"], "ONE": there["one"], "Y": there["y"], "U": there["u"],
         "START": there["F"], "END": there["F'"],
         "BD": BD, "BV": BV, "W": settings.W, "WHOLE_D": BD == D, "WHOLE_V": BV == V,
@@ -139,8 +145,10 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Kernel]:
     batch = broadcast(*(x.batch for x in fused.launches))
     for counts, first, strides in heads(batch, places, request.gate == "log_gate"):
         yield Kernel(
-            chain_kernel, (math.prod(counts),), first, sizes, inner, outer, T, D, V, *counts[-2:],
-            *(n for own in strides for n in own),
+            chain_kernel, (math.prod(counts),), first, sizes, inner, outer,
+            fused.divide.eps if fused.divide else None, T, D, V, *counts[-2:],
+            *(n for name, own in zip(places, strides, strict=True)
+              for n in (own if name != "x" or there["x"] else [None] * 5)),
             **constants, num_warps=settings.warps, num_stages=settings.stages,
         )  # fmt: skip
 

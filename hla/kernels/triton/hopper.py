@@ -44,9 +44,9 @@ from .denominators import (
     DOTS_N,
     ONES,
     add_rows,
-    dots,
     load_sum,
     read_pairs,
+    read_states,
     store_sum,
 )
 from .warpgroups import (
@@ -60,7 +60,6 @@ from .warpgroups import (
     LIST,
     LISTS,
     LOG2E,
-    MILD,
     RESET,
     TILE,
     TOKENS,
@@ -107,29 +106,17 @@ def _put_decay(
 
 
 @gluon.jit
-def _mild(ends, at, GATED: gl.constexpr):
-    """Whether a chunk's gate is so mild that each of its weights is two factors."""
-    if GATED:
-        return gl.max(ends.index(at).load(gl.SliceLayout(1, ACC64)), 0) > MILD
-    else:
-        return True
-
-
-@gluon.jit
-def _pairs(tile, b_k, b_qT, weights, at, mild, GATED: gl.constexpr):
-    """Leave A' = upper(K Q'), weighed; of a mild gate by what is left of it after a key."""
+def _pairs(tile, b_k, b_qT, weights, at, GATED: gl.constexpr):
+    """Leave A' = upper(K Q'), weighed."""
     s = gl.arange(0, W, layout=gl.SliceLayout(1, ACC64))
     t = gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))
     a = gl.zeros([W, W], gl.float32, ACC64)
     a = warpgroup_mma(b_k, b_qT, a, use_acc=False, is_async=True)
     a = warpgroup_mma_wait(0, deps=[a])
     if GATED:
-        if mild:
-            a *= weights.index(at * LISTS + AFTER).load(gl.SliceLayout(1, ACC64))[:, None]
-        else:
-            until = weights.index(at * LISTS + UNTIL)
-            c_s, c_t = until.load(gl.SliceLayout(1, ACC64)), until.load(gl.SliceLayout(0, ACC64))
-            a *= gl.exp2(c_t[None, :] - c_s[:, None])  # where it overflows no pair is
+        until = weights.index(at * LISTS + UNTIL)
+        c_s, c_t = until.load(gl.SliceLayout(1, ACC64)), until.load(gl.SliceLayout(0, ACC64))
+        a *= gl.exp2(c_t[None, :] - c_s[:, None])  # where it overflows no pair is
     a = gl.where(s[:, None] <= t[None, :], a, 0.0)
     tile.store(a.to(gl.bfloat16))
     fence_async_shared()
@@ -138,35 +125,19 @@ def _pairs(tile, b_k, b_qT, weights, at, mild, GATED: gl.constexpr):
 
 @gluon.jit
 def _read(
-    S, b_qT, b_xT, tile, weights, ends, at, mild,
+    S, b_qT, b_xT, tile, weights, ends, at,
     FIRST: gl.constexpr, BD: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Begin one half of a Q S + A X; return it, and the state as the gate leaves it."""
-    x = b_xT.slice(FIRST, 64, 0)
+    a = gl.convert_layout(S.to(gl.bfloat16), A64)
     o = gl.zeros([64, W], gl.float32, ACC64)
+    o = warpgroup_mma(a, b_qT, o, use_acc=False, is_async=True)
     if GATED:
-        if mild:  # a Q S + A X = (Q r S + A (b X)) / b
-            S = _fade(S, ends, at, BD)
-            a = gl.convert_layout(S.to(gl.bfloat16), A64)
-            o = warpgroup_mma(a, b_qT, o, use_acc=False, is_async=True)
-            o = warpgroup_mma(x, tile, o, is_async=True)
-            after = weights.index(at * LISTS + AFTER).load(gl.SliceLayout(0, ACC64))
-            o = warpgroup_mma_wait(0, deps=[o])
-            o *= (1.0 / after)[None, :]
-        else:
-            a = gl.convert_layout(S.to(gl.bfloat16), A64)
-            o = warpgroup_mma(a, b_qT, o, use_acc=False, is_async=True)
-            S = _fade(S, ends, at, BD)  # as the product runs
-            before = weights.index(at * LISTS + BEFORE).load(gl.SliceLayout(0, ACC64))
-            o = warpgroup_mma_wait(0, deps=[o])
-            o *= before[None, :]
-            o = warpgroup_mma(x, tile, o, is_async=True)
-            o = warpgroup_mma_wait(0, deps=[o])
-    else:
-        a = gl.convert_layout(S.to(gl.bfloat16), A64)
-        o = warpgroup_mma(a, b_qT, o, use_acc=False, is_async=True)
-        o = warpgroup_mma(x, tile, o, is_async=True)
-    return o, S
+        S = _fade(S, ends, at, BD)  # as the product runs
+        before = weights.index(at * LISTS + BEFORE).load(gl.SliceLayout(0, ACC64))
+        o = warpgroup_mma_wait(0, deps=[o])
+        o *= before[None, :]
+    return warpgroup_mma(b_xT.slice(FIRST, 64, 0), tile, o, is_async=True), S
 
 
 @gluon.jit
@@ -178,7 +149,7 @@ def _fade(S, ends, at, BD: gl.constexpr):
 
 @gluon.jit
 def _leave(
-    made, p_o, o, c, T, V, sot, sod, scale, lists, FIRST: gl.constexpr, SCALED: gl.constexpr,
+    made, p_o, o, row, T, V, sot, sod, scale, lists, FIRST: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Store one half of what was read once it is there, where it is asked.
 
@@ -189,12 +160,12 @@ def _leave(
         o *= scale
     if p_o is not None:
         v = FIRST + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC64))
-        t = c * W + gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))
+        t = row + gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))
         p = p_o + t.to(gl.int64)[None, :] * sot + v.to(gl.int64)[:, None] * sod
         gl.store(p, o, mask=(v < V)[:, None] & (t < T)[None, :])
     if made is not None:
         if lists is not None:
-            o *= lists.index(DIVISOR + c % 2).load(gl.SliceLayout(0, ACC64))[None, :]
+            o *= lists.index(DIVISOR).load(gl.SliceLayout(0, ACC64))[None, :]
         made.permute((1, 0)).slice(FIRST, 64, 0).store(o.to(gl.bfloat16))
 
 
@@ -212,19 +183,19 @@ def _weighed(b_xT, weights, at, FIRST: gl.constexpr, BD: gl.constexpr, GATED: gl
 
 @gluon.jit
 def _reads(
-    made, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, mild, c, T, V, sot, sod, scale,
+    made, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, c, T, V, sot, sod, scale,
     lists, divided, HALVES: gl.constexpr, BD: gl.constexpr, GATED: gl.constexpr,
     SCALED: gl.constexpr, READ: gl.constexpr,
 ):  # fmt: skip
     """Leave O of a chunk; return both halves of the state and the values as the gate has them."""
     if READ:
-        o, S0 = _read(S0, b_qT, b_xT, tile, weights, ends, at, mild, 0, BD, GATED)
+        o, S0 = _read(S0, b_qT, b_xT, tile, weights, ends, at, 0, BD, GATED)
         if divided is not None:
             o = warpgroup_mma_wait(0, deps=[o])
-            mbarrier.wait(divided.index(c % 2), (c // 2) & 1)
+            mbarrier.wait(divided.index(0), c & 1)
         if HALVES == 2:
-            _leave(made, p_o, o, c, T, V, sot, sod, scale, lists, 0, SCALED)
-            o, S1 = _read(S1, b_qT, b_xT, tile, weights, ends, at, mild, 64, BD, GATED)
+            _leave(made, p_o, o, c * W, T, V, sot, sod, scale, lists, 0, SCALED)
+            o, S1 = _read(S1, b_qT, b_xT, tile, weights, ends, at, 64, BD, GATED)
     elif GATED:
         S0, S1 = _fade(S0, ends, at, BD), _fade(S1, ends, at, BD)
     x0 = _weighed(b_xT, weights, at, 0, BD, GATED)
@@ -232,7 +203,7 @@ def _reads(
     if HALVES == 2:
         x1 = _weighed(b_xT, weights, at, 64, BD, GATED)
     if READ:
-        _leave(made, p_o, o, c, T, V, sot, sod, scale, lists, 64 * HALVES - 64, SCALED)
+        _leave(made, p_o, o, c * W, T, V, sot, sod, scale, lists, 64 * HALVES - 64, SCALED)
     return S0, S1, x0, x1
 
 
@@ -283,15 +254,14 @@ def _first(
         if HANDS:
             mbarrier.wait(taken.index(h), ((c // 2) & 1) ^ 1)
         fence_async_shared()
-        mild = _mild(ends, at, GATE > 0)
-        _pairs(tile, b_k, b_qT, weights, at, mild, GATE > 0)
+        _pairs(tile, b_k, b_qT, weights, at, GATE > 0)
         if AHLA:
             mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
             fence_async_shared()
         if not HANDS:
             mbarrier.wait(taken.index(h), ((c // 2) & 1) ^ 1)
         S0, S1, x0, x1 = _reads(
-            made_h, None, S0, S1, b_qT, b_xT, tile, weights, ends, at, mild, c, 0, 0, 0, 0, scale,
+            made_h, None, S0, S1, b_qT, b_xT, tile, weights, ends, at, c, 0, 0, 0, 0, scale,
             None, None, HALVES, BD, GATE > 0, SCALED, True,
         )  # fmt: skip
         fence_async_shared()
@@ -333,10 +303,9 @@ def _second(
         mbarrier.wait(q_full.index(i_q), (c // Q) & 1)
         mbarrier.wait(there.index(h), (c // 2) & 1)
         fence_async_shared()
-        mild = _mild(ends, at, GATE > 0)
         if READ:
             if not AHLA:
-                _pairs(tile, b_k, b_qT, weights, at, mild, GATE > 0)
+                _pairs(tile, b_k, b_qT, weights, at, GATE > 0)
                 if divided is not None:
                     mbarrier.arrive(paired.index(0), count=1)
             if out is not None:
@@ -345,7 +314,7 @@ def _second(
             mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
             fence_async_shared()
         S0, S1, x0, x1 = _reads(
-            out_0, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, mild, c, T, V, sot, sod, scale,
+            out_0, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, c, T, V, sot, sod, scale,
             lists, divided, HALVES, BD, GATE > 0, SCALED, READ,
         )  # fmt: skip
         if READ:
@@ -366,56 +335,39 @@ def _second(
 
 
 @gluon.jit
-def _sum_ahead(
-    c, qs, ks, tiles, weights, ends, lists, q_full, k_full, there, chunks,
-    m, n, p_one, T_one, sone, scale_one,
-    GATE: gl.constexpr, GROUPS: gl.constexpr, ONE: gl.constexpr, DEN: gl.constexpr,
-    BD: gl.constexpr, Q: gl.constexpr, K: gl.constexpr,
+def _sum(
+    c, qs, ks, made, tiles, weights, ends, lists, q_full, k_full, there, paired, divided, chunks,
+    m, n, p_one, T_one, sone, scale_one, p_den, T_den, sden, scale_den, eps,
+    BD: gl.constexpr, AHLA: gl.constexpr, GATE: gl.constexpr, GROUPS: gl.constexpr,
+    ONE: gl.constexpr, TILE_1: gl.constexpr, Q: gl.constexpr, K: gl.constexpr,
 ):  # fmt: skip
-    """Do what a chunk's denominators need of the first owner alone; return m after it."""
+    """Leave the denominators of a chunk; return their states after it (`denominators`)."""
     i_q, i_k, h = c % Q, c % K, c % 2
-    at = _at(c, i_q, chunks, GATE, GROUPS, 0)
-    if ONE or DEN:
-        mbarrier.wait(q_full.index(i_q), (c // Q) & 1)
-    if DEN:
-        dots(lists.index(DOTS_N), qs.index(i_q), n)
+    at1 = _at(c, i_q, chunks, GATE, GROUPS, 0)
+    at2 = _at(c, i_q, chunks, GATE, GROUPS, GROUPS - 1)
+    mbarrier.wait(q_full.index(i_q), (c // Q) & 1)
+    read_states(lists, qs.index(i_q), m, n, ONE, divided is not None)
+    mbarrier.wait(there.index(h), (c // 2) & 1)
     if ONE:
-        dots(lists.index(DOTS_M), qs.index(i_q), m)
-        mbarrier.wait(there.index(h), (c // 2) & 1)
         one = read_pairs(
-            lists, DOTS_M, tiles.index(h), weights, ends, at, p_one, c * W, T_one, sone, scale_one,
+            lists, DOTS_M, tiles.index(h), weights, at1, p_one, c * W, T_one, sone, scale_one,
             False, GATE > 0,
         )  # fmt: skip
         lists.index(ONES).store(one)
         mbarrier.wait(k_full.index(i_k), (c // K) & 1)
-        m = add_rows(m, ks.index(i_k), lists, weights, ends, at, BD, False, GATE > 0)
-    return m
-
-
-@gluon.jit
-def _sum_behind(
-    c, ks, made, tiles, weights, ends, lists, there, paired, divided, chunks,
-    n, p_den, T_den, sden, scale_den, eps,
-    AHLA: gl.constexpr, GATE: gl.constexpr, GROUPS: gl.constexpr, ONE: gl.constexpr,
-    DEN: gl.constexpr, TILE_2: gl.constexpr, BD: gl.constexpr, Q: gl.constexpr, K: gl.constexpr,
-):  # fmt: skip
-    """Leave the denominators of a chunk; return n after it."""
-    h = c % 2
-    at = _at(c, c % Q, chunks, GATE, GROUPS, GROUPS - 1)
-    if not ONE:
-        mbarrier.wait(there.index(h), (c // 2) & 1)
-    if DEN:
+        m = add_rows(m, ks.index(i_k), lists, weights, ends, at1, BD, False, GATE > 0)
+    if divided is not None:
+        tile = tiles.index(h if AHLA else TILE_1)
         if not AHLA:
             mbarrier.wait(paired.index(0), c & 1)
         den = read_pairs(
-            lists, DOTS_N, tiles.index(h if AHLA else TILE_2), weights, ends, at, p_den, c * W,
-            T_den, sden, scale_den, ONE, GATE > 0,
-        )  # fmt: skip
+            lists, DOTS_N, tile, weights, at2, p_den, c * W, T_den, sden, scale_den, ONE, GATE > 0
+        )
         if eps is not None:
-            lists.index(DIVISOR + h).store(1.0 / (den + eps))
-        mbarrier.arrive(divided.index(h), count=1)
-    keys = ks.index(c % K) if AHLA else made.index(h)
-    return add_rows(n, keys, lists, weights, ends, at, BD, ONE, GATE > 0)
+            lists.index(DIVISOR).store(1.0 / (den + eps))
+        mbarrier.arrive(divided.index(0), count=1)
+    keys = ks.index(i_k) if AHLA else made.index(h)
+    return m, add_rows(n, keys, lists, weights, ends, at2, BD, ONE, GATE > 0)
 
 
 @gluon.jit
@@ -428,7 +380,7 @@ def _mover(
     BD: gl.constexpr, BV: gl.constexpr, AHLA: gl.constexpr,
     GATE: gl.constexpr, POWER1: gl.constexpr, POWER2: gl.constexpr,
     READ: gl.constexpr, KEEP: gl.constexpr, KEEP_U: gl.constexpr, SUMS: gl.constexpr,
-    ONE: gl.constexpr, TILE_2: gl.constexpr, FAST: gl.constexpr,
+    ONE: gl.constexpr, TILE_1: gl.constexpr, FAST: gl.constexpr,
     WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr, K_LATER: gl.constexpr, V_LATER: gl.constexpr,
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
@@ -441,12 +393,12 @@ def _mover(
     if SUMS:
         m, n = load_sum(p_m, smd, D, BD), load_sum(p_n, snd, D, BD)
     for c in range(chunks + Q):
-        if SUMS and not AHLA:  # noqa: SIM102 - known when it is compiled, as c is not
+        if SUMS:  # noqa: SIM102 - known when it is compiled, which both at once are not
             if c >= Q:
-                n = _sum_behind(
-                    c - Q, ks, made, tiles, weights, ends, lists, there, paired, divided, chunks,
-                    n, p_den, T_den, sden, scale_den, eps,
-                    AHLA, GATE, GROUPS, ONE, divided is not None, TILE_2, BD, Q, K,
+                m, n = _sum(
+                    c - Q, qs, ks, made, tiles, weights, ends, lists, q_full, k_full, there, paired,
+                    divided, chunks, m, n, p_one, T_one, sone, scale_one, p_den, T_den, sden,
+                    scale_den, eps, BD, AHLA, GATE, GROUPS, ONE, TILE_1, Q, K,
                 )  # fmt: skip
         # A minimum is no sum of steps, of which the compiler would keep an address for each row
         if (c >= K_LATER) & (c < chunks + K_LATER):
@@ -469,20 +421,6 @@ def _mover(
                 sums = gl.associative_scan(g, 0, add)
                 _put_both(weights, ends, i_q, sums, gl.sum(g, 0), POWER1, POWER2)
                 mbarrier.arrive(q_full.index(i_q), count=1)
-        if SUMS:  # noqa: SIM102
-            if (c >= Q - 1) & (c < chunks + Q - 1):
-                e = c - Q + 1
-                m = _sum_ahead(
-                    e, qs, ks, tiles, weights, ends, lists, q_full, k_full, there, chunks,
-                    m, n, p_one, T_one, sone, scale_one,
-                    GATE, GROUPS, ONE, divided is not None, BD, Q, K,
-                )  # fmt: skip
-                if AHLA:
-                    n = _sum_behind(
-                        e, ks, made, tiles, weights, ends, lists, there, paired, divided, chunks,
-                        n, p_den, T_den, sden, scale_den, eps,
-                        AHLA, GATE, GROUPS, ONE, divided is not None, TILE_2, BD, Q, K,
-                    )  # fmt: skip
         if c >= Q:
             e = c - Q
             row = gl.minimum(e * W, T)
@@ -689,7 +627,7 @@ def pair_kernel(
     if SUMS:
         lists = gl.allocate_shared_memory(gl.float32, [COUNT, W], LIST)
     if DEN:
-        paired, divided = barriers(1, 1), barriers(2, 1)
+        paired, divided = barriers(1, 1), barriers(1, 1)
     if GATE == 1:
         _put_decay(weights, ends, p_gate, T, chunks, POWER1, POWER2)
     fence_async_shared()

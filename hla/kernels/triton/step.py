@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -33,6 +33,15 @@ def fits(request: Request) -> bool:
     return plain and len(passes) <= PASSES and 0 < D <= WIDEST and 0 < V <= WIDEST
 
 
+def named(request: Request) -> str:
+    """Name the kernels that take one token of such a sequence."""
+    if not fits(request):
+        return "the causal pass"
+    if request.state_type is not HLA2State:
+        return "token_kernel"
+    return "rows_kernel from a state that is neither packed nor shared, else token_kernel"
+
+
 class Ready(NamedTuple):
     """A call that only lacks its memory."""
 
@@ -58,29 +67,75 @@ def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Any, Any]:
 
     The state may be packed; then so is what is returned.
     """
+    kind, arrays, first = _given(request, inputs)
+    pointers = addresses(arrays)
+    known = _known_of(request, kind, arrays, pointers, first)
+    return _take(request, known, kind, arrays, pointers, first, donate)
+
+
+def again(request: Request, inputs: Inputs, donate: bool) -> Any:
+    """Return what does such a `step` of other arrays, without a token axis, and their addresses."""
+    if not fits(request):
+        return None
+    kind, arrays, first = _given(request, inputs)
+    if any(x is not y for x, y in zip(arrays[first:], inputs.state or (), strict=True)):
+        return None  # of a state that is shared
+    known = _known_of(request, kind, arrays, addresses(arrays), first)
+
+    def run(arrays: list[Any], pointers: list[Any]) -> tuple[Any, Any]:
+        o, state = _take(request, known, kind, arrays, pointers, first, donate)
+        return o.squeeze(-2), state
+
+    return run
+
+
+def _given(request: Request, inputs: Inputs) -> tuple[Any, list[Any], int]:
+    """Return the type of the state, all arrays, and how many come before the state's."""
     q, k, v, decay, log_gate, state = inputs
     gate = decay if log_gate is None else log_gate
     arrays = [q, k, v] if gate is None else [q, k, v, gate]
     first = len(arrays)
-    kind: Any = request.state_type if state is None else type(state)
-    if state is not None:
-        full = _shapes(request, kind)
-        arrays += [x if x.shape == n else x.expand(n) for x, n in zip(state, full, strict=True)]
-    pointers = addresses(arrays)
-    device = q.device
-    key = request, kind, device, *[x.stride() for x in arrays], *[p & 15 for p in pointers]
+    if state is None:
+        return request.state_type, arrays, first
+    full = _shapes(request, cast("Any", type(state)))
+    arrays += [x if x.shape == n else x.expand(n) for x, n in zip(state, full, strict=True)]
+    return type(state), arrays, first
+
+
+def _known_of(
+    request: Request, kind: Any, arrays: Sequence[Any], pointers: Sequence[int], first: int
+) -> Known:
+    """Return what is known of calls with arrays like these."""
+    strides, alignment = [x.stride() for x in arrays], [p & 15 for p in pointers]
+    key = request, kind, arrays[0].device, *strides, *alignment
     known = _known.get(key)
     if known is None:
         if len(_known) >= MOST:
             _known.clear()
         owned = [dense(x.shape, x.stride()) for x in arrays[first:]]
         sizes = [span(x.shape, x.stride()) * x.element_size() for x in arrays]
-        known = _known[key] = Known(state is not None and all(owned), tuple(sizes), {})
+        known = _known[key] = Known(len(arrays) > first and all(owned), tuple(sizes), {})
+    return known
+
+
+def _take(
+    request: Request,
+    known: Known,
+    kind: Any,
+    arrays: list[Any],
+    pointers: list[Any],
+    first: int,
+    donate: bool,
+) -> tuple[Any, Any]:
+    """Allocate and launch."""
+    device, given = arrays[0].device, arrays[first:]
     own = donate and known.whole and request.library != "jax"  # whose arrays others may share
-    own = own and apart(pointers, known.sizes, first) and not any(x.requires_grad for x in state)
+    own = own and apart(pointers, known.sizes, first) and not any(x.requires_grad for x in given)
     ready = known.ready.get(own)
     if ready is None:
-        ready = known.ready[own] = _prepare(request, arrays, first, kind, own)
+        axis = arrays[0].ndim == len(request.q_shape) - 1  # lacks that of tokens
+        tokens = [x[..., None, :] if axis else x for x in arrays[:3]]
+        ready = known.ready[own] = _prepare(request, [*tokens, *arrays[3:]], first, kind, own)
     for shape, strides, dtype in ready.fresh:
         x = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         arrays.append(x)
@@ -88,7 +143,7 @@ def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Any, Any]:
     pointers.append(None)  # the last is that of nothing
     on_device(device, lambda stream: _launch(ready, arrays, pointers, stream))
     if own:
-        torch.autograd.graph.increment_version(state)
+        torch.autograd.graph.increment_version(given)
     return arrays[len(known.sizes)], kind(*[arrays[i] for i in ready.fields])
 
 
@@ -184,7 +239,7 @@ def _kernel(
 def _tiles(request: Request) -> tuple[int, int, int, int]:
     """Keys and values of a tile, rows of a state at a time, and warps."""
     BD, BV = tile(request.k_shape[-1]), tile(request.v_shape[-1])
-    R = max(16, BD // 4)
+    R = min(BD, 4096 // max(BD, BV))
     return BD, BV, R, max(1, R * max(BD, BV) // 1024)
 
 

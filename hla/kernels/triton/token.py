@@ -13,8 +13,11 @@ in the order in which one program would, to the same bits.
 
 Bytes a batch entry, D = V = 128, float32: S and F in and out, 256 KB, packed 194 KB. At the 2.85
 TB/s of an H100 that multiplies in place, 0.094 and 0.071 ms for 1024 entries. In a CUDA graph one
-took 0.099 (95%) and 0.096 (74%: the triangle's masked loads leave too few bytes in flight), ahla
-0.099, hla3 0.146, linear 0.052; of 16 entries 0.0050, where a graph's empty launch takes 0.0009.
+took 0.099 (95%), ahla 0.099, hla3 0.146, linear 0.052; of 16 entries 0.0050, where a graph's empty
+launch takes 0.0009. Packed took 0.096 with the triangle's lanes 16 bytes apart and loads two blocks
+of rows ahead, 0.108 without these, and 0.092 (77%) with lanes beside each other and no loads ahead:
+eight blocks of rows wait for memory one after the other (16 entries take 0.015). Both together, as
+it is now, was not timed.
 """
 
 import triton
@@ -134,7 +137,11 @@ def _triangle(
     q, k, g, p_S, p_T, i0, i1, i2, sS0, sS1, sS2, sSd, sT0, sT1, sT2, sTd, D,
     START: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Update S = sum k k', packed as its upper triangle, R rows at a time; return S q."""
+    """Update S = sum k k', packed as its upper triangle, R rows at a time; return S q.
+
+    Rows begin at any number, so a lane takes one number at a time and a warp 32 that lie together.
+    Triton lays out accesses of one shape alike: R is not that of `_turn`, whose lanes take four.
+    """
     BD: tl.constexpr = k.shape[0]
     c = tl.arange(0, BD)
     own = _own_rows(i0, i1, i2, sT0, sT1, sT2, D)
@@ -204,7 +211,7 @@ def token_kernel(
         w1 = 0.0
         x1 = _triangle(
             q, k, g, p_S1, p_T1, i0, i1, i2, sS10, sS11, sS12, sS1v, sT10, sT11, sT12, sT1v, D,
-            START, R,
+            START, R // 2,
         )  # fmt: skip
     else:
         x1, w1 = _turn(

@@ -24,7 +24,6 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 W = gl.constexpr(64)  # tokens in a chunk
 UNTIL, BEFORE, AFTER = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
-MILD = gl.constexpr(2.0**-48)  # the product of a chunk's gates from which on it is mild (`hopper`)
 LISTS = gl.constexpr(3)  # of a chunk's weights: log2 of the product up to t, that, and from t on
 
 # Layouts: of tiles in shared memory, of accumulators by their width, of what registers feed
