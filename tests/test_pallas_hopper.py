@@ -12,8 +12,10 @@ if tuple(map(int, jax.__version__.split(".")[:3])) < (0, 10, 2):
 installed("absl")
 from jax import numpy as jnp  # noqa: E402
 
+from hla.arguments import prepare  # noqa: E402
 from hla.kernels.pallas import hopper, hopper3, hopper_queries, hopper_reverse  # noqa: E402
 from hla.kernels.pallas import hopper_reverse_ahla as ahla  # noqa: E402
+from hla.kernels.pallas.rows import rows as rows_of  # noqa: E402
 
 BF16 = np.dtype(jnp.bfloat16)
 BATCH = 1, 2
@@ -152,6 +154,25 @@ def test_sweeps(operator, kind, monkeypatch):
         exact = first, dv, a + b, turned(last), (half + rest) / 2
         queries = run(G, X, Y, two, turned(F))[0] + run(dy, K, K, one, turned(S))[0]
     close([*found, dq], [scale * x for x in (*exact, queries)])
+
+
+@pytest.mark.parametrize(("T", "operator", "count"), [
+    (1, "hla2", 1), (64, "ahla", 1), (65, "hla2", 3), (65, "ahla", 3), (65, "hla3", 1),
+])  # fmt: skip
+def test_rows(T, operator, count):
+    """Adjoints of more than a chunk are swept, but for hla3's; any forward of bfloat16 is fused."""
+    q = jnp.ones((*BATCH, T, 24), jnp.bfloat16)
+    options = {
+        "operator": operator,
+        "mask": "causal",
+        "decay": None,
+        "log_gate": None,
+        "scale": 1.0,
+    }
+    request = prepare(q=q, k=q, v=q, **options, gradient=True)[0]
+    assert len(rows_of(request)) == count
+    wide = [x.astype(jnp.float32) for x in (q, q, q)]
+    assert not rows_of(prepare(*wide, **options, gradient=True)[0])
 
 
 def test_a_hang_is_found(monkeypatch):

@@ -10,7 +10,8 @@ ahla: X = u, Y = K, C = V; else X = V, Y = Y, C = K):
     dQ' = F dO' + Y' up(X dO') + S dY' + K' up(C dY')    F += Y' X, S += K' C
 
 Bytes a token and head, D = V = 128: 6 rows of 256, 0.268 ms for B = 8, T = 4096, H = 16 at 3.0
-TB/s. No atomics; bits depend on nothing but the head's data.
+TB/s; 0.284 ms on one H100 (94%), 0.343 with a decay. No atomics; bits depend on nothing but the
+head's data.
 """
 
 from __future__ import annotations

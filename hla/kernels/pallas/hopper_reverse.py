@@ -17,7 +17,8 @@ The third moves: it stores what the owners leave in the place of an operand that
 more (dY takes V's, dV Y's, dK K's) and loads the next chunk there.
 
 Bytes a token and head, D = V = 128: 8 rows of 256, 0.358 ms for B = 8, T = 4096, H = 16 at 3.0
-TB/s. No atomics; bits depend on nothing but the head's data.
+TB/s; 0.413 ms on one H100 (87%), 0.424 with a decay, 0.443 with a log gate. No atomics; bits
+depend on nothing but the head's data.
 """
 
 from __future__ import annotations

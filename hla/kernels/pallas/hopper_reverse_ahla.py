@@ -15,7 +15,8 @@ The third warpgroup loads, and stores what the owners leave in the place of an o
 reads any more: dU takes dO's, dV v's, and dK u's, where the second adds its part to the first's.
 
 Bytes a token and head, D = V = 128: 8 rows of 256, 0.358 ms for B = 8, T = 4096, H = 16 at 3.0
-TB/s. No atomics; bits depend on nothing but the head's data.
+TB/s; 0.415 ms on one H100 (86%), 0.435 with a decay. No atomics; bits depend on nothing but the
+head's data.
 """
 
 from __future__ import annotations
