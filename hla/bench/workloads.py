@@ -81,12 +81,17 @@ class Wrong(ArithmeticError):
 
 
 def targets() -> tuple[Target, ...]:
-    """Return every pair that a backend is picked for, whether or not this machine can run it."""
+    """Return every pair that a backend is picked for, whether or not this machine can run it.
+
+    One that is taken by name alone is timed on an accelerator, with the arrays of its own library.
+    """
     homes = [(name, False) for name in ("numpy", "torch", "jax")]
     homes += [(name, True) for name in ("torch", "jax", "cupy")]
     found = []
     for name in backends.names():
-        for library, accelerator in backends.load(name).capabilities.serves:
+        backend = backends.load(name).capabilities
+        own = ((backend.native, True),) if backend.native else ()
+        for library, accelerator in backend.serves or own:
             some = [h for h in homes if library in (h[0], ANY) and h[1] == accelerator]
             found += [Target(name, *home) for home in some or [(library, accelerator)]]
     return tuple(found)
