@@ -92,7 +92,6 @@ def unable(request: Request) -> str | None:
 def plan(request: Request) -> str:
     """Say in words how the request is computed."""
     from ..device import plan as plans
-    from ..device.steps import Fused, Launch
     from ..kernels.pallas import run
 
     if _one_token(request):
@@ -100,12 +99,7 @@ def plan(request: Request) -> str:
     where = _platform(request) or "cuda"
     tokens = run.segments(request, where)
     found = plans.forward(request, run.limits(request, where), run.fitting(request, where), tokens)
-    fused = sum(isinstance(step, Fused) for step in found.steps)
-    count = sum(isinstance(step, Launch) for step in found.steps)
-    kinds = [f"{fused} fused"] if fused else []
-    kinds += [f"{count} of the causal pass"] if count or not fused else []
-    cut = f"segments of {tokens} tokens" if tokens else "whole"
-    return f"{cut}, launches: {' and '.join(kinds)}: {found}"
+    return found.summary(tokens)
 
 
 def _one_token(request: Request) -> bool:

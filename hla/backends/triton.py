@@ -83,7 +83,6 @@ def plan(request: Request) -> str:
     import torch
 
     from ..device import plan as plans
-    from ..device.steps import Fused, Launch
     from ..kernels.triton import launch, rows
 
     token = "" if request.mask == "none" else f"; one token: {_kernels().one_token.named(request)}"
@@ -92,12 +91,7 @@ def plan(request: Request) -> str:
     where = torch.device("cpu" if _interpreted() else _device(request))
     tokens = launch.segments(request, where)
     found = plans.forward(request, launch.limits(request, where), rows.rows(request, where), tokens)
-    fused = sum(isinstance(step, Fused) for step in found.steps)
-    count = sum(isinstance(step, Launch) for step in found.steps)
-    kinds = [f"{fused} fused"] if fused else []
-    kinds += [f"{count} of the causal pass"] if count or not fused else []
-    cut = f"segments of {tokens} tokens" if tokens else "whole"
-    return f"{cut}, launches: {' and '.join(kinds)}: {found}{token}"
+    return found.summary(tokens) + token
 
 
 @functools.cache

@@ -235,6 +235,15 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         return "; ".join(filter(None, map(text, self.steps)))
 
+    def summary(self, tokens: int) -> str:
+        """Say how it runs, in segments of so many tokens (0: whole), by which launches."""
+        fused = sum(isinstance(step, Fused) for step in self.steps)
+        count = sum(isinstance(step, Launch) for step in self.steps)
+        kinds = [f"{fused} fused"] if fused else []
+        kinds += [f"{count} of the causal pass"] if count or not fused else []
+        cut = f"segments of {tokens} tokens" if tokens else "whole"
+        return f"{cut}, launches: {' and '.join(kinds)}: {self}"
+
 
 def text(step: Step) -> str:
     """Say what a step computes."""

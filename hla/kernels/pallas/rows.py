@@ -13,9 +13,10 @@ from typing import Any
 from jax import numpy as jnp
 
 from ...core.passes import Gate, Shape, broadcast
-from ...core.programs import CAUSAL, adjoint
+from ...core.programs import adjoint
 from ...core.request import Request
 from ...device.elementwise import Made, Take
+from ...device.rows import flipped, kept, masked
 from ...device.scan import Call
 from ...device.steps import Fused, Launch, Ref, Row
 
@@ -27,13 +28,6 @@ HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
 AHLA = "ahla on Hopper: du, dv, dk", "ahla on Hopper: dq"
 WIDEST = 128  # columns of a tile
 CHUNK = 64  # tokens
-
-
-def masked(request: Request) -> int:
-    """Count the steps of the operator's causal program, 0 where a request does not begin so."""
-    steps = CAUSAL[request.operator].steps
-    begins = [s.does for s in request.program.steps[: len(steps)]]
-    return len(steps) if begins == [s.does for s in steps] else 0
 
 
 def rows(request: Request) -> tuple[Row, ...]:
@@ -81,16 +75,6 @@ def gate_of(call: Call, gate: Gate) -> Array | None:
 def taken(take: Take, ref: Ref | None) -> Array | None:
     """Return what a reference means, None of none."""
     return None if ref is None else take(ref)
-
-
-def flipped(ref: Ref | None) -> Ref | None:
-    """Return the transpose of a state."""
-    return ref and ref._replace(turned=not ref.turned)
-
-
-def kept(fused: Fused, s: Launch) -> Ref | None:
-    """Return where a launch leaves what it makes, if anywhere."""
-    return s.o[0] if s.o and s.o[0].name not in fused.inner else None
 
 
 def zeros(refs: list[Ref | None], take: Take) -> Made:

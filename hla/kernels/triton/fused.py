@@ -10,6 +10,7 @@ import torch
 
 from ...core.passes import broadcast
 from ...core.request import Request
+from ...device.rows import masked
 from ...device.scan import Call
 from ...device.steps import Fused, Launch, Ref, Row
 from .chain import chain_kernel
@@ -25,7 +26,6 @@ from .launch import (
     tile,
     width,
 )
-from .owners import masked
 
 NAME = "{} in plain Triton"
 # What the launches of a row are, in order. A denominator is that of what comes before it.

@@ -50,10 +50,10 @@ from typing import Any
 from ...core.passes import Shape, broadcast
 from ...core.programs import adjoint
 from ...core.request import Request
+from ...device.rows import flipped, masked
 from ...device.scan import Call, Do
 from ...device.steps import UNDOTTED, Fused, Launch, Parts, Ref, Row
 from .launch import GATES, Aligned, Kernel, heads, listed, passes, placed, width
-from .owners import masked
 
 HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
 AHLA = "ahla on Hopper: du, dk", "ahla on Hopper: dv, dk", "ahla on Hopper: dq"
@@ -179,11 +179,6 @@ def launched(
         ]  # fmt: skip
         if math.prod(counts):
             yield Aligned(made[0], made[-1], len(letters)) if fits else made[0]
-
-
-def flipped(x: Ref | None) -> Ref | None:
-    """Return the transpose of a state."""
-    return x and x._replace(turned=not x.turned)
 
 
 def reverse(call: Call, s: Fused) -> Iterator[Do]:

@@ -11,8 +11,8 @@ import torch
 import triton
 
 from ...core.passes import broadcast
-from ...core.programs import CAUSAL
 from ...core.request import Request
+from ...device.rows import kept, masked
 from ...device.scan import Call, Do
 from ...device.steps import Fused, Launch, Ref, Row
 from .launch import GATES, WIDEST, Aligned, Kernel, capability, heads, listed, placed, width
@@ -33,13 +33,6 @@ def able(request: Request, where: torch.device) -> bool:
     """Whether a device and this Triton run kernels of warpgroups in Gluon on such arrays."""
     hopper = where.type == "cuda" and capability(where) == 9
     return hopper and request.dtype == "bfloat16" and VERSIONS[0] <= version() <= VERSIONS[1]
-
-
-def masked(request: Request) -> int:
-    """Count the steps of the operator's causal program, 0 where a request does not begin so."""
-    steps = CAUSAL[request.operator].steps
-    begins = [s.does for s in request.program.steps[: len(steps)]]
-    return len(steps) if begins == [s.does for s in steps] else 0
 
 
 def rows(request: Request) -> tuple[Row, ...]:
@@ -117,11 +110,6 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Do]:
                 )
             )  # fmt: skip
         yield Aligned(made[0], made[-1], rows) if fits else made[0]
-
-
-def kept(fused: Fused, s: Launch) -> Ref | None:
-    """Return where a launch leaves what it makes, if anywhere."""
-    return s.o[0] if s.o and s.o[0].name not in fused.inner else None
 
 
 def parted(fused: Fused) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:

@@ -1,0 +1,24 @@
+"""What the fused rows of any backend read off a request and its launches."""
+
+from __future__ import annotations
+
+from ..core.programs import CAUSAL
+from ..core.request import Request
+from .steps import Fused, Launch, Ref
+
+
+def masked(request: Request) -> int:
+    """Count the steps of the operator's causal program, 0 where a request does not begin so."""
+    steps = CAUSAL[request.operator].steps
+    begins = [s.does for s in request.program.steps[: len(steps)]]
+    return len(steps) if begins == [s.does for s in steps] else 0
+
+
+def flipped(ref: Ref | None) -> Ref | None:
+    """Return the transpose of a state."""
+    return ref and ref._replace(turned=not ref.turned)
+
+
+def kept(fused: Fused, s: Launch) -> Ref | None:
+    """Return where a launch leaves what it makes, if anywhere."""
+    return s.o[0] if s.o and s.o[0].name not in fused.inner else None
