@@ -20,14 +20,13 @@ _precision: Any = torch._C._get_fp32_precision_getter
 def alike(arrays: Sequence[Tensor]) -> Callable[[list[Tensor]], list[int] | None] | None:
     """Return what gives the addresses of tensors like these, and None of others.
 
-    None where a mode or transform looks at what torch does, and of what is no plain memory. What
-    torch.compile asks before it runs compiled code again is asked here: type, dtype, device,
-    shape, strides and requires_grad, and the dispatch keys of each tensor as modes and transforms
-    of the thread change them, so that autocast, inference mode, torch.func, a trace, a dispatch
-    mode, a pending sign and another layout all are noticed. Beside them this asks for alignment,
-    the level of forward mode, grad mode where a tensor learns, and the precision of products.
+    None also where a mode or transform looks at what torch does, and of what is no plain memory.
+    One call asks of all tensors what torch.compile asks before it runs compiled code again: type,
+    dtype, device, shape, strides, requires_grad, and dispatch keys, which tell inference mode, a
+    pending sign and other layouts. Alignment, grad mode where a tensor learns, the level of forward
+    mode and the precision of products are asked beside.
     """
-    if torch._C._is_any_autocast_enabled() or torch._C._is_tracing() or tracing.watched():
+    if watched():
         return None
     if forward_ad._current_level >= 0 or not all(map(_plain, arrays)):
         return None
@@ -43,7 +42,7 @@ def alike(arrays: Sequence[Tensor]) -> Callable[[list[Tensor]], list[int] | None
     precision = _precision(*PRODUCTS)
 
     def addresses(arrays: list[Tensor]) -> list[int] | None:
-        if not same(*arrays) or forward_ad._current_level >= 0:
+        if watched() or not same(*arrays) or forward_ad._current_level >= 0:
             return None
         if (learns and torch.is_grad_enabled() != grad) or _precision(*PRODUCTS) != precision:
             return None
@@ -53,7 +52,17 @@ def alike(arrays: Sequence[Tensor]) -> Callable[[list[Tensor]], list[int] | None
     return addresses
 
 
+def watched() -> bool:
+    """Whether a mode or transform of the thread looks at what torch does, or changes it."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._is_tracing()
+    )
+
+
 def _plain(x: Tensor) -> bool:
-    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested:
+    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested or x.is_meta:
         return False
     return not (x.is_neg() or x._is_zerotensor() or tracing.wrapped(x))
