@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import ahla, hla2, hla3, linear, programs, scans
-from .algebra import Algebra
+from . import programs, scans
+from .algebra import ALGEBRA, Algebra
 from .fields import batch_rank, own, rank, split
 from .namespace import (
     Array,
@@ -23,18 +23,15 @@ from .programs import PAPER, pruned
 from .request import Request
 from .run import run, started
 
-ALGEBRA: dict[tuple[str, str], Algebra] = {
-    (name, mask): getattr(module, mask.upper())
-    for name, module in {"linear": linear, "hla2": hla2, "ahla": ahla, "hla3": hla3}.items()
-    for mask in ("causal", "prefix")
-}
-
 
 def algebra_of(request: Request) -> Algebra | None:
     """Return the algebra of a request, None where the paper's own recurrences have none."""
     if request.convention == "exact" or request.mask != "causal" or request.operator not in PAPER:
         return ALGEBRA[request.operator, request.mask]
-    return hla2.PAPER if request.operator == "hla2" and request.gate is None else None
+    if request.operator != "hla2" or request.gate is not None:
+        return None
+    found = ALGEBRA["hla2", "causal"]  # a state has the fields of a segment
+    return found._replace(states=found.segments)
 
 
 def segment(
@@ -56,7 +53,7 @@ def segment(
         As in `run.causal_pass`.
     """
     algebra = ALGEBRA[request.operator, request.mask]
-    steps = programs.segment_program(request.operator, request.mask).steps
+    steps = programs.segment_program(request.operator, request.mask)
     ends = frozenset(s.end for s in steps)
     env = run(pruned(steps, frozenset(values), ends)[0], values, gate, chunk=chunk)
     fields = split({s.state: env[s.end] for s in steps}, request.state_shapes(segment=True))
@@ -144,7 +141,7 @@ def scan(
         q, prefix, token = inside(xs[:4])
         carried = scans.single(type(start)(*xs[4:]))
         states = algebra.extend(algebra.extend(carried, prefix), token)
-        num, den = algebra.read(states, q, request.ridge if request.ridged else None)
+        num, den = algebra.read(states, q, request.program.steps)
         return None, (moveaxis(xp.concat([num, den[..., None]], axis=-1), 0, -2),)
 
     _, summaries = fold(summary_of, None, xs, axes=tuple(-x.ndim for x in xs), out_axis=0)
