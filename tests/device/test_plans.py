@@ -327,7 +327,7 @@ def test_a_plan_knows_no_array_library():
             if isinstance(node, ast.Import):
                 assert {x.name.split(".")[0] for x in node.names} <= set(sys.stdlib_module_names)
             if isinstance(node, ast.ImportFrom):
-                first = node.module.split(".")[0]
+                first = (node.module or "").split(".")[0]
                 inside = node.level == 1 or (node.level == 2 and first in ("core", "states"))
                 assert inside or first in sys.stdlib_module_names, path
 
