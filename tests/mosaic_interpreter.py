@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 MODULES = (
-    "copies", "hopper", "hopper3", "hopper_queries", "hopper_reverse", "hopper_reverse_ahla",
+    "copies", "hopper", "hopper3", "hopper_queries", "hopper_reverse", "hopper_owners",
     "warpgroups",
 )  # fmt: skip
 

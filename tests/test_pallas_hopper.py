@@ -14,7 +14,6 @@ from jax import numpy as jnp  # noqa: E402
 
 from hla.arguments import prepare  # noqa: E402
 from hla.kernels.pallas import hopper, hopper3, hopper_queries, hopper_reverse  # noqa: E402
-from hla.kernels.pallas import hopper_reverse_ahla as ahla  # noqa: E402
 from hla.kernels.pallas.rows import rows as rows_of  # noqa: E402
 
 BF16 = np.dtype(jnp.bfloat16)
@@ -129,15 +128,12 @@ def test_sweeps(operator, kind, monkeypatch):
     (y,) = rows(random, (*BATCH, T, V if second else D))
     (Y,) = wide(y)
     with interpreted(monkeypatch, ORDERS[kind]):
-        if second:
-            p = ahla.Reverse(BATCH, kind, scale, (True, True), axis=-3)
-            found = ahla.reverse(p, q, k, v, do, y, gate, R, Z)
-        else:
-            p = hopper_reverse.Reverse(BATCH, kind, (1, 2), scale, end=True, half=True)
-            found = hopper_reverse.reverse(p, q, k, v, do, y, gate, R, Z)
-        powers = (1, 1) if second else (1, 2)
-        p = hopper_queries.Queries(second, BATCH, kind, powers, scale)
-        dq = hopper_queries.queries(p, k, v, do, y, found[0], gate, S, F)
+        powers, sweeps = (1, 1) if second else (1, 2), hopper_reverse
+        sweep, axis = (sweeps.AHLA, -3) if second else (sweeps.HLA2, -2)
+        p = sweeps.Reverse(sweep, BATCH, kind, powers, scale, (True, True), axis=axis)
+        found = [*(made := sweeps.reverse(p, (q, k, v, do, y), gate, R, Z)).rows, *made[1:]]
+        p = hopper_queries.Queries(operator, BATCH, kind, powers, scale)
+        dq = hopper_queries.queries(p, (k, v, do, y, found[0]), gate, S, F)
     (dy,) = wide(found[0])
     if second:
         du, last = back(K, Q, G, one, R / scale)
@@ -156,11 +152,45 @@ def test_sweeps(operator, kind, monkeypatch):
     close([*found, dq], [scale * x for x in (*exact, queries)])
 
 
+@pytest.mark.parametrize("kind", ORDERS)
+def test_sweeps_of_hla3(kind, monkeypatch):
+    """The same of hla3: its last pass, the other two, and what is added to what is there."""
+    random, T, D, V, scale = np.random.default_rng(1), 232, 72, 128, 0.5
+    shapes = [(*BATCH, T, n) for n in (D, D, V, V, D, V)]
+    q, k, v, do, y, u = rows(random, *shapes)
+    gate = gate_of(kind, T, random)
+    R, P, Z = state(random, D, V), state(random, D, V), state(random, D, D)
+    S, F = state(random, D, D), state(random, D, V)
+    powers, sweeps = (1, 3), hopper_reverse
+    with interpreted(monkeypatch, ORDERS[kind]):
+        p = sweeps.Reverse(sweeps.ONE, BATCH, kind, (3, 3), scale, (True, False))
+        (dy, du), last, _ = sweeps.reverse(p, (q, u, do, y), gate, R)
+        p = sweeps.Reverse(sweeps.SUM, BATCH, kind, (1, 1), scale, (True, True))
+        (dk, dv), end, half = sweeps.reverse(p, (q, k, v, du, dy), gate, P, Z)
+        p = hopper_queries.Queries("keys", BATCH, kind, (1, 1), scale)
+        dq = hopper_queries.queries(p, (k, v, du, dy), gate, S, P)
+        p = hopper_queries.Queries("one", BATCH, kind, (3, 3), scale, adds=True)
+        dq = hopper_queries.queries(p, (u, do, y, dq), gate, None, F)
+    Q, K, X, G, Y, U, E, H = wide(q, k, v, do, y, u, np.asarray(dy), np.asarray(du))
+    one, three = (Weights(gate, kind, n, T) for n in powers)
+    exact = [back(U, G, Q, three, turned(R) / scale)[0]]
+    x, r = back(Y, Q, G, three, R / scale)
+    exact += [x, r]
+    x, s = back(K, Q, H, one, P / scale)
+    (a, left), (b, rest) = (
+        back(K, i, j, one, m / scale) for i, j, m in ((Q, E, Z), (E, Q, turned(Z)))
+    )
+    exact += [back(X, H, Q, one, turned(P) / scale)[0] + a + b, x, s, (left + rest) / 2]
+    exact += [run(H, X, K, one, turned(P))[0] + run(E, K, K, one, turned(S))[0]]
+    exact[-1] += run(G, U, Y, three, turned(F))[0]
+    close([dy, du, last, dk, dv, end, half, dq], [scale * x for x in exact])
+
+
 @pytest.mark.parametrize(("T", "operator", "count"), [
-    (1, "hla2", 1), (64, "ahla", 1), (65, "hla2", 3), (65, "ahla", 3), (65, "hla3", 1),
+    (1, "hla2", 1), (64, "ahla", 1), (65, "hla2", 3), (65, "ahla", 3), (65, "hla3", 5),
 ])  # fmt: skip
 def test_rows(T, operator, count):
-    """Adjoints of more than a chunk are swept, but for hla3's; any forward of bfloat16 is fused."""
+    """Adjoints of more than a chunk are swept; any forward of bfloat16 is fused."""
     q = jnp.ones((*BATCH, T, 24), jnp.bfloat16)
     options = {
         "operator": operator,
@@ -192,7 +222,7 @@ rings = hopper.rings
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("hla2", None), ("hla2", "log_gate"), ("ahla", "decay"), ("hla3", "log_gate"),
-     ("reverse", "log_gate"), ("reverse ahla", "decay"), ("queries", "log_gate")],
+     ("HLA2", "log_gate"), ("AHLA", "decay"), ("SUM", "log_gate"), ("queries", "log_gate")],
 )  # fmt: skip
 def test_lowering(name, kind):
     """Every kernel lowers for a GPU that is not there, with all it can be asked for."""
@@ -208,15 +238,16 @@ def test_lowering(name, kind):
         "hla3": (
             hopper3.triple, hopper3.Triple(**pair | {"ends": (BATCH,) * 3}, u=BATCH), 3, 3,
         ),
-        "reverse": (
-            hopper_reverse.reverse, hopper_reverse.Reverse(BATCH, kind, end=True, half=True), 5, 2,
-        ),
-        "reverse ahla": (ahla.reverse, ahla.Reverse(BATCH, kind, ends=(True, True)), 5, 2),
-        "queries": (hopper_queries.queries, hopper_queries.Queries(False, BATCH, kind), 5, 2),
+        "queries": (hopper_queries.queries, hopper_queries.Queries("hla2", BATCH, kind), 5, 2),
     }  # fmt: skip
+    if name not in functions:
+        sweep = getattr(hopper_reverse, name)
+        p = hopper_reverse.Reverse(sweep, BATCH, kind, ends=(True, True))
+        functions[name] = hopper_reverse.reverse, p, 5, 2
     function, p, arrays, states = functions[name]
+    listed = function in (hopper_reverse.reverse, hopper_queries.queries)
     safe = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     lowered = jax.export.export(
         jax.jit(lambda *given: function(p, *given)), platforms=["cuda"], disabled_checks=safe
-    )(*[x] * arrays, gate, *[state] * states)
+    )(*([[x] * arrays] if listed else [x] * arrays), gate, *[state] * states)
     assert "mosaic_gpu" in lowered.mlir_module()
