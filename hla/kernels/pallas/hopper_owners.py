@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .copies import Chunks, Place, begun, ended, weights_of
@@ -22,12 +24,15 @@ from .warpgroups import (
     added,
     columns,
     i32,
+    leave_columns,
+    leave_pairs,
     loaded,
     pairs,
     product,
     put_turned,
     taken_turned,
     turned,
+    weighed,
 )  # fmt: skip
 
 STAGES = 2  # chunks in shared memory
@@ -48,6 +53,10 @@ class Work(NamedTuple):
     def chunk(self, i: Array) -> tuple[Array, Array]:
         """Return the chunk of a turn, and its buffers' slot."""
         return self.part.chunks - 1 - i, lax.rem(i, i32(STAGES))
+
+    def row(self, i: Array) -> Array:
+        """Return the first token of a turn's chunk."""
+        return self.part.first + self.chunk(i)[0] * W
 
     def weights(self, i: Array, power: int) -> Weights | None:
         """Return the weights of a turn's chunk."""
@@ -112,11 +121,50 @@ class Keys(NamedTuple):
     adds: bool = False  # dk to what is there
 
 
+class Left(NamedTuple):
+    """What an owner leaves for a gate's gradient, in memory: sums of a token, and states."""
+
+    sums: Any  # (*batch, rows, tokens)
+    kept: Any  # (*batch, N, B, B), before every so many chunks but the first; None: there are none
+    every: int
+
+    def token(self, work: Work, i: Array, row: int, x: Array) -> None:
+        """Store one number a token."""
+        self._rows(work, i, row)[...] = x
+
+    def _rows(self, work: Work, i: Array, *row: Any) -> Any:
+        """Return rows of a chunk."""
+        return self.sums.at[(*work.place.entry(self.sums, 2), *row, pl.ds(work.row(i), W))]
+
+    def columns(self, work: Work, i: Array, row: int, a: Array, b: Array) -> None:
+        """Store the sums of columns of a * b, in four rows."""
+        leave_columns(self._rows(work, i, pl.ds(row, 4)), a, b)
+
+    def pairs(self, work: Work, i: Array, row: int, a: Array, b: Array) -> None:
+        """Store the sums of rows, and behind them of columns, of two tiles of pairs."""
+        four = self._rows(work, i, pl.ds(row + 1, 4))
+        leave_pairs(self._rows(work, i, row), four, a, b)
+
+    def keep(self, work: Work, i: Array, store: Callable[[Any], None]) -> None:
+        """Store a state, where it is one of those that are kept."""
+        if self.kept is None:
+            return
+        c, every = lax.div(work.row(i), i32(W)), i32(self.every)
+
+        @pl.when(jnp.logical_and(c > 0, lax.rem(c, every) == 0))
+        def _() -> None:
+            at = *work.place.entry(self.kept, 3), lax.div(c, every) - 1
+            store(self.kept.at[at])
+
+
 def rows_of(
     a: Any, parts: Sequence[Any], b_tile: Array, b: Any, w: Weights | None, scale: float,
-    to: Sequence[Any] = (),
+    to: Sequence[Any] = (), seen: Callable[[int, Array], None] | None = None,
 ) -> list[Array]:  # fmt: skip
-    """Return a R + tile b (+ to), [W, B] by columns of 64; parts are those of R, [B, 64]."""
+    """Return a R + tile b (+ to), [W, B] by columns of 64; parts are those of R, [B, 64].
+
+    What is read of R alone is ``seen``.
+    """
     found = []
     for h, r in enumerate(parts):
         own = b.at[:, columns(h)]
@@ -124,6 +172,8 @@ def rows_of(
             x = product(W, HALF, (a, r), (b_tile, own))
         else:
             x = product(W, HALF, (a, r)) * w.after(ROW, HALF)
+            if seen:
+                seen(h, x)
             (x,) = added((x,), ((b_tile, own),))
         x = x if scale == 1.0 else x * scale
         x = x + loaded(to[h], WGMMA).astype(F32) if to else x
@@ -143,8 +193,8 @@ def updated(R: Sequence[Array], b_q: Any, b_x: Any, w: Weights | None) -> tuple[
     return found
 
 
-def owner_r(work: Work, own: Pass, power: int, start: Any, end: Any) -> None:
-    """Own R, [D, V]: make dk and dv."""
+def owner_r(work: Work, own: Pass, power: int, start: Any, end: Any, left: Left | None) -> None:
+    """Own R, [D, V]: make dk and dv; of each token leave v . (R' k) and the sums of its pairs."""
     s = work.scratch
     B = s["q"].shape[-1]
     halves = range(B // HALF)
@@ -163,11 +213,19 @@ def owner_r(work: Work, own: Pass, power: int, start: Any, end: Any) -> None:
         w = work.weights(i, power)
         work.ready(own.waits, i)
         if work.read or own.alone == "dk":
-            v, to = s[own.v].at[slot], s[own.dk].at[slot]
+            v, to = (s[n].at[slot] for n in (own.v, own.dk))
             t = pairs(v, g, w, upper=True)
             turns = [turned(copy.at[columns(h), :]) for h in halves]
             more = [to.at[:, columns(h)] for h in halves] if own.adds else ()
-            dk = rows_of(v, turns, t, q, w, work.scale, more)
+            d: list[Array] = []
+
+            def seen(h: int, x: Array) -> None:
+                k = loaded(s[own.k].at[slot].at[:, columns(h)], WGMMA)
+                d.append(jnp.sum(k.astype(F32) * x, axis=1))
+
+            dk = rows_of(v, turns, t, q, w, work.scale, more, seen if left else None)
+            if left:
+                left.token(work, i, 0, sum(d[1:], d[0]))
             plgpu.commit_smem()  # every warp has read v
             for h in halves:
                 to[:, columns(h)] = dk[h]
@@ -178,7 +236,10 @@ def owner_r(work: Work, own: Pass, power: int, start: Any, end: Any) -> None:
         dv: list[Array] = []
         if work.read or own.alone == "dv":
             k = s[own.k].at[slot]
-            t = pairs(k, q, w, upper=True)
+            a = product(W, W, (k, turned(q)))
+            if left:
+                left.pairs(work, i, 1, a, t)
+            t = weighed(a, w, upper=True)
             dv = rows_of(k, [copy.at[:, columns(h)] for h in halves], t, g, w, work.scale)
         plgpu.commit_smem()  # every warp has read all, and the copy
         if own.freed:
@@ -189,10 +250,18 @@ def owner_r(work: Work, own: Pass, power: int, start: Any, end: Any) -> None:
             copy[columns(h), :] = R[h].astype(BF16)
         plgpu.commit_smem()
         work.arrive(own.done, i)
+        if left:
+            left.keep(work, i, lambda to: stored(to, R))
         return z, *R
 
     _, *R = lax.fori_loop(i32(0), work.part.chunks, step, (work.nil[0], *R))
     ended(end, work.place, work.axes, True, True, R)
+
+
+def stored(to: Any, R: Sequence[Array]) -> None:
+    """Store a state in bfloat16, by halves."""
+    for h, x in enumerate(R):
+        to.at[columns(h), :][...] = x.astype(BF16)
 
 
 def blocks_of(start: Any, place: Place, axes: tuple[Array, ...], B: int) -> list[Array]:
@@ -205,16 +274,13 @@ def blocks_of(start: Any, place: Place, axes: tuple[Array, ...], B: int) -> list
     return [upper[:, :HALF], upper[:, HALF:], lower[:, HALF:]]
 
 
-def leave_blocks(half: Any, place: Place, axes: tuple[Array, ...], Z: Sequence[Array]) -> None:
+def leave_blocks(to: Any, Z: Sequence[Array]) -> None:
     """Store Z by its blocks, and the one beside the diagonal as its mirror too."""
-    if half is None:
-        return
-    at = (*place.entry(half, 2 + len(axes)), *axes)
-    half.at[(*at, columns(0), columns(0))][...] = Z[0]
+    to.at[columns(0), columns(0)][...] = Z[0]
     if len(Z) > 1:
-        half.at[(*at, columns(0), columns(1))][...] = Z[1]
-        half.at[(*at, columns(1), columns(1))][...] = Z[2]
-        turned(half.at[(*at, columns(1), columns(0))])[...] = plgpu.layout_cast(
+        to.at[columns(0), columns(1)][...] = Z[1]
+        to.at[columns(1), columns(1)][...] = Z[2]
+        turned(to.at[columns(1), columns(0)])[...] = plgpu.layout_cast(
             Z[1], plgpu.Layout.WGMMA_TRANSPOSED
         )
 
@@ -238,8 +304,11 @@ def blocks_added(
     return Z
 
 
-def owner_z(work: Work, own: Keys, power: int, start: Any, half: Any) -> None:
-    """Own Z, [D, D], symmetric: of its four blocks three; make dk."""
+def owner_z(work: Work, own: Keys, power: int, start: Any, half: Any, left: Left | None) -> None:
+    """Own Z, [D, D], symmetric: of its four blocks three; make dk.
+
+    Of each token leave the sums of its pairs and, by halves, k . (Z k).
+    """
     s = work.scratch
     B = s["q"].shape[-1]
     at = range(B // HALF)
@@ -250,7 +319,9 @@ def owner_z(work: Work, own: Keys, power: int, start: Any, half: Any) -> None:
         plgpu.commit_smem()
     work.begin()
 
-    def made(Z: Sequence[Array], h: int, k: Any, rest: Any, w: Weights | None, z: Array) -> Array:
+    def made(
+        Z: Sequence[Array], h: int, k: Any, rest: Any, w: Weights | None, z: Array, i: Array
+    ) -> Array:
         """Return 64 columns of dk, transposed: of Z, and of pairs."""
         halves = [turned(k.at[:, columns(n)]) for n in at]
         if not both:
@@ -261,7 +332,10 @@ def owner_z(work: Work, own: Keys, power: int, start: Any, half: Any) -> None:
             own = [(turned(s["cross"].at[z]), halves[0]), (Z[2].astype(BF16), halves[1])]
         if w is None:
             return product(HALF, W, *own, *rest)
-        (x,) = added((product(HALF, W, *own) * w.after(COLUMN, HALF),), rest)
+        x = product(HALF, W, *own) * w.after(COLUMN, HALF)
+        if left:
+            left.columns(work, i, 5 + 4 * h, x, taken_turned(k.at[:, columns(h)]))
+        (x,) = added((x,), rest)
         return x
 
     def step(i: Array, carry: Any) -> Any:
@@ -280,11 +354,14 @@ def owner_z(work: Work, own: Keys, power: int, start: Any, half: Any) -> None:
             work.wait(own.handed, i)
         dk: list[Array] = []
         if work.read:
-            tile2[...] = pairs(b_e, b_k, w, upper=False)
+            a = product(W, W, (b_e, turned(b_k)))
+            if left:
+                left.pairs(work, i, 0, a, loaded(tile1, WGMMA))
+            tile2[...] = weighed(a, w, upper=False)
             plgpu.commit_smem()
             for h in at:
                 rest = (turned(e[h]), tile1), (turned(q[h]), tile2)
-                x = made(Z, h, b_k, rest, w, z)
+                x = made(Z, h, b_k, rest, w, z, i)
                 x = x if work.scale == 1.0 else x * work.scale
                 if own.adds:
                     if h == 0:
@@ -301,7 +378,10 @@ def owner_z(work: Work, own: Keys, power: int, start: Any, half: Any) -> None:
             s["cross"].at[z][...] = Z[1].astype(BF16)
         plgpu.commit_smem()
         work.arrive(own.done, i)
+        if left:
+            left.keep(work, i, lambda to: leave_blocks(to, [x.astype(BF16) for x in Z]))
         return z, *Z
 
     _, *Z = lax.fori_loop(i32(0), work.part.chunks, step, (work.nil[0], *Z))
-    leave_blocks(half, work.place, work.axes, Z)
+    if half is not None:
+        leave_blocks(half.at[(*work.place.entry(half, 2 + len(work.axes)), *work.axes)], Z)

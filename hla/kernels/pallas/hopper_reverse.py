@@ -57,8 +57,9 @@ from .copies import (
     state_out,
     wide,
 )  # fmt: skip
-from .hopper_owners import STAGES, Keys, Pass, Work, owner_r, owner_z
+from .hopper_owners import STAGES, Keys, Left, Pass, Work, owner_r, owner_z
 from .warpgroups import (
+    BF16,
     F32,
     HALF,
     LISTS,
@@ -142,6 +143,8 @@ class Reverse(NamedTuple):
     read: bool = True  # all is asked, not the states alone
     tokens: int = 0  # of a segment, one more batch axis of states; 0: the whole
     axis: int = -2  # of tokens, in memory
+    dots: bool = False  # what a gate's gradient is made of is asked
+    every: int = 0  # and states, before every so many chunks but the first
 
     @property
     def letters(self) -> str:
@@ -170,6 +173,8 @@ class Swept(NamedTuple):
     rows: tuple[Array, ...]  # by the places of `Sweep.makes`
     first: Array | None
     second: Array | None
+    dots: tuple[Array, ...] = ()  # of R and the second state: see `device.steps.Launch`
+    kept: tuple[Array, ...] = ()
 
 
 def reverse(
@@ -208,6 +213,10 @@ def reverse(
     parts = -(-T // p.tokens) if p.tokens else 1
     state = jax.ShapeDtypeStruct((*p.batch, *((parts,) if p.tokens else ()), B, B), F32)
     outs = [out_shape(p.batch, T, B, p.axis)] * len(p.makes) + [state] * sum(p.ends)
+    sums = [6, 5 + 4 * (B // HALF) if p.keys else 6][: p.owners if p.dots else 0]
+    outs += [jax.ShapeDtypeStruct((*p.batch, n, T + -T % W), F32) for n in sums]
+    periods = max(0, T - 1) // (p.every * W) if p.every else 0
+    outs += [jax.ShapeDtypeStruct((*p.batch, periods, B, B), BF16)] * (p.owners if periods else 0)
     rest = [x for x in (lists, R, second) if x is not None]
 
     def body(*refs: Any, **scratch: Any) -> None:
@@ -216,10 +225,24 @@ def reverse(
     call = launched(body, outs, _scratch(p, B), entries(p.batch) * parts, p.owners + 1)
     found = iter(call(*(laid(x, p.axis, B) for x in given), *rest))
     rows = tuple(cut(next(found), T, V if n in p.sweep.values else D, p.axis) for n in p.makes)
-    end = turn(state_out(next(found), V, D)) * p.scale if p.ends[0] else None
-    if p.ends[1] and p.keys:
-        return Swept(rows, end, next(found)[..., :D, :D] * (0.5 * p.scale))
-    return Swept(rows, end, turn(state_out(next(found), V, D)) * p.scale if p.ends[1] else None)
+    ends = [next(found) if x else None for x in p.ends]
+    end, last = (None if x is None else turn(state_out(x, V, D)) * p.scale for x in ends)
+    if ends[1] is not None and p.keys:
+        last = ends[1][..., :D, :D] * (0.5 * p.scale)
+    dots = tuple(_dots(next(found)[..., :T], p.scale, p.keys and i == 1) for i in range(len(sums)))
+    factors = p.scale, p.scale * (0.5 if p.keys else 1.0)
+    kept = tuple(x * n for x, n in zip(found, factors, strict=False))
+    return Swept(rows, end, last, dots, kept)
+
+
+def _dots(x: Array, scale: float, keys: bool) -> Array:
+    """Return what one state's owner left of tokens as `device.steps.Launch` has it."""
+    total = lambda *rows: jnp.sum(x[..., slice(*rows), :], axis=-2)  # noqa: E731
+    if keys:  # Z has a gradient and its transpose
+        found = 0.5 * total(5, None), x[..., 0, :], total(1, 5)
+    else:
+        found = x[..., 0, :], total(2, 6), x[..., 1, :]
+    return scale * jnp.concatenate(found, axis=-1)[..., None, :]
 
 
 def _scratch(p: Reverse, B: int) -> dict[str, Any]:
@@ -250,10 +273,13 @@ def _reverse(
     nil = next(inputs)
     made = {n: next(inputs) for n in p.makes}
     ends = [next(inputs) if x else None for x in p.ends]
+    sums = [next(inputs) for _ in range(p.owners)] if p.dots else []
+    kept = [*inputs] or [None] * p.owners
+    left = [Left(*x, p.every) for x in zip(sums, kept, strict=True)] if p.dots else [None, None]
     i, warpgroup = lax.axis_index("head"), lax.axis_index("warpgroup")
     number = lax.rem(i, i32(parts)) if p.tokens else i32(0)
     place = Place(heads(p.batch, lax.div(i, i32(parts)) if p.tokens else i), p.batch, p.axis)
-    part, axes = chunks_of(T, p.tokens, number), (number,) if p.tokens else ()
+    part, axes = chunks_of(T, p.tokens, number, nil), (number,) if p.tokens else ()
     work = Work(place, part, axes, nil, s, p.gate, p.scale, p.read)
     power2, power1 = p.powers
 
@@ -261,7 +287,7 @@ def _reverse(
     def _() -> None:
         if p.owners > 1:
             plgpu.set_max_registers(OWNER, action="increase")
-        owner_r(work, p.sweep.first, power1, starts[0], ends[0])
+        owner_r(work, p.sweep.first, power1, starts[0], ends[0], left[0])
 
     if p.owners > 1:
 
@@ -269,9 +295,9 @@ def _reverse(
         def _() -> None:
             plgpu.set_max_registers(OWNER, action="increase")
             if isinstance(p.sweep.second, Keys):
-                owner_z(work, p.sweep.second, power2, starts[1], ends[1])
+                owner_z(work, p.sweep.second, power2, starts[1], ends[1], left[1])
             elif p.sweep.second:
-                owner_r(work, p.sweep.second, power2, starts[1], ends[1])
+                owner_r(work, p.sweep.second, power2, starts[1], ends[1], left[1])
 
     @pl.when(warpgroup == p.owners)
     def _() -> None:

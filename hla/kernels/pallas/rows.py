@@ -7,6 +7,7 @@ pairs of a reference and its new array.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from ...core.request import Request
 from ...device.elementwise import Made, Take
 from ...device.rows import flipped, kept, masked, matched
 from ...device.scan import Call
-from ...device.steps import Fused, Launch, Ref, Row
+from ...device.steps import UNDOTTED, Fused, Launch, Parts, Ref, Row
 
 Array = Any
 Make = Callable[[Take, Gate], Made]
@@ -37,7 +38,7 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
     ),
 }  # fmt: skip
 WIDEST = 128  # columns of a tile
-CHUNK = 64  # tokens
+CHUNK, PERIOD = 64, 1024  # tokens by which dots count, and between the states that are kept
 
 
 def rows(request: Request) -> tuple[Row, ...]:
@@ -55,16 +56,18 @@ def rows(request: Request) -> tuple[Row, ...]:
 def sweeps(request: Request, count: int) -> tuple[Row, ...]:
     """Return the sweeps of an adjoint, where they do all of it."""
     plain = not request.normalize and request.scale != 0
-    asked = request.gate is not None and request.gate_given  # whose gradient asks for more
-    if not plain or asked or count != len(request.program.steps):
-        return ()
-    if request.tokens <= CHUNK:  # of one token a GPU had another dq, for reasons not found
+    if not plain or count != len(request.program.steps):
         return ()
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     alike = request.operator != "hla3" or matched(request)
+    parts, side = None, max(request.k_shape[-1], request.v_shape[-1])
+    if request.gate is not None and request.gate_given:  # of <S, dS> that of a symmetric S
+        symmetric = "" if request.operator == "ahla" else "S@0"
+        side = WIDEST // 2 if side <= WIDEST // 2 else WIDEST
+        parts = Parts(CHUNK, PERIOD, 1, 1, side=side, met=side, without=symmetric)
     return tuple(
         Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
-            segments=True, adds=name in HLA3[1:])
+            segments=True, parts=parts, adds=name in HLA3[1:])
         for name, last, of in SWEEPS[request.operator] if alike or len(of) == 1
     )  # fmt: skip
 
@@ -170,6 +173,17 @@ def added(x: Launch, ref: Ref | None, take: Take, o: Array) -> Array:
     return take(ref).astype(jnp.float32) + o if x.add and ref is not None else o
 
 
+def every(x: Launch) -> int:
+    """Chunks between the states that a launch keeps or reads, of which a segment has a multiple."""
+    return math.gcd(x.tokens, PERIOD) // CHUNK if x.states or x.kept else 0
+
+
+def left_of(*launches: Launch) -> list[Ref | None]:
+    """Return where launches leave what a gate's gradient is made of, if they do."""
+    found = [x.dots for x in launches] + [x.states for x in launches]
+    return [x for x in found if x is not None]
+
+
 def swept(
     call: Call, given: Sequence[Ref], first: Launch, power: int, second: Ref | None,
     *, ends: bool, read: bool, sweep: str,
@@ -177,15 +191,37 @@ def swept(
     """Return what runs a sweep, last token first, R as ``first`` has it; ``second`` its other."""
     R, asked = next(iter(first.start), None), any(first.end) and read
 
-    def make(take: Take, gate: Gate) -> Any:
+    def run(take: Take, gate: Gate) -> Any:
         from . import hopper_reverse as sweeps
 
         p = sweeps.Reverse(
             getattr(sweeps, sweep), first.batch, call.request.gate, (power, first.power),
             first.write, (asked, ends), read, first.tokens, memory_axis(call, given[0].name),
+            first.dots is not None, every(first),
         )  # fmt: skip
         states = gate_of(call, gate), taken(take, R), taken(take, second)
         return sweeps.reverse(p, [take(x) for x in given], *states)
+
+    return run
+
+
+def finished(
+    refs: list[Ref | None],
+    batch: Shape,
+    run: Callable[[Take, Gate], Any],
+    adds: Launch | None = None,
+) -> Make:
+    """Return what puts all that a sweep makes into its places, the first where it adds."""
+
+    def make(take: Take, gate: Gate) -> Made:
+        if 0 in batch:
+            return zeros(refs, take)
+        rows, first, second, dots, kept = run(take, gate)
+        made = [*rows, first, second, *dots, *kept]
+        if adds is not None:
+            made[0] = added(adds, refs[0], take, made[0])
+        found = [(r, x) for r, x in zip(refs, made, strict=True) if r is not None]
+        return [(r._replace(turned=False), x.mT if r.turned else x) for r, x in found]
 
     return make
 
@@ -203,30 +239,10 @@ def reverse(call: Call, fused: Fused) -> Make:
     else:
         dy, first, _, dk = fused.launches
         refs, Z = [next(iter(first.end), None), None], next(iter(dk.start), None)
-        refs = [kept(fused, dy), first.o[0], dk.o[0], *refs]
+        refs = [kept(fused, dy), first.o[0], dk.o[0], *refs, *left_of(first, dk)]
         given = [dy.v[0], dk.q[0], dy.q[0], dy.k[0], first.q[0]]
     run = swept(call, given, first, dk.power, Z, ends=not read, read=read, sweep="HLA2")
     return finished(refs, dy.batch, run)
-
-
-def finished(
-    refs: list[Ref | None],
-    batch: Shape,
-    run: Callable[[Take, Gate], Any],
-    adds: Launch | None = None,
-) -> Make:
-    """Return what puts rows and states of a sweep into their places, the first where it adds."""
-
-    def make(take: Take, gate: Gate) -> Made:
-        if 0 in batch:
-            return zeros(refs, take)
-        rows, *states = run(take, gate)
-        made = [*rows, *states]
-        if adds is not None:
-            made[0] = added(adds, refs[0], take, made[0])
-        return [(r, x) for r, x in zip(refs, made, strict=True) if r is not None]
-
-    return make
 
 
 def reverse_ahla(call: Call, fused: Fused) -> Make:
@@ -234,37 +250,31 @@ def reverse_ahla(call: Call, fused: Fused) -> Make:
 
     That is of du, which is made again, and q; it or its transpose may be asked twice.
     """
-    read = bool(fused.launches[1].q)
-    if not read:
+    if not fused.launches[1].q:
         du, *states = fused.launches
         lasts = [x.end[0] if x.k == du.k else flipped(x.end[0]) for x in states]
-        refs: list[Ref | None] = [None]
-        P, given = None, [du.k[0], du.q[0], du.v[0]]
-    else:
-        one, du, two, dv = fused.launches
-        P, lasts = next(iter(dv.start), None), [next(iter(dv.end), None)]
-        refs = [kept(fused, du), dv.o[0], two.o[0], next(iter(du.end), None)]
-        given = [du.k[0], du.q[0], two.q[0], du.v[0], one.q[0]]
-    run = swept(call, given, du, du.power, P, ends=lasts[0] is not None, read=read, sweep="AHLA")
+        given = [du.k[0], du.q[0], du.v[0]]
+        run = swept(call, given, du, du.power, None, ends=True, read=False, sweep="AHLA")
 
-    def make(take: Take, gate: Gate) -> Made:
-        if 0 in du.batch:
-            return zeros([*refs, *lasts], take)
-        made = run(take, gate)
-        found: Any = zip(
-            [*refs, *lasts], [*made.rows, made.first, *[made.second] * len(lasts)], strict=True
-        )
-        found = [(r, x) for r, x in found if r is not None]
-        return [(r._replace(turned=False), x.mT if r.turned else x) for r, x in found]
+        def again(take: Take, gate: Gate) -> Any:
+            found = run(take, gate)
+            return (), *[found.second] * len(lasts), *[None] * (2 - len(lasts)), (), ()
 
-    return make
+        return finished([*lasts, None][:2], du.batch, again)
+    one, du, two, dv = fused.launches
+    P, last = next(iter(dv.start), None), next(iter(dv.end), None)
+    refs = [kept(fused, du), dv.o[0], two.o[0], next(iter(du.end), None), last, *left_of(du, dv)]
+    given = [du.k[0], du.q[0], two.q[0], du.v[0], one.q[0]]
+    ends = last is not None
+    run = swept(call, given, du, dv.power, P, ends=ends, read=True, sweep="AHLA")
+    return finished(refs, du.batch, run)
 
 
 def reverse_last(call: Call, fused: Fused) -> Make:
     """Return what makes dy and du of hla3, last token first."""
     dy, du = fused.launches
     given = [dy.v[0], dy.q[0], dy.k[0], du.q[0]]
-    refs = [kept(fused, dy), kept(fused, du), next(iter(du.end), None), None]
+    refs = [kept(fused, dy), kept(fused, du), next(iter(du.end), None), None, *left_of(du)]
     run = swept(call, given, du, du.power, None, ends=False, read=True, sweep="ONE")
     return finished(refs, dy.batch, run)
 
@@ -273,7 +283,7 @@ def reverse_both(call: Call, fused: Fused) -> Make:
     """Return what makes dv and all of dk of hla3, last token first."""
     dk, dv, _, more = fused.launches
     given = [dk.v[0], dv.q[0], dk.q[0], dk.k[0], more.v[0]]
-    refs = [dk.o[0], dv.o[0], next(iter(dv.end), None), None]
+    refs = [dk.o[0], dv.o[0], next(iter(dv.end), None), None, *left_of(dv, more)]
     Z = next(iter(more.start), None)
     run = swept(call, given, dv, more.power, Z, ends=False, read=True, sweep="SUM")
     return finished(refs, dk.batch, run, dk)
@@ -287,7 +297,7 @@ def after(fused: Fused) -> tuple[Launch, ...]:
     *_, dk = fused.launches
     if fused.row not in (HLA2[0], HLA3[1]) or not dk.q or not any(dk.end):
         return ()
-    return (dk._replace(q=(), o=(), add=False, batch=dk.held),)
+    return (dk._replace(q=(), o=(), add=False, batch=dk.held, **UNDOTTED),)
 
 
 def queries(call: Call, fused: Fused) -> Make:
@@ -303,22 +313,26 @@ def queries(call: Call, fused: Fused) -> Make:
         if first.v == second.v != second.k:  # the k of both passes
             form, v, y = "ahla", second.k[0], first.k[0]
     F, o = flipped(next(iter(first.start), None)), first.o[0]
-    by = {"k": k, "v": v, "g": first.q[0], "y": y, "e": e if rest else o}
+    by = {"k": k, "v": v, "g": first.q[0], "y": y, "e": e if rest else o, "q": first.x}
     powers = (rest[0] if rest else first).power, first.power
+    refs = [x.dots for x in (first, *rest) if x.dots] + [x.met for x in (first, *rest) if x.met]
 
     def make(take: Take, gate: Gate) -> Made:
         from . import hopper_queries as sweep
 
         if 0 in first.batch:
-            return zeros([o], take)
+            return zeros([o, *refs], take)
         alone = not rest and first.add and take(o).dtype == jnp.bfloat16
         p = sweep.Queries(
             form, first.batch, call.request.gate, powers, first.read, alone, first.tokens,
-            memory_axis(call, first.q[0].name),
+            memory_axis(call, first.q[0].name), first.dots is not None, every(first),
         )  # fmt: skip
         given: Any = [taken(take, by[n]) for n in p.letters]
-        found = sweep.queries(p, given, gate_of(call, gate), taken(take, S), taken(take, F))
-        return [(o, found if alone else added(first, o, take, found))]
+        states = gate_of(call, gate), taken(take, S), taken(take, F)
+        kept = [take(x.kept) for x in (first, *rest) if x.kept]
+        dq, dots, met = sweep.queries(p, given, *states, kept)
+        made = dq if alone else added(first, o, take, dq)
+        return [(o, made), *zip(refs, (*dots, *met), strict=True)]
 
     return make
 
