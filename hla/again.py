@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from .arguments import SIMPLE
 from .core.namespace import Array
 from .core.request import Inputs, Request
-from .core.triangle import PACKED_OF, STATE_OF
 from .libraries import library_of
+from .states.packed import PACKED_OF, STATE_OF
 
 MOST = 4096  # kinds of calls
 

@@ -10,7 +10,7 @@ from .steps import Fused, Launch, Ref
 
 def masked(request: Request) -> int:
     """Count the steps of the operator's causal program, 0 where a request does not begin so."""
-    steps = CAUSAL[request.operator].steps
+    steps = CAUSAL[request.operator]
     begins = [s.does for s in request.program.steps[: len(steps)]]
     return len(steps) if begins == [s.does for s in steps] else 0
 
