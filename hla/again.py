@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from .arguments import SIMPLE
 from .core.namespace import Array
 from .core.request import Inputs
-from .core.triangle import PACKED_OF, STATE_OF
 from .libraries import library_of
+from .states.packed import PACKED_OF, STATE_OF
 
 MOST, SEVERAL = 4096, 8  # calls by their options and the shape of q, and kinds of each
 STATES = frozenset((*PACKED_OF, *STATE_OF))

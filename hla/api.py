@@ -14,7 +14,6 @@ from .arguments.segments import as_before, stretches
 from .core.namespace import Array
 from .core.reference import Gradients
 from .core.request import Inputs, Request
-from .core.triangle import STATE_OF
 from .device.token import unpacked
 from .dispatch import Explanation, Info
 from .errors import Unsupported
@@ -33,6 +32,7 @@ from .options import (
     ordered,
     signed,
 )
+from .states.packed import STATE_OF
 
 A = TypeVar("A")  # an array of any library
 S = TypeVar("S")  # a state or segment

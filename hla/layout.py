@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from .core.namespace import Array, moveaxis, namespace, sum_to
 from .core.passes import Shape
-from .core.triangle import STATE_OF, pack_gradient, unpack_gradient
+from .states.packed import STATE_OF, pack_gradient, unpack_gradient
 
 
 class Layout(NamedTuple):

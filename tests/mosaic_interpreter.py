@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 MODULES = (
-    "copies", "hopper", "hopper3", "hopper_queries", "hopper_reverse", "hopper_reverse_ahla",
+    "copies", "hopper", "hopper3", "hopper_queries", "hopper_reverse", "hopper_owners",
     "warpgroups",
 )  # fmt: skip
 
@@ -241,6 +241,17 @@ def spread(x, shape, axes):
     return np.broadcast_to(np.expand_dims(x, tuple(i for i in (0, 1) if i not in axes)), shape)
 
 
+def leave_columns(to, a, b):
+    to.x[...] = (a.astype(np.float32) * b.astype(np.float32)).reshape(4, 16, -1).sum(1)
+
+
+def leave_pairs(by_row, by_column, a, b):
+    x = a.astype(np.float32) * b.astype(np.float32)
+    np.fill_diagonal(x, 0.0)
+    by_row.x[...] = x.sum(1)
+    leave_columns(by_column, x, np.ones_like(x))
+
+
 @contextlib.contextmanager
 def interpreted(monkeypatch, order=(0, 1, 2)):
     """Within, kernels run here; ``order`` is that of who goes first."""
@@ -259,7 +270,7 @@ def interpreted(monkeypatch, order=(0, 1, 2)):
             broadcast_in_dim=spread,
         ),
         "jnp": np,
-        "ACC": Acc,
+        "ACC": Acc, "leave_columns": leave_columns, "leave_pairs": leave_pairs,
     }  # fmt: skip
     with monkeypatch.context() as patch:
         for name in MODULES:

@@ -80,7 +80,7 @@ def test_operator_table_is_the_programs(page, column, table):
     assert [row[0] for row in rows] == list(table)
     for row in rows:
         steps = re.findall(r"(\w) = pass_g\^?(\d?)\((\w), (\w), (\w)\)", row[column])
-        want = [(s.out, str(s.power), s.q, s.k, s.v) for s in table[row[0]].steps]
+        want = [(s.out, str(s.power), s.q, s.k, s.v) for s in table[row[0]]]
         assert [(out, power or "1", *rest) for out, power, *rest in steps] == want
         assert steps[-1][0] == "o"
 

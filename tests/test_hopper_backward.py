@@ -22,16 +22,13 @@ from triton_interpreter import hasten  # noqa: E402
 
 import hla  # noqa: E402
 from hla.arguments import prepare  # noqa: E402
-from hla.core.ahla import AHLAState  # noqa: E402
-from hla.core.hla2 import HLA2State  # noqa: E402
-from hla.core.hla3 import HLA3State  # noqa: E402
-from hla.core.linear import LinearState  # noqa: E402
 from hla.device import plan, shapes  # noqa: E402
 from hla.device.elementwise import gate_of, part, taking  # noqa: E402
 from hla.device.scan import Call, Runner  # noqa: E402
 from hla.device.steps import Fused, GateGradient, Launch, Ref  # noqa: E402
 from hla.device.tiles import Layout  # noqa: E402
 from hla.kernels.triton import hopper_backward, launch, run  # noqa: E402
+from hla.states import AHLAState, HLA2State, HLA3State, LinearState  # noqa: E402
 
 CUDA = torch.device("cuda")
 H = 2

@@ -11,11 +11,14 @@ if tuple(map(int, jax.__version__.split(".")[:3])) < (0, 10, 2):
     pytest.skip("Mosaic GPU of an older JAX", allow_module_level=True)
 installed("absl")
 from jax import numpy as jnp  # noqa: E402
+from terms import gates_within_budget  # noqa: E402
 
+import hla  # noqa: E402
 from hla.arguments import prepare  # noqa: E402
+from hla.device.scan import Runner  # noqa: E402
 from hla.kernels.pallas import hopper, hopper3, hopper_queries, hopper_reverse  # noqa: E402
-from hla.kernels.pallas import hopper_reverse_ahla as ahla  # noqa: E402
-from hla.kernels.pallas.rows import rows as rows_of  # noqa: E402
+from hla.kernels.pallas import rows as table  # noqa: E402
+from hla.kernels.pallas import run as plans  # noqa: E402
 
 BF16 = np.dtype(jnp.bfloat16)
 BATCH = 1, 2
@@ -129,15 +132,12 @@ def test_sweeps(operator, kind, monkeypatch):
     (y,) = rows(random, (*BATCH, T, V if second else D))
     (Y,) = wide(y)
     with interpreted(monkeypatch, ORDERS[kind]):
-        if second:
-            p = ahla.Reverse(BATCH, kind, scale, (True, True), axis=-3)
-            found = ahla.reverse(p, q, k, v, do, y, gate, R, Z)
-        else:
-            p = hopper_reverse.Reverse(BATCH, kind, (1, 2), scale, end=True, half=True)
-            found = hopper_reverse.reverse(p, q, k, v, do, y, gate, R, Z)
-        powers = (1, 1) if second else (1, 2)
-        p = hopper_queries.Queries(second, BATCH, kind, powers, scale)
-        dq = hopper_queries.queries(p, k, v, do, y, found[0], gate, S, F)
+        powers, sweeps = (1, 1) if second else (1, 2), hopper_reverse
+        sweep, axis = (sweeps.AHLA, -3) if second else (sweeps.HLA2, -2)
+        p = sweeps.Reverse(sweep, BATCH, kind, powers, scale, (True, True), axis=axis)
+        found = [*(made := sweeps.reverse(p, (q, k, v, do, y), gate, R, Z)).rows, *made[1:3]]
+        p = hopper_queries.Queries(operator, BATCH, kind, powers, scale)
+        dq = hopper_queries.queries(p, (k, v, do, y, found[0]), gate, S, F).dq
     (dy,) = wide(found[0])
     if second:
         du, last = back(K, Q, G, one, R / scale)
@@ -156,11 +156,77 @@ def test_sweeps(operator, kind, monkeypatch):
     close([*found, dq], [scale * x for x in (*exact, queries)])
 
 
+@pytest.mark.parametrize("kind", ORDERS)
+def test_sweeps_of_hla3(kind, monkeypatch):
+    """The same of hla3: its last pass, the other two, and what is added to what is there."""
+    random, T, D, V, scale = np.random.default_rng(1), 232, 72, 128, 0.5
+    shapes = [(*BATCH, T, n) for n in (D, D, V, V, D, V)]
+    q, k, v, do, y, u = rows(random, *shapes)
+    gate = gate_of(kind, T, random)
+    R, P, Z = state(random, D, V), state(random, D, V), state(random, D, D)
+    S, F = state(random, D, D), state(random, D, V)
+    powers, sweeps = (1, 3), hopper_reverse
+    with interpreted(monkeypatch, ORDERS[kind]):
+        p = sweeps.Reverse(sweeps.ONE, BATCH, kind, (3, 3), scale, (True, False))
+        (dy, du), last, *_ = sweeps.reverse(p, (q, u, do, y), gate, R)
+        p = sweeps.Reverse(sweeps.SUM, BATCH, kind, (1, 1), scale, (True, True))
+        (dk, dv), end, half, *_ = sweeps.reverse(p, (q, k, v, du, dy), gate, P, Z)
+        p = hopper_queries.Queries("keys", BATCH, kind, (1, 1), scale)
+        dq = hopper_queries.queries(p, (k, v, du, dy), gate, S, P).dq
+        p = hopper_queries.Queries("one", BATCH, kind, (3, 3), scale, adds=True)
+        dq = hopper_queries.queries(p, (u, do, y, dq), gate, None, F).dq
+    Q, K, X, G, Y, U, E, H = wide(q, k, v, do, y, u, np.asarray(dy), np.asarray(du))
+    one, three = (Weights(gate, kind, n, T) for n in powers)
+    exact = [back(U, G, Q, three, turned(R) / scale)[0]]
+    x, r = back(Y, Q, G, three, R / scale)
+    exact += [x, r]
+    x, s = back(K, Q, H, one, P / scale)
+    (a, left), (b, rest) = (
+        back(K, i, j, one, m / scale) for i, j, m in ((Q, E, Z), (E, Q, turned(Z)))
+    )
+    exact += [back(X, H, Q, one, turned(P) / scale)[0] + a + b, x, s, (left + rest) / 2]
+    exact += [run(H, X, K, one, turned(P))[0] + run(E, K, K, one, turned(S))[0]]
+    exact[-1] += run(G, U, Y, three, turned(F))[0]
+    close([dy, du, last, dk, dv, end, half, dq], [scale * x for x in exact])
+
+
+@pytest.mark.parametrize(("operator", "kind", "tokens"), [
+    ("hla2", "log_gate", 0), ("hla2", "decay", 0), ("ahla", "log_gate", 128),
+    ("hla3", "log_gate", 0),
+])  # fmt: skip
+def test_gates(operator, kind, tokens, monkeypatch):
+    """The gradient of a gate, by sweeps: whole and in segments, states kept every 128 tokens."""
+    random, T, D, V, scale = np.random.default_rng(3), 300, 64, 72, 0.5
+    q, k, v, do = rows(random, *((*BATCH, T, n) for n in (D, D, V, V)))
+    arrays = dict(zip("qkv", wide(q, k, v), strict=True)) | {kind: gate_of(kind, T, random)}
+    options = {"operator": operator, "scale": scale}
+    narrow = {n: jnp.asarray(x, jnp.bfloat16) for n, x in zip("qkv", (q, k, v), strict=True)}
+    gate = jnp.asarray(arrays[kind])
+    request, inputs, _ = prepare(**narrow, **options, **{kind: gate}, gradient=True)
+    plain = plans.sweeps
+    monkeypatch.setattr(plans, "sweeps", lambda where: plain("plain"))
+    monkeypatch.setattr(table, "PERIOD", 128)
+    monkeypatch.setattr(plans, "PERIOD", 64)
+    monkeypatch.setattr(plans, "segments", lambda request, where: tokens)
+    device = plans.device("cuda", -2)._replace(segments=plans.segments)
+    runner, exact = Runner(device), hla.vjp(**arrays, **options, backend="array_api")[1]
+    with interpreted(monkeypatch, ORDERS[kind]):
+        *_, saved = runner.forward(request, inputs)
+        got = runner.backward(request, inputs, saved, jnp.asarray(do), None)
+    want = exact(wide(do)[0])
+    close((got.dq, got.dk, got.dv), (want.dq, want.dk, want.dv))
+    name = "dlog_gate" if kind == "log_gate" else "ddecay"
+    gates_within_budget(
+        np.asarray(getattr(got, name), np.float64), getattr(want, name), "bfloat16", arrays,
+        options, wide(do), operator=operator,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("T", "operator", "count"), [
-    (1, "hla2", 1), (64, "ahla", 1), (65, "hla2", 3), (65, "ahla", 3), (65, "hla3", 1),
+    (1, "hla2", 3), (64, "ahla", 3), (65, "hla3", 5),
 ])  # fmt: skip
 def test_rows(T, operator, count):
-    """Adjoints of more than a chunk are swept, but for hla3's; any forward of bfloat16 is fused."""
+    """Adjoints are swept, and forwards fused, of bfloat16 and any length."""
     q = jnp.ones((*BATCH, T, 24), jnp.bfloat16)
     options = {
         "operator": operator,
@@ -170,9 +236,9 @@ def test_rows(T, operator, count):
         "scale": 1.0,
     }
     request = prepare(q=q, k=q, v=q, **options, gradient=True)[0]
-    assert len(rows_of(request)) == count
+    assert len(table.rows(request)) == count
     wide = [x.astype(jnp.float32) for x in (q, q, q)]
-    assert not rows_of(prepare(*wide, **options, gradient=True)[0])
+    assert not table.rows(prepare(*wide, **options, gradient=True)[0])
 
 
 def test_a_hang_is_found(monkeypatch):
@@ -192,7 +258,7 @@ rings = hopper.rings
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("hla2", None), ("hla2", "log_gate"), ("ahla", "decay"), ("hla3", "log_gate"),
-     ("reverse", "log_gate"), ("reverse ahla", "decay"), ("queries", "log_gate")],
+     ("HLA2", "log_gate"), ("AHLA", "decay"), ("SUM", None), ("queries", "log_gate")],
 )  # fmt: skip
 def test_lowering(name, kind):
     """Every kernel lowers for a GPU that is not there, with all it can be asked for."""
@@ -208,15 +274,20 @@ def test_lowering(name, kind):
         "hla3": (
             hopper3.triple, hopper3.Triple(**pair | {"ends": (BATCH,) * 3}, u=BATCH), 3, 3,
         ),
-        "reverse": (
-            hopper_reverse.reverse, hopper_reverse.Reverse(BATCH, kind, end=True, half=True), 5, 2,
+        "queries": (
+            hopper_queries.queries,
+            hopper_queries.Queries("hla2", BATCH, kind, dots=True, every=4), 6, 2,
         ),
-        "reverse ahla": (ahla.reverse, ahla.Reverse(BATCH, kind, ends=(True, True)), 5, 2),
-        "queries": (hopper_queries.queries, hopper_queries.Queries(False, BATCH, kind), 5, 2),
     }  # fmt: skip
+    if name not in functions:
+        sweep, dots = getattr(hopper_reverse, name), kind is not None
+        p = hopper_reverse.Reverse(sweep, BATCH, kind, ends=(True, True), dots=dots, every=4 * dots)
+        functions[name] = hopper_reverse.reverse, p, 5, 2
     function, p, arrays, states = functions[name]
+    listed = function in (hopper_reverse.reverse, hopper_queries.queries)
+    kept = [[jax.ShapeDtypeStruct((*BATCH, 2, n, n), jnp.bfloat16)] * 2] * (name == "queries")
     safe = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     lowered = jax.export.export(
         jax.jit(lambda *given: function(p, *given)), platforms=["cuda"], disabled_checks=safe
-    )(*[x] * arrays, gate, *[state] * states)
+    )(*([[x] * arrays] if listed else [x] * arrays), gate, *[state] * states, *kept)
     assert "mosaic_gpu" in lowered.mlir_module()

@@ -7,11 +7,11 @@ import pytest
 from conftest import MASKS, OPERATORS, close
 
 import hla
-from hla.core.hla2 import HLA2RidgeState
 from hla.core.passes import Gate, broadcast
 from hla.core.programs import adjoint, d, program, prune, single_passes, sweeps
 from hla.core.run import by_passes, causal_pass, pull
 from hla.core.run import run as interpret
+from hla.states import HLA2RidgeState
 
 T, D, V = 7, 3, 2
 # of order 8: what a program returns is a polynomial of degree 7 at most in q, k, v and its states

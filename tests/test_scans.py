@@ -6,7 +6,7 @@ from conftest import OPERATORS, installed
 
 import hla
 from hla.core import scans
-from hla.core.associative import ALGEBRA
+from hla.core.algebra import ALGEBRA
 
 torch = installed("torch")
 T, D, V = 7, 3, 2

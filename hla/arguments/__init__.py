@@ -14,11 +14,11 @@ import numpy as np
 from ..core.namespace import Array
 from ..core.programs import program
 from ..core.request import Inputs, Request
-from ..core.triangle import PACKED_OF, STATE_OF
 from ..layout import Layout
 from ..libraries import library_of
 from ..libraries.describe import describe
 from ..options import DEFAULTS, checked
+from ..states.packed import PACKED_OF, STATE_OF
 from . import gate, state
 from .arrays import operands, shapes
 

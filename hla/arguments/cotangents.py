@@ -7,9 +7,9 @@ from typing import Any
 from ..core.namespace import Array, device, namespace
 from ..core.passes import Shape
 from ..core.request import Inputs, Request
-from ..core.triangle import PACKED_OF, packed_shape
 from ..errors import kind_of
 from ..layout import Layout
+from ..states.packed import PACKED_OF, packed_shape
 from .arrays import array, floating
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.algebra import Algebra
-from ..core.associative import ALGEBRA
+from ..core.algebra import ALGEBRA, Algebra
 from ..core.fields import batch_rank
 from ..core.namespace import namespace
 from ..core.passes import Shape, broadcast
-from ..core.triangle import STATE_OF, packed_shape
 from ..errors import Unsupported, kind_of
+from ..states.packed import STATE_OF, packed_shape
 from .arrays import array, floating
 from .state import kinds
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.hla2 import HLA2RidgeState, HLA2State
 from ..core.namespace import Array, namespace
 from ..core.request import Request
-from ..core.triangle import STATE_OF, packed_shape
 from ..errors import kind_of
 from ..libraries import library_of
+from ..states import HLA2RidgeState, HLA2State
+from ..states.packed import STATE_OF, packed_shape
 from .arrays import array, broadcasts, floating
 
 

@@ -123,7 +123,7 @@ def _fla(kernel: str, workload: str, case: Case, accelerator: bool) -> Work:
     run_pass = getattr(importlib.import_module("fla.ops.simple_gla"), kernel)
     native = (lib.array(x, case.dtype).swapaxes(1, 2).contiguous() for x in inputs(case)[:4])
     q, k, v, do = native
-    steps = CAUSAL[case.operator].steps
+    steps = CAUSAL[case.operator]
     log_decays: list[Array] = [None for _ in steps]
     if case.gate == "decay":
         heads = np.full(case.heads, math.log(DECAY), np.float32)
@@ -293,7 +293,7 @@ def operations(workload: str, case: Case) -> float:
     """Floating-point operations of a workload, as the top of this file counts them."""
     width = dict.fromkeys(("q", "k", "v"), case.width)
     multiply_adds = 0
-    for s in CAUSAL[case.operator].steps:
+    for s in CAUSAL[case.operator]:
         K, U = width[s.k], width[s.v]
         multiply_adds += CHUNK * (K + U) + 2 * K * U
         width[s.out] = U

@@ -4,46 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import ahla, hla2, hla3, linear, programs, scans
-from .algebra import Algebra
-from .fields import batch_rank, own, rank, split
+from . import programs, scans
+from .algebra import ALGEBRA, Algebra
+from .fields import batch_rank, own, split
 from .namespace import (
     Array,
     device,
     expand,
-    fold,
     library_of,
     moveaxis,
     namespace,
     padded,
-    powers,
 )
-from .passes import Gate, Shape, broadcast
+from .passes import Gate, broadcast
 from .programs import PAPER, pruned
 from .request import Request
-from .run import run, started
-
-ALGEBRA: dict[tuple[str, str], Algebra] = {
-    (name, mask): getattr(module, mask.upper())
-    for name, module in {"linear": linear, "hla2": hla2, "ahla": ahla, "hla3": hla3}.items()
-    for mask in ("causal", "prefix")
-}
+from .run import run
 
 
 def algebra_of(request: Request) -> Algebra | None:
     """Return the algebra of a request, None where the paper's own recurrences have none."""
     if request.convention == "exact" or request.mask != "causal" or request.operator not in PAPER:
         return ALGEBRA[request.operator, request.mask]
-    return hla2.PAPER if request.operator == "hla2" and request.gate is None else None
+    if request.operator != "hla2" or request.gate is not None:
+        return None
+    found = ALGEBRA["hla2", "causal"]  # a state has the fields of a segment
+    return found._replace(states=found.segments)
 
 
-def segment(
-    request: Request,
-    values: dict[str, Array],
-    gate: Gate,
-    *,
-    chunk: int,
-) -> Any:
+def segment(request: Request, values: dict[str, Array], gate: Gate, *, chunk: int) -> Any:
     """Summarize a sequence by the operator's segment program.
 
     Parameters
@@ -56,7 +45,7 @@ def segment(
         As in `run.causal_pass`.
     """
     algebra = ALGEBRA[request.operator, request.mask]
-    steps = programs.segment_program(request.operator, request.mask).steps
+    steps = programs.segment_program(request.operator, request.mask)
     ends = frozenset(s.end for s in steps)
     env = run(pruned(steps, frozenset(values), ends)[0], values, gate, chunk=chunk)
     fields = split({s.state: env[s.end] for s in steps}, request.state_shapes(segment=True))
@@ -84,7 +73,7 @@ def _attenuation(k: Array, gate: Gate) -> Array:
     if gate.log_gate is not None:
         return xp.exp(xp.sum(gate.log_gate, axis=-1))
     one = xp.ones((), dtype=k.dtype, device=device(k))
-    return one if gate.decay is None else powers(gate.decay, one * k.shape[-2])
+    return one if gate.decay is None else library_of(k).powers(gate.decay, one * k.shape[-2])
 
 
 def scan(
@@ -119,11 +108,10 @@ def scan(
     xp, T, V = namespace(q), request.tokens, v.shape[-1]
     batch = broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2], gate.batch)
     everything = (q, k, v, *gate.arrays)
-    start = _started(request, everything, gate, state, batch)
     w = max(1, min(width, T))
     given = [(q, 0.0), (k, 0.0), (v, 0.0), (_token_rho(q, gate), 1.0)]
     laid = library_of(q).laid
-    whole = [(laid(expand(x, (*batch, *x.shape[-2:])), everything), fill) for x, fill in given]
+    whole = [(laid(expand(x, (*batch, T, x.shape[-1])), everything), fill) for x, fill in given]
     xs = tuple(_chunked(x, w, fill) for x, fill in whole)
 
     def exclusive(segments: Any) -> Any:
@@ -144,15 +132,17 @@ def scan(
         q, prefix, token = inside(xs[:4])
         carried = scans.single(type(start)(*xs[4:]))
         states = algebra.extend(algebra.extend(carried, prefix), token)
-        num, den = algebra.read(states, q, request.ridge if request.ridged else None)
+        num, den = algebra.read(states, q, request.program.steps)
         return None, (moveaxis(xp.concat([num, den[..., None]], axis=-1), 0, -2),)
 
-    _, summaries = fold(summary_of, None, xs, axes=tuple(-x.ndim for x in xs), out_axis=0)
+    loop = library_of(q).fold
+    _, summaries = loop(summary_of, None, xs, tuple(-x.ndim for x in xs), 0, False)
     summary = algebra.segment(*summaries)
+    start = _started(algebra.identity(scans.element(summary, 0)), request.state_type, state)
     carries = algebra.extend(scans.single(start), exclusive(summary))
     final = algebra.extend(scans.element(carries, -1), scans.element(summary, -1))
     xs = (*xs, *carries)
-    _, (out,) = fold(output_of, None, xs, axes=tuple(-x.ndim for x in xs), out_axis=-3)
+    _, (out,) = loop(output_of, None, xs, tuple(-x.ndim for x in xs), -3, False)
     rows = xs[0].shape[0] * w
     return xp.reshape(out, (*batch, rows, V + 1))[..., rows - T :, :], _owned(final, request)
 
@@ -166,27 +156,20 @@ def _chunked(x: Array, w: int, fill: float) -> Array:
 
 
 def _token_rho(q: Array, gate: Gate) -> Array:
-    """Attenuation of each token, (*gate's batch, T, 1)."""
+    """Attenuation of each token, (*gate's batch, T or 1, 1)."""
     if gate.log_gate is not None:
         return namespace(q).exp(gate.log_gate)[..., None]
-    if gate.decay is None:
-        return namespace(q).ones((q.shape[-2], 1), dtype=q.dtype, device=device(q))
-    return expand(gate.decay[..., None, None], (*gate.decay.shape, q.shape[-2], 1))
+    return (*gate.arrays, namespace(q).ones((1, 1), dtype=q.dtype, device=device(q)))[0]
 
 
-def _started(
-    request: Request, made_of: tuple[Array, ...], gate: Gate, state: Any, batch: Shape
-) -> Any:
-    """Incoming state, or zeros, broadcast to the whole batch."""
-    fields, kind = {}, request.state_type
-    assert kind is not None
-    for field, shape in request.state_shapes().items():
-        x, vector = None if state is None else getattr(state, field), rank(field) == 1
-        own = (*shape[-1:], 1) if vector else shape[-2:]
-        x = x[..., None] if vector and x is not None else x
-        x = started(x, (*batch, *own), made_of, gate)
-        fields[field] = x[..., 0] if vector else x
-    return kind(**fields)
+def _started(empty: Any, kind: Any, state: Any) -> Any:
+    """Incoming state, or zeros, of the shape that an empty segment leads to, and on its mesh."""
+    zeros = empty._asdict() | empty.to_state()._asdict()
+    xp, meshes = namespace(empty.rho), library_of(empty.rho).meshes
+    zero = xp.zeros((), dtype=empty.rho.dtype, device=device(empty.rho))
+    given = dict.fromkeys(kind._fields, zero) if state is None else state._asdict()
+    fields = {f: expand(x, zeros[f].shape) for f, x in given.items()}
+    return kind(**{f: x + zeros[f] if meshes else x for f, x in fields.items()})
 
 
 def _owned(state: Any, request: Request) -> Any:

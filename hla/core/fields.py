@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .namespace import Array, expand, library_of, namespace, sum_to
+from .namespace import Array, expand, library_of, namespace
 from .passes import Fields, Shape
 from .programs import d
 from .request import Request
@@ -14,11 +14,8 @@ from .request import Request
 
 def aligned(request: Request, xs: Sequence[Array]) -> list[Array]:
     """Give arrays (*batch, X, Y) all batch axes of the request, where their library requires it."""
-    library = library_of(xs[0])
-    if not library.meshes:
-        return list(xs)
     axes = max(map(len, (request.q_shape, request.k_shape, request.v_shape)))
-    found: list[Array] = library.aligned(xs, axes)
+    found: list[Array] = library_of(xs[0]).aligned(xs, axes)
     return found
 
 
@@ -83,14 +80,11 @@ def own(x: Array, shape: Shape) -> Array:
 
 
 def gradient_fields(request: Request, state: Any, grads: Mapping[str, Array]) -> Any:
-    """Gradient of the incoming state, each field in the shape it came in."""
+    """Gradient of the incoming state, each field of the full shape."""
     if state is None:
         return None
     steps = request.program.steps
     found = {s.state: grads[d(s.start)] for s in steps if d(s.start) in grads}
     parts = split(found, None, ones=request.ones)
-    fields = (
-        sum_to(parts[field], x.shape) if field in parts else namespace(x).zeros_like(x)
-        for field, x in state._asdict().items()
-    )
-    return type(state)(*fields)
+    fields = state._asdict().items()
+    return type(state)(*(parts[f] if f in parts else namespace(x).zeros_like(x) for f, x in fields))

@@ -17,7 +17,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from .namespace import Array, device, namespace, padded, powers, triangle
+from .namespace import Array, device, library_of, namespace, padded
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -91,6 +91,7 @@ class Weights(NamedTuple):
     query: Array | None = None  # [..., W, 1]
     key: Array | None = None  # [..., W, 1]
     total: Array | None = None  # [..., 1, 1]
+    slope: Weights | None = None  # the derivatives by a decay, right at 0 too
 
     def reversed(self) -> Weights:
         """Weights of the reverse pass."""
@@ -155,18 +156,20 @@ def counts(kind: str, W: int, tokens: Any, like: Array) -> tuple[Array, tuple[Ar
 
 
 def weights(
-    gate: Gate, power: int, kind: str, W: int, *, like: Array, tokens: Any = None
+    gate: Gate, power: int, kind: str, W: int, like: Array, tokens: Any = None, slope: bool = False
 ) -> Weights:
     """Weights of one chunk of W tokens; ``gate.log_gate`` is that of the chunk, (..., W).
 
     Sums of the log gate run over exactly the tokens between a pair: no difference of prefix sums
-    that cancels, and -inf is absorbed instead of subtracted. ``tokens`` as in `counts`.
+    that cancels, and -inf is absorbed instead of subtracted. ``tokens`` as in `counts`; ``slope``
+    asks for the derivatives by a decay.
     """
     xp, strict = namespace(like), kind == "strict"
     mask, each = counts(kind, W, W if tokens is None else tokens, like)
     if power and gate.decay is not None:
         g = gate.decay[..., None, None]
-        return Weights(mask, *(powers(g, power * n) for n in each))
+        found = Weights(mask, *(library_of(g).powers(g, power * n) for n in each))
+        return found._replace(slope=slopes(g, power, mask, each)) if slope else found
     if not power or gate.log_gate is None:
         return Weights(mask)
     t, zero = xp.arange(W, device=device(like)), xp.zeros_like(each[-1])
@@ -181,23 +184,16 @@ def weights(
     return Weights(mask, pair, xp.exp(upto), key[..., None], total[..., None, None])
 
 
-def slopes(
-    gate: Gate, power: int, kind: str, W: int, *, like: Array, tokens: Any = None
-) -> Weights | None:
-    """Return the derivatives of `weights` by the decay, right at 0 too; None without a decay."""
-    if gate.decay is None:
-        return None
-    mask, each = counts(kind, W, W if tokens is None else tokens, like)
-    xp, g = namespace(like), gate.decay[..., None, None]
-
-    def slope(n: Array) -> Array:
+def slopes(g: Array, power: int, mask: Array, counts: Sequence[Array]) -> Weights:
+    """Return the derivatives of g**(power * n) by g for each of the `counts` n."""
+    xp, found = namespace(g), []
+    for n in counts:
         n = xp.reshape(power * n, (*(1,) * (g.ndim - 2), *n.shape))
-        return n * powers(g, xp.where(n > 1, n - 1, xp.zeros_like(n)))
+        found.append(n * library_of(g).powers(g, xp.where(n > 1, n - 1, xp.zeros_like(n))))
+    return Weights(mask, *found)
 
-    return Weights(mask, *map(slope, each))
 
-
-def weights_adjoint(power: int, kind: str, w: Weights, slope: Weights | None, dw: Weights) -> Array:
+def weights_adjoint(power: int, kind: str, w: Weights, dw: Weights) -> Array:
     """Gradient of the gate within a chunk from those of its `weights`.
 
     Only products that cross a token add to its gradient and none is subtracted, so that it keeps
@@ -208,9 +204,7 @@ def weights_adjoint(power: int, kind: str, w: Weights, slope: Weights | None, dw
     power, kind
         As given to `weights`.
     w : Weights
-        What it returned.
-    slope : Weights or None
-        The `slopes` of a decay; None for the gradient of a log gate.
+        What it returned, with slopes where the gate is a decay.
     dw : Weights
         Gradients of the arrays of ``w``, None for 0; there is one of ``query`` or of ``key``. That
         of ``pair`` is 0 where no pair is legal.
@@ -219,10 +213,10 @@ def weights_adjoint(power: int, kind: str, w: Weights, slope: Weights | None, dw
     -------
     array, (..., 1, 1) for a decay, (..., W, 1) for a log gate
     """
-    by = slope or w
-    parts = [None if d is None else x * d for x, d in zip(by[1:], dw[1:], strict=True)]
+    by = w.slope or w
+    parts = [None if d is None else x * d for x, d in zip(by[1:5], dw[1:5], strict=True)]
     xp = namespace(w.mask)
-    if slope is not None:
+    if w.slope is not None:
         return sum(xp.sum(x, axis=(-2, -1), keepdims=True) for x in parts if x is not None)
     pair, query, key, total = parts
     of = next(x for x in parts if x is not None)
@@ -231,7 +225,7 @@ def weights_adjoint(power: int, kind: str, w: Weights, slope: Weights | None, dw
     before, after = xp.tril(ones, k=-1), xp.triu(ones, k=int(kind == "strict"))
     found = [] if total is None else [total]
     if pair is not None:
-        crossed = triangle(after @ pair, k=-1, upper=False)
+        crossed = library_of(of).triangle(after @ pair, -1, False)
         found.append(xp.sum(crossed, axis=-1, keepdims=True))
     found += [] if query is None else [after @ query]
     found += [] if key is None else [before @ key]

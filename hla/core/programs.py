@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from . import ahla, hla2, hla3, linear
-from .algebra import DENOMINATOR
+from .. import states
 from .passes import Pass, Shape, broadcast, remembered
 
 Passes = tuple[Pass, ...]
@@ -26,49 +25,45 @@ class Program(NamedTuple):
     state: type[Any] | None = None
 
 
+# The denominator of each matrix that has one: the same sum with v = 1.
+DENOMINATOR = {"P": "m", "C": "m", "E": "n", "F": "eta", "G": "h", "X": "x"}
 S, Q, R, Y = ("S",), ("Q",), ("R",), ("Y",)
 C, P, E, F, G, X = ((name, DENOMINATOR[name]) for name in "CPEFGX")
 KEYS, VALUES = Pass("y", "q", "k", "k", S), Pass("u", "q", "k", "v", P)
 
-CAUSAL: dict[str, Program] = {
-    "linear": Program((Pass("o", "q", "k", "v", P),), linear.LinearState),
-    "hla2": Program((KEYS, Pass("o", "q", "y", "v", F, 2)), hla2.HLA2State),
-    "ahla": Program((VALUES, Pass("o", "q", "k", "u", E)), ahla.AHLAState),
-    "hla3": Program((KEYS, VALUES, Pass("o", "q", "y", "u", F, 3)), hla3.HLA3State),
+CAUSAL: dict[str, Passes] = {
+    "linear": (Pass("o", "q", "k", "v", P),),
+    "hla2": (KEYS, Pass("o", "q", "y", "v", F, 2)),
+    "ahla": (VALUES, Pass("o", "q", "k", "u", E)),
+    "hla3": (KEYS, VALUES, Pass("o", "q", "y", "u", F, 3)),
 }
 READ = Pass("o", "z", "k", "v", P)
-PREFIX: dict[str, Program] = {
+PREFIX: dict[str, Passes] = {
     "linear": CAUSAL["linear"],
-    "hla2": Program((KEYS, Pass("o", "y", "q", "v", C)), hla2.HLA2PrefixState),
-    "ahla": Program((Pass("z", "q", "k", "q", R), READ), ahla.AHLAPrefixState),
-    "hla3": Program((KEYS, Pass("z", "y", "q", "q", Q), READ), hla3.HLA3PrefixState),
+    "hla2": (KEYS, Pass("o", "y", "q", "v", C)),
+    "ahla": (Pass("z", "q", "k", "q", R), READ),
+    "hla3": (KEYS, Pass("z", "y", "q", "q", Q), READ),
 }
 # The paper's serial recurrences, where they differ from the sums (derivations 3).
-PAPER: dict[str, Program] = {
-    "hla2": Program(
-        (
-            *PREFIX["hla2"].steps,
-            Pass("c", "k", "q", "v", C, 1, "strict"),
-            Pass("o", "q", "k", "c", G, read=-1.0),
-        ),
-        hla2.HLA2PaperState,
+PAPER: dict[str, Passes] = {
+    "hla2": (
+        *PREFIX["hla2"],
+        Pass("c", "k", "q", "v", C, 1, "strict"),
+        Pass("o", "q", "k", "c", G, read=-1.0),
     ),
-    "hla3": Program(
-        (
-            *PREFIX["hla3"].steps,
-            Pass("b1", "k", "q", "q", Q, 1, "strict"),
-            Pass("c1", "b1", "k", "v", P, 1, "strict"),
-            Pass("o", "q", "k", "c1", ("G1", "h1"), read=-1.0),
-            Pass("b2", "q", "k", "k", S, 1, "strict"),
-            Pass("c2", "q", "k", "v", P, 1, "strict"),
-            Pass("o", "q", "b2", "c2", ("G2", "h2"), read=-1.0),
-            Pass("b3", "b1", "k", "k", S, 1, "strict"),
-            Pass("o", "q", "b3", "v", ("G3", "h3"), read=-1.0),
-        ),
-        hla3.HLA3PaperState,
+    "hla3": (
+        *PREFIX["hla3"],
+        Pass("b1", "k", "q", "q", Q, 1, "strict"),
+        Pass("c1", "b1", "k", "v", P, 1, "strict"),
+        Pass("o", "q", "k", "c1", ("G1", "h1"), read=-1.0),
+        Pass("b2", "q", "k", "k", S, 1, "strict"),
+        Pass("c2", "q", "k", "v", P, 1, "strict"),
+        Pass("o", "q", "b2", "c2", ("G2", "h2"), read=-1.0),
+        Pass("b3", "b1", "k", "k", S, 1, "strict"),
+        Pass("o", "q", "b3", "v", ("G3", "h3"), read=-1.0),
     ),
 }
-# What `summarize` needs beyond a causal state; its fields are then renamed by the operator.
+# What a causal segment must know of its tokens beyond a state (derivations 2).
 SEGMENT: dict[str, Passes] = {
     "linear": (),
     "hla2": (Pass("", "", "q", "v", C),),
@@ -76,6 +71,7 @@ SEGMENT: dict[str, Passes] = {
     "hla3": (Pass("", "", "q", "q", Q), Pass("", "", "q", "u", X, 2), Pass("", "", "y", "q", Y, 2)),
 }
 RIDGE = Pass("o", "q", "q", "v", C)
+PROGRAMS = {"causal": CAUSAL, "prefix": PREFIX, "none": PREFIX, "paper": PAPER}
 
 
 @remembered
@@ -91,25 +87,25 @@ def program(operator: str, mask: str, convention: str, ridge: Any, state: Any) -
     state : type, optional
         Type of the incoming state; `HLA2RidgeState` keeps C and m going also where ridge is 0.
     """
-    if mask == "causal":
-        table = PAPER if convention == "paper" and operator in PAPER else CAUSAL
-    else:
-        table = PREFIX
-    steps, kind = table[operator]
+    paper = convention == "paper" and mask == "causal" and operator in PAPER
+    steps = PROGRAMS["paper" if paper else mask][operator]
     ridged = not isinstance(ridge, (int, float)) or ridge != 0  # a tracer stands for one
-    if ridged or state is hla2.HLA2RidgeState:
-        kind = hla2.HLA2RidgeState if kind is hla2.HLA2State else kind
+    if ridged or state is states.HLA2RidgeState:
         steps += (RIDGE._replace(read=ridge) if ridged else RIDGE._replace(out="ridge"),)
     if mask == "none":
-        steps, kind = tuple(s._replace(kind="full") for s in steps), None
-    return Program(stateful(steps), kind)
+        return Program(stateful(tuple(s._replace(kind="full") for s in steps)))
+    return Program(stateful(steps), states.STATES[fields_of(steps)])
+
+
+def fields_of(steps: Passes) -> frozenset[str]:
+    """Return the fields of the states of passes, which name their type."""
+    return frozenset(field for s in steps for field in s.state)
 
 
 @remembered
-def segment_program(operator: str, mask: str) -> Program:
-    """Return the program whose final states make up a segment (derivations 2)."""
-    steps = PREFIX[operator].steps if mask == "prefix" else CAUSAL[operator].steps
-    return Program(stateful(steps + (SEGMENT[operator] if mask == "causal" else ())))
+def segment_program(operator: str, mask: str) -> Passes:
+    """Return the passes whose last states make up a segment, of its state and what follows it."""
+    return stateful(PROGRAMS[mask][operator] + (SEGMENT[operator] if mask == "causal" else ()))
 
 
 def stateful(steps: Passes) -> Passes:

@@ -158,7 +158,7 @@ def backward(
         request = dataclasses.replace(request, form="chunked")
         env = _run(request, inputs, engine)
     values, gate = accumulated(request, inputs)
-    values = dict(env) | values | joined(request, _cast_state(values["q"], dstate), gradient=True)
+    values = dict(env) | values | joined(request, dstate, gradient=True)
     if do is not None:
         values["d.o"] = _unfinish(request, values, do)
     found = engine.pull(
@@ -210,14 +210,6 @@ def _unfinish(request: Request, values: Env, do: Array) -> Array:
     dnum = do / (out[..., -1:] + request.eps)
     dden = -xp.sum(dnum * out[..., :-1], axis=-1, keepdims=True) / (out[..., -1:] + request.eps)
     return xp.concat([dnum, dden], axis=-1)
-
-
-def _cast_state(like: Array, state: Any) -> Any:
-    """Return a state's gradient in the dtype of ``like``."""
-    if state is None:
-        return None
-    cast = (None if x is None else namespace(like).astype(x, like.dtype) for x in state)
-    return type(state)(*cast)
 
 
 def summarize(request: Request, inputs: Inputs) -> Any:

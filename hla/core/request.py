@@ -140,10 +140,10 @@ class Request:
 
     @functools.cached_property
     def _own(self) -> dict[str, Shape]:
-        return self._shapes(self.program)
+        return self._shapes(self.program.steps)
 
-    def _shapes(self, of: Program) -> dict[str, Shape]:
-        return state_shapes(of.steps, self.q_shape, self.k_shape, self.v_shape, self.gate_batch)
+    def _shapes(self, steps: Passes) -> dict[str, Shape]:
+        return state_shapes(steps, self.q_shape, self.k_shape, self.v_shape, self.gate_batch)
 
 
 FIELDS = tuple(x.name for x in dataclasses.fields(Request))

@@ -1,6 +1,6 @@
 """Run passes, of a program or of its adjoint: the one interpreter.
 
-Passes of one direction that need nothing of the others run together, chunk by chunk (`sweep`), with
+Passes of one direction that need nothing of the others run together, chunk by chunk (`Sweep`), with
 the products of `passes`. What several of them share is computed once: a pair of arrays multiplied
 token by token, a state. The adjoint of a causal program is two such sweeps.
 
@@ -17,18 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .namespace import (
-    Array,
-    device,
-    expand,
-    fold,
-    library_of,
-    namespace,
-    padded,
-    sum_to,
-    symbolic,
-    triangle,
-)
+from .namespace import Array, device, expand, library_of, namespace, padded, sum_to, symbolic
 from .passes import (
     CHUNK,
     Gate,
@@ -37,7 +26,6 @@ from .passes import (
     Weights,
     broadcast,
     remembered,
-    slopes,
     weights,
     weights_adjoint,
 )
@@ -46,6 +34,7 @@ from .programs import Passes, adjoint, all_shapes, d, pruned, sweeps
 RunPass = Callable[..., tuple[Array, Array]]
 Env = dict[str, Array]
 Kept = dict[int, list[Array]]  # states before every chunk, by the program's step
+Weighed = dict[tuple[int, str], tuple[Weights, Weights]]
 GATE = "d.gate"
 grouped, transpose = remembered(sweeps), remembered(adjoint)
 
@@ -94,14 +83,15 @@ def run(
             add(env, s.out, scaled(s.read, out), env)
             add(env, s.end, end, env)
         elif s.kind == "full":
-            one, turned = held(s)
-            if one[:2] not in totals:
-                totals[one[:2]] = env[one.k].mT @ env[one.v]
-            out = env[s.q] @ (totals[one[:2]].mT if turned else totals[one[:2]])
-            add(env, s.out, scaled(s.read, scaled(s.write, out)), env)
+            (k, v, *_), turned = held(s)
+            if (k, v) not in totals:
+                totals[k, v] = env[k].mT @ env[v]
+            total = facing(totals[k, v], turned)
+            add(env, s.out, scaled(s.read, scaled(s.write, env[s.q] @ total)), env)
+            add(env, s.end, total, env)
         else:
             later = {n for other in groups[i + 1 :] for t in other for n in (t.q, t.k, t.v, t.dot)}
-            sweep(group, env, gate, kept, chunk=chunk, later=None if keep else later)
+            Sweep(group, env, gate).run(kept, chunk, None if keep else later)
     return env
 
 
@@ -158,111 +148,136 @@ def by_passes(run_pass: RunPass) -> Engine:
     return Engine(*(functools.partial(f, run_pass=run_pass) for f in CORE))
 
 
-class Held(NamedTuple):
-    """A state in a sweep, a sum of k v', which several passes may read, transposed or not."""
+def held(s: Pass) -> tuple[tuple[Any, ...], bool]:
+    """Return what tells the state of a pass from others, and whether the pass has its transpose.
 
-    k: str
-    v: str
-    power: int
-    kind: str
-    start: str
-    turned: bool  # ``start`` is the transpose
-    write: Any
-
-    def same(self, other: Held) -> bool:
-        """Whether two are one; factors that tracers stand for are not compared."""
-        return self[:-1] == other[:-1] and (self.write is other.write or self.write == other.write)
-
-
-def held(s: Pass) -> tuple[Held, bool]:
-    """Return the state of a pass with its arrays in order, and whether the pass has the other."""
+    A state is a sum of k v' with its two arrays in order; several passes may read it.
+    """
     other = s.k > s.v
-    k, v = (s.v, s.k) if other else (s.k, s.v)
-    return Held(k, v, s.power, s.kind, s.start, s.start != "" and s.turned != other, s.write), other
+    write = s.write if isinstance(s.write, (int, float)) else id(s.write)  # tracers have no hash
+    start = s.start, s.start != "" and s.turned != other
+    return (*sorted((s.k, s.v)), s.power, s.kind, *start, write), other
 
 
 class Sweep:
-    """Passes that run together, chunk by chunk.
+    """Passes of one direction that run together, chunk by chunk.
 
     Parameters
     ----------
     steps : tuple of Pass
-        Of one direction, causal or strict; later ones read what earlier ones make.
+        Causal or strict; later ones read what earlier ones make.
+    env : dict
+        All arrays by name.
     gate : Gate
         Decay of every step.
-    like : array
-        Of the dtype and device of all.
     """
 
-    def __init__(self, steps: Passes, gate: Gate, like: Array) -> None:
-        self.steps, self.gate, self.like, self.reverse = steps, gate, like, steps[0].reverse
-        self.states: list[Held] = []  # without repetitions
-        self.places: list[tuple[int, bool]] = []  # of each step: its state, whether transposed
+    def __init__(self, steps: Passes, env: Env, gate: Gate) -> None:
+        self.env, self.gate, self.reverse = env, gate, steps[0].reverse
+        self.passes = list[tuple[Pass, int, bool]]()  # its state's number, and if transposed
+        self.states = dict[tuple[Any, ...], Pass]()  # a pass that has each, by what tells it
         for s in steps:
-            one, turned = held(s)
-            i = next((i for i, x in enumerate(self.states) if x.same(one)), len(self.states))
-            self.states += [one] if i == len(self.states) else []
-            self.places.append((i, turned))
-        self.dots = [(s, *x) for s, x in zip(steps, self.places, strict=True) if s.dot and s.power]
+            key, turned = held(s)
+            self.states.setdefault(key, s._replace(k=key[0], v=key[1]))
+            self.passes.append((s, [*self.states].index(key), turned))
+        self.dots = [x for x in self.passes if x[0].dot and x[0].power]
+        self.reads = dict.fromkeys(n for s in steps for n in (s.q, s.k, s.v, s.dot) if n)
+        self.makes = dict.fromkeys(s.out for s in steps if s.out)
+        of = (n.removeprefix("d.") for n in self.makes)  # whose shapes gradients have
+        needed = dict.fromkeys((*self.reads, *self.makes, *of))
+        self.given = {n: env[n] for n in needed if n in env}
+        self.like = next(iter(self.given.values()))
 
-    def weigh(self, gate: Gate, W: int, tokens: Any = None) -> dict[tuple[int, str], Any]:
-        """Return weights and slopes of a chunk by power and kind."""
-        given: Any = {"like": self.like, "tokens": tokens}
-        dotted = {(s.power, s.kind) for s, *_ in self.dots}
-        return {
-            x: (
-                weights(gate, *x, W, **given),
-                slopes(gate, *x, W, **given) if x in dotted else None,
-            )
-            for x in {(s.power, s.kind) for s in self.steps}
-        }
+    def run(self, kept: Kept, chunk: int, later: set[str] | None) -> None:
+        """Add what the passes make to ``env``, and the states that a later sweep needs to ``kept``.
 
-    def begin(self, env: Env) -> tuple[Array, ...]:
+        What only this sweep reads is not returned: of ``later`` it has nothing; None: all is read.
+        """
+        env, log, T = self.env, self.gate.log_gate, self.like.shape[-2]
+        known = {f"kept@{s.step}": kept[s.step] for s, *_ in self.dots if s.step in kept}
+        keeps = [(s.step, i, turned) for s, i, turned in self.dots if s.step not in kept]
+        made = [n for n in self.makes if later is None or n in later or n not in self.reads]
+        given = self.given | ({} if log is None else {"gate": log[..., None]})
+        cuts, ends = pieces(tuple(given.values()), chunk)
+        names = (*given, *known, *(() if ends is None else ("tokens",)))
+        carry, parts, loop = self.begin(), list[tuple[Array, ...]](), library_of(self.like).fold
+        for c in reversed(range(len(cuts))) if self.reverse else range(len(cuts)):
+            W = cuts[c][0].shape[-2]
+            fixed = self.weigh(W, {}) if log is None and ends is None else None
+
+            def body(
+                carry: tuple[Array, ...], xs: tuple[Array, ...], W: int = W, fixed: Any = fixed
+            ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+                local = dict(zip(names, xs, strict=True))
+                after = self.chunk(local, fixed or self.weigh(W, local), carry)
+                before = (facing(carry[i], turned) for _, i, turned in keeps)
+                out = [*made, *([GATE] if self.dots else [])]
+                return after, (*before, *(local[n] for n in out))
+
+            xs = (*cuts[c], *(x[c] for x in known.values()), *(() if ends is None else (ends,)))
+            carry, found = loop(body, carry, xs, (-3,) * len(xs), -3, self.reverse)
+            parts.append(found)
+        whole = list(zip(*(reversed(parts) if self.reverse else parts), strict=True))
+        if self.dots:
+            grad = rows(whole.pop())  # of a decay one of each chunk
+            grad = namespace(grad).sum(grad, axis=(-2, -1)) if log is None else grad[..., :T, 0]
+            add(env, GATE, grad, env)
+        kept |= {step: list(x) for (step, *_), x in zip(keeps, whole, strict=False)}
+        env |= {n: rows(x, T) for n, x in zip(made, whole[len(keeps) :], strict=True)}
+        for s, i, turned in self.passes:
+            add(env, s.end, facing(carry[i], turned), env)
+
+    def begin(self) -> tuple[Array, ...]:
         """Return the states that the passes start from, of their full shapes."""
-        shapes = {name: tuple(x.shape) for name, x in env.items()}
-        _, full = all_shapes(self.steps, shapes, self.gate.batch)
+        shapes = {name: tuple(x.shape) for name, x in self.env.items()}
+        _, full = all_shapes(tuple(s for s, *_ in self.passes), shapes, self.gate.batch)
         of: dict[str, dict[str, None]] = {}  # given arrays that a result is made of, in order
         found: dict[int, Array] = {}
 
         def given(*names: str) -> dict[str, None]:
             return {x: None for n in names if n for x in of.get(n, {n: None})}
 
-        for s, (i, turned), shape in zip(self.steps, self.places, full, strict=True):
+        for (s, i, turned), shape in zip(self.passes, full, strict=True):
             made = given(s.k, s.v, s.start)
             of[s.out] = given(s.out) | made | given(s.q) if s.out in of else made | given(s.q)
             if i not in found:
-                state = begun(s, env, shape[:-2])
-                state = started(state, shape, [env[n] for n in made], self.gate)
-                found[i] = state.mT if turned else state
+                state = begun(s, self.env, shape[:-2])
+                state = started(state, shape, [self.env[n] for n in made], self.gate)
+                found[i] = facing(state, turned)
         return tuple(found.values())
 
-    def chunk(
-        self, local: Env, ws: Mapping[tuple[int, str], Any], carry: Sequence[Array]
-    ) -> tuple[Array, ...]:
+    def weigh(self, W: int, local: Env) -> Weighed:
+        """Return the weights of a chunk by power and kind, and those of this direction."""
+        gate = Gate(log_gate=local["gate"][..., 0]) if "gate" in local else self.gate
+        tokens = local["tokens"][0, 0] if "tokens" in local else None
+        dotted, found = {(s.power, s.kind) for s, *_ in self.dots}, Weighed()
+        for x in {(s.power, s.kind) for s, *_ in self.passes}:
+            w = weights(gate, *x, W, self.like, tokens, slope=x in dotted)
+            found[x] = w, w.reversed() if self.reverse else w
+        return found
+
+    def chunk(self, local: Env, ws: Weighed, carry: Sequence[Array]) -> tuple[Array, ...]:
         """Run every step over one chunk, results to ``local``; return the states after it."""
-        pairs, products = dict[Any, Array](), Products(local, reverse=self.reverse)
-        dots = {id(s) for s, *_ in self.dots}
-        for s, (i, turned) in zip(self.steps, self.places, strict=True):
+        pairs, products = dict[Any, Array](), Products(local)
+        for s, i, turned in self.passes:
             if not (s.out or s.dot):
                 continue
-            own, slope = ws[s.power, s.kind]
-            w, S = own.reversed() if self.reverse else own, carry[i].mT if turned else carry[i]
+            (own, w), S = ws[s.power, s.kind], facing(carry[i], turned)
             read = local[s.q] @ S
             if s.out:
                 key = (s.q, s.k, s.power, s.kind)
                 if key not in pairs:
-                    pairs[key] = products.legal(times(products(s.q, s.k), w.pair), s)
+                    pairs[key] = legal(times(products[s.q, s.k], w.pair), s)
                 out = pairs[key] @ scaled(s.write, local[s.v]) + times(read, w.query)
                 add(local, s.out, scaled(s.read, out), local)
-            if id(s) in dots:
+            if s.dot and s.power:
                 dw = self.crossing(s, own, local, products, scaled(s.read, read), S)
-                grad = weights_adjoint(s.power, s.kind, own, slope, dw)
+                grad = weights_adjoint(s.power, s.kind, own, dw)
                 grad = sum_to(grad, (*self.gate.batch, *grad.shape[-2:]))
                 local[GATE] = local[GATE] + grad if GATE in local else grad
         after = []
-        for one, S in zip(self.states, carry, strict=True):
-            w = ws[one.power, one.kind][0]
-            w = w.reversed() if self.reverse else w
+        for one, S in zip(self.states.values(), carry, strict=True):
+            _, w = ws[one.power, one.kind]
             kv = times(local[one.k], w.key).mT @ scaled(one.write, local[one.v])
             after.append(kv + times(S, w.total))
         return tuple(after)
@@ -273,7 +288,7 @@ class Sweep:
         """Return the gradients of the weights of a chunk that one pass with a ``dot`` makes."""
         xp, other, pair = namespace(read), local.get(f"kept@{s.step}"), None
         if self.reverse:
-            both = products.legal(products(s.q, s.k) * products(s.dot, s.v), s)
+            both = legal(products[s.q, s.k] * products[s.dot, s.v], s)
             pair = scaled(s.read, scaled(s.write, both)).mT
         one = xp.sum(local[s.dot] * read, axis=-1, keepdims=True)
         query, key = (None, one) if self.reverse else (one, None)
@@ -281,88 +296,32 @@ class Sweep:
         return Weights(w.mask, pair, query, key, total)
 
 
-class Products:
+class Products(dict[tuple[str, str], Array]):
     """Products a b' of a chunk's arrays, [..., W, W], each made once."""
 
-    def __init__(self, local: Env, *, reverse: bool) -> None:
-        self.local, self.reverse, self.made = local, reverse, dict[tuple[str, str], Array]()
+    def __init__(self, local: Env) -> None:
+        super().__init__()
+        self.local = local
 
-    def __call__(self, a: str, b: str) -> Array:
-        """Return that of two names."""
-        if (b, a) in self.made:
-            return self.made[b, a].mT
-        if (a, b) not in self.made:
-            self.made[a, b] = self.local[a] @ self.local[b].mT
-        return self.made[a, b]
-
-    def legal(self, x: Array, s: Pass) -> Array:
-        """Clear the pairs that a pass does not have.
-
-        Not a product with the mask: an overflowing future would reach the past as 0 * inf.
-        """
-        strict = int(s.kind == "strict")
-        return triangle(x, strict if self.reverse else -strict, upper=self.reverse)
+    def __missing__(self, names: tuple[str, str]) -> Array:
+        a, b = names
+        self[names] = self[b, a].mT if (b, a) in self else self.local[a] @ self.local[b].mT
+        return self[names]
 
 
-def sweep(
-    steps: Passes, env: Env, gate: Gate, kept: Kept, *, chunk: int, later: set[str] | None
-) -> None:
-    """Run passes together; add what they make to ``env`` and ``kept``.
+def facing(state: Array, turned: bool) -> Array:
+    """Return a state as a pass reads it."""
+    return state.mT if turned else state
 
-    Parameters
-    ----------
-    steps, gate
-        As in `Sweep`.
-    env : dict
-        All arrays by name.
-    kept : dict
-        States that the passes of an earlier sweep kept.
-    chunk : int
-        Tokens in a chunk.
-    later : set of str or None
-        Names that are read elsewhere; None: all are.
+
+def legal(x: Array, s: Pass) -> Array:
+    """Clear the pairs that a pass does not have.
+
+    Not a product with the mask: an overflowing future would reach the past as 0 * inf.
     """
-    reads = dict.fromkeys(n for s in steps for n in (s.q, s.k, s.v, s.dot) if n)
-    outs = dict.fromkeys(s.out for s in steps if s.out)
-    made = [n for n in outs if later is None or n in later or n not in reads]
-    needed = dict.fromkeys((*reads, *outs, *(n.removeprefix("d.") for n in outs)))
-    given = {n: env[n] for n in needed if n in env}
-    like = next(iter(given.values()))
-    one, T = Sweep(steps, gate, like), like.shape[-2]
-    others = [s.step for s, *_ in one.dots if s.step in kept]
-    keeps = [(s.step, *place) for s, *place in one.dots if s.step not in kept]
-    if gate.log_gate is not None:
-        given["gate"] = gate.log_gate[..., None]
-    names = (*given, *(f"kept@{i}" for i in others))
-    cuts, ends = pieces(tuple(given.values()), chunk)
-    carry, parts = one.begin(env), list[tuple[Array, ...]]()
-    for i in reversed(range(len(cuts))) if one.reverse else range(len(cuts)):
-        W, once = cuts[i][0].shape[-2], gate.log_gate is None and ends is None
-        fixed = one.weigh(gate, W) if once else None
-
-        def body(
-            carry: tuple[Array, ...], xs: tuple[Array, ...], W: int = W, fixed: Any = fixed
-        ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-            local = dict(zip(names, xs, strict=False))
-            here = gate if gate.log_gate is None else Gate(log_gate=local["gate"][..., 0])
-            ws = fixed or one.weigh(here, W, None if ends is None else xs[-1][0, 0])
-            after = one.chunk(local, ws, carry)
-            states = (carry[i].mT if turned else carry[i] for _, i, turned in keeps)
-            return after, (*(local[n] for n in made), *states, *([local[GATE]] if one.dots else ()))
-
-        xs = (*cuts[i], *(kept[n][i] for n in others), *(() if ends is None else (ends,)))
-        axes = (-3,) * len(xs)
-        carry, found = fold(body, carry, xs, axes=axes, out_axis=-3, reverse=one.reverse)
-        parts.append(found)
-    whole = list(zip(*(reversed(parts) if one.reverse else parts), strict=True))
-    if one.dots:
-        grad = rows(whole.pop())  # of a decay one of each chunk
-        log = gate.decay is None
-        add(env, GATE, grad[..., :T, 0] if log else namespace(grad).sum(grad, axis=(-2, -1)), env)
-    env |= {n: rows(x, T) for n, x in zip(made, whole, strict=False)}
-    kept |= {n: list(x) for (n, *_), x in zip(keeps, whole[len(made) :], strict=True)}
-    for s, (i, turned) in zip(steps, one.places, strict=True):
-        add(env, s.end, carry[i].mT if turned else carry[i], env)
+    strict = int(s.kind == "strict")
+    cleared: Array = library_of(x).triangle(x, strict if s.reverse else -strict, s.reverse)
+    return cleared
 
 
 def add(env: Env, name: str, x: Array, shapes: Mapping[str, Array]) -> None:
@@ -491,9 +450,6 @@ def causal_pass(
     o : array, (*batch, T, V)
     state : array, (*broadcast of k, v and gate, D, V)
     """
-    if kind == "full":
-        total = k.mT @ v
-        return q @ total, total
     start = {} if state is None else {"S@0": state}
     one = Pass("o", "q", "k", "v", (), power, kind, reverse, start="".join(start), end="S@T")
     found = run((one,), {"q": q, "k": k, "v": v} | start, gate, chunk=chunk)

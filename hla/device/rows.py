@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..core.passes import broadcast
 from ..core.programs import CAUSAL
 from ..core.request import Request
 from .steps import Fused, Launch, Ref
@@ -9,9 +10,15 @@ from .steps import Fused, Launch, Ref
 
 def masked(request: Request) -> int:
     """Count the steps of the operator's causal program, 0 where a request does not begin so."""
-    steps = CAUSAL[request.operator].steps
+    steps = CAUSAL[request.operator]
     begins = [s.does for s in request.program.steps[: len(steps)]]
     return len(steps) if begins == [s.does for s in steps] else 0
+
+
+def matched(request: Request) -> bool:
+    """Whether y has all the heads that u has, so that what is made of both is of one batch."""
+    keys = broadcast(request.q_shape[:-2], request.k_shape[:-2], request.gate_batch)
+    return keys == broadcast(keys, request.v_shape[:-2])
 
 
 def flipped(ref: Ref | None) -> Ref | None:

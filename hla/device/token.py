@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ..core.namespace import Array, namespace
 from ..core.passes import Shape
 from ..core.request import Inputs, Request
-from ..core.triangle import STATE_OF
+from ..states.packed import STATE_OF
 
 
 def unpacked(state: Any) -> Any:

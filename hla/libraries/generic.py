@@ -83,11 +83,11 @@ class Generic:
         return xp.concat(parts, axis=axis)
 
     def powers(self, x: Array, n: Array) -> Array:
-        """See `core.namespace.powers`."""
+        """Raise ``x`` to whole powers n >= 0, with its derivatives also where x is 0."""
         return x**n
 
     def triangle(self, x: Array, k: int, upper: bool) -> Array:
-        """See `core.namespace.triangle`."""
+        """Clear ``x`` below (else above) the diagonal k of its last two axes."""
         return (self.xp.triu if upper else self.xp.tril)(x, k=k)
 
     def constants(
@@ -101,7 +101,28 @@ class Generic:
     def fold(
         self, body: Any, carry: Any, xs: Any, axes: tuple[int, ...], out_axis: int, reverse: bool
     ) -> Any:
-        """See `core.namespace.fold`."""
+        """Loop ``carry, ys = body(carry, slices)`` over an axis of each x; stack the ys on one.
+
+        Parameters
+        ----------
+        body : callable
+            Takes the carry and a tuple with one slice of each x; returns the carry and a tuple.
+        carry : pytree
+            Keeps its shapes and dtypes from turn to turn.
+        xs : tuple of arrays
+            Sliced along ``axes[i]`` (negative), all of one length there, at least 1.
+        axes : tuple of int
+            The sliced axis of each x.
+        out_axis : int
+            Axis of the results that counts the turns, negative or 0.
+        reverse : bool
+            Last slice first; the ys stay at their slice's place.
+
+        Returns
+        -------
+        carry, ys
+            A plain loop for eager libraries; a compiled one where the graph must not grow.
+        """
         out = []
         slices = (self.unstack(x, axis) for x, axis in zip(xs, axes, strict=True))
         turns = list(zip(*slices, strict=True))

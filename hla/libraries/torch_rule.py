@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
 from .. import states
-from ..core.associative import ALGEBRA
+from ..core.algebra import ALGEBRA
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request
-from ..core.triangle import STATE_OF
 from ..device.token import unpacked
+from ..states.packed import STATE_OF
 from . import torch_tracing as tracing
 from .exchange import loaded
 from .torch_options import Options, inputs_of, no_forward_mode, options_of, present, request_of

@@ -92,7 +92,7 @@ def launched(
         num_threads=threads, thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True,
-            approx_math=True,
+            approx_math=True, reduction_scratch_bytes=0,  # sums cross no warps
         ),
     )  # fmt: skip
     return lambda *x: call(*x, jnp.zeros((1,), jnp.int32))
@@ -153,11 +153,15 @@ class Chunks(NamedTuple):
     last: Array | bool  # whether it ends with the sequence's last chunk
 
 
-def chunks_of(tokens: int, segment: int, part: Array) -> Chunks:
-    """Return the chunks of a segment, or of the whole."""
+def chunks_of(tokens: int, segment: int, part: Array, nil: Any) -> Chunks:
+    """Return the chunks of a segment, or of the whole; that there is one the compiler must not know.
+
+    Else it removes the loop, a state is a constant, and ptxas 13.0 sets registers to zero behind
+    the product that reads them.
+    """
     whole = -(-tokens // W)
     if not segment:
-        return Chunks(i32(0), whole, True)
+        return Chunks(i32(0), whole if whole > 1 else whole + nil[0], True)
     parts, each = -(-tokens // segment), segment // W
     last = part == parts - 1
     return Chunks(part * segment, jnp.where(last, i32(whole - (parts - 1) * each), i32(each)), last)

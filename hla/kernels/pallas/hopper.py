@@ -239,7 +239,7 @@ def _pair(p: Pair, T: int, parts: int, there: Sequence[bool], refs: Any, s: dict
     i, warpgroup = lax.axis_index("head"), lax.axis_index("warpgroup")
     number = lax.rem(i, i32(parts)) if p.tokens else i32(0)
     place = Place(heads(p.batch, lax.div(i, i32(parts)) if p.tokens else i), p.batch, p.axis)
-    part, axes = chunks_of(T, p.tokens, number), (number,) if p.tokens else ()
+    part, axes = chunks_of(T, p.tokens, number, nil), (number,) if p.tokens else ()
     Q, K, X, _ = rings(p)
     BD, BV = s["qs"].shape[-1], s["xs"].shape[-1]
     BY = BV if p.ahla else BD

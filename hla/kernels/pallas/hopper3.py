@@ -193,7 +193,7 @@ def _triple(
     i_v, i = lax.rem(i, i32(tiles)), lax.div(i, i32(tiles))
     number = lax.rem(i, i32(parts)) if p.tokens else i32(0)
     place = Place(heads(p.batch, lax.div(i, i32(parts)) if p.tokens else i), p.batch, p.axis)
-    part, axes = chunks_of(T, p.tokens, number), (number,) if p.tokens else ()
+    part, axes = chunks_of(T, p.tokens, number, nil), (number,) if p.tokens else ()
     cols = pl.ds(i_v * HALF, HALF)
     width = s["qs"].shape[-1]
     Q, K, X, _ = rings(p)

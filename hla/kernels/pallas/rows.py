@@ -7,7 +7,8 @@ pairs of a reference and its new array.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax import numpy as jnp
@@ -16,9 +17,9 @@ from ...core.passes import Gate, Shape, broadcast
 from ...core.programs import adjoint
 from ...core.request import Request
 from ...device.elementwise import Made, Take
-from ...device.rows import flipped, kept, masked
+from ...device.rows import flipped, kept, masked, matched
 from ...device.scan import Call
-from ...device.steps import Fused, Launch, Ref, Row
+from ...device.steps import UNDOTTED, Fused, Launch, Parts, Ref, Row
 
 Array = Any
 Make = Callable[[Take, Gate], Made]
@@ -26,8 +27,18 @@ FORWARD = "{} by two state owners"
 OPERATORS = "hla2", "ahla", "hla3"
 HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
 AHLA = "ahla on Hopper: du, dv, dk", "ahla on Hopper: dq"
+HLA3 = tuple(f"hla3 on Hopper: {x}" for x in ("dy, du", "dv, dk", "dq of y and u", "dq of o"))
+Sweep = tuple[str, bool, tuple[int, ...]]  # name, whether last token first, of which steps
+SWEEPS: dict[str, tuple[Sweep, ...]] = {
+    "hla2": ((HLA2[0], True, (0, 1)), (HLA2[1], False, (0, 1))),
+    "ahla": ((AHLA[0], True, (0, 1)), (AHLA[1], False, (0, 1))),
+    "hla3": (
+        (HLA3[0], True, (2,)), (HLA3[1], True, (0, 1)),
+        (HLA3[2], False, (0, 1)), (HLA3[3], False, (2,)),
+    ),
+}  # fmt: skip
 WIDEST = 128  # columns of a tile
-CHUNK = 64  # tokens
+CHUNK, PERIOD = 64, 1024  # tokens by which dots count, and between the states that are kept
 
 
 def rows(request: Request) -> tuple[Row, ...]:
@@ -44,16 +55,21 @@ def rows(request: Request) -> tuple[Row, ...]:
 
 def sweeps(request: Request, count: int) -> tuple[Row, ...]:
     """Return the sweeps of an adjoint, where they do all of it."""
-    names = {"hla2": HLA2, "ahla": AHLA}.get(request.operator)
     plain = not request.normalize and request.scale != 0
-    asked = request.gate is not None and request.gate_given  # whose gradient asks for more
-    if names is None or not plain or asked or count != len(request.program.steps):
-        return ()
-    if request.tokens <= CHUNK:  # of one token a GPU had another dq, for reasons not found
+    if not plain or count != len(request.program.steps):
         return ()
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
-    reverse, queries = (tuple(s for s in back if s.reverse == x) for x in (True, False))
-    return Row(names[0], reverse, segments=True), Row(names[1], queries, segments=True)
+    alike = request.operator != "hla3" or matched(request)
+    parts, side = None, max(request.k_shape[-1], request.v_shape[-1])
+    if request.gate is not None and request.gate_given:  # of <S, dS> that of a symmetric S
+        symmetric = "" if request.operator == "ahla" else "S@0"
+        side = WIDEST // 2 if side <= WIDEST // 2 else WIDEST
+        parts = Parts(CHUNK, PERIOD, 1, 1, side=side, met=side, without=symmetric)
+    return tuple(
+        Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
+            segments=True, parts=parts, adds=name in HLA3[1:])
+        for name, last, of in SWEEPS[request.operator] if alike or len(of) == 1
+    )  # fmt: skip
 
 
 def lead(call: Call, ref: Ref | None) -> Shape | None:
@@ -152,36 +168,81 @@ def triple(call: Call, fused: Fused) -> Make:
     return make
 
 
+def added(x: Launch, ref: Ref | None, take: Take, o: Array) -> Array:
+    """Return what a launch made, added to what is there where it adds."""
+    return take(ref).astype(jnp.float32) + o if x.add and ref is not None else o
+
+
+def every(x: Launch) -> int:
+    """Chunks between the states that a launch keeps or reads, of which a segment has a multiple."""
+    return math.gcd(x.tokens, PERIOD) // CHUNK if x.states or x.kept else 0
+
+
+def left_of(*launches: Launch) -> list[Ref | None]:
+    """Return where launches leave what a gate's gradient is made of, if they do."""
+    found = [x.dots for x in launches] + [x.states for x in launches]
+    return [x for x in found if x is not None]
+
+
+def swept(
+    call: Call, given: Sequence[Ref], first: Launch, power: int, second: Ref | None,
+    *, ends: bool, read: bool, sweep: str,
+) -> Callable[[Take, Gate], Any]:  # fmt: skip
+    """Return what runs a sweep, last token first, R as ``first`` has it; ``second`` its other."""
+    R, asked = next(iter(first.start), None), any(first.end) and read
+
+    def run(take: Take, gate: Gate) -> Any:
+        from . import hopper_reverse as sweeps
+
+        p = sweeps.Reverse(
+            getattr(sweeps, sweep), first.batch, call.request.gate, (power, first.power),
+            first.write, (asked, ends), read, first.tokens, memory_axis(call, given[0].name),
+            first.dots is not None, every(first),
+        )  # fmt: skip
+        states = gate_of(call, gate), taken(take, R), taken(take, second)
+        return sweeps.reverse(p, [take(x) for x in given], *states)
+
+    return run
+
+
+def finished(
+    refs: list[Ref | None],
+    batch: Shape,
+    run: Callable[[Take, Gate], Any],
+    adds: Launch | None = None,
+) -> Make:
+    """Return what puts all that a sweep makes into its places, the first where it adds."""
+
+    def make(take: Take, gate: Gate) -> Made:
+        if 0 in batch:
+            return zeros(refs, take)
+        rows, first, second, dots, kept = run(take, gate)
+        made = [*rows, first, second, *dots, *kept]
+        if adds is not None:
+            made[0] = added(adds, refs[0], take, made[0])
+        found = [(r, x) for r, x in zip(refs, made, strict=True) if r is not None]
+        return [(r._replace(turned=False), x.mT if r.turned else x) for r, x in found]
+
+    return make
+
+
 def reverse(call: Call, fused: Fused) -> Make:
     """Return what makes dy, dv and dk of hla2, last token first.
 
     In segments also what makes dy again and, of the two that make up Z, half of their sum.
     """
-    if len(fused.launches) == 2:
+    read = len(fused.launches) > 2
+    if not read:
         dy, dk = fused.launches
-        dv, refs = None, [None, None, None, None, dk.end[0]]
-        R, Z = flipped(next(iter(dy.start), None)), None
+        first = dy._replace(start=(flipped(next(iter(dy.start), None)),))
+        refs, Z, given = [None, dk.end[0]], None, [dy.v[0], dy.q[0], dy.k[0]]
     else:
-        dy, dv, _, dk = fused.launches
-        R, end, Z = (next(iter(x), None) for x in (dv.start, dv.end, dk.start))
-        refs = [kept(fused, dy), dv.o[0], dk.o[0], end, None]
-
-    def make(take: Take, gate: Gate) -> Made:
-        from . import hopper_reverse as sweep
-
-        if 0 in dy.batch:
-            return zeros(refs, take)
-        p = sweep.Reverse(
-            dy.batch, call.request.gate, (dk.power, dy.power), dy.write, refs[3] is not None,
-            dv is None, dv is not None, dy.tokens, memory_axis(call, dy.v[0].name),
-        )  # fmt: skip
-        k, y = (dk.q[0], dv.q[0]) if dv else (None, None)
-        given: Any = [taken(take, x) for x in (dy.v[0], k, dy.q[0], dy.k[0], y)]
-        given += [gate_of(call, gate), taken(take, R), taken(take, Z)]
-        made = sweep.reverse(p, *given)
-        return [(r, x) for r, x in zip(refs, made, strict=True) if r is not None]
-
-    return make
+        dy, first, _, dk = fused.launches
+        refs, Z = [next(iter(first.end), None), None], next(iter(dk.start), None)
+        refs = [kept(fused, dy), first.o[0], dk.o[0], *refs, *left_of(first, dk)]
+        given = [dy.v[0], dk.q[0], dy.q[0], dy.k[0], first.q[0]]
+    run = swept(call, given, first, dk.power, Z, ends=not read, read=read, sweep="HLA2")
+    return finished(refs, dy.batch, run)
 
 
 def reverse_ahla(call: Call, fused: Fused) -> Make:
@@ -189,68 +250,89 @@ def reverse_ahla(call: Call, fused: Fused) -> Make:
 
     That is of du, which is made again, and q; it or its transpose may be asked twice.
     """
-    refs: list[Ref | None]
-    v: Ref | None
-    u: Ref | None
     if not fused.launches[1].q:
         du, *states = fused.launches
         lasts = [x.end[0] if x.k == du.k else flipped(x.end[0]) for x in states]
-        refs, v, u, P = [None, None, None, None], None, None, None
-    else:
-        one, du, two, dv = fused.launches
-        P, end, last = (next(iter(x), None) for x in (dv.start, du.end, dv.end))
-        refs, v, u, lasts = [kept(fused, du), dv.o[0], two.o[0], end], two.q[0], one.q[0], [last]
-    R = next(iter(du.start), None)
+        given = [du.k[0], du.q[0], du.v[0]]
+        run = swept(call, given, du, du.power, None, ends=True, read=False, sweep="AHLA")
 
-    def make(take: Take, gate: Gate) -> Made:
-        from . import hopper_reverse_ahla as sweep
+        def again(take: Take, gate: Gate) -> Any:
+            found = run(take, gate)
+            return (), *[found.second] * len(lasts), *[None] * (2 - len(lasts)), (), ()
 
-        if 0 in du.batch:
-            return zeros([*refs, *lasts], take)
-        p = sweep.Reverse(
-            du.batch, call.request.gate, du.write, (refs[3] is not None, lasts[0] is not None),
-            v is not None, du.tokens, memory_axis(call, du.k[0].name),
-        )  # fmt: skip
-        given: Any = [taken(take, x) for x in (du.k[0], du.q[0], v, du.v[0], u)]
-        given += [gate_of(call, gate), taken(take, R), taken(take, P)]
-        made = sweep.reverse(p, *given)
-        found: Any = zip([*refs, *lasts], [*made[:4], *[made.P] * len(lasts)], strict=True)
-        found = [(r, x) for r, x in found if r is not None]
-        return [(r._replace(turned=False), x.mT if r.turned else x) for r, x in found]
+        return finished([*lasts, None][:2], du.batch, again)
+    one, du, two, dv = fused.launches
+    P, last = next(iter(dv.start), None), next(iter(dv.end), None)
+    refs = [kept(fused, du), dv.o[0], two.o[0], next(iter(du.end), None), last, *left_of(du, dv)]
+    given = [du.k[0], du.q[0], two.q[0], du.v[0], one.q[0]]
+    ends = last is not None
+    run = swept(call, given, du, dv.power, P, ends=ends, read=True, sweep="AHLA")
+    return finished(refs, du.batch, run)
 
-    return make
+
+def reverse_last(call: Call, fused: Fused) -> Make:
+    """Return what makes dy and du of hla3, last token first."""
+    dy, du = fused.launches
+    given = [dy.v[0], dy.q[0], dy.k[0], du.q[0]]
+    refs = [kept(fused, dy), kept(fused, du), next(iter(du.end), None), None, *left_of(du)]
+    run = swept(call, given, du, du.power, None, ends=False, read=True, sweep="ONE")
+    return finished(refs, dy.batch, run)
+
+
+def reverse_both(call: Call, fused: Fused) -> Make:
+    """Return what makes dv and all of dk of hla3, last token first."""
+    dk, dv, _, more = fused.launches
+    given = [dk.v[0], dv.q[0], dk.q[0], dk.k[0], more.v[0]]
+    refs = [dk.o[0], dv.o[0], next(iter(dv.end), None), None, *left_of(dv, more)]
+    Z = next(iter(more.start), None)
+    run = swept(call, given, dv, more.power, Z, ends=False, read=True, sweep="SUM")
+    return finished(refs, dk.batch, run, dk)
 
 
 def after(fused: Fused) -> tuple[Launch, ...]:
-    """Return what a fused step leaves to passes: of hla2 the gradient of the first S.
+    """Return what a fused step leaves to passes: of Z the gradient of the first S.
 
     It is one of the two that make up Z, of which the kernel keeps the sum.
     """
     *_, dk = fused.launches
-    if fused.row != HLA2[0] or not dk.q or not any(dk.end):
+    if fused.row not in (HLA2[0], HLA3[1]) or not dk.q or not any(dk.end):
         return ()
-    return (dk._replace(q=(), o=(), add=False, batch=dk.held),)
+    return (dk._replace(q=(), o=(), add=False, batch=dk.held, **UNDOTTED),)
 
 
 def queries(call: Call, fused: Fused) -> Make:
     """Return what makes dq, first token first."""
-    first, second = fused.launches
-    S, F = (flipped(next(iter(x.start), None)) for x in (second, first))
-    ahla = first.v == second.v  # the k of both passes
-    v, y = (second.k[0], first.k[0]) if ahla else (first.k[0], first.v[0])
+    first, *rest = fused.launches
+    v, y = first.k[0], first.v[0]
+    form = "one"
+    k = e = S = None
+    if rest:
+        (second,) = rest
+        k, e, S = second.v[0], second.q[0], flipped(next(iter(second.start), None))
+        form = "hla2" if y != k else "keys"
+        if first.v == second.v != second.k:  # the k of both passes
+            form, v, y = "ahla", second.k[0], first.k[0]
+    F, o = flipped(next(iter(first.start), None)), first.o[0]
+    by = {"k": k, "v": v, "g": first.q[0], "y": y, "e": e if rest else o, "q": first.x}
+    powers = (rest[0] if rest else first).power, first.power
+    refs = [x.dots for x in (first, *rest) if x.dots] + [x.met for x in (first, *rest) if x.met]
 
     def make(take: Take, gate: Gate) -> Made:
         from . import hopper_queries as sweep
 
         if 0 in first.batch:
-            return zeros([first.o[0]], take)
+            return zeros([o, *refs], take)
+        alone = not rest and first.add and take(o).dtype == jnp.bfloat16
         p = sweep.Queries(
-            ahla, first.batch, call.request.gate, (second.power, first.power), first.read,
-            first.tokens, memory_axis(call, second.v[0].name),
+            form, first.batch, call.request.gate, powers, first.read, alone, first.tokens,
+            memory_axis(call, first.q[0].name), first.dots is not None, every(first),
         )  # fmt: skip
-        given: Any = [take(x) for x in (second.v[0], v, first.q[0], y, second.q[0])]
-        given += [gate_of(call, gate), taken(take, S), taken(take, F)]
-        return [(first.o[0], sweep.queries(p, *given))]
+        given: Any = [taken(take, by[n]) for n in p.letters]
+        states = gate_of(call, gate), taken(take, S), taken(take, F)
+        kept = [take(x.kept) for x in (first, *rest) if x.kept]
+        dq, dots, met = sweep.queries(p, given, *states, kept)
+        made = dq if alone else added(first, o, take, dq)
+        return [(o, made), *zip(refs, (*dots, *met), strict=True)]
 
     return make
 
@@ -260,4 +342,5 @@ KERNELS: dict[str, Callable[[Call, Fused], Make]] = {
     FORWARD.format("hla3"): triple,
     **dict(zip(HLA2, (reverse, queries), strict=True)),
     **dict(zip(AHLA, (reverse_ahla, queries), strict=True)),
+    **dict(zip(HLA3, (reverse_last, reverse_both, queries, queries), strict=True)),
 }

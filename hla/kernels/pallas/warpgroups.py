@@ -9,13 +9,16 @@ The weights of a gate lie beside a chunk as lists of float32 (`listed`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jax import lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
 
 from ...device.elementwise import LEAST
 
@@ -103,6 +106,99 @@ def taken_turned(ref: Any) -> Array:
     return plgpu.layout_cast(x, WGMMA)
 
 
+def _registers(x: Any) -> list[Any]:
+    """Return what a thread has of [64, W], float32: pairs of columns, by 8 columns and 8 rows."""
+    found = x.registers.reshape(W // 8, 2)
+    if x.mlir_dtype != ir.F32Type.get():
+        found = [
+            [arith.extf(ir.VectorType.get((2,), ir.F32Type.get()), v) for v in y] for y in found
+        ]
+    return [list(x) for x in found]
+
+
+def _thread() -> tuple[Any, Any, Callable[[int], Any]]:
+    """Return a thread's warp in its warpgroup, its place in the warp, and what makes constants."""
+    i32, thread = ir.IntegerType.get_signless(32), mgpu.utils.thread_idx()
+    number = lambda n: arith.constant(i32, n)  # noqa: E731
+    warp = arith.remui(arith.divui(thread, number(32)), number(4))
+    return warp, arith.remui(thread, number(32)), number
+
+
+def _is(a: Any, b: Any) -> Any:
+    """Whether two numbers are equal."""
+    return arith.cmpi(arith.CmpIPredicate.eq, a, b)
+
+
+def _leave_columns(ref: Any, sums: list[Any]) -> None:
+    """Store sums of a thread's columns to [4, W]: of each warp's 16 rows.
+
+    They meet in three rounds, in each of which a thread keeps half of its columns and gives the
+    others away, so that at last it has two of them.
+    """
+    warp, lane, number = _thread()
+    for stride in (16, 8, 4):
+        near = _is(arith.andi(lane, number(stride)), number(0))
+        pairs = list(zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True))
+        given = [mgpu.utils.shfl_bfly(arith.select(near, b, a), stride) for a, b in pairs]
+        sums = [arith.addf(arith.select(near, a, b), x)
+                for (a, b), x in zip(pairs, given, strict=True)]  # fmt: skip
+    at = warp, arith.muli(lane, number(2))
+    vector.store(sums[0], ref, [arith.index_cast(ir.IndexType.get(), n) for n in at])
+
+
+def leave_columns(to: Any, a: Array, b: Array) -> None:
+    """Store the sums of the columns of a * b, [64, W], to memory, [4, W]: of each warp's rows."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA, WGMMA))
+    def go(_: Any, ref: Any, a: Any, b: Any) -> None:
+        rows = zip(_registers(a), _registers(b), strict=True)
+        _leave_columns(ref, [
+            arith.addf(arith.mulf(x[0], y[0]), arith.mulf(x[1], y[1])) for x, y in rows
+        ])  # fmt: skip
+
+    go(to, a, b)
+
+
+def leave_pairs(by_row: Any, by_column: Any, a: Array, b: Array) -> None:
+    """Store sums of the products of two tiles of pairs, but those of a token with itself.
+
+    Of rows to memory, [W], of columns by warps, [4, W].
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), WGMMA, WGMMA))
+    def go(_: Any, by_row: Any, by_column: Any, a: Any, b: Any) -> None:
+        warp, lane, number = _thread()
+        quad, place = (
+            arith.divui(lane, number(4)),
+            arith.muli(arith.remui(lane, number(4)), number(2)),
+        )
+        zero = arith.constant(ir.F32Type.get(), 0.0)
+        own = [_is(quad, arith.addi(place, number(n))) for n in (0, 1)]
+        columns, rows = [], [zero, zero]
+        for j, (x, y) in enumerate(zip(_registers(a), _registers(b), strict=True)):
+            found = [arith.mulf(u, v) for u, v in zip(x, y, strict=True)]
+            mine = _is(warp, number(j // 2))  # has the tokens of these columns as its rows
+            for i in (0, 1):
+                both = [vector.extract(found[i], [], [n]) for n in (0, 1)]
+                if i == j % 2:
+                    both = [arith.select(arith.andi(mine, z), zero, e)
+                            for z, e in zip(own, both, strict=True)]  # fmt: skip
+                    found[i] = vector.from_elements(found[i].type, both)
+                rows[i] = arith.addf(rows[i], arith.addf(*both))
+            columns.append(arith.addf(*found))
+        for stride in (1, 2):
+            rows = [arith.addf(x, mgpu.utils.shfl_bfly(x, stride)) for x in rows]
+        even = _is(arith.remui(lane, number(2)), number(0))
+        row = arith.addi(arith.muli(warp, number(16)), quad)
+        at = arith.select(even, row, arith.addi(row, number(8)))
+        one = ir.VectorType.get((1,), ir.F32Type.get())
+        mean = vector.broadcast(one, arith.select(even, *rows))
+        vector.store(mean, by_row, [arith.index_cast(ir.IndexType.get(), at)])
+        _leave_columns(by_column, columns)
+
+    go(by_row, by_column, a, b)
+
+
 def legal(x: Array, *, upper: bool) -> Array:
     """Return pairs, bfloat16, without those whose row is later (not ``upper``: earlier)."""
     row, column = (plgpu.broadcasted_iota(jnp.int32, (W, W), i, layout=WGMMA) for i in (0, 1))
@@ -144,12 +240,14 @@ class Weights(NamedTuple):
         return raised(jnp.exp2(self.lists[UNTIL, W - 1]), self.power)
 
 
+def weighed(x: Array, weights: Weights | None, *, upper: bool) -> Array:
+    """Return the legal ones of pairs, weighed, [W, W], bfloat16."""
+    return legal(x if weights is None else x * weights.pairs(upper=upper), upper=upper)
+
+
 def pairs(a: Any, b: Any, weights: Weights | None, *, upper: bool) -> Array:
-    """Return the legal pairs of a b', weighed, [W, W]."""
-    x = product(W, W, (a, turned(b)))
-    if weights is not None:
-        x = x * weights.pairs(upper=upper)
-    return legal(x, upper=upper)
+    """Return the legal pairs of a b', weighed, [W, W], bfloat16."""
+    return weighed(product(W, W, (a, turned(b))), weights, upper=upper)
 
 
 def listed(gate: Array, kind: str, tokens: int) -> Array:

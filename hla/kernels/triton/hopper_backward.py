@@ -47,10 +47,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...core.passes import Shape, broadcast
+from ...core.passes import Shape
 from ...core.programs import adjoint
 from ...core.request import Request
-from ...device.rows import flipped, masked
+from ...device.rows import flipped, masked, matched
 from ...device.scan import Call, Do
 from ...device.steps import UNDOTTED, Fused, Launch, Parts, Ref, Row
 from .launch import GATES, Aligned, Kernel, heads, listed, passes, placed, width
@@ -90,7 +90,7 @@ def rows(request: Request) -> tuple[Row, ...]:
         symmetric = "" if request.operator == "ahla" else "S@0"
         parts = Parts(CHUNK, PERIOD, B // 64, 1, side=B, met=B // 16, without=symmetric)
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
-    alike = request.operator != "hla3" or _alike(request)
+    alike = request.operator != "hla3" or matched(request)
     return tuple(
         Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
             segments=True, parts=parts, in_place=not last, adds=name in ADDS)
@@ -102,12 +102,6 @@ def rows(request: Request) -> tuple[Row, ...]:
 def side(D: int, V: int) -> int:
     """Columns of a tile, of keys and values alike."""
     return WIDEST // 2 if max(D, V) <= WIDEST // 2 else WIDEST
-
-
-def _alike(request: Request) -> bool:
-    """Whether y has all the heads that u has, so that what is made of both is of one batch."""
-    keys = broadcast(request.q_shape[:-2], request.k_shape[:-2], request.gate_batch)
-    return keys == broadcast(keys, request.v_shape[:-2])
 
 
 def launched(

@@ -13,7 +13,6 @@ import triton
 from ...core.passes import Shape
 from ...core.reference import Gradients
 from ...core.request import Inputs, Request
-from ...core.triangle import STATE_OF
 from ...device.elementwise import fit
 from ...device.plan import dtype_of
 from ...device.scan import Again, Call, Device, Do, Kind, Place, Ready, Runner, given
@@ -32,6 +31,7 @@ from ...device.steps import (
 )
 from ...device.tiles import Layout, strides_like, whole
 from ...device.token import unpacked
+from ...states.packed import STATE_OF
 from . import normalize, rows
 from . import step as one_token
 from .carry import carry, fading

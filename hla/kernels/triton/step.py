@@ -10,13 +10,13 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from ...core.fields import rank
-from ...core.hla2 import HLA2State
 from ...core.passes import Shape, broadcast
 from ...core.request import Inputs, Request
-from ...core.triangle import STATE_OF, packed_shape
 from ...device.scan import Place
 from ...device.tiles import Layout, grids, inner, strides_like, whole
 from ...device.token import apart, dense, span, turns
+from ...states import HLA2State
+from ...states.packed import STATE_OF, packed_shape
 from .launch import GATES, Kernel, addresses, empty_strided, on_device, processors, tile
 from .token import add_kernel, rows_kernel, token_kernel
 

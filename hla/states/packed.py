@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .namespace import Array, device, library_of, namespace
+from ..core.namespace import Array, device, library_of, namespace
 
 PACKED_OF: dict[type[Any], Any] = {}  # packed type by state type; `hla.states` names each
 STATE_OF: dict[type[Any], Any] = {}  # and back
