@@ -119,9 +119,13 @@ def scan(q: Any, k: Any, v: Any, **options: Any) -> Any:
     >>> hla.scan(q, k, v)[:, 0]
     array([1., 3., 6.])
     """
-    options = filled("scan", DEFAULTS, options)
-    run = _node("scan") if compiling() else _scan
-    return run(q, k, v, **options)
+    if compiling():
+        return _node("scan")(q, k, v, **filled("scan", DEFAULTS, options))
+    call = again.seen("scan", q, k, v, None, options)
+    found = call and again.take(call)
+    return (
+        _scan(q, k, v, call=call, **filled("scan", DEFAULTS, options)) if found is None else found
+    )
 
 
 def _node(name: str) -> Any:
@@ -132,10 +136,22 @@ def _node(name: str) -> Any:
 
 
 def _scan(
-    q: Array, k: Array, v: Array, backend: Backends, *, node: bool = False, **options: Any
+    q: Array,
+    k: Array,
+    v: Array,
+    backend: Backends,
+    *,
+    node: bool = False,
+    call: again.Seen | None = None,
+    **options: Any,
 ) -> Any:
     request, inputs, layout = prepare(q, k, v, **options)
     chosen = dispatch.choose(request, backend, autograd=True, node=node)
+    prepared = getattr(chosen, "again_scan", None)
+    if call is not None and prepared is not None and not request.empty:
+        way = functools.partial(prepared, request, inputs, layout, call.arrays)
+        if again.keep(call, inputs, way, options["decay"], options["log_gate"]):
+            return again.take(call)  # the first one too: autograd sees the same in all
     o, state, _ = chosen.forward(request, inputs)
     o = layout.tokens_out(o)
     return (o, layout.state_out(state)) if request.return_state else o
@@ -181,9 +197,13 @@ def step(q_t: Any, k_t: Any, v_t: Any, state: Any = None, **options: Any) -> Any
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
-    options = filled("step", STEP, options)
-    run = _node("step") if compiling() else _step
-    return run(q_t, k_t, v_t, state, **options)
+    if compiling():
+        return _node("step")(q_t, k_t, v_t, state, **filled("step", STEP, options))
+    call = again.seen("step", q_t, k_t, v_t, state, options)
+    found = call and again.take(call)
+    if found is not None:
+        return found
+    return _step(q_t, k_t, v_t, state, call=call, **filled("step", STEP, options))
 
 
 def _step(
@@ -193,13 +213,9 @@ def _step(
     state: Any,
     backend: Backends,
     donate: bool,
+    call: again.Seen | None = None,
     **options: Any,
 ) -> tuple[Array, Any]:
-    asked = {**options, "backend": backend, "donate": donate}
-    call, decay = again.seen(q, k, v, state, asked), options["decay"]
-    found = call and again.take(call, decay)
-    if found is not None:
-        return found
     ordered(options["mask"], "steps")
     donate = OPTIONS["donate"].check("donate", donate)
     request, inputs, layout = prepare(
@@ -210,8 +226,10 @@ def _step(
         inputs = inputs._replace(state=unpacked(inputs.state))
     donate = donate and inputs.state is state  # not a copy
     o, new = chosen.step(request, inputs, donate)
-    if call and inputs.state is state:
-        again.keep(call, decay, chosen, request, inputs, donate)
+    prepared = getattr(chosen, "again_step", None)
+    if call is not None and prepared is not None and inputs.state is state and not request.empty:
+        way = functools.partial(prepared, request, inputs, donate)
+        again.keep(call, inputs, way, options["decay"], options["log_gate"])
     return layout.tokens_out(o), layout.state_out(new)
 
 

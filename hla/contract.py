@@ -102,10 +102,15 @@ class Backend(NamedTuple):
         (request) to the plan that `hla.explain` reports, where the generic one is not true.
     empty : callable, optional
         As ``forward``, with nothing computed.
-    again : callable, optional
-        (request, inputs, donate) to None or to what does such a ``step`` of other arrays laid out
-        alike, outside of every mode and transform: of q, k, v and the decay, without a token axis,
-        and the fields of the state, and of their addresses, to (o, state) without a token axis.
+    again_step, again_forward, again_backward : callable, optional
+        Of what ``step``, ``forward`` or ``backward`` is given, and of the last two also the
+        caller's token axis, to None, or to what does such a call of other arrays laid out alike,
+        outside of every mode and transform. That takes, in a list each, the arrays as the caller
+        laid them out (q, k, v, the gate and the fields of the state; then saved, do and the fields
+        of dstate) and their addresses. It returns (o, state); a list of o, the fields of the state,
+        and what ``backward`` needs; or a list of the gradients of q, k, v, the gate if it has one,
+        and the fields of the state. The results are laid out as the caller's arrays, but a log
+        gate's gradient, which is not.
     """
 
     name: str
@@ -118,7 +123,9 @@ class Backend(NamedTuple):
     machine: Callable[[], Machine]
     plan: Callable[[Request], str] | None
     empty: Callable[..., Any] | None
-    again: Callable[..., Any] | None
+    again_step: Callable[..., Any] | None
+    again_forward: Callable[..., Any] | None
+    again_backward: Callable[..., Any] | None
 
 
 def refusal(capabilities: Capabilities, request: Request) -> str | None:
@@ -176,7 +183,7 @@ class Fault(Exception):
 
 
 CALLS = ("forward", "backward", "step", "summarize", "unable", "machine", "plan", "empty",
-         "again")  # fmt: skip
+         "again_step", "again_forward", "again_backward")  # fmt: skip
 KNOWN = {
     "dtypes": ("float16", "bfloat16", "float32", "float64"),
     "operators": OPERATORS,
@@ -258,7 +265,9 @@ def refusing(name: str, reason: str) -> Backend:
         machine=lambda: Machine(reason),
         plan=None,
         empty=None,
-        again=None,
+        again_step=None,
+        again_forward=None,
+        again_backward=None,
     )
 
 

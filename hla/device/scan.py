@@ -6,6 +6,8 @@ what its plan names and does the steps that are ready.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from .steps import Buffer, Limits, Plan, Ref, Row, Step
 from .tiles import Layout, located, strides_like, whole
 
 Array = Any
+Again = Callable[[list[Array], list[Any]], list[Array]]  # of arrays and their addresses
 Do = Callable[[list[Array], list[Any], Any], None]  # of arrays, their addresses, a stream
 READY = 4096
 
@@ -116,6 +119,37 @@ class Ready:
             return None
         return slots[name], slots[b.reuses] if b.reuses else -1, b.shape, strides, dtype
 
+    def outward(self, names: Sequence[str], axis: int) -> Ready | None:
+        """Return the same with results as the caller lays them out; None where one is no array.
+
+        Tokens lie on ``axis``, and a denominator's part of a state is a vector.
+        """
+        before = {x: y for turn in self.turns for x, y, *_ in turn.fresh}
+        change: dict[int, Callable[[Shape], Shape]] = {}
+        for name in names:
+            slot = self.results[name]
+            while before.get(slot, -1) >= 0:
+                slot = before[slot]
+            if slot not in before or slot in change:
+                return None
+            if name in ("o", "d.q", "d.k", "d.v"):
+                change[slot] = functools.partial(_moved, axis=axis)
+            else:
+                change[slot] = _vector if _is_column(name) else tuple
+        found = copy.copy(self)
+        found.turns = [
+            turn._replace(
+                fresh=tuple(
+                    (i, j, change[i](shape), change[i](strides), dtype)
+                    if i in change
+                    else (i, j, shape, strides, dtype)
+                    for i, j, shape, strides, dtype in turn.fresh
+                )
+            )
+            for turn in self.turns
+        ]
+        return found
+
     def __call__(self, arrays: list[Array], addresses: list[Any], stream: Any) -> list[Array]:
         """Do every step on arrays with these addresses; return every array that is left."""
         where, device = self.call.where, self.device
@@ -141,10 +175,23 @@ class Ready:
 
 def _column(name: str, x: Layout) -> Layout:
     """Layout of a given array; the denominator's part of a state is a column of a matrix."""
+    return Layout((*x.shape, 1), (*x.strides, 1)) if _is_column(name) else x
+
+
+def _is_column(name: str) -> bool:
     field = name.removeprefix("d.")
-    if field[-2:] in ("@0", "@T") and rank(field) == 1:
-        return Layout((*x.shape, 1), (*x.strides, 1))
-    return x
+    return field[-2:] in ("@0", "@T") and rank(field) == 1
+
+
+def _vector(sizes: Shape) -> Shape:
+    return sizes[:-1]
+
+
+def _moved(sizes: Shape, axis: int) -> Shape:
+    """Move the token axis from -2."""
+    *batch, tokens, width = sizes
+    batch.insert(len(batch) + axis + 2, tokens)
+    return (*batch, width)
 
 
 class Kind(NamedTuple):
@@ -192,8 +239,15 @@ class Runner:
 
     def run(self, request: Request, kind: Kind, arrays: list[Array]) -> tuple[Ready, list[Array]]:
         """Run the plan of a call on its arrays, in the order of `Kind.names`."""
+        addresses = self.device.addresses(arrays)
+        ready = self.found(request, kind, arrays, addresses)
+        return ready, self.device.run(ready, arrays, addresses)
+
+    def found(
+        self, request: Request, kind: Kind, arrays: Sequence[Array], addresses: list[Any]
+    ) -> Ready:
+        """Return the plan of a call, ready for arrays like these."""
         device = self.device
-        addresses = device.addresses(arrays)
         key = (request, kind, *device.alike(arrays, addresses))
         ready = self.ready.get(key)
         if ready is None:
@@ -202,7 +256,35 @@ class Runner:
             given = dict(zip(kind.names(request), arrays, strict=True))
             plan = kind.plan(device, request, device.where(arrays[0]))
             ready = self.ready[key] = Ready(device, plan, request, given)
-        return ready, device.run(ready, arrays, addresses)
+        return ready
+
+    def again(self, request: Request, kind: Kind, arrays: list[Array], axis: int) -> Again | None:
+        """Return what runs the plan of a call on other arrays like its own, and their addresses.
+
+        They may come as the caller lays them out, tokens on ``axis``, and the results do: o and the
+        fields of the state, then what `backward` reads; or the gradients of q, k, v, the gate if it
+        has one, and the fields of the state.
+        """
+        device, fields = self.device, _fields(request)
+        if 0 in (n for x in arrays for n in x.shape):
+            return None
+        if kind.back:
+            names = ["d.q", "d.k", "d.v"] + [f"d.{x}@0" for x in fields if kind.start]
+        else:
+            names = ["o"] + [f"{x}@T" for x in fields if request.return_state]
+        ready = self.found(request, kind, arrays, device.addresses(arrays))
+        moved = ready.outward(names, axis)
+        if moved is None:
+            return None
+        if kind.back and request.gate_given:
+            names.insert(3, "d.gate")
+        slots = [*(moved.results[name] for name in names), *moved.saved]
+
+        def again(arrays: list[Array], addresses: list[Any]) -> list[Array]:
+            found = device.run(moved, arrays, addresses)
+            return [found[i] for i in slots]
+
+        return again
 
     def forward(
         self, request: Request, inputs: Inputs, tokens: int | None = None

@@ -12,7 +12,7 @@ and written once, and nothing of its size is made but, at most, k v'.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..core.namespace import Array, namespace
@@ -157,7 +157,8 @@ def span(shape: Shape, strides: Shape) -> int:
     return 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
 
 
-def apart(addresses: Sequence[int], sizes: Sequence[int], first: int) -> bool:
+@functools.lru_cache(maxsize=1024)
+def apart(addresses: tuple[int, ...], sizes: tuple[int, ...], first: int) -> bool:
     """Whether no array from ``first`` on shares memory with another, by addresses and bytes."""
     spans = [(p, p + n) for p, n in zip(addresses, sizes, strict=True)]
     for i in range(first, len(spans)):

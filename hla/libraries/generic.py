@@ -50,6 +50,7 @@ class Generic:
 
     strided = True  # whether it takes arrays with strides by DLPack
     rule = ""  # module by which its transforms know any backend
+    again = ""  # module that does calls like earlier ones
     meshes = False  # whether an array's type may hold its layout on a mesh of devices
 
     def __init__(self, name: str, xp: Namespace) -> None:
@@ -166,8 +167,16 @@ class Generic:
         """
         return None
 
-    def seen(self, arrays: Sequence[Array]) -> tuple[Any, list[int]] | None:
-        """Return what kernels are prepared for, and addresses; None where more must be asked."""
+    def signature(self, x: Array) -> Any:
+        """Return shape and dtype of an array that `alike` may take; None of another."""
+        return None
+
+    def alike(self, arrays: Sequence[Array]) -> Callable[[list[Array]], list[int] | None] | None:
+        """Return what gives the addresses of arrays like these, and None of others.
+
+        Alike are arrays for which every check and choice and every kernel is the same. None where
+        more must be asked.
+        """
         return None
 
     def dtype_name(self, x: Array) -> str:

@@ -25,6 +25,11 @@ def differentiable(name: str, library: str, node: bool) -> Any:
         return backend
     rule = importlib.import_module(own.rule)
     calls = {x: functools.partial(getattr(rule, x), name, node) for x in CALLS}
+    again = own.again and functools.partial(importlib.import_module(own.again).scan, name)
     return SimpleNamespace(
-        **calls, __name__=name, capabilities=backend.capabilities, again=backend.again
+        **calls,
+        __name__=name,
+        capabilities=backend.capabilities,
+        again_step=backend.again_step,
+        again_scan=again or None,
     )

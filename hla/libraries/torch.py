@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from array_api_compat import torch as xp
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..contract import Capabilities
 from ..core.namespace import Array
 from ..core.request import Inputs, Request
 from . import torch_tracing as tracing
 from .generic import Generic, compiling
+from .torch_alike import alike
 from .torch_memory import PLAIN, on_memory
 
 NUMBERS = 256  # that are kept on a device
@@ -34,6 +34,7 @@ class Torch(Generic):
     """PyTorch."""
 
     rule = "hla.libraries.torch_rule"
+    again = "hla.libraries.torch_again"
 
     def __init__(self) -> None:
         super().__init__("torch", xp)
@@ -48,22 +49,15 @@ class Torch(Generic):
             return None
         return type(x), x.shape, x.dtype, x.device
 
-    def seen(self, arrays: Sequence[Array]) -> tuple[Any, list[int]] | None:
-        """Return shapes, strides, dtypes, devices and alignment of plain memory, and addresses."""
-        if torch._C._is_any_autocast_enabled() or torch._C._is_tracing() or tracing.watched():
+    def signature(self, x: Array) -> Any:
+        """Return shape and dtype of what may be plain memory."""
+        if type(x) not in PLAIN or x.is_nested or torch._C._is_tracing():
             return None
-        if forward_ad._current_level >= 0:
-            return None
-        found: list[Any] = []
-        addresses = []
-        for x in arrays:
-            if type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested:
-                return None
-            if x.requires_grad or x.is_neg() or x._is_zerotensor():
-                return None
-            addresses.append(p := x.data_ptr())
-            found += (x.shape, x.stride(), x.dtype, x.device, p & 15)
-        return tuple(found), addresses
+        return x.shape, x.dtype
+
+    def alike(self, arrays: Sequence[Array]) -> Callable[[list[Array]], list[int] | None] | None:
+        """Return what tells tensors like these, by one question to torch: see `torch_alike`."""
+        return alike(arrays)
 
     def device(self, x: Array) -> Any:
         """Return its device."""

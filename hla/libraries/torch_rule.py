@@ -69,8 +69,7 @@ def _as_operator(
         options = options_of(backend, request)
         o, *rest = SCAN(*inputs[:5], state, *options, keep)
     else:  # the same without the dispatcher, which takes longer than a short pass
-        # a gate without a gradient saves a sum in every pass of the adjoint
-        request = _keeping(request, any(x is not None and x.requires_grad for x in inputs[3:5]))
+        request = keeping(request, inputs)
         options = _options(backend, request)
         o, *rest = Eager.apply(request, options, *inputs[:5], *state)
     if not request.return_state:
@@ -145,9 +144,16 @@ def _looked_at(request: Request) -> bool:
     return request.traced or tracing.watched()
 
 
+def keeping(request: Request, inputs: Inputs) -> Request:
+    """Return the request of a call whose gradient may follow, that of the gate where requested.
+
+    A gate without a gradient saves a sum in every pass of the adjoint.
+    """
+    return _keeping(request, any(x is not None and x.requires_grad for x in inputs[3:5]))
+
+
 @functools.lru_cache(maxsize=1024)
 def _keeping(request: Request, gate: bool) -> Request:
-    """Return the request of a call whose gradient may follow, that of the gate where requested."""
     return dataclasses.replace(request, gradient=True, gate_given=gate)
 
 

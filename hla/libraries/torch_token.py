@@ -37,8 +37,8 @@ def step(request: Request, inputs: Inputs) -> tuple[Tensor, Any] | None:
         for name, x in inputs.state._asdict().items()
     ):
         return None
-    sizes = [span(x.shape, x.stride()) * x.element_size() for x in tensors]
-    if not apart([x.data_ptr() for x in tensors], sizes, first):
+    sizes = tuple(span(x.shape, x.stride()) * x.element_size() for x in tensors)
+    if not apart(tuple(x.data_ptr() for x in tensors), sizes, first):
         return None
     return run(request, inputs, OPS, True)
 

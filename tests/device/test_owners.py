@@ -144,7 +144,7 @@ def test_what_it_serves():
 
 def test_where_it_runs(monkeypatch):
     """On Hopper, of bfloat16, by a Triton whose Gluon is known."""
-    torch = installed("torch")
+    torch, triton = installed("torch"), installed("triton")
     q = torch.ones(2, 5, 100, dtype=torch.bfloat16)
     names = {"decay": None, "log_gate": None, "scale": 1.0, "operator": "ahla", "mask": "causal"}
     request = prepare(q=q, k=q, v=q, **names, gradient=False)[0]
@@ -152,9 +152,9 @@ def test_where_it_runs(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(owners, "capability", lambda where: 9)
     for version, able in (("3.5.1", False), ("3.6.0+git1", True), ("3.9.0", True), ("3.10", False)):
-        monkeypatch.setattr(owners.triton, "__version__", version)
+        monkeypatch.setattr(triton, "__version__", version)
         assert owners.able(request, cuda) == able
-    monkeypatch.setattr(owners.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
     assert not owners.able(request, torch.device("cpu"))
     assert not owners.able(wide, cuda)
     monkeypatch.setattr(owners, "capability", lambda where: 8)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.passes import Shape
@@ -193,6 +194,8 @@ class Kernel:
         self.scalars, self.constants = scalars, constants
         options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
         self.options, self.compiled = options, None
+        self.start: Any = None
+        self.head: tuple[Any, ...] = ()
         self.rest = (*scalars, *constants.values())
         slots = [-1 if x is None else x.slot for x in operands]  # the last address is none
         self.slots: Callable[[list[Any]], tuple[Any, ...]] = itemgetter(*slots)
@@ -215,14 +218,30 @@ class Kernel:
             given = tuple(
                 p if p is None else p + n for p, n in zip(given, self.offsets, strict=True)
             )
-        kernel = self.compiled
         if stream is None:
-            kernel[self.grid](*given, *self.rest)
-        else:
-            kernel.run(
-                *self.grid, stream, kernel.function, kernel.packed_metadata, None, None, None,
-                *given, *self.rest,
-            )  # fmt: skip
+            self.compiled[self.grid](*given, *self.rest)
+            return
+        if self.start is None:
+            self.start, self.head = starter(self.compiled)
+        self.start(*self.grid, stream, *self.head, *given, *self.rest)
+
+
+def version() -> tuple[int, ...]:
+    """Return the first two numbers of Triton's version."""
+    return tuple(int(x) for x in triton.__version__.split(".")[:2])
+
+
+def starter(kernel: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """Return what launches a compiled kernel without hooks, and what it takes after the stream.
+
+    What Triton 3.6 does first, in Python, is to allocate what few kernels use: it takes a third of
+    a launch. Without that, and in other versions, it is Triton's own.
+    """
+    run, metadata = kernel.run, (kernel.packed_metadata, None, None, None)
+    if version() == (3, 6) and not (run.global_scratch_size or run.profile_scratch_size):
+        modes = run.launch_cooperative_grid, run.launch_pdl
+        return run.launch, (kernel.function, *modes, None, None, *metadata)
+    return run, (kernel.function, *metadata)
 
 
 class Aligned:
@@ -247,10 +266,10 @@ class Aligned:
 def stream_of(device: torch.device) -> int | None:
     """Return the current stream; None where Triton must call its hooks at each launch."""
     runtime = triton.knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if getattr(hook, "calls", hook):
-            return None
-    found: int = triton.runtime.driver.active.get_current_stream(device.index)
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        return None
+    found: int = torch._C._cuda_getCurrentRawStream(device.index)
     return found
 
 
@@ -258,10 +277,19 @@ def on_device(device: torch.device, launch: Callable[[int | None], Result]) -> R
     """Launch on torch's stream of a device, which is the current one meanwhile."""
     if device.type != "cuda":
         return launch(None)
-    if torch.cuda.current_device() == device.index:
+    if torch._C._cuda_getDevice() == device.index:
         return launch(stream_of(device))
     with torch.cuda.device(device):
         return launch(stream_of(device))
+
+
+def empty_strided(
+    shape: Shape, strides: Shape, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Allocate a tensor on the current device."""
+    if device.type == "cuda":  # as code of torch's compiler does, in less than half of the time
+        return _empty_strided_cuda(shape, strides, dtype)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def view(arrays: list[Any], x: Place | None) -> torch.Tensor | None:

@@ -8,25 +8,30 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 
 from ...core.passes import broadcast
 from ...core.request import Request
 from ...device.rows import kept, masked
 from ...device.scan import Call, Do
 from ...device.steps import Fused, Launch, Ref, Row
-from .launch import GATES, WIDEST, Aligned, Kernel, capability, heads, listed, placed, width
+from .launch import (
+    GATES,
+    WIDEST,
+    Aligned,
+    Kernel,
+    capability,
+    heads,
+    listed,
+    placed,
+    version,
+    width,
+)
 
 NAME = "{} by two state owners"
 OPERATORS = "hla2", "ahla", "hla3"
 VERSIONS = (3, 6), (3, 9)  # of Triton, whose Gluon is not the same from one to the next
 HALF = WIDEST // 2  # columns of a tile
 SUMS = "x", "den", "one", "m", "me", "n", "ne"  # operands of denominators
-
-
-def version() -> tuple[int, ...]:
-    """Return the first two numbers of Triton's version."""
-    return tuple(int(x) for x in triton.__version__.split(".")[:2])
 
 
 def able(request: Request, where: torch.device) -> bool:

@@ -15,7 +15,7 @@ from ...core.reference import Gradients
 from ...core.request import Inputs, Request
 from ...device.elementwise import fit
 from ...device.plan import dtype_of
-from ...device.scan import Call, Device, Do, Place, Ready, Runner
+from ...device.scan import Again, Call, Device, Do, Kind, Place, Ready, Runner, given
 from ...device.shapes import shapes
 from ...device.steps import (
     Border,
@@ -37,7 +37,17 @@ from . import step as one_token
 from .carry import carry, fading
 from .causal import LEAST
 from .gate import gate_kernel, settings
-from .launch import Kernel, addresses, limits, on_device, passes, segments, shapes_alone, view
+from .launch import (
+    Kernel,
+    addresses,
+    empty_strided,
+    limits,
+    on_device,
+    passes,
+    segments,
+    shapes_alone,
+    view,
+)
 
 
 def steps(call: Call, step: Step) -> list[Do]:
@@ -156,7 +166,8 @@ def _gate_gradient(call: Call, s: GateGradient) -> list[Do]:
 
     def do(arrays: list[Any], addresses: list[Any], stream: Any) -> None:
         arrays, addresses = list(arrays), list(addresses)
-        arrays[gate.slot] = x = arrays[gate.slot].contiguous()
+        x: Any = view(arrays, gate)
+        arrays[gate.slot] = x = x.contiguous()
         addresses[gate.slot] = x.data_ptr()
         kernel(arrays, addresses, stream)
 
@@ -177,7 +188,8 @@ def _border(
 def _gate_sum(
     log: bool, o: Place, gate: Place, terms: list[Place], arrays: list[Any], _: Any, stream: Any
 ) -> None:
-    g, total = arrays[gate.slot], None
+    g: Any = view(arrays, gate)
+    total = None
     shape = tuple(g.shape) if log else (*g.shape, 1)
     for term in terms:
         x = arrays[term.slot]
@@ -190,13 +202,6 @@ def _gate_sum(
         arrays[o.slot] = torch.where(g.isinf(), 0.0, total)
     else:
         arrays[o.slot] = (total[..., 0] / g.clamp(min=LEAST.value)).float()
-
-
-def empty_strided(
-    shape: Shape, strides: Shape, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Allocate a tensor."""
-    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def alike(tensors: Sequence[torch.Tensor], pointers: Sequence[int]) -> tuple[Any, ...]:
@@ -245,6 +250,41 @@ def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Any, Any]:
     inputs = inputs._replace(state=unpacked(inputs.state))
     o, state, _ = RUNNER.forward(request, inputs)
     return o, state.pack() if packed else state
+
+
+def again_forward(request: Request, inputs: Inputs, axis: int) -> Again | None:
+    """Return what does such a `forward` of other tensors; see `Runner.again`."""
+    if not _full(request, inputs.state):
+        return None
+    if request.tokens == 1 and request.return_state and not request.gradient:
+        return None  # has a kernel of its own
+    kind = Kind(False, inputs.state is not None)
+    return RUNNER.again(request, kind, given(request, inputs), axis)
+
+
+def again_backward(
+    request: Request, inputs: Inputs, saved: Sequence[Any], do: Any, dstate: Any, axis: int
+) -> Again | None:
+    """Return what does such a `backward` of the inputs, what is saved, do and dstate in a row."""
+    if not (_full(request, inputs.state) and _full(request, dstate)):
+        return None
+    if do is None or (request.dtype == "bfloat16" and do.dtype is not torch.bfloat16):
+        return None
+    kind = Kind(True, inputs.state is not None, do.dtype, dstate is not None)
+    arrays = [*given(request, inputs), *saved, do]
+    if dstate is not None:
+        arrays += dstate
+    return RUNNER.again(request, kind, arrays, axis)
+
+
+def _full(request: Request, state: Any) -> bool:
+    """Whether every field of a state, if there is one, has its full shape."""
+    if state is None:
+        return True
+    if type(state) in STATE_OF:
+        return False
+    full = request.state_shapes()
+    return all(x is not None and x.shape == full[n] for n, x in state._asdict().items())
 
 
 def backward(

@@ -17,7 +17,7 @@ from ...device.tiles import Layout, grids, inner, strides_like, whole
 from ...device.token import apart, dense, span, turns
 from ...states import HLA2State
 from ...states.packed import STATE_OF, packed_shape
-from .launch import GATES, Kernel, addresses, on_device, processors, tile
+from .launch import GATES, Kernel, addresses, empty_strided, on_device, processors, tile
 from .token import add_kernel, rows_kernel, token_kernel
 
 WIDEST = 128  # keys or values of a tile
@@ -70,7 +70,10 @@ def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Any, Any]:
     kind, arrays, first = _given(request, inputs)
     pointers = addresses(arrays)
     known = _known_of(request, kind, arrays, pointers, first)
-    return _take(request, known, kind, arrays, pointers, first, donate)
+    own = donate and request.library != "jax"  # whose arrays others may share
+    own = own and _own(known, pointers, first) and not any(x.requires_grad for x in arrays[first:])
+    ready = _ready(request, known, kind, arrays, first, own)
+    return _take(ready, kind, arrays, pointers, first, own)
 
 
 def again(request: Request, inputs: Inputs, donate: bool) -> Any:
@@ -80,11 +83,21 @@ def again(request: Request, inputs: Inputs, donate: bool) -> Any:
     kind, arrays, first = _given(request, inputs)
     if any(x is not y for x, y in zip(arrays[first:], inputs.state or (), strict=True)):
         return None  # of a state that is shared
+    if any(x.requires_grad for x in arrays):
+        return None
     known = _known_of(request, kind, arrays, addresses(arrays), first)
 
+    flat: dict[bool, Ready] = {}  # with o without a token axis
+
     def run(arrays: list[Any], pointers: list[Any]) -> tuple[Any, Any]:
-        o, state = _take(request, known, kind, arrays, pointers, first, donate)
-        return o.squeeze(-2), state
+        own = _own(known, pointers, first) if donate else False
+        ready = flat.get(own)
+        if ready is None:
+            ready = _ready(request, known, kind, arrays, first, own)
+            (shape, strides, dtype), *fresh = ready.fresh
+            o = (*shape[:-2], shape[-1]), (*strides[:-2], strides[-1]), dtype
+            ready = flat[own] = ready._replace(fresh=(o, *fresh))
+        return _take(ready, kind, arrays, pointers, first, own)
 
     return run
 
@@ -118,33 +131,34 @@ def _known_of(
     return known
 
 
-def _take(
-    request: Request,
-    known: Known,
-    kind: Any,
-    arrays: list[Any],
-    pointers: list[Any],
-    first: int,
-    donate: bool,
-) -> tuple[Any, Any]:
-    """Allocate and launch."""
-    device, given = arrays[0].device, arrays[first:]
-    own = donate and known.whole and request.library != "jax"  # whose arrays others may share
-    own = own and apart(pointers, known.sizes, first) and not any(x.requires_grad for x in given)
+def _own(known: Known, pointers: Sequence[int], first: int) -> bool:
+    """Whether the state can be updated where it lies."""
+    return known.whole and apart(tuple(pointers), known.sizes, first)
+
+
+def _ready(
+    request: Request, known: Known, kind: Any, arrays: list[Any], first: int, own: bool
+) -> Ready:
     ready = known.ready.get(own)
     if ready is None:
-        axis = arrays[0].ndim == len(request.q_shape) - 1  # lacks that of tokens
-        tokens = [x[..., None, :] if axis else x for x in arrays[:3]]
-        ready = known.ready[own] = _prepare(request, [*tokens, *arrays[3:]], first, kind, own)
-    for shape, strides, dtype in ready.fresh:
-        x = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-        arrays.append(x)
-        pointers.append(x.data_ptr())
-    pointers.append(None)  # the last is that of nothing
-    on_device(device, lambda stream: _launch(ready, arrays, pointers, stream))
+        tokens = arrays[:first]
+        if arrays[0].ndim == len(request.q_shape) - 1:  # they lack the axis of tokens
+            tokens = [x[..., None, :] for x in tokens[:3]]
+            tokens += [x[..., None] if request.gate == "log_gate" else x for x in arrays[3:first]]
+        ready = _prepare(request, [*tokens, *arrays[first:]], first, kind, own)
+        known.ready[own] = ready
+    return ready
+
+
+def _take(
+    ready: Ready, kind: Any, arrays: list[Any], pointers: list[Any], first: int, own: bool
+) -> tuple[Any, Any]:
+    """Allocate and launch; with ``own`` in the state's memory."""
+    device, count = arrays[0].device, len(arrays)
+    on_device(device, lambda stream: _launch(ready, arrays, pointers, device, stream))
     if own:
-        torch.autograd.graph.increment_version(given)
-    return arrays[len(known.sizes)], kind(*[arrays[i] for i in ready.fields])
+        torch.autograd.graph.increment_version(arrays[first:count])
+    return arrays[count], kind(*[arrays[i] for i in ready.fields])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -319,7 +333,14 @@ def _program(request: Request, packed: bool) -> dict[str, Any]:
     return found | {"PACKED": packed, "RIDGE": outs.count("o") == 2, "OUT": outs.index("o") + 1}
 
 
-def _launch(ready: Ready, arrays: list[Any], pointers: list[Any], stream: int | None) -> None:
+def _launch(
+    ready: Ready, arrays: list[Any], pointers: list[Any], device: torch.device, stream: int | None
+) -> None:
+    for shape, strides, dtype in ready.fresh:
+        x = empty_strided(shape, strides, dtype, device)
+        arrays.append(x)
+        pointers.append(x.data_ptr())
+    pointers.append(None)  # the last is that of nothing
     for kernel in ready.kernels:
         kernel(arrays, pointers, stream)
     for i, j in ready.back:
