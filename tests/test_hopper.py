@@ -310,7 +310,7 @@ KERNELS = [
     ("hla2", 0, "denominators"),
     ("ahla", 0, "denominators, all"),
     ("hla2", 2, "denominators, all"),
-    ("ahla", 2, "states of denominators"),
+    ("hla2", 2, "states of denominators"),
     *(("hla3", gate, "") for gate in (0, 1)),
     *(("hla3", 2, shape) for shape in THIRD),
 ]
