@@ -267,8 +267,6 @@ def _mover(
     for i in range(chunks + STAGES):
         s, turn = i % STAGES, ((i // STAGES) & 1) ^ 1
         row = (chunks - 1 - i) * W
-        if GATE == 2:
-            sums, last = _gate_sums(p_gate, sft, row, T)
         left = row + STAGES * W
         if i >= STAGES:
             if READ:
@@ -295,6 +293,7 @@ def _mover(
             if FAST:
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
             if GATE == 2:
+                sums, last = _gate_sums(p_gate, sft, row, T)
                 put_weights(weights, ends, s, sums, last)
             if GATE == 2 or not FAST:
                 mbarrier.arrive(full.index(s), count=1)

@@ -66,7 +66,7 @@ def _put_decay(weights, ends, p_gate, T, chunks):
 def _gate_sums(p_gate, sgt, row, T):
     """Return the sums of a chunk's log gate in base 2, [W] and the last; none past the last token.
 
-    A mover asks for them before it waits for room: the load and the scan take long.
+    A mover asks for them where it waits anyway: the load and the scan take long.
     """
     a = load_gate(p_gate, sgt, gl.maximum(row, 0), T).to(gl.float64) * LOG2E
     a = gl.where(a < RESET, RESET, a)  # not maximum: a NaN stays

@@ -204,7 +204,7 @@ def _mover_f(
     for c in range(chunks + STAGES):
         s, e = c % STAGES, c - STAGES
         row = c * W
-        if GATE == 2:
+        if GATE == 2 and not DOTS:
             sums, last = _gate_sums(p_gate, sft, row, T)
         if c < chunks:
             mbarrier.wait(free.index(s), ((c // STAGES) & 1) ^ 1)
@@ -214,6 +214,8 @@ def _mover_f(
             _fetch(vs.index(s), p_v, row, T, V, svt, svd, B, FAST, WHOLE_V)
             _fetch(gs.index(s), p_g, row, T, V, sgt, sgd, B, FAST, WHOLE_V)
             _fetch(ys.index(s), p_y, row, T, MADE, syt, syd, B, FAST, WHOLE)
+        if GATE == 2 and DOTS:
+            sums, last = _gate_sums(p_gate, sft, row, T)
         if DOTS:
             if c >= STAGES:
                 mbarrier.wait(there.index(s), ((c // STAGES) & 1) ^ 1)

@@ -393,8 +393,6 @@ def _mover_r(
     for i in range(chunks + STAGES):
         s, turn = i % STAGES, ((i // STAGES) & 1) ^ 1
         row = (chunks - 1 - i) * W
-        if GATE == 2:
-            sums, last = _gate_sums(p_gate, sft, row, T)
         left = row + STAGES * W
         if i >= STAGES:
             if not SUM:
@@ -406,6 +404,8 @@ def _mover_r(
         if i < chunks:
             _fetch(ys.index(s), p_y, row, T, D, syt, syd, B, FAST, WHOLE_D)
             _fetch(gs.index(s), p_g, row, T, V, sgt, sgd, B, FAST, WHOLE_V)
+        if GATE == 2:
+            sums, last = _gate_sums(p_gate, sft, row, T)
         if Z and i >= STAGES:
             mbarrier.wait(dk_there.index(s), turn)
             if SUM:
