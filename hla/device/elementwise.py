@@ -102,7 +102,8 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
     batch, *dots = take(s.o).shape[:-1], take(s.reads), take(s.writes)
     c, w = (xp.sum(x, axis=-2) if x.shape[-2] > 1 else x[..., 0, :] for x in dots)
     T = c.shape[-1]
-    d, query, key = (w[..., i * T : (i + 1) * T] for i in range(3))
+    d, query, *rest = (w[..., i * T : (i + 1) * T] for i in range(w.shape[-1] // T))
+    key = rest[0] if rest else xp.zeros_like(d)  # else it is in d
     a = take(s.gate)
     if gate.decay is not None:
         a = xp.broadcast_to(xp.log(xp.where(a < LEAST, LEAST, a))[..., None], (*batch, T))
@@ -110,8 +111,8 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
     valid = xp.ones(c.shape, dtype=c.dtype)
 
     def chunks(x: Array) -> Array:
-        rest = xp.zeros((*batch, periods * s.period - T), dtype=x.dtype)
-        x = xp.concat([xp.broadcast_to(x, (*batch, T)), rest], axis=-1)
+        none = xp.zeros((*batch, periods * s.period - T), dtype=x.dtype)
+        x = xp.concat([xp.broadcast_to(x, (*batch, T)), none], axis=-1)
         return xp.reshape(x, (*batch, periods, s.period // s.chunk, s.chunk))
 
     c, d, query, key, a, valid = map(chunks, (c, s.factor * d, query, key, a, valid))
@@ -125,7 +126,7 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
     per = s.period // s.chunk
     count = [-(-min(T - i * s.period, s.period) // s.chunk) for i in range(periods)]
     after = xp.concat([B[..., 1:], xp.zeros((*batch, 1), dtype=B.dtype)], axis=-1)
-    read, written = xp.sum(c, axis=-1), xp.sum(d, axis=-1)
+    read, written = xp.sum(c, axis=-1), xp.sum(d if rest else d - query, axis=-1)
     kept = xp.exp(s.power * xp.sum(a, axis=-1)) >= FORGOTTEN
 
     def passed(B: Array, i: int) -> Array:
@@ -137,8 +138,8 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
         carried = passed(carried, i) + written[..., i]
         begin = xp.where(kept[..., i], begin, xp.full_like(B, i + 0.5))
     known = xp.asarray([s.ends or i < periods - 1 for i in range(periods)])
-    rest = (after - carried) / (xp.asarray(count, dtype=B.dtype) - begin)
-    missing = xp.where(known, rest, xp.zeros_like(B))
+    each = (after - carried) / (xp.asarray(count, dtype=B.dtype) - begin)
+    missing = xp.where(known, each, xp.zeros_like(B))
     through = []
     for i in range(per):
         into, late = passed(B, i), i + 0.5 - begin

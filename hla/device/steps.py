@@ -62,8 +62,9 @@ class Launch(NamedTuple):
     over the pairs of a chunk but those of a token with itself, each token's sum as j and then as t
     (a symmetric launch: of its own two operands, not the exchanged ones). ``states`` (*batch, N, V,
     D) takes the transposed states before every period of tokens but the first. In a fused row with
-    `Parts` they are as its kernels have them; its forward launches take <S, R> (*batch, N, parts)
-    of them and the states, which sum up, to ``met`` instead.
+    `Parts` a reverse launch has (*batch, tiles, 2 T), the first and second added, and the third;
+    states are as its kernels have them; its forward launches take <S, R> (*batch, N, parts) of them
+    and the states, which sum up, to ``met`` instead.
     """
 
     q: tuple[Ref, ...]  # a part, or two (the second of few columns)
@@ -123,9 +124,9 @@ class GateGradient(NamedTuple):
     """Gradient of the log gate by one pass (*batch, T), of a decay its sum over each period.
 
     From what the launches of dq and dv leave: ``reads`` (*batch, tiles, T) and ``writes`` (*batch,
-    tiles, 3 T) are their dots, S and R the states and their gradients before the later periods or
-    ``met`` their products, ``border`` <S, R> at the first token. ``factor`` is that of what is
-    written and of R; with ``ends`` no gradient comes from after the last token.
+    tiles, 3 T or 2 T) are their dots, S and R the states and their gradients before the later
+    periods or ``met`` their products, ``border`` <S, R> at the first token. ``factor`` is that of
+    what is written and of R; with ``ends`` no gradient comes from after the last token.
     """
 
     o: Ref

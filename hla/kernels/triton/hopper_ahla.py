@@ -24,12 +24,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_parts import (
     _fetch,
+    _gate_sums,
     _operand,
-    _pairs,
     _power,
     _put,
     _put_decay,
-    _put_gate,
     _put_pairs,
     _slot,
     _total,
@@ -51,6 +50,7 @@ from .warpgroups import (
     barrier,
     barriers,
     load_state,
+    put_weights,
     store_half,
 )
 
@@ -82,10 +82,8 @@ def _owner_1(
         fence_async_shared()
         b_q, b_k, b_g, b_u = qs.index(s), ks.index(s), gs.index(s), us.index(s)
         if READ:  # before du is where do was
-            a = warpgroup_mma_wait(0, deps=[_pairs(b_u, b_g)])
-            _put_pairs(tile2, a, weights, slot, True, POWER)
-        a = warpgroup_mma_wait(0, deps=[_pairs(b_k, b_q)])
-        _put_pairs(tile1, a, weights, slot, True, POWER)
+            _put_pairs(tile2, b_u, b_g, weights, slot, True, POWER)
+        _put_pairs(tile1, b_k, b_q, weights, slot, True, POWER)
         fence_async_shared()
         barrier()
         du = (_rows(b_k, copy, tile1, b_g, weights, slot, POWER, B) * scale).to(gl.bfloat16)
@@ -209,8 +207,7 @@ def _owner_2(
         mbarrier.wait(du_there.index(s), (i // STAGES) & 1)
         fence_async_shared()
         if READ:
-            a = warpgroup_mma_wait(0, deps=[_pairs(b_du, b_v)])
-            _put_pairs(tile, a, weights, slot, False, POWER)
+            _put_pairs(tile, b_du, b_v, weights, slot, False, POWER)
             fence_async_shared()
             barrier()
             o = _dk(R00, R01, vT, qT0, tile, weights, slot, HALVES, POWER)
@@ -220,8 +217,7 @@ def _owner_2(
                 qT1 = qT.slice(64, 64, 0)
                 o = _dk(R10, R11, vT, qT1, tile, weights, slot, HALVES, POWER)
                 outT.slice(64, 64, 0).store(_rounded(o, outT.slice(64, 64, 0), scale, True))
-            a = warpgroup_mma_wait(0, deps=[_pairs(b_k, b_q)])
-            _put_pairs(tile, a, weights, slot, True, POWER)
+            _put_pairs(tile, b_k, b_q, weights, slot, True, POWER)
             o = _dv(R00, R10, one, b_k, b_v, tile, du0, weights, slot, HALVES, POWER)
             dv0 = (o * scale).to(gl.bfloat16)
             if HALVES == 2:
@@ -297,7 +293,8 @@ def _mover(
             if FAST:
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
             if GATE == 2:
-                _put_gate(weights, ends, s, p_gate, sft, row, T)
+                sums, last = _gate_sums(p_gate, sft, row, T)
+                put_weights(weights, ends, s, sums, last)
             if GATE == 2 or not FAST:
                 mbarrier.arrive(full.index(s), count=1)
 

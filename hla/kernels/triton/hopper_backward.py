@@ -28,13 +28,13 @@ Weights of a gate are those of `causal`: the reverse sweep reads its states by t
 is left of a chunk, and writes by those of what came before.
 
 For a gate's gradient (`gate`) the owners of the reverse sweep leave d = y . (V R') and d = k . (Z
-k) / 2 and, of the two tiles of pairs that each makes, the sums of their product by query and by
-key; queries, which then read q too and leave dq in its place, c = q . (F do) and q . (S dy). What
-warps sum by columns meets in a tile of pairs that nobody reads any more. R and Z are kept in
+k) / 2, with the sums by key of the product of the two tiles of pairs that each makes, and its sums
+by query; queries, which then read q too and leave dq in its place, c = q . (F do) and q . (S dy).
+What warps sum by columns meets in a tile of pairs that nobody reads any more. R and Z are kept in
 bfloat16 before every PERIOD of tokens; queries multiply them by F and S.
 Of <S, dS> that is the whole where S is symmetric, which a first state need not be: then passes do.
-With a log gate 4000 bytes, 0.70 ms; 1.11 ms on one H100 (63%: the owners' work, not bytes), and
-1.48 with the forward, where passes took 3.54.
+With a log gate 4000 bytes, 0.70 ms; one H100 took 1.01 (69%: the owners' work, not bytes), and
+1.37 with the forward, 1.30 of a decay; hla3 2.49 with the forward.
 
 Bytes a token and head of hla2, D = V = 128, bfloat16: 3584, 0.627 ms for B = 8, T = 4096, H = 16
 at 3.0 TB/s; 0.681 ms on one H100 (92%), with a decay 0.724, with a log gate 0.781. Operations: 524

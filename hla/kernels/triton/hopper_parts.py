@@ -6,7 +6,7 @@ thread and not one a row: a kernel is compiled for each (D, or heads times D).
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from .warpgroups import (
     A64,
@@ -26,11 +26,12 @@ from .warpgroups import (
     put_weights,
 )
 
+NEVER = gl.constexpr(float("-inf"))  # log2 of the weight of a pair that is none
 NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # by later versions
 
-# Rows of float32 in shared memory, and four of them in each thread
-LINES = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0]))
-FOURS = gl.constexpr(gl.BlockedLayout([4, 1], [1, 32], [1, 4], [0, 1]))
+# Rows of float32 in shared memory, eight apart in other banks, and by half a column a thread
+LINES = gl.constexpr(gl.SwizzledSharedLayout(vec=8, per_phase=1, max_phase=8, order=[1, 0]))
+COLUMNS = gl.constexpr(gl.BlockedLayout([16, 1], [2, 16], [1, 4], [0, 1]))
 
 
 @gluon.jit
@@ -62,11 +63,14 @@ def _put_decay(weights, ends, p_gate, T, chunks):
 
 
 @gluon.jit
-def _put_gate(weights, ends, slot, p_gate, sgt, row, T):
-    """Leave the weights of a chunk by its log gate; zeros past the last token."""
-    a = load_gate(p_gate, sgt, row, T).to(gl.float64) * LOG2E
+def _gate_sums(p_gate, sgt, row, T):
+    """Return the sums of a chunk's log gate in base 2, [W] and the last; none past the last token.
+
+    A mover asks for them where it waits anyway: the load and the scan take long.
+    """
+    a = load_gate(p_gate, sgt, gl.maximum(row, 0), T).to(gl.float64) * LOG2E
     a = gl.where(a < RESET, RESET, a)  # not maximum: a NaN stays
-    put_weights(weights, ends, slot, gl.associative_scan(a, 0, add), gl.sum(a, 0))
+    return gl.associative_scan(a, 0, add), gl.sum(a, 0)
 
 
 @gluon.jit
@@ -134,19 +138,34 @@ def _pairs(a, b):
 
 
 @gluon.jit
-def _put_pairs(tile, a, weights, slot, UP: gl.constexpr, POWER: gl.constexpr):
-    """Leave the pairs of a chunk in shared memory, masked and weighed; return them."""
+def _spans(weights, slot, UP: gl.constexpr, POWER: gl.constexpr):
+    """Return what a gate weighs pairs of a chunk by, 0 where there is none, [W, W]."""
     s = gl.arange(0, W, layout=gl.SliceLayout(1, ACC64))[:, None]
     t = gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))[None, :]
+    rows = (_weigh(weights, slot, UNTIL, gl.SliceLayout(1, ACC64)) * POWER)[:, None]
+    columns = (_weigh(weights, slot, UNTIL, gl.SliceLayout(0, ACC64)) * POWER)[None, :]
+    span = columns - rows if UP else rows - columns
+    return gl.exp2(gl.where((s <= t) if UP else (s >= t), span, NEVER))
+
+
+@gluon.jit
+def _masked(a, UP: gl.constexpr):
+    """Return the pairs of a chunk without those that are none."""
+    s = gl.arange(0, W, layout=gl.SliceLayout(1, ACC64))[:, None]
+    t = gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))[None, :]
+    return gl.where((s <= t) if UP else (s >= t), a, 0.0)
+
+
+@gluon.jit
+def _put_pairs(tile, a, b, weights, slot, UP: gl.constexpr, POWER: gl.constexpr):
+    """Leave in shared memory the pairs of a chunk, whose product was begun, masked and weighed."""
+    a = _pairs(a, b)
     if POWER > 0:
-        span = (
-            _weigh(weights, slot, UNTIL, gl.SliceLayout(0, ACC64))[None, :]
-            - (_weigh(weights, slot, UNTIL, gl.SliceLayout(1, ACC64))[:, None])
-        )
-        a *= gl.exp2(span * (POWER if UP else -POWER))  # where it overflows no pair is
-    a = gl.where((s <= t) if UP else (s >= t), a, 0.0)
+        w = _spans(weights, slot, UP, POWER)  # while the product runs
+        a = warpgroup_mma_wait(0, deps=[a]) * w
+    else:
+        a = _masked(warpgroup_mma_wait(0, deps=[a]), UP)
     tile.store(a.to(gl.bfloat16))
-    return a
 
 
 @gluon.jit
@@ -170,8 +189,8 @@ def _total(S, ends, slot, POWER: gl.constexpr, ACC: gl.constexpr):
 
 @gluon.jit
 def _by_column(x):
-    """Return the sums over rows in four parts, [4, W]: in each warp its own."""
-    return gl.sum(x.reshape([4, 16, W]), 1)
+    """Return sums over rows in 32 parts, [32, W]: over the two rows that a thread has."""
+    return gl.sum(x.reshape([4, 2, 8, W]), 1).reshape([32, W])
 
 
 @gluon.jit
@@ -184,11 +203,9 @@ def _lines(tile):
 
 
 @gluon.jit
-def _put_line(p, lines, left, FIRST: gl.constexpr):
-    """Store the sum of four rows, one number a token."""
-    x = gl.sum(lines.slice(FIRST, 4, 0).load(FOURS), 0)
-    t = gl.arange(0, W, layout=gl.SliceLayout(0, FOURS))
-    gl.store(p + t, x, mask=t < left)
+def _added(lines):
+    """Return the sum of all rows, one number a token."""
+    return gl.sum(lines.load(COLUMNS), 0)
 
 
 @gluon.jit
@@ -208,8 +225,8 @@ def _apart(a, b):
 
 @gluon.jit
 def _accumulated(x):
-    """Return [64, W] of shared memory as an accumulator lies in registers."""
-    return gl.convert_layout(x.load(A64).to(gl.float32), ACC64)
+    """Return an operand in registers, [64, W], as an accumulator lies there."""
+    return gl.convert_layout(x.to(gl.float32), ACC64)
 
 
 @gluon.jit

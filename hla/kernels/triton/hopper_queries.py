@@ -18,20 +18,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_parts import (
+    COLUMNS,
     _accumulated,
+    _added,
     _by_column,
     _fetch,
+    _gate_sums,
     _kept,
     _lines,
+    _masked,
     _operand,
     _pairs,
     _power,
     _put,
     _put_decay,
-    _put_gate,
-    _put_line,
-    _put_pairs,
+    _put_tokens,
     _slot,
+    _spans,
     _state_at,
     _total,
     _weigh,
@@ -51,6 +54,7 @@ from .warpgroups import (
     barrier,
     barriers,
     load_state,
+    put_weights,
 )
 
 
@@ -94,78 +98,84 @@ def _owner_f(
         kT, yT = b_k.permute((1, 0)).slice(ROW, 64, 0), b_y.permute((1, 0)).slice(ROW, 64, 0)
         mbarrier.wait(full.index(s), (c // STAGES) & 1)
         fence_async_shared()
-        if ONE:
-            a = warpgroup_mma_wait(0, deps=[_pairs(b_x, b_g)])
-            _put_pairs(tile2, a, weights, slot, True, POWER2)
-        elif POWER1 > 0:  # one after the other, here and below, else registers would not suffice
-            a = warpgroup_mma_wait(0, deps=[_pairs(b_x, b_g)])
-            _put_pairs(tile2, a, weights, slot, True, POWER2)
-            b = _pairs(b_z, b_e)
-        else:
-            a, b = _pairs(b_x, b_g), _pairs(b_z, b_e)
-            a, b = warpgroup_mma_wait(1, deps=[a, b])
-            _put_pairs(tile2, a, weights, slot, True, POWER2)
+        a = _pairs(b_x, b_g)
         if not ONE:
-            b = warpgroup_mma_wait(0, deps=[b])
-            _put_pairs(tile1, b, weights, slot, True, POWER1)
+            b = _pairs(b_z, b_e)
+        if POWER1 > 0:
+            w = _spans(weights, slot, True, POWER1)  # while the products run
+            if ONE:
+                a = warpgroup_mma_wait(0, deps=[a]) * w
+            else:
+                a, b = warpgroup_mma_wait(0, deps=[a, b])
+                tile1.store((b * w).to(gl.bfloat16))
+                a *= _power(w, POWER2 // POWER1)
+        else:
+            if ONE:
+                a = _masked(warpgroup_mma_wait(0, deps=[a]), True)
+            else:
+                a, b = warpgroup_mma_wait(1, deps=[a, b])
+                a = _masked(a, True)
+        tile2.store(a.to(gl.bfloat16))
+        if not ONE and POWER1 == 0:
+            b = _masked(warpgroup_mma_wait(0, deps=[b]), True)
+            tile1.store(b.to(gl.bfloat16))
         fence_async_shared()
         barrier()
         gT, eT = b_g.permute((1, 0)), b_e.permute((1, 0))
+        out = outs.index(h).permute((1, 0)).slice(ROW, 64, 0)
         o = gl.zeros([64, W], gl.float32, ACC64)
         o = warpgroup_mma(_operand(F), gT, o, use_acc=False, is_async=True)
         if POWER1 > 0:
             o = warpgroup_mma_wait(0, deps=[o])
             before = _weigh(weights, slot, BEFORE, gl.SliceLayout(0, ACC64))[None, :]
-            if DOTS:  # of F alone, and below of both: its queries are where dq will be
-                b_q = outs.index(h).permute((1, 0)).slice(ROW, 64, 0)
-                of_F = _by_column(_accumulated(b_q) * o)
-                L: gl.constexpr = gl.SliceLayout(0, of_F.type.layout)
-                of_F *= _power(_weigh(weights, slot, BEFORE, L), POWER2)[None, :] * scale
+            if DOTS:  # of F alone, and below of both; the queries are where dq will be
+                of_F = _by_column(_accumulated(out.load(A64)) * o)
             if POWER2 > POWER1:
                 o *= _power(before, POWER2 - POWER1)
             if not ONE:
                 o = warpgroup_mma(_operand(S), eT, o, is_async=True)
                 o = warpgroup_mma_wait(0, deps=[o])
-            if DOTS:  # read again, else registers would not suffice
+            if DOTS and not ONE:  # read again, else registers would not suffice
                 before = _weigh(weights, slot, BEFORE, gl.SliceLayout(0, ACC64))[None, :]
+                of_both = _by_column(_accumulated(out.load(A64)) * o)
             o *= _power(before, POWER1)
-            if DOTS and not ONE:
-                of_S = _by_column(_accumulated(b_q) * o) * scale - of_F
             o = warpgroup_mma(yT, tile2, o, is_async=True)
             if not ONE:
                 o = warpgroup_mma(kT, tile1, o, is_async=True)
+            F = _total(F, ends, slot, POWER2, ACC)  # while the products run
+            w_y = _weighed(yT, weights, slot, AFTER, POWER2, A)
+            o = warpgroup_mma_wait(0, deps=[o])
+            F = warpgroup_mma(w_y, b_x, F, is_async=True)
         else:
             o = warpgroup_mma(yT, tile2, o, is_async=True)
             if not ONE:
                 o = warpgroup_mma(kT, tile1, o, is_async=True)
                 o = warpgroup_mma_wait(0, deps=[o])
                 o = warpgroup_mma(_operand(S), eT, o, is_async=True)
-        o = warpgroup_mma_wait(0, deps=[o])
-        if DOTS:
-            lines, at, left = _lines(tile1), H * total + c * W, length - c * W
-            lines.slice(0, 4, 0).store(of_F)
-            if not ONE:
-                lines.slice(4, 4, 0).store(of_S)
-            _put_line(p_dots2 + at, lines, left, 0)
-            if not ONE:
-                _put_line(p_dots1 + at, lines, left, 4)
-        if POWER1 > 0:
-            F = _total(F, ends, slot, POWER2, ACC)
-            w_y = _weighed(yT, weights, slot, AFTER, POWER2, A)
-            F = warpgroup_mma(w_y, b_x, F, is_async=True)
-            if not ONE:
-                S = _total(S, ends, slot, POWER1, ACC)
-                w_k = _weighed(kT, weights, slot, AFTER, POWER1, A)
-                S = warpgroup_mma(w_k, b_z, S, is_async=True)
-        else:
+            o = warpgroup_mma_wait(0, deps=[o])
             F = warpgroup_mma(yT, b_x, F, is_async=True)
             if not ONE:
                 S = warpgroup_mma(kT, b_z, S, is_async=True)
         if not DOTS:
             mbarrier.wait(stored.index(h), ((c // 2) & 1) ^ 1)
-        out = outs.index(h).permute((1, 0)).slice(ROW, 64, 0)
         out.store((o * scale).to(gl.bfloat16))
         mbarrier.arrive(there.index(h), count=1)
+        if POWER1 > 0 and not ONE:
+            S = _total(S, ends, slot, POWER1, ACC)
+            w_k = _weighed(kT, weights, slot, AFTER, POWER1, A)
+            S = warpgroup_mma(w_k, b_z, S, is_async=True)
+        if DOTS:
+            lines2, at, left = _lines(tile2), H * total + c * W, length - c * W
+            lines2.store(of_F)
+            if not ONE:
+                lines1 = _lines(tile1)
+                lines1.store(of_both)
+            ahead = _weigh(weights, slot, BEFORE, gl.SliceLayout(0, COLUMNS))
+            c_F = _added(lines2) * (_power(ahead, POWER2) * scale)
+            _put_tokens(p_dots2 + at, c_F, left)
+            if not ONE:
+                c_both = _added(lines1) * (_power(ahead, POWER1) * scale)
+                _put_tokens(p_dots1 + at, c_both - c_F, left)
         if ONE:
             F = warpgroup_mma_wait(0, deps=[F])
         else:
@@ -194,6 +204,8 @@ def _mover_f(
     for c in range(chunks + STAGES):
         s, e = c % STAGES, c - STAGES
         row = c * W
+        if GATE == 2 and not DOTS:
+            sums, last = _gate_sums(p_gate, sft, row, T)
         if c < chunks:
             mbarrier.wait(free.index(s), ((c // STAGES) & 1) ^ 1)
             if not ONE:
@@ -202,6 +214,8 @@ def _mover_f(
             _fetch(vs.index(s), p_v, row, T, V, svt, svd, B, FAST, WHOLE_V)
             _fetch(gs.index(s), p_g, row, T, V, sgt, sgd, B, FAST, WHOLE_V)
             _fetch(ys.index(s), p_y, row, T, MADE, syt, syd, B, FAST, WHOLE)
+        if GATE == 2 and DOTS:
+            sums, last = _gate_sums(p_gate, sft, row, T)
         if DOTS:
             if c >= STAGES:
                 mbarrier.wait(there.index(s), ((c // STAGES) & 1) ^ 1)
@@ -213,7 +227,7 @@ def _mover_f(
             if FAST:
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
             if GATE == 2:
-                _put_gate(weights, ends, s, p_gate, sft, row, T)
+                put_weights(weights, ends, s, sums, last)
             if GATE == 2 or not FAST:
                 mbarrier.arrive(full.index(s), count=1)
         if not DOTS and c >= STAGES:

@@ -22,23 +22,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_parts import (
-    LINES,
     _accumulated,
+    _added,
     _apart,
     _by_column,
     _fetch,
+    _gate_sums,
     _kept,
     _lines,
+    _masked,
     _operand,
     _pairs,
     _power,
     _put,
     _put_decay,
-    _put_gate,
-    _put_line,
     _put_pairs,
     _put_tokens,
     _slot,
+    _spans,
     _state_at,
     _total,
     _weigh,
@@ -58,6 +59,7 @@ from .warpgroups import (
     barrier,
     barriers,
     load_state,
+    put_weights,
     store_half,
 )
 
@@ -111,51 +113,55 @@ def _owner_r(
         mbarrier.wait(full.index(s), (i // STAGES) & 1)
         fence_async_shared()
         b_q, b_v, b_g, b_y = qs.index(s), vs.index(s), gs.index(s), ys.index(s)
-        a = warpgroup_mma_wait(0, deps=[_pairs(b_v, b_g)])
-        _put_pairs(tile, a, weights, slot, True, POWER)
+        _put_pairs(tile, b_v, b_g, weights, slot, True, POWER)
         fence_async_shared()
         barrier()
+        dy = _read_rows(b_v, copy.permute((1, 0)), weights, slot, POWER, B)
         if DOTS:
-            dy = _read_rows(b_v, copy.permute((1, 0)), weights, slot, POWER, B)
-            d = gl.sum(b_y.load(ACC).to(gl.float32) * dy, 1) * scale
-            dy = warpgroup_mma(tile, b_q, dy, is_async=True)
-            dy = warpgroup_mma_wait(0, deps=[dy])
-        else:
-            dy = _rows(b_v, copy.permute((1, 0)), tile, b_q, weights, slot, POWER, B)
+            d = gl.sum(b_y.load(ACC).to(gl.float32) * dy, 1)
+        dy = warpgroup_mma(tile, b_q, dy, is_async=True)
+        dy = warpgroup_mma_wait(0, deps=[dy])
         b_v.store((dy * scale).to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(dy_there.index(s), count=1)
         if READ:
-            a = warpgroup_mma_wait(0, deps=[_pairs(b_y, b_q)])
-            if DOTS:  # the tile still holds those of v and do
-                x = _apart(tile.load(ACC64).to(gl.float32), a) * scale
-                by_query, by_key = _by_column(x), gl.sum(x, 1)
-            _put_pairs(tile, a, weights, slot, True, POWER)
+            if DOTS:
+                a = _pairs(b_y, b_q)
+                x = tile.load(ACC64)  # of v and do; while the product runs
+                a = warpgroup_mma_wait(0, deps=[a])
+                x = _apart(x.to(gl.float32), a)
+                d += gl.convert_layout(gl.sum(x, 1), d.type.layout)
+                _put_tokens(p_dots + c * W, d * scale, length - c * W)
+                by_query = _by_column(x)
+                tile.store((a * _spans(weights, slot, True, POWER)).to(gl.bfloat16))
+            else:
+                _put_pairs(tile, b_y, b_q, weights, slot, True, POWER)
             fence_async_shared()
             barrier()
-            dv = _rows(b_y, copy, tile, b_g, weights, slot, POWER, B)
+            dv = _read_rows(b_y, copy, weights, slot, POWER, B)
+            dv = warpgroup_mma(tile, b_g, dv, is_async=True)
+        qT = b_q.permute((1, 0))
+        x0, x1 = qT.slice(0, 64, 0), qT.slice(64 * HALVES - 64, 64, 0)
+        if POWER > 0:  # while the product runs
+            R0 = _total(R0, ends, slot, POWER, ACC)
+            if HALVES == 2:
+                R1 = _total(R1, ends, slot, POWER, ACC)
+        if READ:
+            dv = warpgroup_mma_wait(0, deps=[dv])
             if SUM:
                 mbarrier.wait(k_read.index(s), (i // STAGES) & 1)
             b_y.store((dv * scale).to(gl.bfloat16))
-            if DOTS:
-                lines, p, left = _lines(tile), p_dots + c * W, length - c * W
-                lines.slice(0, 4, 0).store(by_query)
-                _put_tokens(p, d, left)
-                _put_tokens(p + 2 * total, by_key, left)
-                _put_line(p + total, lines, left, 0)
-        qT = b_q.permute((1, 0))
         if POWER > 0:
-            R0 = _total(R0, ends, slot, POWER, ACC)
-            x = _weighed(qT.slice(0, 64, 0), weights, slot, BEFORE, POWER, A)
-            R0 = warpgroup_mma(x, b_g, R0, is_async=True)
-            if HALVES == 2:
-                R1 = _total(R1, ends, slot, POWER, ACC)
-                x1 = _weighed(qT.slice(64, 64, 0), weights, slot, BEFORE, POWER, A)
-                R1 = warpgroup_mma(x1, b_g, R1, is_async=True)
-        else:
-            R0 = warpgroup_mma(qT.slice(0, 64, 0), b_g, R0, is_async=True)
-            if HALVES == 2:
-                R1 = warpgroup_mma(qT.slice(64, 64, 0), b_g, R1, is_async=True)
+            x0 = _weighed(x0, weights, slot, BEFORE, POWER, A)
+        R0 = warpgroup_mma(x0, b_g, R0, is_async=True)
+        if HALVES == 2:
+            if POWER > 0:
+                x1 = _weighed(x1, weights, slot, BEFORE, POWER, A)
+            R1 = warpgroup_mma(x1, b_g, R1, is_async=True)
+        if DOTS:
+            lines, p, left = _lines(tile), p_dots + c * W, length - c * W
+            lines.store(by_query)
+            _put_tokens(p + total, _added(lines) * scale, left)
         if HALVES == 2:
             R0, R1 = warpgroup_mma_wait(0, deps=[R0, R1])
             copy.slice(64, 64, 0).store(R1.to(gl.bfloat16))
@@ -225,9 +231,10 @@ def _rounded(o, out, scale, SUM: gl.constexpr):
 
 @gluon.jit
 def _owner_z(
-    qs, ks, vs, ys, tiles, crosses, weights, ends, full, dy_there, dk_there, k_read, chunks, zero,
+    qs, ks, vs, ys, tiles, crosses, weights, ends, full, k_full, dy_there, dk_there, k_read,
+    chunks, zero,
     p_start, ss0, ss1, p_end, se0, se1, D, scale, unscale,
-    sums, p_dots, p_kept, length, total, earlier,
+    p_dots, p_kept, length, total, earlier,
     HALVES: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, POWER: gl.constexpr,
     SUM: gl.constexpr, READ: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
     DOTS: gl.constexpr, EVERY: gl.constexpr,
@@ -251,19 +258,29 @@ def _owner_z(
         outT = vs.index(s).permute((1, 0)) if SUM else kT
         qT0, dyT0 = b_q.permute((1, 0)).slice(0, 64, 0), b_dy.permute((1, 0)).slice(0, 64, 0)
         mbarrier.wait(full.index(s), (i // STAGES) & 1)
+        if READ:
+            mbarrier.wait(k_full.index(s), (i // STAGES) & 1)
         fence_async_shared()
         if READ:
-            a = warpgroup_mma_wait(0, deps=[_pairs(b_q, b_k)])
-            pairs = _put_pairs(tile1, a, weights, slot, False, POWER)
+            a = _pairs(b_q, b_k)
+            if POWER > 0:
+                w = _spans(weights, slot, False, POWER)  # while the product runs
+                a = warpgroup_mma_wait(0, deps=[a]) * w
+            else:
+                a = _masked(warpgroup_mma_wait(0, deps=[a]), False)
+            tile1.store(a.to(gl.bfloat16))
         if not SUM:
             mbarrier.wait(dy_there.index(s), (i // STAGES) & 1)
         if READ:
-            a = warpgroup_mma_wait(0, deps=[_pairs(b_dy, b_k)])
+            a = _pairs(b_dy, b_k)
             if DOTS:
-                x = _apart(pairs, a) * scale
-                by_query = gl.sum(x, 1)
-                sums.store(_by_column(x))
-            _put_pairs(tile2, a, weights, slot, False, POWER)
+                x = tile1.load(ACC64)  # while the product runs
+            a = warpgroup_mma_wait(0, deps=[a])
+            if DOTS:
+                x = _apart(x.to(gl.float32), a)
+                by_query, by_key = gl.sum(x, 1), _by_column(x)
+            a = a * w if POWER > 0 else _masked(a, False)
+            tile2.store(a.to(gl.bfloat16))
             fence_async_shared()
             barrier()
             o = gl.zeros([64, W], gl.float32, ACC64)
@@ -271,16 +288,24 @@ def _owner_z(
             if HALVES == 2:
                 o = warpgroup_mma(_operand(Z01), kT.slice(64, 64, 0), o, is_async=True)
             o = _read_block(o, weights, slot, POWER)
-            if DOTS:
-                d = _by_column(_accumulated(kT.slice(0, 64, 0)) * o)
+            if DOTS:  # Z has a gradient and its transpose
+                by_key += _by_column(_accumulated(kT.slice(0, 64, 0).load(A64)) * o) * 0.5
             o = warpgroup_mma(dyT0, tile1, o, is_async=True)
             o = warpgroup_mma(qT0, tile2, o, is_async=True)
+            if POWER > 0:  # while the products run
+                Z00 = _total(Z00, ends, slot, POWER, ACC64)
+                if HALVES == 2:
+                    Z01 = _total(Z01, ends, slot, POWER, ACC64)
             o = warpgroup_mma_wait(0, deps=[o])
             if SUM and HALVES == 1:
                 mbarrier.arrive(k_read.index(s), count=1)
             if SUM:
                 mbarrier.wait(dy_there.index(s), (i // STAGES) & 1)
             dk0 = _rounded(o, outT.slice(0, 64, 0), scale, SUM)
+        elif POWER > 0:
+            Z00 = _total(Z00, ends, slot, POWER, ACC64)
+            if HALVES == 2:
+                Z01 = _total(Z01, ends, slot, POWER, ACC64)
         q0, dy0 = b_q.slice(0, 64, 1), b_dy.slice(0, 64, 1)
         if POWER == 0:
             Z00 = _add_block(Z00, qT0, dyT0, q0, dy0)
@@ -296,9 +321,12 @@ def _owner_z(
                 o = warpgroup_mma(_operand(Z11), kT.slice(64, 64, 0), o, is_async=True)
                 o = _read_block(o, weights, slot, POWER)
                 if DOTS:
-                    d += _by_column(_accumulated(kT.slice(64, 64, 0)) * o)
+                    by_key += _by_column(_accumulated(kT.slice(64, 64, 0).load(A64)) * o) * 0.5
                 o = warpgroup_mma(dyT1, tile1, o, is_async=True)
                 o = warpgroup_mma(qT1, tile2, o, is_async=True)
+            if POWER > 0:
+                Z11 = _total(Z11, ends, slot, POWER, ACC64)
+            if READ:
                 Z00, o = warpgroup_mma_wait(0, deps=[Z00, o])
                 if SUM:
                     mbarrier.arrive(k_read.index(s), count=1)
@@ -309,31 +337,30 @@ def _owner_z(
                 Z00 = warpgroup_mma_wait(0, deps=[Z00])
         elif READ:
             outT.store(dk0)
-        if DOTS:
-            lines, p, left = _lines(tile1), p_dots + c * W, length - c * W
-            lines.slice(0, 4, 0).store(d * (0.5 * scale))  # Z has a gradient and its transpose
-            _put_tokens(p + total, by_query, left)
-            _put_line(p, lines, left, 0)
-            _put_line(p + 2 * total, sums, left, 0)
         if POWER > 0:  # half by half, else registers would not suffice
             w_q = _weighed(qT0, weights, slot, BEFORE, POWER, A64)
             w_dy = _weighed(dyT0, weights, slot, BEFORE, POWER, A64)
-            Z00 = _add_block(_total(Z00, ends, slot, POWER, ACC64), w_q, w_dy, q0, dy0)
+            Z00 = _add_block(Z00, w_q, w_dy, q0, dy0)
             if HALVES == 2:
-                Z01 = _add_block(_total(Z01, ends, slot, POWER, ACC64), w_q, w_dy, q1, dy1)
+                Z01 = _add_block(Z01, w_q, w_dy, q1, dy1)
                 Z00, Z01 = warpgroup_mma_wait(0, deps=[Z00, Z01])
                 w_q = _weighed(qT1, weights, slot, BEFORE, POWER, A64)
                 w_dy = _weighed(dyT1, weights, slot, BEFORE, POWER, A64)
-                Z11 = _add_block(_total(Z11, ends, slot, POWER, ACC64), w_q, w_dy, q1, dy1)
-                Z11 = warpgroup_mma_wait(0, deps=[Z11])
-            else:
-                Z00 = warpgroup_mma_wait(0, deps=[Z00])
+                Z11 = _add_block(Z11, w_q, w_dy, q1, dy1)
         elif HALVES == 2:
             Z01 = _add_block(Z01, qT0, dyT0, q1, dy1)
             Z11 = _add_block(Z11, qT1, dyT1, q1, dy1)
-            Z01, Z11 = warpgroup_mma_wait(0, deps=[Z01, Z11])
-        else:
+        if DOTS:
+            lines, p, left = _lines(tile1), p_dots + c * W, length - c * W
+            lines.store(by_key)
+            _put_tokens(p, _added(lines) * scale, left)
+            _put_tokens(p + total, by_query * scale, left)
+        if HALVES == 1:
             Z00 = warpgroup_mma_wait(0, deps=[Z00])
+        elif POWER > 0:
+            Z11 = warpgroup_mma_wait(0, deps=[Z11])
+        else:
+            Z01, Z11 = warpgroup_mma_wait(0, deps=[Z01, Z11])
         if HALVES == 2:
             crosses.index(z).store(Z01.to(gl.bfloat16))
         mbarrier.arrive(dk_there.index(s), count=1)
@@ -357,7 +384,7 @@ def _owner_z(
 @gluon.jit
 def _mover_r(
     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys, weights, ends,
-    full, dy_there, dv_there, dk_there, chunks, T, D, V,
+    full, k_full, dy_there, dv_there, dk_there, chunks, T, D, V,
     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd, sft,
     Z: gl.constexpr, SUM: gl.constexpr, ADD: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
     GATE: gl.constexpr, FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
@@ -377,6 +404,8 @@ def _mover_r(
         if i < chunks:
             _fetch(ys.index(s), p_y, row, T, D, syt, syd, B, FAST, WHOLE_D)
             _fetch(gs.index(s), p_g, row, T, V, sgt, sgd, B, FAST, WHOLE_V)
+        if GATE == 2:
+            sums, last = _gate_sums(p_gate, sft, row, T)
         if Z and i >= STAGES:
             mbarrier.wait(dk_there.index(s), turn)
             if SUM:
@@ -385,25 +414,29 @@ def _mover_r(
         if i < chunks:
             _fetch(qs.index(s), p_q, row, T, D, sqt, sqd, B, FAST, WHOLE_D)
             _fetch(vs.index(s), p_v, row, T, V, svt, svd, B, FAST, WHOLE_V)
+        if i < chunks:
+            if FAST:
+                async_copy.mbarrier_arrive(full.index(s), increment_count=False)
+            if GATE == 2:
+                put_weights(weights, ends, s, sums, last)
+            if GATE == 2 or not FAST:
+                mbarrier.arrive(full.index(s), count=1)
         if Z:
             if i >= STAGES and not SUM:
                 _put(p_dk, ks.index(s), left, T, D, sct, scd, B, FAST, WHOLE_D)
                 barrier()
             if i < chunks:
                 _fetch(ks.index(s), p_k, row, T, D, skt, skd, B, FAST, WHOLE_D)
-        if i < chunks:
-            if FAST:
-                async_copy.mbarrier_arrive(full.index(s), increment_count=False)
-            if GATE == 2:
-                _put_gate(weights, ends, s, p_gate, sft, row, T)
-            if GATE == 2 or not FAST:
-                mbarrier.arrive(full.index(s), count=1)
+                if FAST:
+                    async_copy.mbarrier_arrive(k_full.index(s), increment_count=False)
+                else:
+                    mbarrier.arrive(k_full.index(s), count=1)
 
 
 @gluon.jit
 def _mover_z(
     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys, weights, ends,
-    full, dy_there, dv_there, dk_there, chunks, T, D, V,
+    full, k_full, dy_there, dv_there, dk_there, chunks, T, D, V,
     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd, sft,
     Z: gl.constexpr, SUM: gl.constexpr, ADD: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
     GATE: gl.constexpr, FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
@@ -412,6 +445,8 @@ def _mover_z(
     for i in range(chunks):
         s, turn = i % STAGES, ((i // STAGES) & 1) ^ 1
         row = (chunks - 1 - i) * W
+        if GATE == 2:
+            sums, last = _gate_sums(p_gate, sft, row, T)
         if i >= STAGES:
             mbarrier.wait(dv_there.index(s), turn)
             mbarrier.wait(dk_there.index(s), turn)
@@ -421,7 +456,7 @@ def _mover_z(
         if FAST:
             async_copy.mbarrier_arrive(full.index(s), increment_count=False)
         if GATE == 2:
-            _put_gate(weights, ends, s, p_gate, sft, row, T)
+            put_weights(weights, ends, s, sums, last)
         if GATE == 2 or not FAST:
             mbarrier.arrive(full.index(s), count=1)
 
@@ -441,7 +476,7 @@ def _mover_z(
 )  # fmt: skip
 def reverse_kernel(
     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_start1, p_start2, p_end2, p_end1, p_gate,
-    p_dots1, p_dots2, p_kept1, p_kept2,  # of Z and R, in order: (heads, 3 T), (heads, N, B, B)
+    p_dots1, p_dots2, p_kept1, p_kept2,  # of Z and R, in order: (heads, 2 T), (heads, N, B, B)
     scale, unscale, T, tokens, D, V, N1, N2,
     sq0, sq1, sq2,
     sk0, sk1, sk2,
@@ -524,7 +559,7 @@ def reverse_kernel(
         if END2:
             p_end2 += part * sen
     if DOTS:
-        ahead = i_head.to(gl.int64) * 3 * total + earlier * W
+        ahead = i_head.to(gl.int64) * 2 * total + earlier * W
         p_dots2 += ahead
         if Z:
             p_dots1 += ahead
@@ -567,17 +602,16 @@ def reverse_kernel(
     copies = gl.allocate_shared_memory(gl.bfloat16, [1, B, B], TILE)
     tiles = gl.allocate_shared_memory(gl.bfloat16, [3, W, W], TILE)
     crosses = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], TILE)
-    sums = tiles
-    if DOTS:
-        sums = gl.allocate_shared_memory(gl.float32, [4, W], LINES)
     SLOTS: gl.constexpr = STAGES if GATE == 2 else 2
     weights = gl.allocate_shared_memory(gl.float32, [SLOTS * LISTS, W], LIST)
     ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
     ALONE: gl.constexpr = 0 if GATE == 2 or not FAST else 1
     LOADS: gl.constexpr = 128 if FAST else 0  # a copy arrives with each of the mover's threads
     full = barriers(STAGES, LOADS + (1 - ALONE))
+    k_full = barriers(STAGES, LOADS if FAST else 1)
     dy_there, dv_there, dk_there = barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 1)
     k_read = barriers(STAGES, 1)
+    MOVER: gl.constexpr = 40 if DOTS else 48  # registers; the first owner has what is left
     if GATE == 1:
         _put_decay(weights, ends, p_gate, T, chunks)
     fence_async_shared()
@@ -592,20 +626,20 @@ def reverse_kernel(
                     HALVES, B, STAGES, GATE, POWER2, SUM, READ, START2, END2, DOTS, EVERY,
                 )),
                 (_owner_z, (
-                    qs, ks, vs, ys, tiles, crosses, weights, ends, full, dy_there, dk_there,
-                    k_read, chunks, T >> 31, p_start1, szd, sze, p_end1, swd, swe, D, scale,
-                    unscale, sums, p_dots1, p_kept1, T, total, earlier,
+                    qs, ks, vs, ys, tiles, crosses, weights, ends, full, k_full, dy_there,
+                    dk_there, k_read, chunks, T >> 31, p_start1, szd, sze, p_end1, swd, swe, D,
+                    scale, unscale, p_dots1, p_kept1, T, total, earlier,
                     HALVES, STAGES, GATE, POWER1, SUM, READ, START1, END1, DOTS, EVERY,
                 )),
                 (_mover_r if READ else _mover_z, (
                     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,
-                    weights, ends, full, dy_there, dv_there, dk_there, chunks, T, D, V,
+                    weights, ends, full, k_full, dy_there, dv_there, dk_there, chunks, T, D, V,
                     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd,
                     sft, Z, SUM, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
                 )),
             ],
             [4, 4],
-            [216, 48],
+            [264 - MOVER, MOVER],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -618,7 +652,7 @@ def reverse_kernel(
                 )),
                 (_mover_r, (
                     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,
-                    weights, ends, full, dy_there, dv_there, dk_there, chunks, T, D, V,
+                    weights, ends, full, k_full, dy_there, dv_there, dk_there, chunks, T, D, V,
                     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd,
                     sft, Z, SUM, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
                 )),
