@@ -65,7 +65,7 @@ class Case:
 
     def __init__(self, seed=0, *, T=100, D=128, V=128, heads=(1, 1, 1), shared=(), ahla=False,
                  gate=0, start=False, end=False, keep=False, read=True, factors=(1, 1),
-                 fast=True, wide=False, resets=True):  # fmt: skip
+                 fast=True, wide=False, strong=False):  # fmt: skip
         random = np.random.default_rng(seed)
         self.ahla, self.gate, self.factors, self.heads = ahla, gate, factors, heads
         Y = V if ahla else D
@@ -91,11 +91,11 @@ class Case:
         self.end = [blank(D, Y), turned] if end else [None, None]
         self.g = None
         if gate == 1:
-            self.g = random.uniform(0.9, 1, heads).astype(np.float32)
+            low = 0.2 if strong else 0.9  # then a chunk's weights are no two factors
+            self.g = random.uniform(low, low + 0.1, heads).astype(np.float32)
         elif gate == 2:
             self.g = -random.exponential(0.05, (*heads, T)).astype(np.float32)
-            if resets:
-                self.g[..., T // 3 : T : 40] = -np.inf
+            self.g[..., T // 3 : T : 40] = -np.inf
         powers = (1, 1) if ahla else (1, 2)
         unit, BD, BV = 8 if fast else 1, 64 * -(-D // 64), 64 * -(-V // 64)
         arrays = (self.q, self.k, self.v, self.y, self.o, self.start[0], self.end[0],
@@ -144,12 +144,12 @@ SCALED = 0.5, -3.0
 CASES = {
     "one token": {"T": 1, "end": True},
     "63 tokens": {"T": 63, "keep": True},
-    "64 tokens, a decay": {"T": 64, "gate": 1, "end": True},
+    "many chunks, a decay": {"T": 330, "gate": 1, "keep": True, "end": True},
     "65 tokens": {"T": 65, "ahla": True, "keep": True},
     "two chunks and a token, a log gate": {"T": 129, "gate": 2, "keep": True},
-    "a mild log gate": {"T": 330, "gate": 2, "keep": True, "resets": False, "end": True},
+    "a strong decay": {"T": 130, "gate": 1, "keep": True, "end": True, "strong": True},
     "many chunks": {"T": 450, "keep": True},
-    "many chunks, ahla": {"T": 450, "ahla": True, "keep": True, "gate": 2, "resets": False},
+    "many chunks, ahla": {"T": 450, "ahla": True, "keep": True, "gate": 2},
     "states, a decay": {"T": 130, "gate": 1, "start": True, "end": True},
     "states, a log gate, factors": {
         "T": 150, "gate": 2, "start": True, "end": True, "keep": True, "factors": SCALED,
@@ -210,7 +210,7 @@ def test_heads_that_share_states_and_y(ahla):
         ({"T": 1, "end": True}, (1, 1, 1)),
         ({"T": 200, "keep": True}, (1, 1, 1)),
         ({"T": 300, "V": 64, "gate": 2, "keep": True, "start": True, "end": True}, (0.5, 0.5, 2)),
-        ({"T": 330, "gate": 2, "keep": True, "start": True, "resets": False}, (0.5, 0.5, 2)),
+        ({"T": 330, "gate": 1, "keep": True, "start": True}, (0.5, 0.5, 2)),
         ({"T": 130, "D": 56, "V": 72, "gate": 1, "keep": True, "end": True}, (1, 1, 1)),
         ({"T": 65, "D": 33, "V": 101, "fast": False, "keep": True, "gate": 2}, (1, 1, 1)),
         ({"T": 70, "heads": (1, 1, 2), "shared": ("k",), "gate": 1, "wide": True}, (1, 1, 1)),

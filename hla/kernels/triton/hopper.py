@@ -28,7 +28,7 @@ Other gates take weights of pairs, of results, of values and of states.
 
 Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024 (y too: 1280). Operations:
 197 k (hla2). At 3.0 TB/s and 790 TFLOP/s the bytes bind: 0.179 ms for B = 8, T = 4096, H = 16 (y
-too: 0.224). One H100 took 0.193 (93%), 0.242 with y, ahla 0.192; with a mild decay 0.212 and 0.192,
+too: 0.224). One H100 took 0.193 (93%), 0.242 with y, ahla 0.192; with a mild decay 0.206 and 0.190,
 with other gates 0.241 to 0.252 and 0.219: there the owners' own chains bind. No atomics; bits
 depend on nothing but the head's data.
 
@@ -92,29 +92,18 @@ from .warpgroups import (
 )
 
 AHEAD = gl.constexpr(4)  # chunks of q in shared memory
-FAINT = gl.constexpr(-64.0)  # log2 of what mild gates leave, at the least, of a chunk's state
-GATES = gl.constexpr(gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0]))  # a chunk in each warp
+FAINT = gl.constexpr(-64.0)  # log2 of what a mild decay leaves, at the least, of a chunk's state
 
 
 @gluon.jit
-def _are_mild(p_gate, sgt, T, GATE: gl.constexpr, POWER: gl.constexpr):
-    """Whether all chunks leave more than FAINT of a state."""
-    if GATE == 1:
-        return gl.log2(gl.load(p_gate)) * (W * POWER) >= FAINT
-    else:
-        c, t = gl.arange(0, 64, gl.SliceLayout(1, GATES)), gl.arange(0, W, gl.SliceLayout(0, GATES))
-        left = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, GATES))
-        for first in range(0, T, 64 * W):
-            at = first + c[:, None] * W + t[None, :]
-            a = gl.load(p_gate + at.to(gl.int64) * sgt, mask=at < T, other=0.0)
-            sums = gl.sum(a, 1)
-            left = gl.where(sums >= left, left, sums)  # not minimum: a NaN stays
-        return gl.sum((left * (LOG2E * POWER) >= FAINT).to(gl.int32), 0) == 64
+def _is_mild(p_gate, POWER: gl.constexpr):
+    """Whether a decay leaves more than FAINT of a chunk's state."""
+    return gl.log2(gl.load(p_gate)) * (W * POWER) >= FAINT
 
 
 @gluon.jit
 def _put_factors(weights, ends, slot, rest, last, POWER1: gl.constexpr, POWER2: gl.constexpr):
-    """Leave a mild gate's factors, by log2 of what is left of a token and of the state."""
+    """Leave a mild decay's factors, by log2 of what is left of a token and of the state."""
     GROUPS: gl.constexpr = 1 if POWER1 == POWER2 else 2
     BY_ROWS: gl.constexpr = 1.0 if POWER2 == 1 else 0.5
     BY_MADE: gl.constexpr = -1.0 if POWER2 == 1 else (1.0 if POWER2 == 2 else 0.5)
@@ -402,10 +391,10 @@ def _own_second(
         if READ:
             if out is not None:
                 mbarrier.arrive(ready.index(0), count=1)
-            if GATE < 2 or MILD:
+            if GATE < 2:
                 mbarrier.arrive(q_free.index(i_q), count=1)
         S0, S1 = _update(S0, S1, x0, x1, b_k, HALVES)
-        if (GATE == 2 and not MILD) or not READ:
+        if GATE == 2 or not READ:
             mbarrier.arrive(q_free.index(i_q), count=1)
         if AHLA:
             mbarrier.arrive(k_free.index(i_k), count=1)
@@ -509,7 +498,7 @@ def _move(
                     divided, chunks, m, n, p_one, T_one, sone, scale_one, p_den, T_den, sden,
                     scale_den, eps, BD, AHLA, GATE, GROUPS, ONE, TILE_1, Q, K,
                 )  # fmt: skip
-        if MILD:
+        if MILD:  # noqa: SIM102 - known when it is compiled
             if (c >= 2) & (c < chunks + 2):
                 e = c - 2
                 mbarrier.wait(k_full.index(e % K), (e // K) & 1)
@@ -517,12 +506,6 @@ def _move(
                 weigh_rows(ks.index(e % K), weights.index(at * LISTS + ROWS), BD)
                 fence_async_shared()
                 mbarrier.arrive(k_ready.index(e % K), count=1)
-            if c >= Q:  # before their factors are those of a later chunk
-                _keep(
-                    c - Q, p_y, made, there, p_u, us, u_there, u_taken, weights, chunks,
-                    T, T_y, width, syt, syd, T_u, V, sut, sud,
-                    BY, BV, GATE, MILD, GROUPS, KEEP, KEEP_U, SUMS, FAST, WHOLE_Y, WHOLE_V, Q,
-                )  # fmt: skip
         # A minimum is no sum of steps, of which the compiler would keep an address for each row
         if (c >= K_LATER) & (c < chunks + K_LATER):
             e = c - K_LATER
@@ -538,14 +521,11 @@ def _move(
             load_chunk(qs.index(i_q), p_q, row, T, D, sqt, sqd, BD, FAST, WHOLE_D)
             arrive_full(q_full.index(i_q), FAST)
             if GATE == 2:
-                if MILD:
-                    g = a * LOG2E  # for bfloat16's digits float32 is enough
-                else:
-                    g = a.to(gl.float64) * LOG2E
-                    g = gl.where(g < RESET, RESET, g)  # not maximum: a NaN stays
+                g = a.to(gl.float64) * LOG2E
+                g = gl.where(g < RESET, RESET, g)  # not maximum: a NaN stays
                 a = load_gate(p_gate, sgt, row + W, T)
                 sums = gl.associative_scan(g, 0, add)
-                _put(weights, ends, i_q, sums, gl.sum(g, 0), POWER1, POWER2, MILD)
+                _put(weights, ends, i_q, sums, gl.sum(g, 0), POWER1, POWER2, False)
                 mbarrier.arrive(q_full.index(i_q), count=1)
         if c >= Q:
             e = c - Q
@@ -554,12 +534,11 @@ def _move(
                 mbarrier.wait(ready.index(0), e & 1)
                 store_chunk(p_o, out.index(0), None, row, T, V, sot, sod, BV, FAST, WHOLE_V)
                 mbarrier.arrive(stored.index(0), count=1)
-            if not MILD:
-                _keep(
-                    e, p_y, made, there, p_u, us, u_there, u_taken, weights, chunks,
-                    T, T_y, width, syt, syd, T_u, V, sut, sud,
-                    BY, BV, GATE, MILD, GROUPS, KEEP, KEEP_U, SUMS, FAST, WHOLE_Y, WHOLE_V, Q,
-                )  # fmt: skip
+            _keep(
+                e, p_y, made, there, p_u, us, u_there, u_taken, weights, chunks,
+                T, T_y, width, syt, syd, T_u, V, sut, sud,
+                BY, BV, GATE, MILD, GROUPS, KEEP, KEEP_U, SUMS, FAST, WHOLE_Y, WHOLE_V, Q,
+            )  # fmt: skip
             if KEEP or SUMS:
                 mbarrier.arrive(taken.index(e % 2), count=1)
         if v_ready is not None:  # noqa: SIM102 - known when it is compiled
@@ -584,7 +563,7 @@ def _move(
 
 @gluon.jit
 def _first(mild, k_full, k_ready, rest):
-    """Own the state of the first pass, by the gate's factors if it is mild."""
+    """Own the state of the first pass, by the decay's factors if it is mild."""
     if mild is None:
         _own_first(k_full, False, *rest)
     elif mild:
@@ -807,7 +786,7 @@ def pair_kernel(
     FACTORED: gl.constexpr = GATE == 1 and not SUMS
     mild, k_ready = None, None
     if FACTORED:
-        mild, k_ready = _are_mild(p_gate, sgt, T, GATE, POWER2), barriers(K, 1)
+        mild, k_ready = _is_mild(p_gate, POWER2), barriers(K, 1)
     if GATE == 1:
         _put_decays(mild, weights, ends, p_gate, T, chunks, POWER1, POWER2)
     fence_async_shared()

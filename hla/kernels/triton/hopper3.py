@@ -12,7 +12,7 @@ Chunk by chunk, where A' = upper(K Q') is the first owner's and B' = upper(Y Q')
     U' = P' Q' + V' A'    O' = F' Q' + U' B'    P' = P' + V' K    F' = F' + U' Y
 
 Operations a token and head at D = V = 128: 393 k, 0.26 ms for B = 8, T = 4096, H = 16 at 790
-TFLOP/s; 256 programs are two waves of 132. One H100 took 0.313 ms (by passes 0.437), 0.408 with a
+TFLOP/s; 256 programs are two waves of 132. One H100 took 0.313 ms (by passes 0.437), 0.393 with a
 mild decay and 0.49 to 0.52 with other gates.
 """
 
@@ -28,11 +28,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .denominators import COUNT
 from .hopper import (
     AHEAD,
-    _are_mild,
     _at,
     _begin,
     _fade,
     _first,
+    _is_mild,
     _leave,
     _mover,
     _pairs,
@@ -123,12 +123,12 @@ def _own_second(
                 mbarrier.arrive(ready.index(0), count=1)
         elif GATE > 0:
             F = _fade(F, ends, at3, BD)
-        if GATE < 2 or MILD:
+        if GATE < 2:
             mbarrier.arrive(q_free.index(i_q), count=1)
         P = warpgroup_mma(_weighed(b_vT, weights, at1, 0, BD, GATED), b_k, P, is_async=True)
         F = warpgroup_mma(_weighed(b_uT, weights, at3, 0, BD, GATED), b_y, F, is_async=True)
         P, F = warpgroup_mma_wait(0, deps=[P, F])
-        if GATE == 2 and not MILD:
+        if GATE == 2:
             mbarrier.arrive(q_free.index(i_q), count=1)
         mbarrier.arrive(k_free.index(i_k), count=1)
         mbarrier.arrive(v_free.index(i_v), count=1)
@@ -141,7 +141,7 @@ def _own_second(
 
 @gluon.jit
 def _second(mild, v_full, v_ready, rest):
-    """Own the states of u and of o, by the gate's factors if it is mild."""
+    """Own the states of u and of o, by the decay's factors if it is mild."""
     if mild is None:
         _own_second(v_full, False, *rest)
     elif mild:
@@ -353,7 +353,7 @@ def triple_kernel(
     FACTORED: gl.constexpr = GATE == 1 and not SUMS
     mild, k_ready, v_ready = None, None, None
     if FACTORED:
-        mild = _are_mild(p_gate, sgt, T, GATE, POWER2)
+        mild = _is_mild(p_gate, POWER2)
         k_ready, v_ready = barriers(K, 1), barriers(V_, 1)
     if GATE == 1:
         _put_decays(mild, weights, ends, p_gate, T, chunks, POWER1, POWER2)

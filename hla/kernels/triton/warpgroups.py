@@ -24,7 +24,7 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 W = gl.constexpr(64)  # tokens in a chunk
 UNTIL, BEFORE, AFTER = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
-ROWS, MADE, OUT, KEPT = (gl.constexpr(i) for i in range(4))  # of a mild gate: see `hopper`
+ROWS, MADE, OUT, KEPT = (gl.constexpr(i) for i in range(4))  # of a mild decay: see `hopper`
 LISTS = gl.constexpr(3)  # of a chunk's weights: log2 of the product up to t, that, and from t on
 
 # Layouts: of tiles in shared memory, of accumulators by their width, of what registers feed
