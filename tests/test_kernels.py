@@ -62,11 +62,12 @@ KINDS = {
 }
 SEGMENTS = ("plain; segments", "no query; log gate; segments", "adjoint, both; segments",
             "further keys, states; segments")  # fmt: skip
+MIRRORED = "v is k; none"
 CASES = [
     (kind, width, dtype, arch)
     for dtype, kinds in (
         ("bf16", (*KINDS, *SEGMENTS)),
-        ("fp32", ("plain", "log gate", "gradient", "adjoint", "adjoint; segments")),
+        ("fp32", ("plain", "log gate", "gradient", "adjoint", "adjoint; segments", MIRRORED)),
     )
     for kind in kinds
     for width in (64, 128)
@@ -85,6 +86,7 @@ SHAPES = {
     "denominator": (1, {}),
     "denominator, v is k": (1, {"V_IS_K": True}),
     "no query": (0, {"READ": False, "END": True}),
+    "no query, v is k": (0, {"READ": False, "END": True, "V_IS_K": True}),
     "no query, denominator": (1, {"READ": False, "END": True}),
     "no query, two values": ("V", {"READ": False, "END": True}),
     "no query, both": (0, {"READ": False, "END": True, "REVERSE": True, "BOTH": True}),
@@ -113,13 +115,15 @@ def prepared(kind, width, dtype, arch):
     V2 = width if more == "V" else more
     BV2, two = launch.tile(V2), V2 > 0
     operand = "bf16" if dtype == "bf16" else "float32"
-    mirrored = options.get("V_IS_K", False) or options.get("BOTH", False)
+    v_is_k = options.get("V_IS_K", False) and (dtype == "bf16" or gated > 0)
+    mirrored = v_is_k or options.get("BOTH", False)
     weights = gated, options.get("WRITE", False), mirrored
     V = options.get("BV", width)
     gate = (None, "decay", "log_gate")[gated]
     chunk = launch.gate_chunk(width, V, gate, mirrored, arch // 10)
     chunk = (chunk if dtype == "bf16" else 32) if options.get("DOT") else 0
-    chosen = launch.config(width, V, V2, operand, *weights, arch // 10, chunk)
+    read = options.get("READ", True)
+    chosen = launch.config(width, V, V2, operand, *weights, arch // 10, chunk, read=read)
     given = {
         "READ": True, "UPDATE": True, "STRICT": False, "REVERSE": False, "GATE": gated,
         "WRITE": False, "ADD": False, "START": False, "END": False, "TWO": two, "BOTH": False,

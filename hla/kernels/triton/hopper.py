@@ -16,13 +16,21 @@ its O' stored before the other is touched, else registers would not suffice. ahl
 Denominators are summed by the third warpgroup (`denominators`), while the owners multiply.
 
 The weights of a gate (`warpgroups`; `causal` defines them) are those of each pass's power. A
-decay's lie ready, a log gate's are put beside q by the third warpgroup.
+decay's lie ready, a log gate's are put beside q by the third warpgroup. Where a head's decay is
+mild, a chunk leaving 2^-64 of a state at the least, weights are products of two factors, and owners
+multiply as without a gate. With r_t = exp(c_last - c_t), what is left of a token,
+
+    K is r^(1/2) k (ahla r k, hla3's V r^(1/2) v), weighed in shared memory by the third warpgroup;
+    S' fades before it is read, so what is read is r y, which goes on as r^2 y
+    (ahla u itself, hla3 r^(3/2) y and u), and r^p o, which leave as y and o, times r^-p.
+
+Other gates take weights of pairs, of results, of values and of states.
 
 Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024 (y too: 1280). Operations:
 197 k (hla2). At 3.0 TB/s and 790 TFLOP/s the bytes bind: 0.179 ms for B = 8, T = 4096, H = 16 (y
-too: 0.224). One H100 took 0.195 (92%), 0.242 with y, ahla 0.195. With a decay 0.250, with a log
-gate 0.259: there the owners' own chains bind, which weigh pairs, results, values and states. No
-atomics; bits depend on nothing but the head's data.
+too: 0.224). One H100 took 0.193 (93%), 0.242 with y, ahla 0.192; with a mild decay 0.206 and 0.190,
+with other gates 0.241 to 0.252 and 0.219: there the owners' own chains bind. No atomics; bits
+depend on nothing but the head's data.
 
 Each product that reads registers is awaited before they change; assemblers up to CUDA 12.9 can
 reuse them before (triton-lang/triton 11781), which tests/test_hopper.py looks for.
@@ -56,11 +64,15 @@ from .warpgroups import (
     ACC128,
     AFTER,
     BEFORE,
+    KEPT,
     LEAST,
     LIST,
     LISTS,
     LOG2E,
+    MADE,
+    OUT,
     RESET,
+    ROWS,
     TILE,
     TOKENS,
     UNTIL,
@@ -76,15 +88,46 @@ from .warpgroups import (
     put_weights,
     store_chunk,
     store_state,
+    weigh_rows,
 )
 
 AHEAD = gl.constexpr(4)  # chunks of q in shared memory
+FAINT = gl.constexpr(-64.0)  # log2 of what a mild decay leaves, at the least, of a chunk's state
 
 
 @gluon.jit
-def _put_both(weights, ends, slot, c, last, POWER1: gl.constexpr, POWER2: gl.constexpr):
+def _is_mild(p_gate, POWER: gl.constexpr):
+    """Whether a decay leaves more than FAINT of a chunk's state."""
+    return gl.log2(gl.load(p_gate)) * (W * POWER) >= FAINT
+
+
+@gluon.jit
+def _put_factors(weights, ends, slot, rest, last, POWER1: gl.constexpr, POWER2: gl.constexpr):
+    """Leave a mild decay's factors, by log2 of what is left of a token and of the state."""
+    GROUPS: gl.constexpr = 1 if POWER1 == POWER2 else 2
+    BY_ROWS: gl.constexpr = 1.0 if POWER2 == 1 else 0.5
+    BY_MADE: gl.constexpr = -1.0 if POWER2 == 1 else (1.0 if POWER2 == 2 else 0.5)
+    at = slot * GROUPS * LISTS
+    weights.index(at + ROWS).store(gl.exp2(rest * BY_ROWS))
+    weights.index(at + MADE).store(gl.exp2(rest * BY_MADE))
+    weights.index(at + OUT).store(gl.exp2(rest * (-1.0 * POWER2)))
+    end = gl.full([1], last, gl.float32, TOKENS)
+    ends.index(slot * GROUPS).store(gl.exp2(end * POWER1))
+    if GROUPS == 2:
+        weights.index(at + KEPT).store(gl.exp2(rest * (-2.0 if POWER2 == 2 else -1.5)))
+        ends.index(slot * 2 + 1).store(gl.exp2(end * POWER2))
+
+
+@gluon.jit
+def _put(
+    weights, ends, slot, c, last,
+    POWER1: gl.constexpr, POWER2: gl.constexpr, MILD: gl.constexpr,
+):  # fmt: skip
     """Leave the weights of a chunk in both passes, one list where their powers are one."""
-    if POWER1 == POWER2:
+    if MILD:
+        _put_factors(weights, ends, slot, (last - c).to(gl.float32), last.to(gl.float32),
+                     POWER1, POWER2)  # fmt: skip
+    elif POWER1 == POWER2:
         put_weights(weights, ends, slot, c * POWER1, last * POWER1)
     else:
         put_weights(weights, ends, slot * 2, c * POWER1, last * POWER1)
@@ -93,7 +136,8 @@ def _put_both(weights, ends, slot, c, last, POWER1: gl.constexpr, POWER2: gl.con
 
 @gluon.jit
 def _put_decay(
-    weights, ends, p_gate, T, chunks, POWER1: gl.constexpr, POWER2: gl.constexpr
+    weights, ends, p_gate, T, chunks,
+    POWER1: gl.constexpr, POWER2: gl.constexpr, MILD: gl.constexpr,
 ):  # fmt: skip
     """Leave the weights of a decay in a whole chunk and, behind them, in the last one."""
     g = gl.load(p_gate).to(gl.float64)
@@ -101,17 +145,22 @@ def _put_decay(
     t = gl.arange(0, W, layout=TOKENS)
     rest = T - (chunks - 1) * W
     c = gl.where(t < rest, t + 1, rest) * log_g
-    _put_both(weights, ends, 0, (t + 1) * log_g, W * log_g, POWER1, POWER2)
-    _put_both(weights, ends, 1, c, rest * log_g, POWER1, POWER2)
+    _put(weights, ends, 0, (t + 1) * log_g, W * log_g, POWER1, POWER2, MILD)
+    _put(weights, ends, 1, c, rest * log_g, POWER1, POWER2, MILD)
 
 
 @gluon.jit
-def _pairs(tile, b_k, b_qT, weights, at, GATED: gl.constexpr):
+def _begin(b_k, b_qT):
+    """Begin K Q'."""
+    a = gl.zeros([W, W], gl.float32, ACC64)
+    return warpgroup_mma(b_k, b_qT, a, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _pairs(tile, a, weights, at, GATED: gl.constexpr):
     """Leave A' = upper(K Q'), weighed."""
     s = gl.arange(0, W, layout=gl.SliceLayout(1, ACC64))
     t = gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))
-    a = gl.zeros([W, W], gl.float32, ACC64)
-    a = warpgroup_mma(b_k, b_qT, a, use_acc=False, is_async=True)
     a = warpgroup_mma_wait(0, deps=[a])
     if GATED:
         until = weights.index(at * LISTS + UNTIL)
@@ -149,13 +198,16 @@ def _fade(S, ends, at, BD: gl.constexpr):
 
 @gluon.jit
 def _leave(
-    made, p_o, o, row, T, V, sot, sod, scale, lists, FIRST: gl.constexpr, SCALED: gl.constexpr,
+    made, p_o, o, row, T, V, sot, sod, scale, factors, lists,
+    FIRST: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """Store one half of what was read once it is there, where it is asked.
+    """Store one half of what was read once it is there, times ``factors`` if there are any.
 
     As float32 at p_o; in shared memory as bfloat16, divided where there are ``lists``.
     """
     o = warpgroup_mma_wait(0, deps=[o])
+    if factors is not None:
+        o *= factors.load(gl.SliceLayout(0, ACC64))[None, :]
     if SCALED:
         o *= scale
     if p_o is not None:
@@ -184,7 +236,7 @@ def _weighed(b_xT, weights, at, FIRST: gl.constexpr, BD: gl.constexpr, GATED: gl
 @gluon.jit
 def _reads(
     made, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, c, T, V, sot, sod, scale,
-    lists, divided, HALVES: gl.constexpr, BD: gl.constexpr, GATED: gl.constexpr,
+    factors, lists, divided, HALVES: gl.constexpr, BD: gl.constexpr, GATED: gl.constexpr,
     SCALED: gl.constexpr, READ: gl.constexpr,
 ):  # fmt: skip
     """Leave O of a chunk; return both halves of the state and the values as the gate has them."""
@@ -194,7 +246,7 @@ def _reads(
             o = warpgroup_mma_wait(0, deps=[o])
             mbarrier.wait(divided.index(0), c & 1)
         if HALVES == 2:
-            _leave(made, p_o, o, c * W, T, V, sot, sod, scale, lists, 0, SCALED)
+            _leave(made, p_o, o, c * W, T, V, sot, sod, scale, factors, lists, 0, SCALED)
             o, S1 = _read(S1, b_qT, b_xT, tile, weights, ends, at, 64, BD, GATED)
     elif GATED:
         S0, S1 = _fade(S0, ends, at, BD), _fade(S1, ends, at, BD)
@@ -203,7 +255,8 @@ def _reads(
     if HALVES == 2:
         x1 = _weighed(b_xT, weights, at, 64, BD, GATED)
     if READ:
-        _leave(made, p_o, o, c * W, T, V, sot, sod, scale, lists, 64 * HALVES - 64, SCALED)
+        half: gl.constexpr = 64 * HALVES - 64
+        _leave(made, p_o, o, c * W, T, V, sot, sod, scale, factors, lists, half, SCALED)
     return S0, S1, x0, x1
 
 
@@ -229,8 +282,9 @@ def _at(c, i_q, chunks, GATE: gl.constexpr, GROUPS: gl.constexpr, GROUP: gl.cons
 
 
 @gluon.jit
-def _first(
-    qs, ks, xs, made, tiles, weights, ends, q_full, q_free, k_full, k_free, v_full, v_free,
+def _own_first(
+    k_full, MILD: gl.constexpr,
+    qs, ks, xs, made, tiles, weights, ends, q_full, q_free, k_free, v_full, v_free,
     there, taken, chunks, p_start, ssd, ssv, p_end, sed, sev, writes, D, V, scale,
     HALVES: gl.constexpr, BD: gl.constexpr, AHLA: gl.constexpr, HANDS: gl.constexpr,
     GATE: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr,
@@ -238,6 +292,7 @@ def _first(
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
     """Own the state of the first pass; pass on what it makes and, where requested, its A'."""
+    GATED: gl.constexpr = GATE > 0 and not MILD
     S0 = load_state(p_start, ssd, ssv, D, V, 1.0, 0, BD, START, False)
     S1 = S0
     if HALVES == 2:
@@ -254,15 +309,21 @@ def _first(
         if HANDS:
             mbarrier.wait(taken.index(h), ((c // 2) & 1) ^ 1)
         fence_async_shared()
-        _pairs(tile, b_k, b_qT, weights, at, GATE > 0)
+        a = _begin(b_k, b_qT)
+        if MILD:
+            S0, S1 = _fade(S0, ends, at, BD), _fade(S1, ends, at, BD)
+        _pairs(tile, a, weights, at, GATED)
         if AHLA:
             mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
             fence_async_shared()
         if not HANDS:
             mbarrier.wait(taken.index(h), ((c // 2) & 1) ^ 1)
+        factors = None
+        if MILD:
+            factors = weights.index(at * LISTS + MADE)
         S0, S1, x0, x1 = _reads(
             made_h, None, S0, S1, b_qT, b_xT, tile, weights, ends, at, c, 0, 0, 0, 0, scale,
-            None, None, HALVES, BD, GATE > 0, SCALED, True,
+            factors, None, None, HALVES, BD, GATED, SCALED, True,
         )  # fmt: skip
         fence_async_shared()
         mbarrier.arrive(there.index(h), count=1)
@@ -276,7 +337,8 @@ def _first(
 
 
 @gluon.jit
-def _second(
+def _own_second(
+    MILD: gl.constexpr,
     qs, ks, xs, made, out, tiles, weights, ends, q_full, q_free, k_free, v_full, v_free,
     there, taken, ready, stored, paired, divided, lists, chunks, p_o, T, sot, sod,
     p_start, ssd, ssv, p_end, sed, sev, writes, D, V, scale,
@@ -286,6 +348,7 @@ def _second(
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
     """Own the state of the second pass, whose keys (of ahla: whose values) the first made."""
+    GATED: gl.constexpr = GATE > 0 and not MILD
     S0 = load_state(p_start, ssd, ssv, D, V, 1.0, 0, BD, START, False)
     S1 = S0
     if HALVES == 2:
@@ -293,6 +356,9 @@ def _second(
     for c in range(chunks):
         i_q, i_k, i_v, h = c % Q, c % K, c % V_, c % 2
         at = _at(c, i_q, chunks, GATE, GROUPS, GROUPS - 1)
+        factors = None
+        if MILD:
+            factors = weights.index(_at(c, i_q, chunks, GATE, GROUPS, 0) * LISTS + OUT)
         b_qT, out_0 = qs.index(i_q).permute((1, 0)), None
         if out is not None:
             out_0 = out.index(0)
@@ -305,7 +371,10 @@ def _second(
         fence_async_shared()
         if READ:
             if not AHLA:
-                _pairs(tile, b_k, b_qT, weights, at, GATE > 0)
+                a = _begin(b_k, b_qT)
+                if MILD:
+                    S0, S1 = _fade(S0, ends, at, BD), _fade(S1, ends, at, BD)
+                _pairs(tile, a, weights, at, GATED)
                 if divided is not None:
                     mbarrier.arrive(paired.index(0), count=1)
             if out is not None:
@@ -313,9 +382,11 @@ def _second(
         if not AHLA:
             mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
             fence_async_shared()
+        if MILD and (AHLA or not READ):
+            S0, S1 = _fade(S0, ends, at, BD), _fade(S1, ends, at, BD)
         S0, S1, x0, x1 = _reads(
             out_0, p_o, S0, S1, b_qT, b_xT, tile, weights, ends, at, c, T, V, sot, sod, scale,
-            lists, divided, HALVES, BD, GATE > 0, SCALED, READ,
+            factors, lists, divided, HALVES, BD, GATED, SCALED, READ,
         )  # fmt: skip
         if READ:
             if out is not None:
@@ -371,7 +442,33 @@ def _sum(
 
 
 @gluon.jit
-def _mover(
+def _keep(
+    e, p_y, made, there, p_u, us, u_there, u_taken, weights, chunks,
+    T, T_y, width, syt, syd, T_u, V, sut, sud,
+    BY: gl.constexpr, BV: gl.constexpr, GATE: gl.constexpr, MILD: gl.constexpr,
+    GROUPS: gl.constexpr, KEEP: gl.constexpr, KEEP_U: gl.constexpr, WAITED: gl.constexpr,
+    FAST: gl.constexpr, WHOLE_Y: gl.constexpr, WHOLE_V: gl.constexpr, Q: gl.constexpr,
+):  # fmt: skip
+    """Store y and u of a chunk."""
+    h, row = e % 2, gl.minimum(e * W, T)
+    at = _at(e, e % Q, chunks, GATE, GROUPS, 0)
+    factors = None
+    if MILD and GROUPS == 2:  # ahla's u is what is made
+        factors = weights.index(at * LISTS + KEPT)
+    if KEEP:
+        if not WAITED:
+            mbarrier.wait(there.index(h), (e // 2) & 1)
+        tile = made.index(h)
+        store_chunk(p_y, tile, factors, row, T_y, width, syt, syd, BY, FAST, WHOLE_Y)
+    if KEEP_U:
+        mbarrier.wait(u_there.index(0), e & 1)
+        store_chunk(p_u, us.index(0), factors, row, T_u, V, sut, sud, BV, FAST, WHOLE_V)
+        mbarrier.arrive(u_taken.index(0), count=1)
+
+
+@gluon.jit
+def _move(
+    k_ready, v_ready, MILD: gl.constexpr,
     p_q, p_k, p_v, p_y, p_u, p_o, p_gate, qs, ks, vs, made, us, out, weights, ends,
     q_full, q_free, k_full, k_free, v_full, v_free, there, taken, u_there, u_taken, ready, stored,
     chunks, T, T_y, T_u, D, V, sqt, sqd, skt, skd, svt, svd, syt, syd, sut, sud, sot, sod, sgt,
@@ -387,6 +484,7 @@ def _mover(
     """Load what the owners read, in the order in which they free it; store what they make."""
     BY: gl.constexpr = BV if AHLA else BD
     WHOLE_Y: gl.constexpr = WHOLE_V if AHLA else WHOLE_D
+    width = V if AHLA else D
     GROUPS: gl.constexpr = 1 if POWER1 == POWER2 else 2
     if GATE == 2:
         a = load_gate(p_gate, sgt, 0, T)
@@ -400,6 +498,14 @@ def _mover(
                     divided, chunks, m, n, p_one, T_one, sone, scale_one, p_den, T_den, sden,
                     scale_den, eps, BD, AHLA, GATE, GROUPS, ONE, TILE_1, Q, K,
                 )  # fmt: skip
+        if MILD:  # noqa: SIM102 - known when it is compiled
+            if (c >= 2) & (c < chunks + 2):
+                e = c - 2
+                mbarrier.wait(k_full.index(e % K), (e // K) & 1)
+                at = _at(e, e % Q, chunks, GATE, GROUPS, 0)
+                weigh_rows(ks.index(e % K), weights.index(at * LISTS + ROWS), BD)
+                fence_async_shared()
+                mbarrier.arrive(k_ready.index(e % K), count=1)
         # A minimum is no sum of steps, of which the compiler would keep an address for each row
         if (c >= K_LATER) & (c < chunks + K_LATER):
             e = c - K_LATER
@@ -419,27 +525,30 @@ def _mover(
                 g = gl.where(g < RESET, RESET, g)  # not maximum: a NaN stays
                 a = load_gate(p_gate, sgt, row + W, T)
                 sums = gl.associative_scan(g, 0, add)
-                _put_both(weights, ends, i_q, sums, gl.sum(g, 0), POWER1, POWER2)
+                _put(weights, ends, i_q, sums, gl.sum(g, 0), POWER1, POWER2, False)
                 mbarrier.arrive(q_full.index(i_q), count=1)
         if c >= Q:
             e = c - Q
             row = gl.minimum(e * W, T)
             if READ:
                 mbarrier.wait(ready.index(0), e & 1)
-                store_chunk(p_o, out.index(0), row, T, V, sot, sod, BV, FAST, WHOLE_V)
+                store_chunk(p_o, out.index(0), None, row, T, V, sot, sod, BV, FAST, WHOLE_V)
                 mbarrier.arrive(stored.index(0), count=1)
-            if KEEP:
-                h = e % 2
-                if not SUMS:  # for which it has been waited
-                    mbarrier.wait(there.index(h), (e // 2) & 1)
-                width = V if AHLA else D
-                store_chunk(p_y, made.index(h), row, T_y, width, syt, syd, BY, FAST, WHOLE_Y)
+            _keep(
+                e, p_y, made, there, p_u, us, u_there, u_taken, weights, chunks,
+                T, T_y, width, syt, syd, T_u, V, sut, sud,
+                BY, BV, GATE, MILD, GROUPS, KEEP, KEEP_U, SUMS, FAST, WHOLE_Y, WHOLE_V, Q,
+            )  # fmt: skip
             if KEEP or SUMS:
                 mbarrier.arrive(taken.index(e % 2), count=1)
-            if KEEP_U:
-                mbarrier.wait(u_there.index(0), e & 1)
-                store_chunk(p_u, us.index(0), row, T_u, V, sut, sud, BV, FAST, WHOLE_V)
-                mbarrier.arrive(u_taken.index(0), count=1)
+        if v_ready is not None:  # noqa: SIM102 - known when it is compiled
+            if (c > V_LATER) & (c <= chunks + V_LATER):
+                e = c - V_LATER - 1
+                mbarrier.wait(v_full.index(e % V_), (e // V_) & 1)
+                at = _at(e, e % Q, chunks, GATE, GROUPS, 0)
+                weigh_rows(vs.index(e % V_), weights.index(at * LISTS + ROWS), BV)
+                fence_async_shared()
+                mbarrier.arrive(v_ready.index(e % V_), count=1)
         if (c >= V_LATER) & (c < chunks + V_LATER):
             e = c - V_LATER
             i_v = e % V_
@@ -450,6 +559,52 @@ def _mover(
     if SUMS:
         store_sum(p_m_end, m, smed, writes_m, D, BD)
         store_sum(p_n_end, n, sned, writes_n, D, BD)
+
+
+@gluon.jit
+def _first(mild, k_full, k_ready, rest):
+    """Own the state of the first pass, by the decay's factors if it is mild."""
+    if mild is None:
+        _own_first(k_full, False, *rest)
+    elif mild:
+        _own_first(k_ready, True, *rest)
+    else:
+        _own_first(k_full, False, *rest)
+
+
+@gluon.jit
+def _second(mild, rest):
+    """Own the state of the second pass, likewise."""
+    if mild is None:
+        _own_second(False, *rest)
+    elif mild:
+        _own_second(True, *rest)
+    else:
+        _own_second(False, *rest)
+
+
+@gluon.jit
+def _mover(mild, k_ready, v_ready, rest):
+    """Load and store, likewise."""
+    if mild is None:
+        _move(None, None, False, *rest)
+    elif mild:
+        _move(k_ready, v_ready, True, *rest)
+    else:
+        _move(None, None, False, *rest)
+
+
+@gluon.jit
+def _put_decays(
+    mild, weights, ends, p_gate, T, chunks, POWER1: gl.constexpr, POWER2: gl.constexpr
+):  # fmt: skip
+    """Leave the weights of a decay, or its factors."""
+    if mild is None:
+        _put_decay(weights, ends, p_gate, T, chunks, POWER1, POWER2, False)
+    elif mild:
+        _put_decay(weights, ends, p_gate, T, chunks, POWER1, POWER2, True)
+    else:
+        _put_decay(weights, ends, p_gate, T, chunks, POWER1, POWER2, False)
 
 
 @gluon.jit(
@@ -628,27 +783,30 @@ def pair_kernel(
         lists = gl.allocate_shared_memory(gl.float32, [COUNT, W], LIST)
     if DEN:
         paired, divided = barriers(1, 1), barriers(1, 1)
+    FACTORED: gl.constexpr = GATE == 1 and not SUMS
+    mild, k_ready = None, None
+    if FACTORED:
+        mild, k_ready = _is_mild(p_gate, POWER2), barriers(K, 1)
     if GATE == 1:
-        _put_decay(weights, ends, p_gate, T, chunks, POWER1, POWER2)
+        _put_decays(mild, weights, ends, p_gate, T, chunks, POWER1, POWER2)
     fence_async_shared()
     barrier()
     gl.warp_specialize(
         [
-            (_first, (
-                qs, ks, vs, made, tiles, weights, ends, q_full, q_free, k_full, k_free,
-                v_full, v_free, there, taken, chunks,
-                p_start1, ssd, ssv, p_end1, sed, sev, writes1, D, V if AHLA else D,
-                scale1,
+            (_first, (mild, k_full, k_ready, (
+                qs, ks, vs, made, tiles, weights, ends, q_full, q_free, k_free, v_full, v_free,
+                there, taken, chunks, p_start1, ssd, ssv, p_end1, sed, sev, writes1,
+                D, V if AHLA else D, scale1,
                 BY // 64, BD, AHLA, AHLA, GATE, GROUPS, SCALED1, START1, END1, Q, K, V_,
-            )),
-            (_second, (
+            ))),
+            (_second, (mild, (
                 qs, ks, vs, made, out if READ and not WIDE else None, tiles, weights, ends,
                 q_full, q_free, k_free, v_full, v_free, there, taken, ready, stored,
                 paired, divided, lists if eps is not None else None, chunks, p_x, T, sxt, sxd,
                 p_start2, sfd, sfv, p_end2, shd, shv, writes2, D, V, scale2,
                 BV // 64, BD, AHLA, GATE, GROUPS, SCALED2, READ, START2, END2, Q, K, V_,
-            )),
-            (_mover, (
+            ))),
+            (_mover, (mild, k_ready, None, (
                 p_q, p_k, p_v, p_y, None, p_o, p_gate, qs, ks, vs, made, made, out, weights, ends,
                 q_full, q_free, k_full, k_free, v_full, v_free, there, taken, there, taken,
                 ready, stored, chunks, T, T_y, T_y, D, V,
@@ -657,7 +815,7 @@ def pair_kernel(
                 scale2, eps, p_m, smd, p_me, smed, writes_m, p_n, snd, p_ne, sned, writes_n,
                 BD, BV, AHLA, GATE, POWER1, POWER2, READ and not WIDE, KEEP, False, SUMS, AHLA, 1,
                 FAST, WHOLE_D, WHOLE_V, K_LATER, V_LATER, Q, K, V_,
-            )),
+            ))),
         ],
         [4, 4],
         [224, 56],

@@ -12,7 +12,8 @@ Chunk by chunk, where A' = upper(K Q') is the first owner's and B' = upper(Y Q')
     U' = P' Q' + V' A'    O' = F' Q' + U' B'    P' = P' + V' K    F' = F' + U' Y
 
 Operations a token and head at D = V = 128: 393 k, 0.26 ms for B = 8, T = 4096, H = 16 at 790
-TFLOP/s; 256 programs are two waves of 132. One H100 took 0.313 ms; by passes 0.437.
+TFLOP/s; 256 programs are two waves of 132. One H100 took 0.313 ms (by passes 0.437), 0.393 with a
+mild decay and 0.49 to 0.52 with other gates.
 """
 
 from triton.experimental import gluon
@@ -25,10 +26,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .denominators import COUNT
-from .hopper import AHEAD, _at, _fade, _first, _leave, _mover, _pairs, _put_decay, _read, _weighed
+from .hopper import (
+    AHEAD,
+    _at,
+    _begin,
+    _fade,
+    _first,
+    _is_mild,
+    _leave,
+    _mover,
+    _pairs,
+    _put_decays,
+    _read,
+    _weighed,
+)
 from .warpgroups import (
     LIST,
     LISTS,
+    MADE,
+    OUT,
     TILE,
     W,
     barrier,
@@ -40,8 +56,9 @@ from .warpgroups import (
 
 
 @gluon.jit
-def _second(
-    qs, ks, vs, made, us, out, tiles, weights, ends, q_full, q_free, k_free, v_full, v_free,
+def _own_second(
+    v_full, MILD: gl.constexpr,
+    qs, ks, vs, made, us, out, tiles, weights, ends, q_full, q_free, k_free, v_free,
     there, taken, u_there, u_taken, ready, stored, paired, divided, lists, chunks,
     p_o, T, sot, sod,
     p_start2, sPd, sPv, p_end2, sPed, sPev, p_start3, sFd, sFv, p_end3, sFed, sFev,
@@ -52,7 +69,7 @@ def _second(
     Q: gl.constexpr, K: gl.constexpr, V_: gl.constexpr,
 ):  # fmt: skip
     """Own the states of u and of o."""
-    GATED: gl.constexpr = GATE > 0
+    GATED: gl.constexpr = GATE > 0 and not MILD
     P = load_state(p_start2, sPd, sPv, D, V, 1.0, 0, BD, START2, False)
     F = load_state(p_start3, sFd, sFv, D, V, 1.0, 0, BD, START3, False)
     out_0 = None
@@ -71,12 +88,20 @@ def _second(
         mbarrier.wait(v_full.index(i_v), (c // V_) & 1)
         mbarrier.wait(there.index(h), (c // 2) & 1)
         fence_async_shared()
+        if MILD:
+            P = _fade(P, ends, at1, BD)
         u, P = _read(P, b_qT, b_vT, tiles.index(h), weights, ends, at1, 0, BD, GATED)
         if KEEP_U:
             mbarrier.wait(u_taken.index(0), (c & 1) ^ 1)
-        _leave(us.index(0), None, u, 0, 0, 0, 0, 0, scale_u, None, 0, SCALED)
+        factors = None
+        if MILD:
+            factors = weights.index(at1 * LISTS + MADE)
+        _leave(us.index(0), None, u, 0, 0, 0, 0, 0, scale_u, factors, None, 0, SCALED)
         if READ:
-            _pairs(tile, b_y, b_qT, weights, at3, GATED)  # and fences u
+            a = _begin(b_y, b_qT)
+            if MILD:
+                F = _fade(F, ends, at3, BD)
+            _pairs(tile, a, weights, at3, GATED)  # and fences u
             if divided is not None:
                 mbarrier.arrive(paired.index(0), count=1)
         else:
@@ -91,10 +116,12 @@ def _second(
             if divided is not None:
                 o = warpgroup_mma_wait(0, deps=[o])
                 mbarrier.wait(divided.index(0), c & 1)
-            _leave(out_0, p_o, o, c * W, T, V, sot, sod, scale_o, lists, 0, SCALED)
+            if MILD:
+                factors = weights.index(at1 * LISTS + OUT)
+            _leave(out_0, p_o, o, c * W, T, V, sot, sod, scale_o, factors, lists, 0, SCALED)
             if out is not None:
                 mbarrier.arrive(ready.index(0), count=1)
-        elif GATED:
+        elif GATE > 0:
             F = _fade(F, ends, at3, BD)
         if GATE < 2:
             mbarrier.arrive(q_free.index(i_q), count=1)
@@ -110,6 +137,17 @@ def _second(
         store_state(p_end2, P, P, sPed, sPev, writes_P, D, V, 1, BD)
     if END3:
         store_state(p_end3, F, F, sFed, sFev, writes_F, D, V, 1, BD)
+
+
+@gluon.jit
+def _second(mild, v_full, v_ready, rest):
+    """Own the states of u and of o, by the decay's factors if it is mild."""
+    if mild is None:
+        _own_second(v_full, False, *rest)
+    elif mild:
+        _own_second(v_ready, True, *rest)
+    else:
+        _own_second(v_full, False, *rest)
 
 
 @gluon.jit(
@@ -312,28 +350,32 @@ def triple_kernel(
         lists = gl.allocate_shared_memory(gl.float32, [COUNT, W], LIST)
     if DEN:
         paired, divided = barriers(1, 1), barriers(1, 1)
+    FACTORED: gl.constexpr = GATE == 1 and not SUMS
+    mild, k_ready, v_ready = None, None, None
+    if FACTORED:
+        mild = _is_mild(p_gate, POWER2)
+        k_ready, v_ready = barriers(K, 1), barriers(V_, 1)
     if GATE == 1:
-        _put_decay(weights, ends, p_gate, T, chunks, POWER1, POWER2)
+        _put_decays(mild, weights, ends, p_gate, T, chunks, POWER1, POWER2)
     fence_async_shared()
     barrier()
     gl.warp_specialize(
         [
-            (_first, (
-                qs, ks, vs, made, tiles, weights, ends, q_full, q_free, k_full, k_free,
-                v_full, v_free, there, taken, chunks,
-                p_start1, sSd, sSv, p_end1, sSed, sSev, writes_S, D, D, scale_y,
-                BD // 64, BD, False, True, GATE, GROUPS, SCALED, START1, END1, Q, K, V_,
-            )),
-            (_second, (
+            (_first, (mild, k_full, k_ready, (
+                qs, ks, vs, made, tiles, weights, ends, q_full, q_free, k_free, v_full, v_free,
+                there, taken, chunks, p_start1, sSd, sSv, p_end1, sSed, sSev, writes_S, D, D,
+                scale_y, BD // 64, BD, False, True, GATE, GROUPS, SCALED, START1, END1, Q, K, V_,
+            ))),
+            (_second, (mild, v_full, v_ready, (
                 qs, ks, vs, made, us, out if READ and not WIDE else None, tiles, weights, ends,
-                q_full, q_free, k_free, v_full, v_free, there, taken, u_there, u_taken,
+                q_full, q_free, k_free, v_free, there, taken, u_there, u_taken,
                 ready, stored, paired, divided, lists if eps is not None else None,
                 chunks, p_x, T, sxt, sxd,
                 p_start2, sPd, sPv, p_end2, sPed, sPev, p_start3, sFd, sFv, p_end3, sFed, sFev,
                 writes_P, writes_F, D, V, scale_u, scale_o,
                 BD, GATE, GROUPS, SCALED, READ, KEEP_U, START2, END2, START3, END3, Q, K, V_,
-            )),
-            (_mover, (
+            ))),
+            (_mover, (mild, k_ready, v_ready, (
                 p_q, p_k, p_v, p_y, p_u, p_o, p_gate, qs, ks, vs, made, us, out, weights, ends,
                 q_full, q_free, k_full, k_free, v_full, v_free, there, taken, u_there, u_taken,
                 ready, stored, chunks, T, T_y, T_u, D, V,
@@ -342,7 +384,7 @@ def triple_kernel(
                 scale_o, eps, p_m, smd, p_me, smed, writes_m, p_n, snd, p_ne, sned, writes_n,
                 BD, 64, False, GATE, POWER1, POWER2, READ and not WIDE, KEEP_Y, KEEP_U, SUMS, True,
                 2, FAST, WHOLE_D, WHOLE_V, Q - K, Q - V_, Q, K, V_,
-            )),
+            ))),
         ],
         [4, 4],
         [224, 56],

@@ -55,6 +55,8 @@ def config(
     mirrored: bool,
     major: int = 9,
     chunk: int = 0,
+    *,
+    read: bool = True,
 ) -> Config:
     """Launch settings by tiles, what is multiplied, the weights of k v, and architecture.
 
@@ -72,7 +74,8 @@ def config(
     product reads is not safe with loads ahead either (10993).
     """
     if chunk:
-        return config(D, V, V2, operand, gated, written, mirrored, major)._replace(W=chunk)
+        found = config(D, V, V2, operand, gated, written, mirrored, major, read=read)
+        return found._replace(W=chunk)
     large, shared = D * V >= 128 * 64, mirrored and (gated > 0 or written)
     warps = 8 if large and max(V, V2) > 64 else 4  # of 16 rows of the state each
     if major != 9:
@@ -81,6 +84,8 @@ def config(
         return Config(32 if large and (V2 or mirrored) else 64, warps, 2)
     if operand == "tf32":
         return Config(64, warps, 2)
+    if gated == 2 and not read and not V2:  # a chunk's chain of weights binds: few chunks
+        return Config(64, warps, 3)
     if gated == 2 or V2 or shared or (gated and large):
         return Config(32, warps, 4)
     return Config(64, warps, 3)
@@ -431,11 +436,13 @@ def settings(
         read, write = read * write, 1.0
     narrow = call.dtypes[(s.k or s.q)[0].name] == torch.bfloat16
     operand, dtype, precision = multiplied(call.request, call.where, narrow=narrow)
-    v_is_k = s.k[:1] == s.v[:1] != () and gated < 2  # weighed by tokens: slower than loading again
+    v_is_k = s.k[:1] == s.v[:1] != () and (gated < 2 or not s.q)  # else loading again is faster
     BD, BC, BV, BV2 = tile(D), tile(DC) if DC else 0, tile(V), tile(V2)
-    weighed = gated, write != 1.0, s.symmetric or v_is_k
+    parts = operand == "float32" and not gated  # of k: they are made once, and not weighed
+    mirrored = s.symmetric or (v_is_k and not parts)
+    weighed = gated, write != 1.0, mirrored
     dotted = s.dots is not None
-    chosen = config(BD, BV, V2, operand, *weighed, capability(call.where), s.chunk)
+    chosen = config(BD, BV, V2, operand, *weighed, capability(call.where), s.chunk, read=bool(s.q))
     row, step, apart = 0, 0, 0
     if states is not None:
         step, row = states.layout.strides[-3:-1]

@@ -300,11 +300,14 @@ def _by_passes(
 ) -> Iterator[Make]:
     D, V = request.k_shape[-1], request.v_shape[-1]
     BD, BV, R, warps = _tiles(request)
+    program = _program(request, packed)
+    if program["PACKED"]:  # two blocks are loaded ahead: of the triangle, and of the next state
+        R = max(1, R // 2)
     for counts, places, strides in _cut(batch, operands):
         yield _kernel(
             token_kernel, math.prod(counts), places,
             (request.scale, request.eps, request.ridge, D, V, *counts[-2:], *strides),
-            **_program(request, packed), START=start, GATE=GATES.index(request.gate),
+            **program, START=start, GATE=GATES.index(request.gate),
             NORMALIZE=request.normalize, WHOLE=D == BD and V == BV, R=R, BD=BD, BV=BV,
             num_warps=warps,
         )  # fmt: skip

@@ -14,10 +14,9 @@ in the order in which one program would, to the same bits.
 Bytes a batch entry, D = V = 128, float32: S and F in and out, 256 KB, packed 194 KB. At the 2.85
 TB/s of an H100 that multiplies in place, 0.094 and 0.071 ms for 1024 entries. In a CUDA graph one
 took 0.099 (95%), ahla 0.099, hla3 0.146, linear 0.052; of 16 entries 0.0050, where a graph's empty
-launch takes 0.0009. Packed took 0.096 with the triangle's lanes 16 bytes apart and loads two blocks
-of rows ahead, 0.108 without these, and 0.092 (77%) with lanes beside each other and no loads ahead:
-eight blocks of rows wait for memory one after the other (16 entries take 0.015). Both together, as
-it is now, was not timed.
+launch takes 0.0009. Packed took 0.083 (86%): 0.092 with no loads ahead, 0.136 with the compiler's
+own, which copy four bytes at a time; with rows D - 1 - r beside rows r, of which no lane is idle,
+0.107 and more, for the sums then cross all lanes. Of 16 entries it takes 0.0144.
 """
 
 import triton
@@ -89,13 +88,28 @@ def _denominator(
 
 
 @triton.jit
+def _block(p, sd, sv, b, D, V, WHOLE: tl.constexpr, R: tl.constexpr, BV: tl.constexpr):
+    """Load the b-th R rows of a state, zeros behind them, [R, BV]."""
+    r, c = b * R + tl.arange(0, R), tl.arange(0, BV)
+    at = r.to(tl.int64)[:, None] * sd + c.to(tl.int64)[None, :] * sv
+    if WHOLE:
+        return tl.load(p + at)
+    else:
+        return tl.load(p + at, mask=(r < D)[:, None] & (c < V)[None, :], other=0.0)
+
+
+@triton.jit
 def _turn(
-    q, k, v, w, g, p_S, p_m, p_T, p_n, i0, i1, i2,
+    first, q, k, v, w, g, p_S, p_m, p_T, p_n, i0, i1, i2,
     sS0, sS1, sS2, sSd, sSv, sm0, sm1, sm2, smd, sT0, sT1, sT2, sTd, sTv, sn0, sn1, sn2, snd, D, V,
     POWER: tl.constexpr, DEN: tl.constexpr, START: tl.constexpr, GATE: tl.constexpr,
     WHOLE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Update a state (S, m) as (T, n), R rows at a time, and read it: return q' T and q' n."""
+    """Update a state (S, m) as (T, n), R rows at a time, and read it: return q' T and q' n.
+
+    Where its ``first`` rows are there already, each block is loaded before the one before it is
+    written.
+    """
     BD: tl.constexpr = k.shape[0]
     BV: tl.constexpr = v.shape[0]
     c = tl.arange(0, BV)
@@ -110,12 +124,12 @@ def _turn(
         r = b * R + tl.arange(0, R)
         m_r, m_c = (r < D)[:, None], (c < V)[None, :]
         S = _rows(k, b, R)[:, None] * v[None, :]
-        if START:
-            at = r.to(tl.int64)[:, None] * sSd + c.to(tl.int64)[None, :] * sSv
-            if WHOLE:
-                S += g * tl.load(p_S + at)
-            else:
-                S += g * tl.load(p_S + at, mask=m_r & m_c, other=0.0)
+        if first is not None:
+            S += g * first
+            if b + 1 < BD // R:
+                first = _block(p_S, sSd, sSv, b + 1, D, V, WHOLE, R, BV)
+        elif START:
+            S += g * _block(p_S, sSd, sSv, b, D, V, WHOLE, R, BV)
         if not WHOLE:
             S = tl.where(m_r & m_c, S, 0.0)  # no 0 * inf beside what there is
         at = r.to(tl.int64)[:, None] * sTd + c.to(tl.int64)[None, :] * sTv
@@ -133,6 +147,15 @@ def _turn(
 
 
 @triton.jit
+def _upper(p, sd, b, D, R: tl.constexpr, BD: tl.constexpr):
+    """Load the b-th R rows of a packed triangle, zeros beside it, [R, BD]."""
+    r, c = b * R + tl.arange(0, R), tl.arange(0, BD)
+    there = (r < D)[:, None] & (c < D)[None, :] & (r[:, None] <= c[None, :])
+    at = (r * (2 * D - r - 1) // 2)[:, None] + c[None, :]
+    return tl.load(p + at.to(tl.int64) * sd, mask=there, other=0.0)
+
+
+@triton.jit
 def _triangle(
     q, k, g, p_S, p_T, i0, i1, i2, sS0, sS1, sS2, sSd, sT0, sT1, sT2, sTd, D,
     START: tl.constexpr, R: tl.constexpr,
@@ -140,7 +163,7 @@ def _triangle(
     """Update S = sum k k', packed as its upper triangle, R rows at a time; return S q.
 
     Rows begin at any number, so a lane takes one number at a time and a warp 32 that lie together.
-    Triton lays out accesses of one shape alike: R is not that of `_turn`, whose lanes take four.
+    Each block is loaded before the one before it is written.
     """
     BD: tl.constexpr = k.shape[0]
     c = tl.arange(0, BD)
@@ -149,13 +172,16 @@ def _triangle(
     if START:
         p_S += i0 * sS0 + i1 * sS1 + i2 * sS2
     sums, below = tl.zeros([R, BD], tl.float32), tl.zeros([BD // R, R], tl.float32)
-    for b in tl.range(BD // R, num_stages=3):
+    if START:
+        ahead = _upper(p_S, sSd, 0, D, R, BD)
+    for b in range(BD // R):
         r = b * R + tl.arange(0, R)
         S = _rows(k, b, R)[:, None] * k[None, :]
         there = (r < D)[:, None] & (c < D)[None, :] & (r[:, None] <= c[None, :])
         at = (r * (2 * D - r - 1) // 2)[:, None] + c[None, :]
         if START:
-            S += g * tl.load(p_S + at.to(tl.int64) * sSd, mask=there, other=0.0)
+            S += g * ahead
+            ahead = _upper(p_S, sSd, b + 1, D, R, BD)
         S = tl.where(there, S, 0.0)
         tl.store(p_T + at.to(tl.int64) * sTd, S, mask=there & (r < own)[:, None])
         sums += S * _rows(q, b, R)[:, None]
@@ -207,14 +233,21 @@ def token_kernel(
         g = tl.load(p_gate + (i0 * sg0 + i1 * sg1 + i2 * sg2))
     if GATE == 2:
         g = tl.exp(g)
+    first = None
     if PACKED:  # the first pass is that of S
         w1 = 0.0
+        if START:
+            first = _block(
+                p_S2 + (i0 * sS20 + i1 * sS21 + i2 * sS22), sS2d, sS2v, 0, D, V if WIDE2 else D,
+                WHOLE, R, BV if WIDE2 else BD,
+            )  # fmt: skip
         x1 = _triangle(
             q, k, g, p_S1, p_T1, i0, i1, i2, sS10, sS11, sS12, sS1v, sT10, sT11, sT12, sT1v, D,
-            START, R // 2,
+            START, R,
         )  # fmt: skip
     else:
         x1, w1 = _turn(
+            None,
             _of(Q1, q, k, v, None, None), _of(K1, q, k, v, None, None),
             _of(V1, q, k, v, None, None), 1.0, g, p_S1, p_m1, p_T1, p_n1, i0, i1, i2,
             sS10, sS11, sS12, sS1d, sS1v, sm10, sm11, sm12, sm1d,
@@ -223,15 +256,16 @@ def token_kernel(
         )  # fmt: skip
     if K2 >= 0:
         x2, w2 = _turn(
-            _of(Q2, q, k, v, x1, None), _of(K2, q, k, v, x1, None), _of(V2, q, k, v, x1, None),
-            _of(V2, 1.0, 1.0, 1.0, w1, None), g, p_S2, p_m2, p_T2, p_n2, i0, i1, i2,
+            first, _of(Q2, q, k, v, x1, None), _of(K2, q, k, v, x1, None),
+            _of(V2, q, k, v, x1, None), _of(V2, 1.0, 1.0, 1.0, w1, None), g,
+            p_S2, p_m2, p_T2, p_n2, i0, i1, i2,
             sS20, sS21, sS22, sS2d, sS2v, sm20, sm21, sm22, sm2d,
             sT20, sT21, sT22, sT2d, sT2v, sn20, sn21, sn22, sn2d, D, V if WIDE2 else D,
             POWER2, DEN2, START, GATE, WHOLE, R,
         )  # fmt: skip
     if K3 >= 0:
         x3, w3 = _turn(
-            _of(Q3, q, k, v, x1, x2), _of(K3, q, k, v, x1, x2), _of(V3, q, k, v, x1, x2),
+            None, _of(Q3, q, k, v, x1, x2), _of(K3, q, k, v, x1, x2), _of(V3, q, k, v, x1, x2),
             _of(V3, 1.0, 1.0, 1.0, w1, w2), g, p_S3, p_m3, p_T3, p_n3, i0, i1, i2,
             sS30, sS31, sS32, sS3d, sS3v, sm30, sm31, sm32, sm3d,
             sT30, sT31, sT32, sT3d, sT3v, sn30, sn31, sn32, sn3d, D, V if WIDE3 else D,

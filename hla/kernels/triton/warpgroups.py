@@ -24,6 +24,7 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 W = gl.constexpr(64)  # tokens in a chunk
 UNTIL, BEFORE, AFTER = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+ROWS, MADE, OUT, KEPT = (gl.constexpr(i) for i in range(4))  # of a mild decay: see `hopper`
 LISTS = gl.constexpr(3)  # of a chunk's weights: log2 of the product up to t, that, and from t on
 
 # Layouts: of tiles in shared memory, of accumulators by their width, of what registers feed
@@ -62,6 +63,17 @@ def put_weights(weights, ends, at, c, last):
     weights.index(at * LISTS + BEFORE).store(gl.exp2(c.to(gl.float32)))
     weights.index(at * LISTS + AFTER).store(gl.exp2((last - c).to(gl.float32)))
     ends.index(at).store(gl.exp2(gl.full([1], last, gl.float64, TOKENS).to(gl.float32)))
+
+
+@gluon.jit
+def weigh_rows(tile, factors, B: gl.constexpr):
+    """Multiply a chunk's rows in shared memory by a list; with few barriers, of N rows at once."""
+    BY: gl.constexpr = ROWS128 if B == 128 else ROWS64
+    N: gl.constexpr = 32 if B == 128 else W
+    for i in gl.static_range(W // N):
+        rows = tile.slice(i * N, N, 0)
+        by = factors.slice(i * N, N, 0).load(gl.SliceLayout(1, BY))
+        rows.store((rows.load(BY).to(gl.float32) * by[:, None]).to(gl.bfloat16))
 
 
 @gluon.jit
@@ -144,18 +156,21 @@ def arrive_full(bar, FAST: gl.constexpr):
 
 @gluon.jit
 def store_chunk(
-    p, tile, row, T, width, st, sd,
+    p, tile, factors, row, T, width, st, sd,
     B: gl.constexpr, FAST: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
-    """Copy a chunk's rows from shared memory."""
+    """Copy a chunk's rows from shared memory, times a list if there is one."""
     N: gl.constexpr = 16 if FAST else 8
     FULL: gl.constexpr = ROWS128 if B == 128 else ROWS64
     ONES: gl.constexpr = ONES128 if B == 128 else ONES64
-    ROWS: gl.constexpr = FULL if FAST else ONES
+    BY: gl.constexpr = FULL if FAST else ONES
     for i in gl.static_range(W // N):
-        t = row + i * N + gl.arange(0, N, layout=gl.SliceLayout(1, ROWS))
-        d = gl.arange(0, B, layout=gl.SliceLayout(0, ROWS))
-        x = tile.slice(i * N, N, 0).load(ROWS)
+        t = row + i * N + gl.arange(0, N, layout=gl.SliceLayout(1, BY))
+        d = gl.arange(0, B, layout=gl.SliceLayout(0, BY))
+        x = tile.slice(i * N, N, 0).load(BY)
+        if factors is not None:
+            by = factors.slice(i * N, N, 0).load(gl.SliceLayout(1, BY))
+            x = (x.to(gl.float32) * by[:, None]).to(gl.bfloat16)
         m = (t < T)[:, None]
         if FAST:
             if not WHOLE:
