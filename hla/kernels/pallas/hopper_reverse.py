@@ -26,7 +26,8 @@ P's part of dK takes v's, where Z's is added, and dV K's.
 For a gate's gradient owners leave, of each token, v . (R' k) or k . (Z k) and, of the product of
 the two tiles of pairs that each makes, the sums by key and by query; and states, before every
 period but the first (`device.steps.Launch`). What is summed by columns is left by each of the four
-warps: Pallas' own sums across warps have one buffer for all warpgroups.
+warps: Pallas' own sums across warps have one buffer for all warpgroups. One H100 took 1.50 ms for
+hla2's forward and all gradients with a log gate's, 1.47 with a decay's, 0.965 without.
 
 Bytes a token and head, D = V = 128: hla2 and ahla 8 rows of 256, 0.358 ms for B = 8, T = 4096, H =
 16 at 3.0 TB/s; one H100 took 0.413 ms (87%), 0.424 with a decay, 0.443 with a log gate; ahla 0.415
