@@ -154,7 +154,7 @@ class Chunks(NamedTuple):
 
 
 def chunks_of(tokens: int, segment: int, part: Array, nil: Any) -> Chunks:
-    """Return the chunks of a segment, or of the whole; that there is one the compiler must not know.
+    """Return the chunks of a segment, or of the whole; of one the compiler must not know.
 
     Else it removes the loop, a state is a constant, and ptxas 13.0 sets registers to zero behind
     the product that reads them.

@@ -226,6 +226,8 @@ def owner_r(work: Work, own: Pass, power: int, start: Any, end: Any, left: Left 
             dk = rows_of(v, turns, t, q, w, work.scale, more, seen if left else None)
             if left:
                 left.token(work, i, 0, sum(d[1:], d[0]))
+            if left and "pairs" in s:
+                s["pairs"].at[z][...] = t
             plgpu.commit_smem()  # every warp has read v
             for h in halves:
                 to[:, columns(h)] = dk[h]
@@ -238,7 +240,7 @@ def owner_r(work: Work, own: Pass, power: int, start: Any, end: Any, left: Left 
             k = s[own.k].at[slot]
             a = product(W, W, (k, turned(q)))
             if left:
-                left.pairs(work, i, 1, a, t)
+                left.pairs(work, i, 1, a, loaded(s["pairs"].at[z], WGMMA) if "pairs" in s else t)
             t = weighed(a, w, upper=True)
             dv = rows_of(k, [copy.at[:, columns(h)] for h in halves], t, g, w, work.scale)
         plgpu.commit_smem()  # every warp has read all, and the copy
