@@ -72,22 +72,28 @@ class Tiles:
 
     def product(self, a: list[Any], b: list[Any]) -> Array:
         """Return a b'."""
+        return self.summed(a, [turned(x) for x in b])
+
+    def outer(self, a: list[Any], b: list[Any], to: Array) -> Array:
+        """Return ``to`` + a' b.
+
+        A tensor core's sum is cut, not rounded, at every 16 products. Of several planes it begins
+        with nothing, as what is lost of a state would add up over all chunks.
+        """
+        a = [turned(x) for x in a]
+        if self.count > 1:
+            return to + self.summed(a, b)
+        return pl.run_state(lambda to: plgpu.wgmma(to, a[0], b[0]))(plgpu.ACC.init(to))
+
+    def summed(self, a: list[Any], b: list[Any]) -> Array:
+        """Return a b of planes."""
 
         def multiply(to: Any) -> Array:
             for i, j in self.pairs:
-                plgpu.wgmma(to, a[i], turned(b[j]))
+                plgpu.wgmma(to, a[i], b[j])
             return to[...]
 
-        return pl.run_scoped(multiply, plgpu.ACC((a[0].shape[0], b[0].shape[0]), jnp.float32))
-
-    def outer(self, a: list[Any], b: list[Any], to: Array) -> Array:
-        """Return ``to`` + a' b."""
-
-        def multiply(to: Any) -> None:
-            for i, j in self.pairs:
-                plgpu.wgmma(to, turned(a[i]), b[j])
-
-        return pl.run_state(multiply)(plgpu.ACC.init(to))
+        return pl.run_scoped(multiply, plgpu.ACC((a[0].shape[0], b[0].shape[1]), jnp.float32))
 
     def state(self, S: Array) -> list[Array]:
         """Return a state as an operand, in registers."""
