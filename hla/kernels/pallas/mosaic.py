@@ -191,7 +191,12 @@ def _kernel(
     at: dict[str, Any],
     outs: dict[str, Any],
 ) -> Any:
-    """Run one kernel on flat arrays."""
+    """Run one kernel on flat arrays.
+
+    Its last input is one int32 of 0. Of one chunk ptxas would otherwise know the first state, and
+    may set a register of that operand to 0 behind the product that reads it.
+    """
+    arrays = {**arrays, "nil": jnp.zeros((1,), jnp.int32)}
     loaded = [name for name in ("q", "k", "v", "x") if name in arrays]
     columns = {"q": p.D, "k": p.D, "v": V, "x": V}
     narrow = p.out == "bfloat16"
@@ -231,11 +236,12 @@ def _kernel(
 
         @pl.when(lax.axis_index("warpgroup") == 0)
         def _() -> None:
+            chunks = C + r["nil"][0]  # so that the compiler keeps the loop
             if p.start:
                 S = plgpu.load(r["start"], (at["start"](head), mine), layout=WGMMA, optimized=False)
             else:
                 S = plgpu.layout_cast(jnp.full((V, p.D), 0, jnp.float32), WGMMA)
-            S = lax.fori_loop(i32(0), i32(C), functools.partial(turn, r, head, tile, mine), S)
+            S = lax.fori_loop(i32(0), chunks, functools.partial(turn, r, head, tile, mine), S)
             if p.reads:
                 plgpu.wait_smem_to_gmem(0)
             if p.end:
