@@ -54,16 +54,18 @@ class Split:
         self.made: Own = ()
 
     def __call__(self, *given: Any) -> Any:
-        """Run, split as the partitioner finds or as types tell."""
+        """Run, split as the partitioner finds or as types tell; of one device, as it is."""
         if any(map(JAX.explicit, jax.tree.leaves(given))):
             return self.explicit(*given)
+        if jax.device_count() == 1:
+            return self.run(*given)
         function = custom_partitioning(self.whole)
         function.def_partition(self.partition, self.infer, sharding_rule=self.rule)
         return function(*given)
 
     def whole(self, *given: Any) -> Any:
         """Run, and learn what results there are."""
-        result = self.run(*given)
+        result = jax.jit(self.run)(*given)  # constants are none that JAX 0.11 refuses
         self.made = jax.tree.leaves(self.found(result))
         return result
 
