@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 from conftest import close, draw, installed, load, same, to_numpy
+from test_jax import on_four_devices
 
 import hla
 from hla import backends
@@ -217,6 +218,36 @@ def test_a_mesh_of_devices_lowers():
     for platform in ("cuda", "tpu"):
         traced = jax.jit(jax.grad(lambda q: jnp.sum(own(q, k, v)))).trace(q)
         assert "custom_call" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_a_batch_is_split_by_a_mesh():
+    """Each device does its part, by the partitioner or by types; what is shared is summed."""
+    on_four_devices("""
+        import hla.backends.pallas as adapter
+        adapter._platform = lambda request: "plain"
+        q, k, v, decay = (jnp.asarray(x, "float32") for x in (q, k, v, decay))
+        start = hla.scan(q, k, v, scale=0.3, return_state=True)[1]
+        given = q, k, v, decay, start
+
+        def pulled(q, k, v, decay, state, backend="pallas"):
+            more = {"initial_state": state, "return_state": True, "backend": backend}
+            out, pullback = hla.vjp(q, k, v, decay=decay, scale=0.3, **more)
+            slope = jax.grad(lambda v: hla.scan(q, k, v, backend=backend).sum())
+            return out, pullback(*out), slope(v)
+
+        want = jax.jit(functools.partial(pulled, backend="array_api"))(*given)
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            def put(x):
+                names = [n if s > 1 else None for n, s in zip("bh", x.shape)]
+                names = P(*names) if x.ndim == 4 else P()
+                return jax.device_put(x, NamedSharding(mesh(kind), names))
+
+            run, own = jax.jit(pulled), jax.tree.map(put, given)
+            for x, y in zip(*map(jax.tree.leaves, (run(*own), want)), strict=True):
+                assert abs(np.asarray(x) - y).max() <= 1e-5 * abs(y).max()
+            assert run(*own)[0][0].sharding.spec[:2] == ("b", "h")
+            assert "all-gather(" not in run.lower(*own).compile().as_text()
+    """)
 
 
 def test_tokens_before_heads_are_read_where_they_lie():

@@ -18,11 +18,12 @@ from jax.custom_derivatives import SymbolicZero
 
 from ..core.fields import rank
 from ..core.namespace import Array
-from ..core.passes import Gate
+from ..core.passes import Gate, broadcast
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request
 from ..device.token import unpacked
 from .exchange import loaded
+from .jax_partition import Split, laid
 
 Found = tuple[Array, Any, Any]
 
@@ -93,7 +94,8 @@ def _scan_backward(backend: str, _: Request, residuals: Any, grads: Any) -> tupl
     dstate = jax.tree.map(_whole, dstate)
     found = _pull(backend, static.request, inputs, saved, do, dstate)
     pairs = zip(inputs, found, strict=True)  # always of one structure, as JAX before 0.8 needs
-    return (Inputs(*(jnp.zeros_like(x) if d is None and x is not None else d for x, d in pairs)),)
+    grads = (jnp.zeros_like(x) if d is None and x is not None else d for x, d in pairs)
+    return (jax.tree.map(lambda x, d: laid(d, jax.typeof(x).sharding), inputs, Inputs(*grads)),)
 
 
 def _whole(x: Any) -> Array:
@@ -153,9 +155,24 @@ def _mapped(call: str, backend: str, request: Request, *given: Any) -> Any:
         found = jax.tree.map(lambda x, y: jnp.reshape(x, (size, *y.shape)), found, one)
         return found, jax.tree.map(lambda x: True, found)
 
-    mappable = custom_vmap(run)
+    mappable = custom_vmap(_shared(call, backend, request, *given))
     mappable.def_vmap(rule)
     return mappable(*given)
+
+
+def _shared(call: str, backend: str, request: Request, *given: Any) -> Any:
+    """Return a backend's forward or backward as a call that a mesh may split."""
+
+    def run(*given: Any) -> Any:
+        return getattr(loaded(backend), call)(_described(request, given[0]), *given)
+
+    def found(result: Any) -> Any:
+        if call == "backward":
+            return _own_axes(Inputs(*result))[0]
+        return 2, _fields(result[1]), jax.tree.map(lambda x: 2, result[2])
+
+    batch = broadcast(*(x.shape[:-2] for x in given[0][:3]))
+    return Split(run, batch, _own_axes(*given)[: len(given)], found, sums=call == "backward")
 
 
 def _entry(x: Array, is_mapped: bool) -> Any:
@@ -164,14 +181,14 @@ def _entry(x: Array, is_mapped: bool) -> Any:
 
 def _own_axes(inputs: Inputs, saved: Any = (), do: Any = None, dstate: Any = None) -> Any:
     """Axes of each array beyond the batch, as the arguments of a call have them."""
-
-    def fields(state: Any) -> Any:
-        return None if state is None else type(state)(*map(rank, state._fields))
-
-    own = Inputs(2, 2, 2, 0, 1, fields(inputs.state))
+    own = Inputs(2, 2, 2, 0, 1, _fields(inputs.state))
     own = Inputs(*(None if x is None else n for x, n in zip(inputs, own, strict=True)))
-    pull = jax.tree.map(lambda x: 2, saved), jax.tree.map(lambda x: 2, do), fields(dstate)
+    pull = jax.tree.map(lambda x: 2, saved), jax.tree.map(lambda x: 2, do), _fields(dstate)
     return own, *pull
+
+
+def _fields(state: Any) -> Any:
+    return None if state is None else type(state)(*map(rank, state._fields))
 
 
 def _described(request: Request, inputs: Inputs) -> Request:

@@ -72,22 +72,28 @@ class Tiles:
 
     def product(self, a: list[Any], b: list[Any]) -> Array:
         """Return a b'."""
+        return self.summed(a, [turned(x) for x in b])
+
+    def outer(self, a: list[Any], b: list[Any], to: Array) -> Array:
+        """Return ``to`` + a' b.
+
+        A tensor core's sum is cut, not rounded, at every 16 products. Of several planes it begins
+        with nothing, as what is lost of a state would add up over all chunks.
+        """
+        a = [turned(x) for x in a]
+        if self.count > 1:
+            return to + self.summed(a, b)
+        return pl.run_state(lambda to: plgpu.wgmma(to, a[0], b[0]))(plgpu.ACC.init(to))
+
+    def summed(self, a: list[Any], b: list[Any]) -> Array:
+        """Return a b of planes."""
 
         def multiply(to: Any) -> Array:
             for i, j in self.pairs:
-                plgpu.wgmma(to, a[i], turned(b[j]))
+                plgpu.wgmma(to, a[i], b[j])
             return to[...]
 
-        return pl.run_scoped(multiply, plgpu.ACC((a[0].shape[0], b[0].shape[0]), jnp.float32))
-
-    def outer(self, a: list[Any], b: list[Any], to: Array) -> Array:
-        """Return ``to`` + a' b."""
-
-        def multiply(to: Any) -> None:
-            for i, j in self.pairs:
-                plgpu.wgmma(to, turned(a[i]), b[j])
-
-        return pl.run_state(multiply)(plgpu.ACC.init(to))
+        return pl.run_scoped(multiply, plgpu.ACC((a[0].shape[0], b[0].shape[1]), jnp.float32))
 
     def state(self, S: Array) -> list[Array]:
         """Return a state as an operand, in registers."""
@@ -185,7 +191,12 @@ def _kernel(
     at: dict[str, Any],
     outs: dict[str, Any],
 ) -> Any:
-    """Run one kernel on flat arrays."""
+    """Run one kernel on flat arrays.
+
+    Its last input is one int32 of 0. Of one chunk ptxas would otherwise know the first state, and
+    may set a register of that operand to 0 behind the product that reads it.
+    """
+    arrays = {**arrays, "nil": jnp.zeros((1,), jnp.int32)}
     loaded = [name for name in ("q", "k", "v", "x") if name in arrays]
     columns = {"q": p.D, "k": p.D, "v": V, "x": V}
     narrow = p.out == "bfloat16"
@@ -225,11 +236,12 @@ def _kernel(
 
         @pl.when(lax.axis_index("warpgroup") == 0)
         def _() -> None:
+            chunks = C + r["nil"][0]  # so that the compiler keeps the loop
             if p.start:
                 S = plgpu.load(r["start"], (at["start"](head), mine), layout=WGMMA, optimized=False)
             else:
                 S = plgpu.layout_cast(jnp.full((V, p.D), 0, jnp.float32), WGMMA)
-            S = lax.fori_loop(i32(0), i32(C), functools.partial(turn, r, head, tile, mine), S)
+            S = lax.fori_loop(i32(0), chunks, functools.partial(turn, r, head, tile, mine), S)
             if p.reads:
                 plgpu.wait_smem_to_gmem(0)
             if p.end:
