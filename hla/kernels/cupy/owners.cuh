@@ -3,125 +3,129 @@
 constexpr int W = 64;
 constexpr bool AHLA = OPERATOR == 1, HLA3 = OPERATOR == 3, HANDS = AHLA || HLA3;  // A' to the second
 constexpr int BY = AHLA ? BV : BD;
-constexpr int HEAD_D = W * BD * 2, HEAD_V = W * BV * 2, HEAD_Y = W * BY * 2, TILE = W * W * 2;
-constexpr int Q = 4, K = HANDS && !GATE ? Q : Q - 1, V_ = HLA3 || !AHLA && !GATE ? 3 : 2;  // chunks
-// Chunks by which a buffer is free again later than that of q: the first pass is one ahead
-constexpr int K_LATER = HANDS ? Q - K : Q - K - 1, V_LATER = AHLA ? Q - V_ - 1 : Q - V_;
-constexpr int GROUPS = AHLA ? 1 : 2;  // of lists: one for each power
-constexpr int SLOTS = GATE == 2 ? Q * GROUPS : GATE == 1 ? 2 * GROUPS : 0;
+constexpr int TILE_D = W * BD * 2, TILE_V = W * BV * 2, TILE_Y = W * BY * 2, TILE_W = W * W * 2;
+// Chunks of q, k and v in shared memory, and by how many a buffer of k and v is free again later than
+// that of q: the first pass is a chunk ahead.
+constexpr int CHUNKS_Q = 4, CHUNKS_K = HANDS && !GATE ? 4 : 3;
+constexpr int CHUNKS_V = HLA3 || !AHLA && !GATE ? 3 : 2;
+constexpr int K_LATER = CHUNKS_Q - CHUNKS_K - (HANDS ? 0 : 1);
+constexpr int V_LATER = CHUNKS_Q - CHUNKS_V - (AHLA ? 1 : 0);
+constexpr int GROUPS = AHLA ? 1 : 2;  // of lists of weights: one for each power
+constexpr int SLOTS = GATE == 2 ? CHUNKS_Q * GROUPS : GATE == 1 ? 2 * GROUPS : 0;
 constexpr int UNTIL = 0, BEFORE = W * 4, AFTER = W * 8, LISTS = W * 12;
 
 // Shared memory
-constexpr int QS = 0, KS = QS + Q * HEAD_D, VS = KS + K * HEAD_D, MADE = VS + V_ * HEAD_V;
-constexpr int US = MADE + 2 * HEAD_Y, OUT = US + (HLA3 ? HEAD_V : 0), TILES = OUT + HEAD_V;
-constexpr int WEIGHTS = TILES + (HLA3 ? 3 : 2) * TILE, ENDS = WEIGHTS + SLOTS * LISTS;
-constexpr int Q_FULL = ENDS + (SLOTS + 1) / 2 * 8, Q_FREE = Q_FULL + 8 * Q;
-constexpr int K_FULL = Q_FREE + 8 * Q, K_FREE = K_FULL + 8 * K;
-constexpr int V_FULL = K_FREE + 8 * K, V_FREE = V_FULL + 8 * V_;
-constexpr int THERE = V_FREE + 8 * V_, TAKEN = THERE + 16, READY = TAKEN + 16, STORED = READY + 8;
-constexpr int U_THERE = STORED + 8, U_TAKEN = U_THERE + 8, BYTES = U_TAKEN + 8;
-static_assert(BYTES <= 232448, "more shared memory than there is");
+constexpr int QS = 0, KS = QS + CHUNKS_Q * TILE_D, VS = KS + CHUNKS_K * TILE_D;
+constexpr int MADE = VS + CHUNKS_V * TILE_V, US = MADE + 2 * TILE_Y, OUT = US + (HLA3 ? TILE_V : 0);
+constexpr int TILES = OUT + TILE_V, WEIGHTS = TILES + (HLA3 ? 3 : 2) * TILE_W;
+constexpr int ENDS = WEIGHTS + SLOTS * LISTS, Q_FULL = ENDS + (SLOTS + 1) / 2 * 8;
+constexpr int Q_FREE = Q_FULL + 8 * CHUNKS_Q, K_FULL = Q_FREE + 8 * CHUNKS_Q;
+constexpr int K_FREE = K_FULL + 8 * CHUNKS_K, V_FULL = K_FREE + 8 * CHUNKS_K;
+constexpr int V_FREE = V_FULL + 8 * CHUNKS_V, THERE = V_FREE + 8 * CHUNKS_V, TAKEN = THERE + 16;
+constexpr int READY = TAKEN + 16, STORED = READY + 8, U_THERE = STORED + 8, U_TAKEN = U_THERE + 8;
+static_assert(U_TAKEN + 8 <= SHARED, "more shared memory than a block is given");
 constexpr int OWNER_REGISTERS = 224, MOVER_REGISTERS = 56;
 
-struct Rows {
-    char *p;
-    i64 s0, s1, s2, st;  // in bytes
-};
+enum { AT_Q, AT_K, AT_V, AT_Y, AT_U, AT_O, AT_GATE, AT_START, AT_END = AT_START + 3, OPERANDS = AT_END + 3 };
 
-struct State {
-    float *p;
-    i64 s0, s1, s2, sn, sd, sv;  // in numbers
-};
-
-struct Gate {
-    const GATE_TYPE *p;
-    i64 s0, s1, s2, st;
-};
-
-struct Arguments {
-    Rows q, k, v, y, u, o;
-    State start1, end1, start2, end2, start3, end3;
-    Gate gate;
-    i64 T, tokens;  // tokens of a segment, 0: the whole
-    int D, V, N1, N2;
-    float scale1, scale2, scale3;
+struct Forward {
+    u8 *at[OPERANDS];
+    Operand of[OPERANDS];  // of a state rows are values and columns keys
+    double read[3];
+    i64 tokens, segment, keys, values, heads1, heads2;
 };
 
 // Place in a ring
 template <int N> struct Ring {
     u32 i = 0, turn = 0;
-    INLINE void next() {
+    DEVICE void next() {
         if (++i == N) i = 0, turn ^= 1;
     }
 };
 
-INLINE int thread_of_group() { return threadIdx.x & 127; }
+DEVICE int thread_of_group() { return threadIdx.x & 127; }
 
 // Arrive with a warp, whose threads have all come so far.
-INLINE void arrive(u32 bar) {
+DEVICE void arrive(u32 bar) {
     __syncwarp();
     if ((threadIdx.x & 31) == 0) barrier_arrive(bar);
 }
 
-INLINE float real(float x) { return x; }
-INLINE double real(double x) { return x; }
-INLINE float real(unsigned short x) { return __uint_as_float((u32)x << 16); }
-
 // Which head a block does, and which segment of it
 struct Head {
-    i64 i_0, i_1, i_2, part, first, T;  // its first token, and how many there are
-    int i_v = 0;                        // of which 64 values, where a head has several blocks
+    i64 head[3], segment, first, tokens;  // its first token, and how many there are
+    int tile = 0;                         // of values, where a head has several blocks
 
-    INLINE Head(const Arguments &a) {
-        i64 i = block();
+    DEVICE Head(const Forward &p) {
+        i64 i = block_index();
         if (HLA3) {
-            int tiles = (a.V + 63) / 64;
-            i_v = i % tiles, i /= tiles;
+            int tiles = (int)((p.values + 63) / 64);
+            tile = i % tiles, i /= tiles;
         }
-        part = first = 0, T = a.T;
-        if (a.tokens) {
-            i64 parts = (a.T + a.tokens - 1) / a.tokens;
-            part = i % parts, i /= parts, first = part * a.tokens;
-            T = T - first < a.tokens ? T - first : a.tokens;
+        segment = first = 0, tokens = p.tokens;
+        if (p.segment) {
+            i64 segments = (p.tokens + p.segment - 1) / p.segment;
+            segment = i % segments, i /= segments, first = segment * p.segment;
+            tokens = tokens - first < p.segment ? tokens - first : p.segment;
         }
-        i_2 = i % a.N2, i /= a.N2;
-        i_1 = i % a.N1, i_0 = i / a.N1;
+        head[2] = i % p.heads2, i /= p.heads2;
+        head[1] = i % p.heads1, head[0] = i / p.heads1;
     }
-    template <class X> INLINE i64 at(const X &x) const { return i_0 * x.s0 + i_1 * x.s1 + i_2 * x.s2; }
-    INLINE char *rows(const Rows &x) const { return x.p + (at(x) + first * x.st); }
-    INLINE const GATE_TYPE *gate(const Gate &x) const { return x.p + (at(x) + first * x.st); }
-    INLINE float *state(const State &x) const { return x.p ? x.p + (at(x) + part * x.sn) : nullptr; }
-    INLINE float *columns(const State &x) const { return x.p ? state(x) + i_v * 64 * x.sv : nullptr; }
+    DEVICE int chunks() const { return (int)((tokens + W - 1) / W); }
+    // Elements from an array's first to the head's at a segment, row and column
+    DEVICE i64 offset(const Operand &x, i64 of_segment, i64 row, i64 column) const {
+        return head[0] * x.head[0] + head[1] * x.head[1] + head[2] * x.head[2] +
+               of_segment * x.segment + row * x.row + column * x.column;
+    }
     // Whether it is the first of those that share an array, of strides 0
-    template <class X> INLINE bool is_first(const X &x) const {
-        return (x.s0 || !i_0) && (x.s1 || !i_1) && (x.s2 || !i_2);
+    DEVICE bool is_first(const Operand &x) const {
+        return (x.head[0] || !head[0]) && (x.head[1] || !head[1]) && (x.head[2] || !head[2]);
     }
 };
 
-// ---- States: 64 rows of values v, from the first on, and BD columns of keys d, as products leave them
+// ---- States: 64 rows of values and BD columns of keys, as products leave them
 
-INLINE void load_state(float (&S)[BD / 2], const State &s, const float *p, int first, int D, int V) {
-    int t = thread_of_group(), v = first + t / 32 * 16 + t % 32 / 4, d = t % 4 * 2;
-    UNROLL for (int i = 0; i < BD / 2; i++) S[i] = 0.0f;
-    if (!p) return;
-    UNROLL for (int i = 0; i < BD / 2; i++) {
-        int v_i = v + (i & 2) * 4, d_i = d + i / 4 * 8 + (i & 1);
-        if (v_i < V && d_i < D) S[i] = p[v_i * s.sv + d_i * s.sd];
+// Visit this thread's elements of rows from the first on: number, pointer, whether it is there.
+template <class T, class Visit>
+DEVICE void each(T *p, const Operand &x, int first, int rows, int columns, Visit visit) {
+    int t = thread_of_group(), row = first + t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
+    bool upper = row < rows, lower = row + 8 < rows;
+    p += row * x.row + column * x.column;
+    T *q = p + 8 * x.row;
+    UNROLL for (int i = 0; i < BD / 2; i += 4, column += 8) {
+        visit(i, p, upper && column < columns);
+        visit(i + 1, p + x.column, upper && column + 1 < columns);
+        visit(i + 2, q, lower && column < columns);
+        visit(i + 3, q + x.column, lower && column + 1 < columns);
+        p += 8 * x.column, q += 8 * x.column;
     }
 }
 
-INLINE void store_state(const float (&S)[BD / 2], const State &s, float *p, int first, int D, int V) {
-    int t = thread_of_group(), v = first + t / 32 * 16 + t % 32 / 4, d = t % 4 * 2;
-    UNROLL for (int i = 0; i < BD / 2; i++) {
-        int v_i = v + (i & 2) * 4, d_i = d + i / 4 * 8 + (i & 1);
-        if (v_i < V && d_i < D) p[v_i * s.sv + d_i * s.sd] = S[i];
-    }
+DEVICE void load_state(float (&S)[BD / 2], const Forward &p, int operand, int first, i64 rows) {
+    UNROLL for (int i = 0; i < BD / 2; i++) S[i] = 0.0f;
+    if (!p.at[operand]) return;
+    Head head(p);
+    const Operand &x = p.of[operand];
+    const float *from = (const float *)p.at[operand] + head.offset(x, head.segment, 0, 0);
+    each(from, x, first, (int)rows, (int)p.keys, [&](int i, const float *at, bool there) {
+        if (there) S[i] = *at;
+    });
+}
+
+DEVICE void store_state(const float (&S)[BD / 2], const Forward &p, int operand, int first, i64 rows, bool mine) {
+    Head head(p);  // once more, else registers would hold it till here
+    const Operand &x = p.of[operand];
+    if (!p.at[operand] || !head.is_first(x) || !mine) return;
+    float *to = (float *)p.at[operand] + head.offset(x, head.segment, 0, 0);
+    each(to, x, first, (int)rows, (int)p.keys, [&](int i, float *at, bool there) {
+        if (there) *at = S[i];
+    });
 }
 
 // ---- Weights
 
 // Leave those of one token, of both powers; c and last are sums in base 2.
-INLINE void put_weights(u32 base, int slot, int t, double c, double last) {
+DEVICE void put_weights(u32 base, int slot, int t, double c, double last) {
     UNROLL for (int group = 0; group < GROUPS; group++) {
         u32 lists = base + WEIGHTS + (slot * GROUPS + group) * LISTS + t * 4;
         double power = group ? OPERATOR : 1;
@@ -135,15 +139,15 @@ INLINE void put_weights(u32 base, int slot, int t, double c, double last) {
 
 constexpr double LOG2E = 1.4426950408889634, RESET = -160.0, LEAST = 1e-30;
 
-// Leave those of a decay in a whole chunk and, behind them, in the last one.
-INLINE void put_decay(u32 base, const GATE_TYPE *p, int t, int rest) {
-    double g = real(*p), log_g = log2(g < LEAST ? LEAST : g);  // a NaN stays
+// Leave those of a decay in a whole chunk and, behind them, in the last one, of so many tokens.
+DEVICE void put_decay(u32 base, double g, int t, int rest) {
+    double log_g = log2(g < LEAST ? LEAST : g);  // a NaN stays
     put_weights(base, 0, t, (t + 1) * log_g, W * log_g);
     put_weights(base, 1, t, (t < rest ? t + 1 : rest) * log_g, rest * log_g);
 }
 
 // Leave those of a chunk by its log gate, two tokens a lane.
-INLINE void put_gate(u32 base, int slot, int lane, double a, double b) {
+DEVICE void put_gate(u32 base, int slot, int lane, double a, double b) {
     a *= LOG2E, b *= LOG2E;
     a = a < RESET ? RESET : a, b = b < RESET ? RESET : b;  // a NaN stays
     double sum = a + b;
@@ -157,7 +161,7 @@ INLINE void put_gate(u32 base, int slot, int lane, double a, double b) {
 }
 
 // Where the weights of a chunk lie; of a decay all chunks but the last have the same.
-INLINE int weights_at(u32 slot, bool is_last, int group) {
+DEVICE int weights_at(u32 slot, bool is_last, int group) {
     return (GATE == 1 ? (int)is_last : (int)slot) * GROUPS + group;
 }
 
@@ -165,36 +169,64 @@ INLINE int weights_at(u32 slot, bool is_last, int group) {
 
 template <int B> struct Copies {
     static constexpr int IN_ROW = B / 8, APART = 128 / IN_ROW, COUNT = W / APART;
-    char *from;  // of this thread's first row
+    u8 *from;  // of this thread's first row
+    i64 step, right;
     u32 to;
-    int row, there;
+    int row, left;  // columns from this thread's first one on
 
-    INLINE Copies(char *p, i64 st, int width) {
+    DEVICE Copies(const Forward &p, int operand, const Head &head, int columns, int first = 0) {
+        const Operand &x = p.of[operand];
         int t = thread_of_group(), column = t % IN_ROW;
-        row = t / IN_ROW;
-        from = p + row * st + column * 16;
+        row = t / IN_ROW, left = columns - first - column * 8, step = x.row * 2, right = x.column;
+        from = p.at[operand] + head.offset(x, 0, head.first + row, first + column * 8) * 2;
         to = column / 8 * PANEL + row * 128 + ((column ^ row) % 8) * 16;
-        there = column * 8 < width;
     }
-    INLINE void load(u32 tile, i64 st, int left) {
-        UNROLL for (int j = 0; j < COUNT; j++)
-            copy16(tile + to + j * APART * 128, from + j * APART * st,
-                   row + j * APART < left && (WHOLE || there));
-        from += W * st;
+    DEVICE void load(u32 tile, int rows) {
+        UNROLL for (int j = 0; j < COUNT; j++) {
+            bool there = row + j * APART < rows;
+            const u8 *p = from + j * APART * step;
+            u32 place = tile + to + j * APART * 128;
+            if (FAST)
+                copy16(place, p, there && (WHOLE || left > 0) ? 16 : 0);
+            else
+                store16(place, gathered((const u16 *)p, there));
+        }
+        from += W * step;
     }
-    INLINE void store(u32 tile, i64 st, int left) {
+    DEVICE void store(u32 tile, int rows) {
         UNROLL for (int j = 0; j < COUNT; j++) {
             uint4 x = load16(tile + to + j * APART * 128);
-            if (row + j * APART < left && (WHOLE || there)) put16(from + j * APART * st, x);
+            bool there = row + j * APART < rows;
+            u8 *p = from + j * APART * step;
+            if (FAST) {
+                if (there && (WHOLE || left > 0)) *(uint4 *)p = x;
+            } else if (there) {
+                u32 pair[4] = {x.x, x.y, x.z, x.w};
+                UNROLL for (int i = 0; i < 8; i++)
+                    if (i < left) ((u16 *)p)[i * right] = (u16)(pair[i / 2] >> (i % 2 * 16));
+            }
         }
-        from += W * st;
+        from += W * step;
+    }
+    DEVICE uint4 gathered(const u16 *p, bool there) const {
+        u32 pair[4] = {};
+        UNROLL for (int i = 0; i < 8; i++)
+            if (there && i < left) pair[i / 2] |= (u32)p[i * right] << (i % 2 * 16);
+        return {pair[0], pair[1], pair[2], pair[3]};
+    }
+    // Arrive when what was copied is there.
+    DEVICE static void arrive(u32 bar) {
+        if (FAST)
+            barrier_arrive_copies(bar);
+        else
+            barrier_arrive(bar);
     }
 };
 
 // ---- Products of an owner
 
 // Leave A' = upper(K Q'), weighed; c is where its list of sums lies.
-INLINE void make_pairs(u32 tile, u32 k, u32 q, u32 c, int name) {
+DEVICE void make_pairs(u32 tile, u32 k, u32 q, u32 c, int name) {
     int t = thread_of_group(), warp = t / 32, lane = t % 32;
     float a[32];
     products();
@@ -223,25 +255,23 @@ INLINE void make_pairs(u32 tile, u32 k, u32 q, u32 c, int name) {
     u32 to = tile + (warp * 16 + lane % 16) * 128;
     UNROLL for (int j = 0; j < 8; j += 2) {
         float *x = a + 4 * j;
-        store_blocks(to + (((j + lane / 16) ^ lane) % 8) * 16, pack(x[0], x[1]), pack(x[2], x[3]),
-                     pack(x[4], x[5]), pack(x[6], x[7]));
+        store_blocks(to + (((j + lane / 16) ^ lane) % 8) * 16, bf16_pair(x[0], x[1]),
+                     bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
     }
     fence_async();
     group_sync(name);
 }
 
 // A state, weighed by its chunk's gate.
-INLINE void fade(float (&S)[BD / 2], u32 end) {
+DEVICE void fade(float (&S)[BD / 2], u32 end) {
     float fading = load_float(end);
     UNROLL for (int i = 0; i < BD / 2; i++) S[i] *= fading;
 }
 
-// Leave 64 values of O = a (Q S + X A); return the state as the gate leaves it.
-INLINE void read(float (&S)[BD / 2], u32 made, u32 q, u32 x, u32 tile, u32 before, u32 end, float scale) {
-    int t = thread_of_group(), warp = t / 32, lane = t % 32;
-    float o[32];
+// Return 64 values of O = a (Q S + X A); leave the state as the gate does.
+DEVICE void read(float (&o)[32], float (&S)[BD / 2], u32 q, u32 x, u32 tile, u32 before, u32 end, float scale) {
     u32 a[BD / 4];
-    UNROLL for (int i = 0; i < BD / 4; i++) a[i] = pack(S[2 * i], S[2 * i + 1]);
+    UNROLL for (int i = 0; i < BD / 4; i++) a[i] = bf16_pair(S[2 * i], S[2 * i + 1]);
     products();
     UNROLL for (int i = 0; i < BD / 16; i++)
         multiply<0>(o, a + 4 * i, q + i / 4 * PANEL + i % 4 * 32, i > 0);
@@ -251,7 +281,7 @@ INLINE void read(float (&S)[BD / 2], u32 made, u32 q, u32 x, u32 tile, u32 befor
         products_done(o);
         unchanged(a);
         UNROLL for (int j = 0; j < 8; j++) {
-            float2 w = load_floats(before + (j * 8 + lane % 4 * 2) * 4);
+            float2 w = load_floats(before + (j * 8 + threadIdx.x % 4 * 2) * 4);
             o[4 * j] *= w.x, o[4 * j + 1] *= w.y, o[4 * j + 2] *= w.x, o[4 * j + 3] *= w.y;
         }
         products();
@@ -261,30 +291,47 @@ INLINE void read(float (&S)[BD / 2], u32 made, u32 q, u32 x, u32 tile, u32 befor
     products_done(o);
     unchanged(a);
     if (scale != 1.0f) UNROLL for (int i = 0; i < 32; i++) o[i] *= scale;
+}
+
+// Leave what was read in shared memory, a row a token.
+DEVICE void leave(u32 made, const float (&o)[32]) {
+    int t = thread_of_group(), warp = t / 32, lane = t % 32;
     u32 to = made + (lane / 16 * 8 + lane % 8) * 128 + (((warp * 2 + lane / 8 % 2) ^ lane) % 8) * 16;
     UNROLL for (int j = 0; j < 8; j += 2) {
-        float *y = o + 4 * j;
-        store_blocks_turned(to + j * 1024, pack(y[0], y[1]), pack(y[2], y[3]), pack(y[4], y[5]),
-                            pack(y[6], y[7]));
+        const float *y = o + 4 * j;
+        store_blocks_turned(to + j * 1024, bf16_pair(y[0], y[1]), bf16_pair(y[2], y[3]),
+                            bf16_pair(y[4], y[5]), bf16_pair(y[6], y[7]));
+    }
+}
+
+// Store it as float32, of the tokens that there are and values from the first on.
+DEVICE void put_wide(const Forward &p, const float (&o)[32], i64 token, int first) {
+    Head head(p);
+    const Operand &x = p.of[AT_O];
+    int t = thread_of_group(), v = first + t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
+    float *to = (float *)p.at[AT_O] + head.offset(x, 0, head.first + token + column, v);
+    UNROLL for (int i = 0; i < 32; i++) {
+        int after = i / 4 * 8 + (i & 1), down = (i & 2) * 4;
+        if (token + column + after < head.tokens && v + down < p.values) to[after * x.row + down * x.column] = o[i];
     }
 }
 
 // Return 64 values of a chunk as they enter a state, weighed by token.
-INLINE void weigh(u32 (&a)[16], u32 x, u32 after) {
+DEVICE void weigh(u32 (&a)[16], u32 x, u32 after) {
     int t = thread_of_group(), warp = t / 32, lane = t % 32;
     u32 from = x + (lane % 8 + lane / 16 * 8) * 128 + (((warp * 2 + lane / 8 % 2) ^ lane) % 8) * 16;
     UNROLL for (int i = 0; i < 4; i++) {
-        load_blocks_turned(from + i * 2048, a + 4 * i);
+        u32 b[4];
+        ldmatrix_turned(b, from + i * 2048);
         UNROLL for (int j = 0; j < 4; j++) {
             float2 w = load_floats(after + (i * 16 + j / 2 * 8 + lane % 4 * 2) * 4);
-            a[4 * i + j] = pack(low(a[4 * i + j]) * w.x, high(a[4 * i + j]) * w.y);
+            a[4 * i + j] = bf16_pair(of_bf16(b[j]) * w.x, of_bf16_high(b[j]) * w.y);
         }
     }
 }
 
 // S' += X' K of 64 values and F' += Z' Y, by which nothing else is under way; weighed by a gate.
-INLINE void update_both(float (&S)[BD / 2], u32 x, u32 k, u32 after, float (&F)[BD / 2], u32 z, u32 y,
-                        u32 after_z) {
+DEVICE void update(float (&S)[BD / 2], u32 x, u32 k, u32 after, float (&F)[BD / 2], u32 z, u32 y, u32 after_z) {
     if (GATE) {
         u32 a[16], b[16];
         weigh(a, x, after);
@@ -306,11 +353,11 @@ INLINE void update_both(float (&S)[BD / 2], u32 x, u32 k, u32 after, float (&F)[
 }
 
 // The same of all values of one state.
-INLINE void update(float (&S)[2][BD / 2], u32 x, u32 k, u32 after) {
-    update_both(S[0], x, k, after, S[1], x + PANEL, k, after);
+DEVICE void update(float (&S)[2][BD / 2], u32 x, u32 k, u32 after) {
+    update(S[0], x, k, after, S[1], x + PANEL, k, after);
 }
 
-INLINE void update(float (&S)[1][BD / 2], u32 x, u32 k, u32 after) {
+DEVICE void update(float (&S)[1][BD / 2], u32 x, u32 k, u32 after) {
     u32 a[16];
     if (GATE) weigh(a, x, after);
     products();

@@ -25,11 +25,9 @@
 // Of one launch: `DOTS` 1 writes sum_v x (read a_t q_t S), 2 also the sums over the pairs of a chunk
 // (derivations 5); `KEEP` writes the state before every period of tokens but the first.
 #include "ptx.cuh"
+#include "arrays.cuh"
 #include "block.cuh"
 
-struct Operand {  // strides in elements
-    i64 head[3], segment, row, column, type;
-};
 enum { Q, K, V, O, X, START, END, GATE, SUMS, STATES, OPERANDS };
 struct Pass {
     u8* at[OPERANDS];

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from ...core.request import Request
 from ...device.scan import Call, Do
 from ...device.steps import Fused, Row
+from . import hopper
 from .launch import Card, Load
 
-KERNELS: dict[str, Callable[[Load, Call, Fused], Iterator[Do]]] = {}  # by the row's name
+# By the row's name
+KERNELS: dict[str, Callable[[Load, Call, Fused], Iterator[Do]]] = {**hopper.KERNELS}
 
 
 def rows(request: Request, card: Card) -> tuple[Row, ...]:
     """Return the fused kernels of a request, of either direction, the best first."""
-    return ()
+    return hopper.rows(request, card)

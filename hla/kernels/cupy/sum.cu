@@ -3,8 +3,7 @@
 // A term is walked by the axes of o (stride 0 where it is broadcast), then by up to two of its own
 // that are summed, in order. Sums in float32, of float64 results in float64. No terms: zeros.
 #include "ptx.cuh"
-#define NARROW 0
-#include "block.cuh"
+#include "arrays.cuh"
 
 constexpr int AXES = 8, MOST = 4;
 struct Term {

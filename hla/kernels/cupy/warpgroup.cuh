@@ -1,49 +1,44 @@
-// Instructions of Hopper's warpgroups as functions: products, barriers, copies. No header is needed.
+// Instructions of Hopper beyond ptx.cuh: products of warpgroups, barriers, fences, registers.
 //
 // A matrix in shared memory has panels of 64 rows of 64 columns, 8 KB, of which row r has its i-th
 // 16 bytes at (i ^ r % 8): as products take it with its columns or its rows as what they sum over.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-
-#define INLINE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 
 constexpr int PANEL = 8192;
 
 // ---- Barriers
 
-INLINE void barrier_init(u32 bar, int arrivals) {
+DEVICE void barrier_init(u32 bar, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals));
 }
 
-INLINE void barrier_wait(u32 bar, u32 parity) {
+DEVICE void barrier_wait(u32 bar, u32 parity) {
     asm volatile(
         "{\n.reg .pred p;\n"
         "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
         "@!p bra AGAIN;\n}" ::"r"(bar), "r"(parity) : "memory");
 }
 
-INLINE void barrier_arrive(u32 bar) {
+DEVICE void barrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
 // One arrival, counted in advance, when the copies that this thread has begun are there.
-INLINE void barrier_arrive_copies(u32 bar) {
+DEVICE void barrier_arrive_copies(u32 bar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
 
 // What threads have written to shared memory, for products to read.
-INLINE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-INLINE void group_sync(int name) { asm volatile("bar.sync %0, 128;" ::"r"(name) : "memory"); }
+DEVICE void group_sync(int name) { asm volatile("bar.sync %0, 128;" ::"r"(name) : "memory"); }
 
-template <int N> INLINE void registers_more() {
+template <int N> DEVICE void registers_more() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-template <int N> INLINE void registers_less() {
+template <int N> DEVICE void registers_less() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
@@ -66,19 +61,19 @@ template <int N> INLINE void registers_less() {
 #define WGMMA(N) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 "
 
 // A place in a matrix as products take it: 8 rows after 1024 bytes, 64 columns after a panel.
-INLINE u64 described(u32 place) {
+DEVICE u64 described(u32 place) {
     return (u64)(64u | 1u << 30) << 32 | (place >> 4 | (u32)(PANEL >> 4) << 16);
 }
 
 // Of matrices in shared memory; TA and TB: of which the columns are a's rows or b's columns.
-template <int TA, int TB> INLINE void multiply(float (&d)[32], u32 a, u32 b, bool more) {
+template <int TA, int TB> DEVICE void multiply(float (&d)[32], u32 a, u32 b, bool more) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" WGMMA(64) "{" TEXT32 "}, "
         "%32, %33, p, 1, 1, %35, %36;\n}"
         : D32(d) : "l"(described(a)), "l"(described(b)), "r"((int)more), "n"(TA), "n"(TB));
 }
 
-template <int TA, int TB> INLINE void multiply(float (&d)[64], u32 a, u32 b, bool more) {
+template <int TA, int TB> DEVICE void multiply(float (&d)[64], u32 a, u32 b, bool more) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" WGMMA(128) "{" TEXT64 "}, "
         "%64, %65, p, 1, 1, %67, %68;\n}"
@@ -86,7 +81,7 @@ template <int TA, int TB> INLINE void multiply(float (&d)[64], u32 a, u32 b, boo
 }
 
 // The same with a in registers.
-template <int TB> INLINE void multiply(float (&d)[32], const u32 *a, u32 b, bool more) {
+template <int TB> DEVICE void multiply(float (&d)[32], const u32 *a, u32 b, bool more) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n" WGMMA(64) "{" TEXT32 "}, "
         "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
@@ -94,7 +89,7 @@ template <int TB> INLINE void multiply(float (&d)[32], const u32 *a, u32 b, bool
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(described(b)), "r"((int)more), "n"(TB));
 }
 
-template <int TB> INLINE void multiply(float (&d)[64], const u32 *a, u32 b, bool more) {
+template <int TB> DEVICE void multiply(float (&d)[64], const u32 *a, u32 b, bool more) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n" WGMMA(128) "{" TEXT64 "}, "
         "{%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
@@ -103,39 +98,30 @@ template <int TB> INLINE void multiply(float (&d)[64], const u32 *a, u32 b, bool
 }
 
 // Before the first of products, after registers they take have changed.
-INLINE void products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-INLINE void products_begun() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+DEVICE void products_begun() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // All products are done. What they made and what they took changes neither before nor meanwhile.
 #define DONE "wgmma.wait_group.sync.aligned 0;"
-INLINE void products_done(float (&d)[32]) { asm volatile(DONE : D32(d)::"memory"); }
-INLINE void products_done(float (&d)[64]) { asm volatile(DONE : D64(d)::"memory"); }
-INLINE void products_done(float (&d)[32], float (&e)[32]) { asm volatile(DONE : D32(d), D32(e)::"memory"); }
-INLINE void products_done(float (&d)[64], float (&e)[64]) { asm volatile(DONE : D64(d), D64(e)::"memory"); }
+DEVICE void products_done(float (&d)[32]) { asm volatile(DONE : D32(d)::"memory"); }
+DEVICE void products_done(float (&d)[64]) { asm volatile(DONE : D64(d)::"memory"); }
+DEVICE void products_done(float (&d)[32], float (&e)[32]) { asm volatile(DONE : D32(d), D32(e)::"memory"); }
+DEVICE void products_done(float (&d)[64], float (&e)[64]) { asm volatile(DONE : D64(d), D64(e)::"memory"); }
 
-INLINE void unchanged(u32 (&a)[16]) { asm volatile("" : A16(a)::"memory"); }
-INLINE void unchanged(u32 (&a)[32]) { asm volatile("" : A32(a)::"memory"); }
+DEVICE void unchanged(u32 (&a)[16]) { asm volatile("" : A16(a)::"memory"); }
+DEVICE void unchanged(u32 (&a)[32]) { asm volatile("" : A32(a)::"memory"); }
 
 // ---- Numbers
 
-INLINE u32 pack(float low, float high) {
-    u32 r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-
-INLINE float low(u32 x) { return __uint_as_float(x << 16); }
-INLINE float high(u32 x) { return __uint_as_float(x & 0xffff0000u); }
-
-INLINE float power_of_2(float x) {
+DEVICE float power_of_2(float x) {
     float r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
 
 // The block's number, read each time.
-INLINE u32 block() {
+DEVICE u32 block_index() {
     u32 r;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(r));
     return r;
@@ -143,60 +129,41 @@ INLINE u32 block() {
 
 // ---- Shared memory, by 32-bit addresses
 
-extern __shared__ __align__(1024) unsigned char dynamic[];
-
-INLINE u32 shared_start() {
-    u32 r;
-    asm("{\n.reg .u64 t;\ncvta.to.shared.u64 t, %1;\ncvt.u32.u64 %0, t;\n}" : "=r"(r) : "l"(dynamic));
-    return r;
-}
-
-// Copy 16 bytes, or as many zeros.
-INLINE void copy16(u32 to, const void *from, bool there) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                 "r"(there ? 16 : 0) : "memory");
-}
-
-INLINE uint4 load16(u32 from) {
+DEVICE uint4 load16(u32 from) {
     uint4 x;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
     return x;
 }
 
-INLINE void put16(void *to, uint4 x) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z),
+DEVICE void store16(u32 to, uint4 x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z),
                  "r"(x.w) : "memory");
 }
 
-INLINE float load_float(u32 from) {
+DEVICE float load_float(u32 from) {
     float x;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
     return x;
 }
 
-INLINE float2 load_floats(u32 from) {
+DEVICE float2 load_floats(u32 from) {
     float2 x;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
     return x;
 }
 
-INLINE void store_float(u32 to, float x) {
+DEVICE void store_float(u32 to, float x) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
 }
 
 // Four blocks of 8 x 8 at the places of their rows, a row by each lane; transposed.
-INLINE void store_blocks(u32 to, u32 a, u32 b, u32 c, u32 d) {
+DEVICE void store_blocks(u32 to, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
                  "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-INLINE void store_blocks_turned(u32 to, u32 a, u32 b, u32 c, u32 d) {
+DEVICE void store_blocks_turned(u32 to, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
                  "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-
-INLINE void load_blocks_turned(u32 from, u32 *a) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from) : "memory");
 }
