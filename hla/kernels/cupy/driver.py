@@ -62,7 +62,8 @@ def constant(value: float, shape: Shape, dtype: Any, card: Card) -> Array:
     key = value, dtype, card, stream.ptr
     found = _constants.get(key)
     if found is None:
-        found = cupy.full((), value, dtype)
+        bits = np.dtype(f"u{dtype.itemsize}")  # CuPy computes little with bfloat16
+        found = cupy.full((), np.asarray(value, dtype).view(bits), bits).view(dtype)
         if not stream.is_capturing():
             _constants[key] = found
     return cupy.broadcast_to(found, shape)

@@ -136,9 +136,9 @@ def passes(load: Load, call: Call, s: Launch) -> Iterator[Kernel]:
     places = [None if x is None else call.place(x) for x in refs]
     dtypes = [None if x is None else call.dtypes[x.name] for x in refs]
     sizes = [0 if x is None else x.itemsize for x in dtypes]
-    most = limits(call.request, call.where).tile
+    most = limits(call.request, call.where)
     D, V = (x.layout.shape[-1] for x in (places[1], places[2]) if x)
-    BD, BV = tile(D, most), tile(V, most)
+    BD, BV = tile(D, most.keys), tile(V, most.tile)
     fixed, threads = settings(call, s, BD, BV, dtypes, gated=gate is not None)
     tiles, T = -(-V // BV), call.request.tokens
     parts = -(-T // s.tokens) if s.tokens else 1

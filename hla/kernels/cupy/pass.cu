@@ -361,15 +361,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
                     }
             __syncthreads();  // all pairs and sums are there; the last chunk's o has left
             if (DOTS) {
-                const int t = threadIdx.x & (W - 1), which = threadIdx.x / W;
-                if (which < (DOTS == 2 ? 3 : 1) && t < tokens_of(row)) {
+                for (int i = threadIdx.x; i < (DOTS == 2 ? 3 : 1) * W; i += THREADS) {
+                    const int t = i % W, which = i / W;
+                    if (t >= tokens_of(row)) continue;
                     Dot all = 0;
                     if (which == 0)
-                        for (int i = 0; i < WARPS; i++) all += sums[i * W + t];
+                        for (int n = 0; n < WARPS; n++) all += sums[n * W + t];
                     else
-                        for (int i = 0; i < BLOCKS; i++)
-                            if (which == 1 ? legal_blocks(i, t / 16) : legal_blocks(t / 16, i))
-                                all += sums[(WARPS + (which - 1) * BLOCKS + i) * W + t];
+                        for (int n = 0; n < BLOCKS; n++)
+                            if (which == 1 ? legal_blocks(n, t / 16) : legal_blocks(t / 16, n))
+                                all += sums[(WARPS + (which - 1) * BLOCKS + n) * W + t];
                     u8* to = start_of(p, SUMS, head, 0, first + row + t, 0);
                     put(to, tile * p.of[SUMS].segment + which * p.tokens, (int)p.of[SUMS].type, all);
                 }
