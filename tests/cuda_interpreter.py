@@ -27,7 +27,7 @@ CAPABILITIES = Capabilities(
     ("float16", "bfloat16", "float32"), libraries=("numpy",), forms=("chunked",), packed=True
 )
 COMPILER = shutil.which("g++")
-HOST = pathlib.Path(__file__).with_name("cuda_host.cuh")
+TWINS = {"ptx.cuh": "cuda_host.cuh", "warpgroup.cuh": "hopper_host.cuh"}  # of included files
 
 
 @functools.cache
@@ -39,7 +39,8 @@ def _folder():
 @functools.cache
 def _library(name, constants, card):
     """The C function (grid, threads, argument) of a kernel."""
-    text = source(name, dict(constants), {"ptx.cuh": HOST.read_text()})
+    here = pathlib.Path(__file__).parent
+    text = source(name, dict(constants), {n: (here / x).read_text() for n, x in TWINS.items()})
     kind = re.search(r"\w+_kernel\(const __grid_constant__ (\w+) p\)", text)[1]
     kernel = f"{name.removesuffix('.cu')}_kernel"
     text += f"""
@@ -97,14 +98,19 @@ def dtype(name):
     return np.dtype(name)
 
 
-HOSTED = Library(
-    Memory(
-        xp, load, lambda x: CARD, empty,
-        lambda value, shape, dtype, card: np.broadcast_to(np.asarray(value, dtype), shape),
-        dtype, lambda x: x.ctypes.data,
-        lambda ready, arrays, addresses: ready(arrays, addresses, None),
-    )
-)  # fmt: skip
+def hosted(card):
+    """Return the calls of the backend, of a GPU of such a kind."""
+    return Library(
+        Memory(
+            xp, load, lambda x: card, empty,
+            lambda value, shape, dtype, card: np.broadcast_to(np.asarray(value, dtype), shape),
+            dtype, lambda x: x.ctypes.data,
+            lambda ready, arrays, addresses: ready(arrays, addresses, None),
+        )
+    )  # fmt: skip
+
+
+HOSTED = hosted(CARD)
 forward, backward, step = HOSTED.forward, HOSTED.backward, HOSTED.step
 
 

@@ -11,7 +11,7 @@ from ...core.passes import Shape, broadcast
 from ...core.request import Request
 from ...device.rows import kept, masked
 from ...device.scan import Call
-from ...device.steps import Fused, Launch, Ref, Row
+from ...device.steps import Fused, Ref, Row
 from ...device.tiles import grids, inner
 from .launch import TYPES, WIDEST, Card, Constants, Kernel, Load, operand, walked
 
@@ -45,9 +45,9 @@ def operands(operator: str, fused: Fused, gate: str | None) -> dict[str, Ref | N
         "u": kept(fused, launches[1]) if operator == "hla3" else None, "o": kept(fused, last),
         "gate": None if gate is None else Ref("gate"),
     }  # fmt: skip
-    padded: list[Launch | None] = [*launches, None][:3]
-    refs |= {n: next(iter(s.start), None) if s else None for n, s in zip(STARTS, padded, strict=True)}
-    refs |= {n: next(iter(s.end), None) if s else None for n, s in zip(ENDS, padded, strict=True)}
+    refs |= dict.fromkeys((*STARTS, *ENDS))
+    for start, end, s in zip(STARTS, ENDS, launches, strict=False):
+        refs |= {start: next(iter(s.start), None), end: next(iter(s.end), None)}
     return refs
 
 
