@@ -142,14 +142,9 @@ def passes(load: Load, call: Call, s: Launch) -> Iterator[Kernel]:
     fixed, threads = settings(call, s, BD, BV, dtypes, gated=gate is not None)
     tiles, T = -(-V // BV), call.request.tokens
     parts = -(-T // s.tokens) if s.tokens else 1
-    lists = [None if x is None else (x.layout, n) for x, n in zip(places, own, strict=True)]
-    for counts, strides, offsets in grids(s.batch, lists):
+    for counts, strides, first, _ in heads(s.batch, places, own):
         if not tiles * math.prod(counts):
             continue
-        first = [
-            None if x is None else x._replace(layout=inner(x.layout, n, offset))
-            for x, n, offset in zip(places, own, offsets, strict=True)
-        ]
         every = [
             (*lead, *walked(name, x, s.tokens > 0))
             for name, lead, x in zip(NAMES, strides, first, strict=True)
@@ -161,6 +156,22 @@ def passes(load: Load, call: Call, s: Launch) -> Iterator[Kernel]:
             load, call.where, "pass.cu", math.prod(counts) * parts * tiles, threads, first, sizes,
             words, functools.partial(constants, fixed, every, sizes, (D, D, V, V, V), call.where),
         )  # fmt: skip
+
+
+def heads(
+    batch: Shape, places: Sequence[Place | None], ranks: Sequence[int]
+) -> Iterator[tuple[Shape, list[Shape], list[Place | None], list[Shape]]]:
+    """Yield grids of at most three batch axes: sizes, strides along them, first heads, own strides.
+
+    Of operands with so many axes of their own; 0 along what one lacks.
+    """
+    lists = [None if x is None else (x.layout, n) for x, n in zip(places, ranks, strict=True)]
+    for counts, strides, offsets in grids(batch, lists):
+        first = [
+            None if x is None else x._replace(layout=inner(x.layout, n, offset))
+            for x, n, offset in zip(places, ranks, offsets, strict=True)
+        ]
+        yield counts, strides, first, [() if x is None else x.layout.strides for x in first]
 
 
 def walked(name: str, x: Place | None, cut: bool) -> Shape:
@@ -264,10 +275,9 @@ def _sum(
             walked.append(0 if n == 1 else step if n == size else 0)
             summed += [(n, step)] if n != size and n != 1 else []
         lists.append((*missing, *walked))
-        sums.append(_merged(summed))
-    axes = _merged([(n, *steps) for n, *steps in zip(shape, *lists, strict=True)], AXES)
-    axes += [(1, *(0,) * len(lists))] * (AXES - len(axes))
-    found = list(zip(*axes, strict=True))
+        sums.append(merged(summed))
+    axes = merged([(n, *steps) for n, *steps in zip(shape, *lists, strict=True)], AXES)
+    found = padded(axes, len(lists))
     words = b""
     for i in range(TERMS):
         there = i < len(terms)
@@ -290,7 +300,7 @@ def _sum(
     )  # fmt: skip
 
 
-def _merged(axes: Sequence[tuple[int, ...]], most: int = 2) -> list[tuple[int, ...]]:
+def merged(axes: Sequence[tuple[int, ...]], most: int = 2) -> list[tuple[int, ...]]:
     """Make neighbouring axes, each its size and strides, one where all strides allow."""
     found: list[tuple[int, ...]] = []
     for n, *steps in axes:
@@ -306,3 +316,8 @@ def _merged(axes: Sequence[tuple[int, ...]], most: int = 2) -> list[tuple[int, .
             f" {len(found)}; use backend='array_api'"
         )
     return found
+
+
+def padded(axes: Sequence[tuple[int, ...]], operands: int) -> list[tuple[int, ...]]:
+    """Return sizes and each operand's strides of as many axes as a kernel counts."""
+    return list(zip(*axes, *[(1, *(0,) * operands)] * (AXES - len(axes)), strict=True))

@@ -7,7 +7,7 @@ library's own namespace, on float32 and float64 alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ...core.passes import Shape
@@ -16,10 +16,22 @@ from ...core.request import Inputs, Request
 from ...core.triangle import STATE_OF
 from ...device.elementwise import elementwise, part
 from ...device.scan import Call, Device, Do, Ready, Runner
-from ...device.steps import Fused, Launch, Ref, Step, Sum, names, written
+from ...device.steps import (
+    Carry,
+    Divide,
+    Fading,
+    Fused,
+    GateGradient,
+    Launch,
+    Ref,
+    Step,
+    Sum,
+    names,
+    written,
+)
 from ...device.tiles import Layout, whole
 from ...device.token import unpacked
-from . import launch, rows
+from . import between, launch, rows
 
 Array = Any
 NARROW = ("bfloat16", "float16")
@@ -38,61 +50,74 @@ class Memory(NamedTuple):
     run: Callable[[Ready, list[Array], list[Any]], list[Array]]
 
 
-def steps(memory: Memory, call: Call, step: Step) -> Iterator[Do]:
+def steps(memory: Memory, call: Call, step: Step) -> Iterable[Do]:
     """Return what does a step."""
-    if isinstance(step, Launch):
-        return launch.passes(memory.load, call, step)
     if isinstance(step, Fused):
         return rows.KERNELS[step.row](memory.load, call, step)
-    if isinstance(step, Sum):
-        return launch.total(memory.load, call, step)
-    return iter((_between(memory, call, step),))
-
-
-def _between(memory: Memory, call: Call, step: Step) -> Do:
-    """Return what does a step in the library's namespace; narrow arrays are copied to float32."""
+    if isinstance(step, GateGradient) and not between.ordered(call.place(step.gate)):
+        return [_of_copies(memory, call, step, [step.gate.name], _kernels)]
+    if type(step) in KERNELS:
+        return _kernels(memory, call, step)
     narrow = [n for n in sorted(names(step)) if str(call.dtypes[n]) in NARROW]
-    wide = memory.dtype("float32")
-    copied = call._replace(
-        slots=dict(call.slots) | {n: len(call.slots) + i for i, n in enumerate(narrow)},
-        dtypes=dict(call.dtypes) | dict.fromkeys(narrow, wide),
+    return [_of_copies(memory, call, step, narrow, _by_library)]
+
+
+KERNELS: dict[type, Callable[[launch.Load, Call, Any], Iterator[launch.Kernel]]] = {
+    Launch: launch.passes,
+    Sum: launch.total,
+    Divide: between.divide,
+    GateGradient: between.gate_gradient,
+    Fading: between.fading,
+    Carry: between.carry,
+}
+
+
+def _kernels(memory: Memory, call: Call, step: Step) -> list[Do]:
+    return list(KERNELS[type(step)](memory.load, call, step))
+
+
+def _by_library(memory: Memory, call: Call, step: Step) -> list[Do]:
+    return [elementwise(memory.xp, call, step, _put)]
+
+
+def _of_copies(
+    memory: Memory,
+    call: Call,
+    step: Step,
+    copied: Sequence[str],
+    make: Callable[[Memory, Call, Step], list[Do]],
+) -> Do:
+    """Return what does a step on copies of arrays, float32 and in order, which are copied back."""
+    wide, count = memory.dtype("float32"), len(call.slots)
+    here = {f"{n}#": count + i for i, n in enumerate(copied)}
+    shapes = [call.layouts[n].shape for n in copied]
+    layouts = {n: Layout(shape, whole(shape)) for n, shape in zip(here, shapes, strict=True)}
+    both = call._replace(
+        slots={**call.slots, **here},
+        layouts={**call.layouts, **layouts},
+        dtypes={**call.dtypes, **dict.fromkeys(here, wide)},
     )
-    both = copied._replace(
-        slots=dict(call.slots) | {f"{n}#wide": copied.slots[n] for n in narrow},
-        layouts=dict(call.layouts) | {f"{n}#wide": _ordered(call.layouts[n]) for n in narrow},
-        dtypes=dict(call.dtypes) | {f"{n}#wide": wide for n in narrow},
+    alone = call._replace(
+        slots={**call.slots, **{n: here[f"{n}#"] for n in copied}},
+        layouts={**call.layouts, **{n: layouts[f"{n}#"] for n in copied}},
+        dtypes={**call.dtypes, **dict.fromkeys(copied, wide)},
     )
 
-    def copies(to: str, of: str) -> list[tuple[str, launch.Kernel]]:
-        found = (Sum(Ref(n + to), ((1.0, Ref(n + of)),)) for n in narrow)
-        return [
-            (n, k) for n, s in zip(narrow, found, strict=True)
-            for k in launch.total(memory.load, both, s)
-        ]  # fmt: skip
+    def copies(to: str, of: str, which: Iterable[str]) -> list[Do]:
+        found = (Sum(Ref(n + to), ((1.0, Ref(n + of)),)) for n in which)
+        return [x for s in found for x in launch.total(memory.load, both, s)]
 
-    widen, narrowed = copies("#wide", ""), copies("", "#wide")
-    write = written(step)
-    own = elementwise(memory.xp, copied, step, _put)
+    doing = copies("#", "", copied) + make(memory, alone, step)
+    doing += copies("", "#", sorted(written(step).intersection(copied)))
 
     def do(arrays: list[Array], addresses: list[Any], stream: Any) -> None:
-        more = [
-            memory.empty(call.layouts[n].shape, _ordered(call.layouts[n]).strides, wide, call.where)
-            for n in narrow
-        ]
-        arrays = [*arrays[: len(call.slots)], *more]
-        addresses = [*addresses[: len(call.slots)], *map(memory.address, more), None]
-        for _, kernel in widen:
-            kernel(arrays, addresses, stream)
-        own(arrays, addresses, stream)
-        for n, kernel in narrowed:
-            if n in write:
-                kernel(arrays, addresses, stream)
+        more = [memory.empty(x.shape, x.strides, wide, call.where) for x in layouts.values()]
+        own = [*arrays[:count], *more]
+        found = [*addresses[:count], *map(memory.address, more), None]
+        for x in doing:
+            x(own, found, stream)
 
-    return do if narrow else own
-
-
-def _ordered(x: Layout) -> Layout:
-    return Layout(x.shape, whole(x.shape))
+    return do
 
 
 def _put(old: Array, ref: Ref, x: Array) -> Array:
