@@ -6,7 +6,7 @@
 #include <utility>
 
 #define UNROLL
-constexpr int PANEL = 8192;
+constexpr int W = 64, PANEL = 8192, LISTS = W * 12;
 
 struct Barrier { int arrivals, left; u32 phase; };
 static std::map<u32, Barrier> barriers;
@@ -34,24 +34,24 @@ inline float bf16_at(u32 place) {
     return of_bf16(found);
 }
 // Element (row, term) of an operand; turned: its rows are the matrix's columns.
-inline float operand_at(u32 place, int row, int term, bool turned) {
-    return bf16_at(place + (turned ? row / 64 * PANEL + term * 128 + row % 64 * 2 : row * 128 + term * 2));
+inline float operand_at(u32 place, int row, int term, bool turned, int panel = PANEL) {
+    return bf16_at(place + (turned ? row / 64 * panel + term * 128 + row % 64 * 2 : row * 128 + term * 2));
 }
 
-struct Product { int columns; bool ta, tb, more; u32 a, b; const u32* from[128]; float* to[128]; };
+struct Product { int columns, panel; bool ta, tb, more; u32 a, b; const u32* from[128]; float* to[128]; };
 static Product coming[8];
 static std::vector<Product> begun[8];
-inline void product(int columns, bool ta, bool tb, u32 a, const u32* from, u32 b, bool more, float* d) {
+inline void product(int columns, bool ta, bool tb, u32 a, const u32* from, u32 b, bool more, float* d, int panel = PANEL) {
     int group = threadIdx.x / 128, t = threadIdx.x % 128;
     Product& p = coming[group];
-    p.columns = columns, p.ta = ta, p.tb = tb, p.more = more, p.a = a, p.b = b;
+    p.columns = columns, p.panel = panel, p.ta = ta, p.tb = tb, p.more = more, p.a = a, p.b = b;
     p.from[t] = from, p.to[t] = d;
     meet(groups[group], 128);
     if (t == 0) begun[group].push_back(p);
     meet(groups[group], 128);
 }
-template <int TA, int TB, int N> void multiply(float (&d)[N], u32 a, u32 b, bool more) {
-    product(2 * N, TA, TB, a, 0, b, more, d);
+template <int TA, int TB, int PB = PANEL, int N> void multiply(float (&d)[N], u32 a, u32 b, bool more) {
+    product(2 * N, TA, TB, a, 0, b, more, d, PB);
 }
 template <int TB, int N> void multiply(float (&d)[N], const u32* a, u32 b, bool more) {
     product(2 * N, false, TB, 0, a, b, more, d);
@@ -69,7 +69,7 @@ inline void finish(const Product& p) {
                 a[m][k] = operand_at(p.a, m, k, p.ta);
             }
         }
-        for (int n = 0; n < p.columns; n++) b[n][k] = operand_at(p.b, n, k, p.tb);
+        for (int n = 0; n < p.columns; n++) b[n][k] = operand_at(p.b, n, k, p.tb, p.panel);
     }
     for (int m = 0; m < 64; m++)
         for (int n = 0; n < p.columns; n++) {

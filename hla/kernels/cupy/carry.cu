@@ -3,8 +3,7 @@
 //
 // Bytes a head and segment: 8 D V, 131 kB at D = V = 128: 16 heads of 8 segments take 6 us at 3.0 TB/s.
 #include "ptx.cuh"
-#define NARROW 0
-#include "block.cuh"
+#include "arrays.cuh"
 
 struct Carry {
     float *local, *o, *start, *end;

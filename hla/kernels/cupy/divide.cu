@@ -2,8 +2,7 @@
 //
 // Bytes of a row: x, o, and num where there is a dden; float32 sums in a fixed order.
 #include "ptx.cuh"
-#define NARROW 0
-#include "block.cuh"
+#include "arrays.cuh"
 
 constexpr int AXES = 8;
 enum { X, DEN, O, NUM, DDEN, OPERANDS };

@@ -1,7 +1,6 @@
 // Sums of the log gate over segments, float64: a block of one warp a head and segment.
 #include "ptx.cuh"
-#define NARROW 0
-#include "block.cuh"
+#include "arrays.cuh"
 
 struct Fading {
     u8 *gate, *o;

@@ -11,8 +11,7 @@
 // and what is then missing at the second is added along the way. E is 0 in a chunk whose gate leaves
 // nothing. For a decay the sum of G over all tokens is needed. Sums in float64, in a fixed order.
 #include "ptx.cuh"
-#define NARROW 0
-#include "block.cuh"
+#include "arrays.cuh"
 
 enum { READS, WRITES, GATE, BORDER, STATE, GRADIENT, O, OPERANDS };
 struct Gate {

@@ -36,18 +36,45 @@
 #include "ptx.cuh"
 #include "arrays.cuh"
 #include "warpgroup.cuh"
+
+constexpr bool AHLA = OPERATOR == 1, HLA3 = OPERATOR == 3, SPLIT = HLA3, HANDS = AHLA || HLA3;  // A' to the second
+constexpr int BY = AHLA ? BV : BD;
+constexpr int TILE_D = W * BD * 2, TILE_V = W * BV * 2, TILE_Y = W * BY * 2, TILE_W = W * W * 2;
+// Chunks of q, k and v in shared memory, and by how many a buffer of k and v is free again later than
+// that of q: the first pass is a chunk ahead.
+constexpr int CHUNKS_Q = 4, CHUNKS_K = HANDS && !GATE ? 4 : 3;
+constexpr int CHUNKS_V = HLA3 || !AHLA && !GATE ? 3 : 2;
+constexpr int K_LATER = CHUNKS_Q - CHUNKS_K - (HANDS ? 0 : 1);
+constexpr int V_LATER = CHUNKS_Q - CHUNKS_V - (AHLA ? 1 : 0);
+constexpr int GROUPS = AHLA ? 1 : 2;  // of lists of weights: one for each power
+constexpr double POWERS[] = {1, OPERATOR};
+constexpr int SLOTS = GATE == 2 ? CHUNKS_Q * GROUPS : GATE == 1 ? 2 * GROUPS : 0;
+
+// Shared memory
+constexpr int QS = 0, KS = QS + CHUNKS_Q * TILE_D, VS = KS + CHUNKS_K * TILE_D;
+constexpr int MADE = VS + CHUNKS_V * TILE_V, US = MADE + 2 * TILE_Y, OUT = US + (HLA3 ? TILE_V : 0);
+constexpr int TILES = OUT + TILE_V, WEIGHTS = TILES + (HLA3 ? 3 : 2) * TILE_W;
+constexpr int ENDS = WEIGHTS + SLOTS * LISTS, Q_FULL = ENDS + (SLOTS + 1) / 2 * 8;
+constexpr int Q_FREE = Q_FULL + 8 * CHUNKS_Q, K_FULL = Q_FREE + 8 * CHUNKS_Q;
+constexpr int K_FREE = K_FULL + 8 * CHUNKS_K, V_FULL = K_FREE + 8 * CHUNKS_K;
+constexpr int V_FREE = V_FULL + 8 * CHUNKS_V, THERE = V_FREE + 8 * CHUNKS_V, TAKEN = THERE + 16;
+constexpr int READY = TAKEN + 16, STORED = READY + 8, U_THERE = STORED + 8, U_TAKEN = U_THERE + 8;
+static_assert(U_TAKEN + 8 <= SHARED, "more shared memory than a block is given");
+constexpr int OWNER_REGISTERS = 224, MOVER_REGISTERS = 56;
+
+enum { AT_Q, AT_K, AT_V, AT_Y, AT_U, AT_O, AT_GATE, AT_START, AT_END = AT_START + 3, OPERANDS = AT_END + 3 };
 #include "owners.cuh"
 
 // ---- The warpgroups
 
 // Own the state of one pass: of the first, which makes y, or of the second, which makes o.
-template <int PASS> DEVICE void own(const Forward &p, u32 base) {
+template <int PASS> DEVICE void own(const Sweep &p, u32 base) {
     constexpr bool FIRST = PASS == 1, READS = FIRST || READ;
     constexpr int HALVES = (FIRST ? BY : BV) / 64;
     int chunks = Head(p).chunks(), V = (int)(FIRST && !AHLA ? p.keys : p.values);
-    float scale = (float)p.read[PASS - 1], S[HALVES][BD / 2];
+    float scale = (float)p.factors[PASS - 1], S[HALVES][BD / 2];
     UNROLL for (int h = 0; h < HALVES; h++)
-        load_state(S[h], p, AT_START + PASS - 1, h * 64, V);
+        load_state(S[h], p, AT_START + PASS - 1, h * 64, V, p.keys);
     Ring<CHUNKS_Q> i_q;
     Ring<CHUNKS_K> i_k;
     Ring<CHUNKS_V> i_v;
@@ -104,15 +131,15 @@ template <int PASS> DEVICE void own(const Forward &p, u32 base) {
         i_q.next(), i_k.next(), i_v.next(), i_y.next();
     }
     UNROLL for (int h = 0; h < HALVES; h++)
-        store_state(S[h], p, AT_END + PASS - 1, h * 64, V, Head(p).tile == 0);
+        store_state(S[h], p, AT_END + PASS - 1, h * 64, V, p.keys, Head(p).tile == 0);
 }
 
 // Own P and F of hla3, the states of the second pass, which makes u, and of the third.
-DEVICE void own_both(const Forward &p, u32 base) {
+DEVICE void own_both(const Sweep &p, u32 base) {
     int first = Head(p).tile * 64, V = (int)p.values, chunks = Head(p).chunks();
     float P[BD / 2], F[BD / 2];
-    load_state(P, p, AT_START + 1, first, V);
-    load_state(F, p, AT_START + 2, first, V);
+    load_state(P, p, AT_START + 1, first, V, p.keys);
+    load_state(F, p, AT_START + 2, first, V, p.keys);
     Ring<CHUNKS_Q> i_q;
     Ring<CHUNKS_K> i_k;
     Ring<CHUNKS_V> i_v;
@@ -130,7 +157,7 @@ DEVICE void own_both(const Forward &p, u32 base) {
         barrier_wait(base + THERE + 8 * i_y.i, i_y.turn);
         fence_async();
         if (KEEP_U) barrier_wait(base + U_TAKEN, (c & 1) ^ 1);
-        read(o, P, q, v, tile, weights + BEFORE, last, (float)p.read[1]);
+        read(o, P, q, v, tile, weights + BEFORE, last, (float)p.factors[1]);
         leave(u, o);
         if (READ) {
             make_pairs(own, y, q, weights + LISTS + UNTIL, 2);  // fences u too
@@ -141,7 +168,7 @@ DEVICE void own_both(const Forward &p, u32 base) {
         if (KEEP_U) arrive(base + U_THERE);
         if (READ) {
             if (!WIDE) barrier_wait(base + STORED, (c & 1) ^ 1);
-            read(o, F, q, u, own, weights + LISTS + BEFORE, last + 4, (float)p.read[2]);
+            read(o, F, q, u, own, weights + LISTS + BEFORE, last + 4, (float)p.factors[2]);
             if (WIDE)
                 put_wide(p, o, c * (i64)W, first);
             else
@@ -158,12 +185,12 @@ DEVICE void own_both(const Forward &p, u32 base) {
         i_q.next(), i_k.next(), i_v.next(), i_y.next();
     }
     first = Head(p).tile * 64;
-    store_state(P, p, AT_END + 1, first, V, true);
-    store_state(F, p, AT_END + 2, first, V, true);
+    store_state(P, p, AT_END + 1, first, V, p.keys, true);
+    store_state(F, p, AT_END + 2, first, V, p.keys, true);
 }
 
 // Load what the owners read, in the order in which they free it; store what they make.
-DEVICE void move(const Forward &p, u32 base) {
+DEVICE void move(const Sweep &p, u32 base) {
     Head head(p);
     int t = thread_of_group(), T = (int)head.tokens, chunks = head.chunks(), first = head.tile * 64;
     int D = (int)p.keys, V = (int)p.values;
@@ -235,7 +262,7 @@ DEVICE void begin(u32 bar, int count, int arrivals) {
     UNROLL for (int i = 0; i < count; i++) barrier_init(bar + 8 * i, arrivals);
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) hopper_kernel(const __grid_constant__ Forward p) {
+extern "C" __global__ void __launch_bounds__(384, 1) hopper_kernel(const __grid_constant__ Sweep p) {
     extern __shared__ __align__(1024) u8 memory[];
     u32 base = shared_address(memory);
     if (threadIdx.x == 0) {

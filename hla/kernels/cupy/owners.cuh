@@ -1,39 +1,16 @@
-// What kernels of two state owners share: where things lie, copies, weights, products of an owner.
+// What sweeps of state owners share: heads, states, weights, copies of chunks, products of an owner.
+//
+// A file that includes this has the places of its operands in memory (`OPERANDS`, `AT_GATE`) and of
+// weights in shared memory (`WEIGHTS`, `ENDS`, `GROUPS` of lists a chunk, `POWERS` of the gate).
 
-constexpr int W = 64;
-constexpr bool AHLA = OPERATOR == 1, HLA3 = OPERATOR == 3, HANDS = AHLA || HLA3;  // A' to the second
-constexpr int BY = AHLA ? BV : BD;
-constexpr int TILE_D = W * BD * 2, TILE_V = W * BV * 2, TILE_Y = W * BY * 2, TILE_W = W * W * 2;
-// Chunks of q, k and v in shared memory, and by how many a buffer of k and v is free again later than
-// that of q: the first pass is a chunk ahead.
-constexpr int CHUNKS_Q = 4, CHUNKS_K = HANDS && !GATE ? 4 : 3;
-constexpr int CHUNKS_V = HLA3 || !AHLA && !GATE ? 3 : 2;
-constexpr int K_LATER = CHUNKS_Q - CHUNKS_K - (HANDS ? 0 : 1);
-constexpr int V_LATER = CHUNKS_Q - CHUNKS_V - (AHLA ? 1 : 0);
-constexpr int GROUPS = AHLA ? 1 : 2;  // of lists of weights: one for each power
-constexpr int SLOTS = GATE == 2 ? CHUNKS_Q * GROUPS : GATE == 1 ? 2 * GROUPS : 0;
-constexpr int UNTIL = 0, BEFORE = W * 4, AFTER = W * 8, LISTS = W * 12;
-
-// Shared memory
-constexpr int QS = 0, KS = QS + CHUNKS_Q * TILE_D, VS = KS + CHUNKS_K * TILE_D;
-constexpr int MADE = VS + CHUNKS_V * TILE_V, US = MADE + 2 * TILE_Y, OUT = US + (HLA3 ? TILE_V : 0);
-constexpr int TILES = OUT + TILE_V, WEIGHTS = TILES + (HLA3 ? 3 : 2) * TILE_W;
-constexpr int ENDS = WEIGHTS + SLOTS * LISTS, Q_FULL = ENDS + (SLOTS + 1) / 2 * 8;
-constexpr int Q_FREE = Q_FULL + 8 * CHUNKS_Q, K_FULL = Q_FREE + 8 * CHUNKS_Q;
-constexpr int K_FREE = K_FULL + 8 * CHUNKS_K, V_FULL = K_FREE + 8 * CHUNKS_K;
-constexpr int V_FREE = V_FULL + 8 * CHUNKS_V, THERE = V_FREE + 8 * CHUNKS_V, TAKEN = THERE + 16;
-constexpr int READY = TAKEN + 16, STORED = READY + 8, U_THERE = STORED + 8, U_TAKEN = U_THERE + 8;
-static_assert(U_TAKEN + 8 <= SHARED, "more shared memory than a block is given");
-constexpr int OWNER_REGISTERS = 224, MOVER_REGISTERS = 56;
-
-enum { AT_Q, AT_K, AT_V, AT_Y, AT_U, AT_O, AT_GATE, AT_START, AT_END = AT_START + 3, OPERANDS = AT_END + 3 };
-
-struct Forward {
+struct Sweep {
     u8 *at[OPERANDS];
     Operand of[OPERANDS];  // of a state rows are values and columns keys
-    double read[3];
+    double factors[3];
     i64 tokens, segment, keys, values, heads1, heads2;
 };
+
+constexpr int UNTIL = 0, BEFORE = W * 4, AFTER = W * 8;  // lists of a chunk's weights
 
 // Place in a ring
 template <int N> struct Ring {
@@ -56,9 +33,9 @@ struct Head {
     i64 head[3], segment, first, tokens;  // its first token, and how many there are
     int tile = 0;                         // of values, where a head has several blocks
 
-    DEVICE Head(const Forward &p) {
+    DEVICE Head(const Sweep &p) {
         i64 i = block_index();
-        if (HLA3) {
+        if (SPLIT) {
             int tiles = (int)((p.values + 63) / 64);
             tile = i % tiles, i /= tiles;
         }
@@ -86,13 +63,13 @@ struct Head {
 // ---- States: 64 rows of values and BD columns of keys, as products leave them
 
 // Visit this thread's elements of rows from the first on: number, pointer, whether it is there.
-template <class T, class Visit>
+template <int COUNT, class T, class Visit>
 DEVICE void each(T *p, const Operand &x, int first, int rows, int columns, Visit visit) {
     int t = thread_of_group(), row = first + t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
     bool upper = row < rows, lower = row + 8 < rows;
     p += row * x.row + column * x.column;
     T *q = p + 8 * x.row;
-    UNROLL for (int i = 0; i < BD / 2; i += 4, column += 8) {
+    UNROLL for (int i = 0; i < COUNT; i += 4, column += 8) {
         visit(i, p, upper && column < columns);
         visit(i + 1, p + x.column, upper && column + 1 < columns);
         visit(i + 2, q, lower && column < columns);
@@ -101,23 +78,28 @@ DEVICE void each(T *p, const Operand &x, int first, int rows, int columns, Visit
     }
 }
 
-DEVICE void load_state(float (&S)[BD / 2], const Forward &p, int operand, int first, i64 rows) {
-    UNROLL for (int i = 0; i < BD / 2; i++) S[i] = 0.0f;
+// Return 64 rows of a first state, zeros where there is none.
+template <int COUNT>
+DEVICE void load_state(float (&S)[COUNT], const Sweep &p, int operand, int first, i64 rows, i64 columns) {
+    UNROLL for (int i = 0; i < COUNT; i++) S[i] = 0.0f;
     if (!p.at[operand]) return;
     Head head(p);
     const Operand &x = p.of[operand];
     const float *from = (const float *)p.at[operand] + head.offset(x, head.segment, 0, 0);
-    each(from, x, first, (int)rows, (int)p.keys, [&](int i, const float *at, bool there) {
+    each<COUNT>(from, x, first, (int)rows, (int)columns, [&](int i, const float *at, bool there) {
         if (there) S[i] = *at;
     });
 }
 
-DEVICE void store_state(const float (&S)[BD / 2], const Forward &p, int operand, int first, i64 rows, bool mine) {
+// Store 64 rows of a last state, in the head that is to, and where it is mine.
+template <int COUNT>
+DEVICE void store_state(
+    const float (&S)[COUNT], const Sweep &p, int operand, int first, i64 rows, i64 columns, bool mine) {
     Head head(p);  // once more, else registers would hold it till here
     const Operand &x = p.of[operand];
     if (!p.at[operand] || !head.is_first(x) || !mine) return;
     float *to = (float *)p.at[operand] + head.offset(x, head.segment, 0, 0);
-    each(to, x, first, (int)rows, (int)p.keys, [&](int i, float *at, bool there) {
+    each<COUNT>(to, x, first, (int)rows, (int)columns, [&](int i, float *at, bool there) {
         if (there) *at = S[i];
     });
 }
@@ -128,7 +110,7 @@ DEVICE void store_state(const float (&S)[BD / 2], const Forward &p, int operand,
 DEVICE void put_weights(u32 base, int slot, int t, double c, double last) {
     UNROLL for (int group = 0; group < GROUPS; group++) {
         u32 lists = base + WEIGHTS + (slot * GROUPS + group) * LISTS + t * 4;
-        double power = group ? OPERATOR : 1;
+        double power = POWERS[group];
         store_float(lists + UNTIL, (float)(c * power));
         store_float(lists + BEFORE, power_of_2((float)(c * power)));
         store_float(lists + AFTER, power_of_2((float)((last - c) * power)));
@@ -167,18 +149,21 @@ DEVICE int weights_at(u32 slot, bool is_last, int group) {
 
 // ---- Copies of a chunk's rows: 16 bytes a thread, rows and columns that are not there are zeros
 
-template <int B> struct Copies {
-    static constexpr int IN_ROW = B / 8, APART = 128 / IN_ROW, COUNT = W / APART;
+// By DIRECTION: 1 first chunk first, -1 last chunk first.
+template <int WIDTH, int DIRECTION = 1> struct Copies {
+    static constexpr int IN_ROW = WIDTH / 8, APART = 128 / IN_ROW, COUNT = W / APART;
     u8 *from;  // of this thread's first row
     i64 step, right;
     u32 to;
     int row, left;  // columns from this thread's first one on
 
-    DEVICE Copies(const Forward &p, int operand, const Head &head, int columns, int first = 0) {
+    DEVICE Copies(const Sweep &p, int operand, const Head &head, int columns, int first = 0) {
         const Operand &x = p.of[operand];
         int t = thread_of_group(), column = t % IN_ROW;
-        row = t / IN_ROW, left = columns - first - column * 8, step = x.row * 2, right = x.column;
-        from = p.at[operand] + head.offset(x, 0, head.first + row, first + column * 8) * 2;
+        row = t / IN_ROW;
+        i64 begin = DIRECTION > 0 ? 0 : (head.chunks() - 1) * (i64)W;
+        left = columns - first - column * 8, step = x.row * 2, right = x.column;
+        from = p.at[operand] + head.offset(x, 0, head.first + begin + row, first + column * 8) * 2;
         to = column / 8 * PANEL + row * 128 + ((column ^ row) % 8) * 16;
     }
     DEVICE void load(u32 tile, int rows) {
@@ -191,7 +176,7 @@ template <int B> struct Copies {
             else
                 store16(place, gathered((const u16 *)p, there));
         }
-        from += W * step;
+        from += DIRECTION * W * step;
     }
     DEVICE void store(u32 tile, int rows) {
         UNROLL for (int j = 0; j < COUNT; j++) {
@@ -206,7 +191,7 @@ template <int B> struct Copies {
                     if (i < left) ((u16 *)p)[i * right] = (u16)(pair[i / 2] >> (i % 2 * 16));
             }
         }
-        from += W * step;
+        from += DIRECTION * W * step;
     }
     DEVICE uint4 gathered(const u16 *p, bool there) const {
         u32 pair[4] = {};
@@ -225,10 +210,25 @@ template <int B> struct Copies {
 
 // ---- Products of an owner
 
-// Leave A' = upper(K Q'), weighed; c is where its list of sums lies.
-DEVICE void make_pairs(u32 tile, u32 k, u32 q, u32 c, int name) {
-    int t = thread_of_group(), warp = t / 32, lane = t % 32;
-    float a[32];
+// Leave 64 rows of a result in shared memory, times a factor; a panel has so many bytes.
+template <int WIDTH, int BYTES = PANEL> DEVICE void put_rows(u32 to, const float (&o)[WIDTH / 2], float factor) {
+    int t = thread_of_group(), lane = t % 32;
+    to += (t / 32 * 16 + lane % 16) * 128;
+    UNROLL for (int j = 0; j < WIDTH / 8; j += 2) {
+        const float *x = o + 4 * j;
+        u32 y[4];
+        UNROLL for (int i = 0; i < 4; i++) y[i] = bf16_pair(x[2 * i] * factor, x[2 * i + 1] * factor);
+        u32 at = to + j / 8 * BYTES + (((j % 8 + lane / 16) ^ lane) % 8) * 16;
+        store_blocks(at, y[0], y[1], y[2], y[3]);
+    }
+}
+
+template <int POWER> DEVICE float raised(float x) {
+    return POWER == 1 ? x : POWER == 2 ? x * x : x * x * x;
+}
+
+// Return K Q', [64, W].
+DEVICE void pair(float (&a)[32], u32 k, u32 q) {
     products();
     UNROLL for (int i = 0; i < BD / 16; i++) {
         int at = i / 4 * PANEL + i % 4 * 32;
@@ -236,7 +236,14 @@ DEVICE void make_pairs(u32 tile, u32 k, u32 q, u32 c, int name) {
     }
     products_begun();
     products_done(a);
+}
+
+// Leave pairs whose row is not later than the column, or not earlier; weighed by the gate's power, c
+// is where the list of its sums lies.
+template <bool UP = true, int POWER = 1> DEVICE void put_pairs(u32 tile, float (&a)[32], u32 c) {
+    int t = thread_of_group(), warp = t / 32, lane = t % 32;
     int row = warp * 16 + lane / 4, column = lane % 4 * 2;
+    constexpr float POWERED = UP ? POWER : -POWER;
     float c_0, c_8;
     if (GATE) c_0 = load_float(c + row * 4), c_8 = load_float(c + row * 4 + 32);
     UNROLL for (int j = 0; j < 8; j++) {
@@ -244,28 +251,39 @@ DEVICE void make_pairs(u32 tile, u32 k, u32 q, u32 c, int name) {
         float *x = a + 4 * j;
         if (GATE) {  // where it overflows no pair is
             float2 c_t = load_floats(c + t_j * 4);
-            x[0] *= power_of_2(c_t.x - c_0), x[1] *= power_of_2(c_t.y - c_0);
-            x[2] *= power_of_2(c_t.x - c_8), x[3] *= power_of_2(c_t.y - c_8);
+            x[0] *= power_of_2((c_t.x - c_0) * POWERED), x[1] *= power_of_2((c_t.y - c_0) * POWERED);
+            x[2] *= power_of_2((c_t.x - c_8) * POWERED), x[3] *= power_of_2((c_t.y - c_8) * POWERED);
         }
-        if (row > t_j) x[0] = 0;
-        if (row > t_j + 1) x[1] = 0;
-        if (row + 8 > t_j) x[2] = 0;
-        if (row + 8 > t_j + 1) x[3] = 0;
+        if (UP ? row > t_j : row < t_j) x[0] = 0;
+        if (UP ? row > t_j + 1 : row < t_j + 1) x[1] = 0;
+        if (UP ? row + 8 > t_j : row + 8 < t_j) x[2] = 0;
+        if (UP ? row + 8 > t_j + 1 : row + 8 < t_j + 1) x[3] = 0;
     }
-    u32 to = tile + (warp * 16 + lane % 16) * 128;
-    UNROLL for (int j = 0; j < 8; j += 2) {
-        float *x = a + 4 * j;
-        store_blocks(to + (((j + lane / 16) ^ lane) % 8) * 16, bf16_pair(x[0], x[1]),
-                     bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
-    }
+    put_rows<W>(tile, a, 1.0f);
+}
+
+// Leave A' = upper(K Q'), weighed, for products of the group to read.
+template <int POWER = 1> DEVICE void make_pairs(u32 tile, u32 k, u32 q, u32 c, int name) {
+    float a[32];
+    pair(a, k, q);
+    put_pairs<true, POWER>(tile, a, c);
     fence_async();
     group_sync(name);
 }
 
 // A state, weighed by its chunk's gate.
-DEVICE void fade(float (&S)[BD / 2], u32 end) {
-    float fading = load_float(end);
-    UNROLL for (int i = 0; i < BD / 2; i++) S[i] *= fading;
+template <int POWER = 1, int COUNT> DEVICE void fade(float (&S)[COUNT], u32 end) {
+    float fading = raised<POWER>(load_float(end));
+    UNROLL for (int i = 0; i < COUNT; i++) S[i] *= fading;
+}
+
+// Columns of a result, weighed by token.
+template <int POWER = 1> DEVICE void weigh_columns(float (&o)[32], u32 list) {
+    UNROLL for (int j = 0; j < 8; j++) {
+        float2 w = load_floats(list + (j * 8 + threadIdx.x % 4 * 2) * 4);
+        w = {raised<POWER>(w.x), raised<POWER>(w.y)};
+        o[4 * j] *= w.x, o[4 * j + 1] *= w.y, o[4 * j + 2] *= w.x, o[4 * j + 3] *= w.y;
+    }
 }
 
 // Return 64 values of O = a (Q S + X A); leave the state as the gate does.
@@ -280,10 +298,7 @@ DEVICE void read(float (&o)[32], float (&S)[BD / 2], u32 q, u32 x, u32 tile, u32
         fade(S, end);  // as the product runs
         products_done(o);
         unchanged(a);
-        UNROLL for (int j = 0; j < 8; j++) {
-            float2 w = load_floats(before + (j * 8 + threadIdx.x % 4 * 2) * 4);
-            o[4 * j] *= w.x, o[4 * j + 1] *= w.y, o[4 * j + 2] *= w.x, o[4 * j + 3] *= w.y;
-        }
+        weigh_columns(o, before);
         products();
     }
     UNROLL for (int i = 0; i < W / 16; i++) multiply<1, 1>(o, x + i * 2048, tile + i * 2048, true);
@@ -305,7 +320,7 @@ DEVICE void leave(u32 made, const float (&o)[32]) {
 }
 
 // Store it as float32, of the tokens that there are and values from the first on.
-DEVICE void put_wide(const Forward &p, const float (&o)[32], i64 token, int first) {
+DEVICE void put_wide(const Sweep &p, const float (&o)[32], i64 token, int first) {
     Head head(p);
     const Operand &x = p.of[AT_O];
     int t = thread_of_group(), v = first + t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
@@ -317,7 +332,7 @@ DEVICE void put_wide(const Forward &p, const float (&o)[32], i64 token, int firs
 }
 
 // Return 64 values of a chunk as they enter a state, weighed by token.
-DEVICE void weigh(u32 (&a)[16], u32 x, u32 after) {
+template <int POWER = 1> DEVICE void weigh(u32 (&a)[16], u32 x, u32 after) {
     int t = thread_of_group(), warp = t / 32, lane = t % 32;
     u32 from = x + (lane % 8 + lane / 16 * 8) * 128 + (((warp * 2 + lane / 8 % 2) ^ lane) % 8) * 16;
     UNROLL for (int i = 0; i < 4; i++) {
@@ -325,6 +340,7 @@ DEVICE void weigh(u32 (&a)[16], u32 x, u32 after) {
         ldmatrix_turned(b, from + i * 2048);
         UNROLL for (int j = 0; j < 4; j++) {
             float2 w = load_floats(after + (i * 16 + j / 2 * 8 + lane % 4 * 2) * 4);
+            w = {raised<POWER>(w.x), raised<POWER>(w.y)};
             a[4 * i + j] = bf16_pair(of_bf16(b[j]) * w.x, of_bf16_high(b[j]) * w.y);
         }
     }

@@ -5,7 +5,8 @@
 
 #define UNROLL _Pragma("unroll")
 
-constexpr int PANEL = 8192;
+constexpr int W = 64, PANEL = W * 128;  // tokens in a chunk
+constexpr int LISTS = W * 12;           // bytes of a chunk's weights: three lists
 
 // ---- Barriers
 
@@ -61,11 +62,12 @@ template <int N> DEVICE void registers_less() {
 #define WGMMA(N) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 "
 
 // A place in a matrix as products take it: 8 rows after 1024 bytes, 64 columns after a panel.
-DEVICE u64 described(u32 place) {
-    return (u64)(64u | 1u << 30) << 32 | (place >> 4 | (u32)(PANEL >> 4) << 16);
+DEVICE u64 described(u32 place, int panel = PANEL) {
+    return (u64)(64u | 1u << 30) << 32 | (place >> 4 | (u32)(panel >> 4) << 16);
 }
 
-// Of matrices in shared memory; TA and TB: of which the columns are a's rows or b's columns.
+// Of matrices in shared memory; TA and TB: of which the columns are a's rows or b's columns; PB:
+// bytes of a panel of b.
 template <int TA, int TB> DEVICE void multiply(float (&d)[32], u32 a, u32 b, bool more) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" WGMMA(64) "{" TEXT32 "}, "
@@ -73,11 +75,12 @@ template <int TA, int TB> DEVICE void multiply(float (&d)[32], u32 a, u32 b, boo
         : D32(d) : "l"(described(a)), "l"(described(b)), "r"((int)more), "n"(TA), "n"(TB));
 }
 
-template <int TA, int TB> DEVICE void multiply(float (&d)[64], u32 a, u32 b, bool more) {
+template <int TA, int TB, int PB = PANEL> DEVICE void multiply(float (&d)[64], u32 a, u32 b, bool more) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" WGMMA(128) "{" TEXT64 "}, "
         "%64, %65, p, 1, 1, %67, %68;\n}"
-        : D64(d) : "l"(described(a)), "l"(described(b)), "r"((int)more), "n"(TA), "n"(TB));
+        : D64(d)
+        : "l"(described(a)), "l"(described(b, PB)), "r"((int)more), "n"(TA), "n"(TB));
 }
 
 // The same with a in registers.
@@ -107,6 +110,9 @@ DEVICE void products_begun() { asm volatile("wgmma.commit_group.sync.aligned;" :
 DEVICE void products_done(float (&d)[32]) { asm volatile(DONE : D32(d)::"memory"); }
 DEVICE void products_done(float (&d)[64]) { asm volatile(DONE : D64(d)::"memory"); }
 DEVICE void products_done(float (&d)[32], float (&e)[32]) { asm volatile(DONE : D32(d), D32(e)::"memory"); }
+DEVICE void products_done(float (&d)[32], float (&e)[32], float (&f)[32]) {
+    asm volatile(DONE : D32(d), D32(e), D32(f)::"memory");
+}
 DEVICE void products_done(float (&d)[64], float (&e)[64]) { asm volatile(DONE : D64(d), D64(e)::"memory"); }
 
 DEVICE void unchanged(u32 (&a)[16]) { asm volatile("" : A16(a)::"memory"); }
