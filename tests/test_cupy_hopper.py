@@ -78,3 +78,38 @@ def test_two_owners(hopper, case):
     if "normalize" in options:
         options = options | {"eps": 30.0}  # of either sign is what it divides by
     check(hopper, *sizes, operator=operator, **options)
+
+
+ADJOINTS = {  # T, D, V, options
+    "not whole chunks, columns nor 16 bytes": (130, 60, 36, {"scale": 0.5}),
+    "a state, a decay, of 128 keys": (130, 128, 72, {"decay": 0.9, "start": True}),
+}
+
+
+@pytest.mark.parametrize("case", ADJOINTS)
+def test_sweeps(hopper, case):
+    T, D, V, options = ADJOINTS[case]
+    options, start = {n: x for n, x in options.items() if n != "start"}, "start" in options
+    rng = np.random.default_rng(T)
+    given = [rng.standard_normal((2, T, w)) / w**0.5 for w in (D, D, V, V)]
+    narrow = [x.astype(ml_dtypes.bfloat16) for x in given]
+    state = None
+    if start:
+        before = [rng.standard_normal((2, 70, w)) / w**0.5 for w in (D, D, V)]
+        state = hla.scan(*before, backend="array_api", return_state=True, **options)[1]
+
+    def gradients(backend, arrays, dtype):
+        first = state and type(state)(*(x.astype(dtype) for x in state))
+        *inputs, do = (x.astype(dtype) if dtype == np.float64 else x for x in arrays)
+        return hla.vjp(*inputs, initial_state=first, backend=backend, **options)[1](do)
+
+    found = gradients("hopper", narrow, np.float32)
+    assert {"hopper_reverse.cu", "hopper_queries.cu"} <= {name for name, _ in hopper}
+    wanted = gradients("array_api", narrow, np.float64)
+    pairs = [(n, getattr(found, n), getattr(wanted, n)) for n in ("dq", "dk", "dv")]
+    if start:
+        fields = zip(found.dinitial_state, wanted.dinitial_state, strict=True)
+        pairs += [(n, x, z) for n, (x, z) in zip(state._fields, fields, strict=True)]
+    for name, x, z in pairs:
+        x, z = x.astype(np.float64), z.astype(np.float64)
+        assert np.linalg.norm(x - z) <= 6e-3 * np.linalg.norm(z), name

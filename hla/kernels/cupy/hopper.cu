@@ -67,6 +67,18 @@ enum { AT_Q, AT_K, AT_V, AT_Y, AT_U, AT_O, AT_GATE, AT_START, AT_END = AT_START 
 
 // ---- The warpgroups
 
+// Store it as float32, of the tokens that there are and values from the first on.
+DEVICE void put_wide(const Sweep &p, const float (&o)[32], i64 token, int first) {
+    Head head(p);
+    const Operand &x = p.of[AT_O];
+    int t = thread_of_group(), v = first + t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
+    float *to = (float *)p.at[AT_O] + head.offset(x, 0, head.first + token + column, v);
+    UNROLL for (int i = 0; i < 32; i++) {
+        int after = i / 4 * 8 + (i & 1), down = (i & 2) * 4;
+        if (token + column + after < head.tokens && v + down < p.values) to[after * x.row + down * x.column] = o[i];
+    }
+}
+
 // Own the state of one pass: of the first, which makes y, or of the second, which makes o.
 template <int PASS> DEVICE void own(const Sweep &p, u32 base) {
     constexpr bool FIRST = PASS == 1, READS = FIRST || READ;
@@ -192,7 +204,7 @@ DEVICE void own_both(const Sweep &p, u32 base) {
 // Load what the owners read, in the order in which they free it; store what they make.
 DEVICE void move(const Sweep &p, u32 base) {
     Head head(p);
-    int t = thread_of_group(), T = (int)head.tokens, chunks = head.chunks(), first = head.tile * 64;
+    int T = (int)head.tokens, chunks = head.chunks(), first = head.tile * 64;
     int D = (int)p.keys, V = (int)p.values;
     Copies<BD> q(p, AT_Q, head, D), k(p, AT_K, head, D);
     Copies<BV> v(p, AT_V, head, V, first), u(p, AT_U, head, V, first), o(p, AT_O, head, V, first);
@@ -202,14 +214,7 @@ DEVICE void move(const Sweep &p, u32 base) {
     Ring<CHUNKS_K> i_k;
     Ring<CHUNKS_V> i_v;
     Ring<2> i_y;
-    const Operand &of_gate = p.of[AT_GATE];
-    i64 at_gate = head.offset(of_gate, 0, head.first, 0);
-    double a[2] = {0, 0};  // of a log gate this lane's two tokens
-    auto load_gate = [&](i64 token) {
-        UNROLL for (int i = 0; i < 2; i++, token++)
-            a[i] = token < T ? get(p.at[AT_GATE], at_gate + token * of_gate.row, (int)of_gate.type) : 0.0;
-    };
-    if (GATE == 2 && t < 32) load_gate(2 * t);
+    LogGate gate(p, head, 0);
     #pragma unroll 1
     for (int c = 0; c < chunks + CHUNKS_Q; c++) {
         if (c >= K_LATER && c < chunks + K_LATER) {
@@ -222,12 +227,7 @@ DEVICE void move(const Sweep &p, u32 base) {
             barrier_wait(base + Q_FREE + 8 * i_q.i, i_q.turn ^ 1);
             q.load(base + QS + i_q.i * TILE_D, T - c * W);
             q.arrive(base + Q_FULL + 8 * i_q.i);
-            if (GATE == 2 && t < 32) {
-                double a_0 = a[0], a_1 = a[1];
-                load_gate((c + 1) * (i64)W + 2 * t);
-                put_gate(base, i_q.i, t, a_0, a_1);
-                arrive(base + Q_FULL + 8 * i_q.i);
-            }
+            if (GATE == 2) gate.put(base, i_q.i, (c + 1) * (i64)W, base + Q_FULL + 8 * i_q.i);
             i_q.next();
         }
         if (c >= CHUNKS_Q) {
@@ -258,10 +258,6 @@ DEVICE void move(const Sweep &p, u32 base) {
     }
 }
 
-DEVICE void begin(u32 bar, int count, int arrivals) {
-    UNROLL for (int i = 0; i < count; i++) barrier_init(bar + 8 * i, arrivals);
-}
-
 extern "C" __global__ void __launch_bounds__(384, 1) hopper_kernel(const __grid_constant__ Sweep p) {
     extern __shared__ __align__(1024) u8 memory[];
     u32 base = shared_address(memory);
@@ -273,12 +269,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_kernel(const __grid_
         begin(base + READY, 4, 4);  // and those behind it
         fence_async();
     }
-    if (GATE == 1 && threadIdx.x < W) {
-        Head head(p);
-        const Operand &x = p.of[AT_GATE];
-        double g = get(p.at[AT_GATE], head.offset(x, 0, 0, 0), (int)x.type);
-        put_decay(base, g, threadIdx.x, (int)((head.tokens - 1) % W + 1));
-    }
+    put_decay_of(p, base);
     __syncthreads();
     int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same in a warp, which it shows
     if (group == 0) {

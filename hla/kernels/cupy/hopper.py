@@ -13,14 +13,13 @@ from ...device.rows import kept, masked
 from ...device.scan import Call
 from ...device.steps import Fused, Ref, Row
 from ...device.tiles import grids, inner
-from .launch import TYPES, WIDEST, Card, Constants, Kernel, Load, operand, walked
+from .launch import WIDEST, Card, Constants, Kernel, Load, operand, walked
 
 NAME = "{} by two state owners"
 OPERATORS = {"ahla": 1, "hla2": 2, "hla3": 3}  # by their numbers in hopper.cu
 GATES = (None, "decay", "log_gate")
 HALF = WIDEST // 2  # columns of a tile
 SHARED = 227 << 10  # bytes of shared memory, all that a block can have
-ROWS = ("q", "k", "v", "y", "u", "o")  # operands of rows of tokens
 STARTS, ENDS = ("start1", "start2", "start3"), ("end1", "end2", "end3")
 
 
@@ -61,63 +60,87 @@ def kernels(operator: str, load: Load, call: Call, fused: Fused) -> Iterator[Ker
     """
     if any(x.add or x.write != 1.0 for x in fused.launches):
         raise NotImplementedError(f"no fused kernel does {fused}")
-    request = call.request
+    request, launches = call.request, fused.launches
     refs = operands(operator, fused, request.gate)
-    tokens, T = fused.launches[0].tokens, request.tokens
+    dtypes = {n: call.dtypes[x.name] for n, x in refs.items() if x}
+    D, V = (call.place(x).layout.shape[-1] for x in (refs["k"], refs["v"]) if x)
+    fixed = settings(operator, refs, dtypes, D, V, request.gate)
+    yield from sweeps(
+        load, call, "hopper.cu", broadcast(*(x.batch for x in launches)), refs, D, V,
+        [x.read for x in launches], launches[0].tokens, fixed,
+        tiles=-(-V // HALF) if operator == "hla3" else 1,
+    )  # fmt: skip
+
+
+def sweeps(
+    load: Load,
+    call: Call,
+    name: str,
+    batch: Shape,
+    refs: Mapping[str, Ref | None],
+    D: int,
+    V: int,
+    factors: Sequence[float],
+    tokens: int,
+    fixed: Constants,
+    *,
+    threads: int = 384,
+    tiles: int = 1,
+) -> Iterator[Kernel]:
+    """Return the kernels of one sweep, of operands in their order in the kernel.
+
+    Before the gate they are of rows, behind it states; of a segment there are so many ``tokens``.
+    """
+    names, T = list(refs), call.request.tokens
+    rows = names.index("gate")
     places = [None if x is None else call.place(x) for x in refs.values()]
     dtypes = [None if x is None else call.dtypes[x.name] for x in refs.values()]
     sizes = [0 if x is None else x.itemsize for x in dtypes]
-    D, V = (x.layout.shape[-1] for x in places[1:3] if x)
-    fixed = settings(operator, refs, dtypes, D, V, request.gate)
-    own = [2] * len(ROWS) + [int(request.gate == "log_gate")] + [2 + (tokens > 0)] * 6
+    states = len(names) - rows - 1
+    own = [2] * rows + [int(call.request.gate == "log_gate")] + [2 + (tokens > 0)] * states
     lists = [None if x is None else (x.layout, n) for x, n in zip(places, own, strict=True)]
-    parts = -(-T // tokens) if tokens else 1
-    parts *= -(-V // HALF) if operator == "hla3" else 1
-    reads = [x.read for x in fused.launches]
-    for counts, strides, offsets in grids(broadcast(*(x.batch for x in fused.launches)), lists):
+    kinds = ["rows"] * rows + ["gate"] + ["start"] * states
+    parts = tiles * (-(-T // tokens) if tokens else 1)
+    for counts, strides, offsets in grids(batch, lists):
         first = [
             None if x is None else x._replace(layout=inner(x.layout, n, offset))
             for x, n, offset in zip(places, own, offsets, strict=True)
         ]
-        kinds = ["gate" if n == "gate" else "start" if n[-1].isdigit() else n for n in refs]
         every = [
             (*lead, *walked(kind, x, tokens > 0))
             for kind, lead, x in zip(kinds, strides, first, strict=True)
         ]
         words = b"".join(map(operand, every, dtypes))
-        words += struct.pack("<3d", *[*reads, 1.0][:3])
+        words += struct.pack("<3d", *[*factors, 1.0, 1.0][:3])
         words += struct.pack("<6q", T, tokens, D, V, *counts[-2:])
-        yield Kernel(
-            load, call.where, "hopper.cu", math.prod(counts) * parts, 384, first, sizes, words,
-            functools.partial(constants, fixed, every),
-        )  # fmt: skip
+        if math.prod(counts):
+            yield Kernel(
+                load, call.where, name, math.prod(counts) * parts, threads, first, sizes, words,
+                functools.partial(constants, fixed, names[:rows], every),
+            )  # fmt: skip
 
 
 def settings(
-    operator: str, refs: Mapping[str, Ref | None], dtypes: Sequence[object], D: int, V: int,
+    operator: str, refs: Mapping[str, Ref | None], dtypes: Mapping[str, object], D: int, V: int,
     gate: str | None,
 ) -> Constants:  # fmt: skip
     """Return the constants of a kernel but the one that alignment decides."""
-    types = dict(zip(refs, dtypes, strict=True))
     narrow = V <= HALF or operator == "hla3"
-    found: dict[str, int] = {
+    return {
         "OPERATOR": OPERATORS[operator], "BD": WIDEST if D > HALF else HALF,
         "BV": HALF if narrow else WIDEST, "GATE": GATES.index(gate),
-        "READ": int(refs["o"] is not None), "WIDE": int(str(types["o"]) == "float32"),
+        "READ": int(refs["o"] is not None), "WIDE": int(str(dtypes.get("o")) == "float32"),
         "KEEP": int(refs["y"] is not None), "KEEP_U": int(refs["u"] is not None),
         "WHOLE": int(D % HALF == V % HALF == 0), "SHARED": SHARED,
     }  # fmt: skip
-    for i, name in enumerate(STARTS, 1):
-        found[f"START_{i}"] = 2 if types[name] is None else TYPES[str(types[name])]
-    return found
 
 
 def constants(
-    fixed: Constants, strides: Sequence[Shape], addresses: Sequence[int]
+    fixed: Constants, names: Sequence[str], strides: Sequence[Shape], addresses: Sequence[int]
 ) -> tuple[Constants, int]:
-    """Return all constants, and the bytes of shared memory."""
+    """Return all constants, and the bytes of shared memory: rows may be of whole 16 bytes."""
     fast = True
-    for name, address, own in zip(ROWS, addresses, strides, strict=False):
+    for name, address, own in zip(names, addresses, strides, strict=False):
         if address and not (name == "o" and fixed["WIDE"]):
             moves = (address, *(2 * n for n in own[:-1]))
             fast &= own[-1] == 1 and not any(n % 16 for n in moves)

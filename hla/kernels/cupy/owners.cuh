@@ -28,6 +28,11 @@ DEVICE void arrive(u32 bar) {
     if ((threadIdx.x & 31) == 0) barrier_arrive(bar);
 }
 
+// Set up barriers that lie one after the other.
+DEVICE void begin(u32 bar, int count, int arrivals) {
+    UNROLL for (int i = 0; i < count; i++) barrier_init(bar + 8 * i, arrivals);
+}
+
 // Which head a block does, and which segment of it
 struct Head {
     i64 head[3], segment, first, tokens;  // its first token, and how many there are
@@ -141,6 +146,46 @@ DEVICE void put_gate(u32 base, int slot, int lane, double a, double b) {
     put_weights(base, slot, lane * 2, sum - b, last);
     put_weights(base, slot, lane * 2 + 1, sum, last);
 }
+
+// Leave those of a decay for all chunks, by the block's first threads.
+DEVICE void put_decay_of(const Sweep &p, u32 base) {
+    if (GATE != 1 || threadIdx.x >= W) return;
+    Head head(p);
+    const Operand &x = p.of[AT_GATE];
+    double g = get(p.at[AT_GATE], head.offset(x, 0, 0, 0), (int)x.type);
+    put_decay(base, g, threadIdx.x, (int)((head.tokens - 1) % W + 1));
+}
+
+// The log gate of a chunk, which the first warp of a group loads one chunk ahead.
+struct LogGate {
+    const Operand &of;
+    const u8 *p;
+    i64 from;
+    int tokens;
+    float a[2] = {0, 0};  // of this lane's two tokens
+
+    DEVICE LogGate(const Sweep &sweep, const Head &head, i64 first) : of(sweep.of[AT_GATE]) {
+        if (GATE != 2) return;
+        p = sweep.at[AT_GATE], from = head.offset(of, 0, head.first, 0), tokens = (int)head.tokens;
+        load(first);
+    }
+    DEVICE void load(i64 chunk) {
+        int t = thread_of_group();
+        UNROLL for (int i = 0; i < 2; i++) {
+            i64 token = chunk + 2 * t + i;
+            bool there = t < 32 && token >= 0 && token < tokens;
+            a[i] = there ? get(p, from + token * of.row, (int)of.type) : 0.0f;
+        }
+    }
+    // Leave the weights of a chunk; load the gate of the next one.
+    DEVICE void put(u32 base, int slot, i64 next, u32 bar) {
+        if (thread_of_group() >= 32) return;
+        float b[2] = {a[0], a[1]};
+        load(next);
+        put_gate(base, slot, thread_of_group(), b[0], b[1]);
+        arrive(bar);
+    }
+};
 
 // Where the weights of a chunk lie; of a decay all chunks but the last have the same.
 DEVICE int weights_at(u32 slot, bool is_last, int group) {
@@ -262,11 +307,15 @@ template <bool UP = true, int POWER = 1> DEVICE void put_pairs(u32 tile, float (
     put_rows<W>(tile, a, 1.0f);
 }
 
-// Leave A' = upper(K Q'), weighed, for products of the group to read.
-template <int POWER = 1> DEVICE void make_pairs(u32 tile, u32 k, u32 q, u32 c, int name) {
-    float a[32];
+// Leave pairs of K Q', for products of the group to read after `make_pairs` or a barrier.
+template <bool UP = true, int POWER = 1> DEVICE void put_pair(u32 tile, u32 k, u32 q, u32 c) {
+    float a[32] = {};  // else NVRTC would have products run one after the other
     pair(a, k, q);
-    put_pairs<true, POWER>(tile, a, c);
+    put_pairs<UP, POWER>(tile, a, c);
+}
+
+template <bool UP = true, int POWER = 1> DEVICE void make_pairs(u32 tile, u32 k, u32 q, u32 c, int name) {
+    put_pair<UP, POWER>(tile, k, q, c);
     fence_async();
     group_sync(name);
 }
@@ -309,26 +358,17 @@ DEVICE void read(float (&o)[32], float (&S)[BD / 2], u32 q, u32 x, u32 tile, u32
 }
 
 // Leave what was read in shared memory, a row a token.
-DEVICE void leave(u32 made, const float (&o)[32]) {
+DEVICE void leave(u32 made, const u32 (&o)[16]) {
     int t = thread_of_group(), warp = t / 32, lane = t % 32;
     u32 to = made + (lane / 16 * 8 + lane % 8) * 128 + (((warp * 2 + lane / 8 % 2) ^ lane) % 8) * 16;
-    UNROLL for (int j = 0; j < 8; j += 2) {
-        const float *y = o + 4 * j;
-        store_blocks_turned(to + j * 1024, bf16_pair(y[0], y[1]), bf16_pair(y[2], y[3]),
-                            bf16_pair(y[4], y[5]), bf16_pair(y[6], y[7]));
-    }
+    UNROLL for (int j = 0; j < 4; j++)
+        store_blocks_turned(to + j * 2048, o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]);
 }
 
-// Store it as float32, of the tokens that there are and values from the first on.
-DEVICE void put_wide(const Sweep &p, const float (&o)[32], i64 token, int first) {
-    Head head(p);
-    const Operand &x = p.of[AT_O];
-    int t = thread_of_group(), v = first + t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
-    float *to = (float *)p.at[AT_O] + head.offset(x, 0, head.first + token + column, v);
-    UNROLL for (int i = 0; i < 32; i++) {
-        int after = i / 4 * 8 + (i & 1), down = (i & 2) * 4;
-        if (token + column + after < head.tokens && v + down < p.values) to[after * x.row + down * x.column] = o[i];
-    }
+DEVICE void leave(u32 made, const float (&o)[32]) {
+    u32 packed[16];
+    UNROLL for (int i = 0; i < 16; i++) packed[i] = bf16_pair(o[2 * i], o[2 * i + 1]);
+    leave(made, packed);
 }
 
 // Return 64 values of a chunk as they enter a state, weighed by token.
@@ -346,11 +386,12 @@ template <int POWER = 1> DEVICE void weigh(u32 (&a)[16], u32 x, u32 after) {
     }
 }
 
-// S' += X' K of 64 values and F' += Z' Y, by which nothing else is under way; weighed by a gate.
+// S += X' K and F += Z' Y of 64 rows each, by which nothing else is under way; weighed by a gate.
+template <int POWER = 1>
 DEVICE void update(float (&S)[BD / 2], u32 x, u32 k, u32 after, float (&F)[BD / 2], u32 z, u32 y, u32 after_z) {
     if (GATE) {
         u32 a[16], b[16];
-        weigh(a, x, after);
+        weigh<POWER>(a, x, after);
         weigh(b, z, after_z);
         products();
         UNROLL for (int i = 0; i < W / 16; i++) multiply<1>(S, a + 4 * i, k + i * 2048, true);
@@ -368,7 +409,7 @@ DEVICE void update(float (&S)[BD / 2], u32 x, u32 k, u32 after, float (&F)[BD / 
     }
 }
 
-// The same of all values of one state.
+// The same of all rows of one state.
 DEVICE void update(float (&S)[2][BD / 2], u32 x, u32 k, u32 after) {
     update(S[0], x, k, after, S[1], x + PANEL, k, after);
 }

@@ -68,14 +68,16 @@ DEVICE u64 described(u32 place, int panel = PANEL) {
 
 // Of matrices in shared memory; TA and TB: of which the columns are a's rows or b's columns; PB:
 // bytes of a panel of b.
-template <int TA, int TB> DEVICE void multiply(float (&d)[32], u32 a, u32 b, bool more) {
+template <int TA, int TB, int PB = PANEL>
+DEVICE void multiply(float (&d)[32], u32 a, u32 b, bool more) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" WGMMA(64) "{" TEXT32 "}, "
         "%32, %33, p, 1, 1, %35, %36;\n}"
         : D32(d) : "l"(described(a)), "l"(described(b)), "r"((int)more), "n"(TA), "n"(TB));
 }
 
-template <int TA, int TB, int PB = PANEL> DEVICE void multiply(float (&d)[64], u32 a, u32 b, bool more) {
+template <int TA, int TB, int PB = PANEL>
+DEVICE void multiply(float (&d)[64], u32 a, u32 b, bool more) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" WGMMA(128) "{" TEXT64 "}, "
         "%64, %65, p, 1, 1, %67, %68;\n}"
