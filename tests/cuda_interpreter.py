@@ -102,7 +102,7 @@ HOSTED = Library(
         xp, load, lambda x: CARD, empty,
         lambda value, shape, dtype, card: np.broadcast_to(np.asarray(value, dtype), shape),
         dtype, lambda x: x.ctypes.data,
-        lambda ready, arrays, addresses: ready(arrays, addresses, None),
+        lambda card, function: function(),
     )
 )  # fmt: skip
 forward, backward, step = HOSTED.forward, HOSTED.backward, HOSTED.step

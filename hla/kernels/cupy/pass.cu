@@ -403,17 +403,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
                 if (GATED)
 #pragma unroll
                     for (int i = 0; i < 8; i++) u.x[i] *= total;
-#if !NARROW  // the unit truncates its sums, those of a chunk alone
-                Sum before = u;
-                u.clear();
-#endif
 #pragma unroll
                 for (int s = 0; s < BLOCKS; s++)
                     multiply(u, b[s], load_turned<PITCH>(k, 16 * s, 16 * d));
-#if !NARROW
-#pragma unroll
-                for (int i = 0; i < 8; i++) u.x[i] += before.x[i];
-#endif
                 S[d] = u;
             }
         }
