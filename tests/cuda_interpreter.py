@@ -105,7 +105,7 @@ def hosted(card):
             xp, load, lambda x: card, empty,
             lambda value, shape, dtype, card: np.broadcast_to(np.asarray(value, dtype), shape),
             dtype, lambda x: x.ctypes.data,
-            lambda ready, arrays, addresses: ready(arrays, addresses, None),
+            lambda card, function: function(),
         )
     )  # fmt: skip
 

@@ -87,15 +87,25 @@ struct Block {
     DEVICE float get(int i) const { return __uint_as_float(high[i]) + __uint_as_float(low[i]); }
 };
 
-DEVICE void multiply(Sum& c, const Block& a, const Block& b) {  // c += a b', the least first
+// c += a b', the least first. The unit truncates its sums: those of a block begin at 0, and are then
+// added as float32 numbers are.
+DEVICE void multiply(Sum& c, const Block& a, const Block& b) {
+    Sum of;
+    of.clear();
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int half = 0; half < 2; half++) {
+        float* x = of.x + 4 * half;
 #pragma unroll
         for (int k = 0; k < 8; k += 4) {
-            mma_tf32(c.x + 4 * half, a.low + k, b.high[k + half], b.high[k + half + 2]);
-            mma_tf32(c.x + 4 * half, a.high + k, b.low[k + half], b.low[k + half + 2]);
-            mma_tf32(c.x + 4 * half, a.high + k, b.high[k + half], b.high[k + half + 2]);
+            mma_tf32(x, a.low + k, b.high[k + half], b.high[k + half + 2]);
+            mma_tf32(x, a.high + k, b.low[k + half], b.low[k + half + 2]);
         }
+#pragma unroll
+        for (int k = 0; k < 8; k += 4)
+            mma_tf32(x, a.high + k, b.high[k + half], b.high[k + half + 2]);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) c.x[i] += of.x[i];
 }
 
 DEVICE Block block_of(const Sum& s) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import cupy
@@ -11,7 +12,6 @@ import numpy as np
 from array_api_compat import cupy as xp
 
 from ...core.passes import Shape
-from ...device.scan import Ready
 from .launch import Card, Constants, Function
 from .run import Library, Memory
 from .source import source
@@ -78,18 +78,17 @@ def dtype(name: str) -> Any:
     return np.dtype(name)
 
 
-def run(ready: Ready, arrays: list[Array], addresses: list[Any]) -> list[Array]:
-    """Run a plan on the device of its arrays and on CuPy's current stream."""
-    index = ready.call.where.device
-    if cupy.cuda.runtime.getDevice() == index:
-        return ready(arrays, addresses, None)
-    with cupy.cuda.Device(index):
-        return ready(arrays, addresses, None)
+def inside(card: Card, function: Callable[[], Any]) -> Any:
+    """Call a function with a device as the current one."""
+    if cupy.cuda.runtime.getDevice() == card.device:
+        return function()
+    with cupy.cuda.Device(card.device):
+        return function()
 
 
 CUPY = Library(
     Memory(
         xp, load, lambda x: card_of(x.data.device_id), empty, constant, dtype,
-        lambda x: x.data.ptr, run,
+        lambda x: x.data.ptr, inside,
     )
 )  # fmt: skip

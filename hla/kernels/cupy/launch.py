@@ -21,6 +21,8 @@ from ...device.steps import UNDOTTED, Launch, Limits, Ref, Sum
 from ...device.tiles import grids, inner
 from ...errors import Unsupported
 
+LARGE = 200 << 10  # bytes of shared memory from which three chunks of 64 tokens fit
+CHUNK = 32  # tokens in the other passes
 PERIOD = 256  # tokens between the states that are kept for a gate's gradient
 WIDEST = 128  # columns of a state
 PAD = 8  # elements behind a row in shared memory, as in block.cuh
@@ -89,18 +91,16 @@ def operand(strides: Sequence[int], dtype: Any) -> bytes:
 
 
 def chunk(narrow: bool, card: Card) -> int:
-    """Tokens in a chunk of a pass, the same in all launches of a request."""
-    return 64 if narrow and card.shared >= 160 << 10 else 32
+    """Tokens in a chunk of a pass that leaves nothing for a gate's gradient."""
+    return 64 if narrow and card.shared >= LARGE else CHUNK
 
 
 @functools.lru_cache(maxsize=1024)
 def limits(request: Request, card: Card) -> Limits:
     """Return what one launch takes: one part of keys, one value, one state."""
-    narrow = request.dtype == "bfloat16"
-    widest = WIDEST if narrow or card.shared >= 160 << 10 else WIDEST // 2
-    return Limits(
-        widest, -1, 0, 0, symmetric=(), tile=widest, chunk=chunk(narrow, card), period=PERIOD
-    )
+    large, narrow = card.shared >= LARGE // 2, request.dtype == "bfloat16"
+    keys, values = (WIDEST if large or x else WIDEST // 2 for x in (narrow, False))
+    return Limits(keys, -1, 0, 0, symmetric=(), tile=values, chunk=CHUNK, period=PERIOD)
 
 
 def segments(request: Request, card: Card) -> int:
@@ -195,7 +195,7 @@ def settings(
     narrow = call.request.dtype == "bfloat16"
     dots = 0 if s.dots is None else 2 if s.reverse else 1
     fixed = {
-        "NARROW": int(narrow), "BD": BD, "BV": BV, "W": chunk(narrow, call.where),
+        "NARROW": int(narrow), "BD": BD, "BV": BV, "W": s.chunk or chunk(narrow, call.where),
         "READ": int(bool(s.q)), "UPDATE": int(bool(s.k)), "GATED": int(gated),
         "V_IS_K": int(s.k[:1] == s.v[:1] != ()), "WRITE": int(s.write != 1), "ADD": int(s.add),
         "REVERSE": int(s.reverse), "DOTS": dots, "KEEP": int(s.states is not None),
@@ -222,7 +222,7 @@ def constants(
         moves = (addresses[i], n * size, *(x * size for x in strides[i][:-1]))
         whole = sizes[i] == size and strides[i][-1] == 1 and not any(x % 16 for x in moves)
         found[f"ASYNC_{name}"] = int(whole)
-    for found["STAGES"] in (3, 2):
+    for found["STAGES"] in (4, 3, 2):
         shared = memory(found)
         if shared <= card.shared:
             break
@@ -235,11 +235,11 @@ def memory(c: Constants) -> int:
     wide, tall = W * (c["BD"] + PAD), W * (c["BV"] + PAD)
     read, update = bool(c["READ"]), bool(c["UPDATE"])
     stage = wide * (read + update) + tall * ((update and not c["V_IS_K"]) + bool(c["DOTS"]))
-    total = c["STAGES"] * stage * element + (W * (W + PAD) * element if read and update else 0)
+    total = c["STAGES"] * stage * element + (2 * W * (W + PAD) * element if read and update else 0)
     total += tall * (4 if c["ADD"] or c["TYPE_O"] == 2 else 2) if read else 0
-    total += 2 * (6 * W + 4) * 4 if c["GATED"] else 0
+    total += 3 * (6 * W + 4) * 4 if c["GATED"] else 0
     warps = c["BV"] // 16 if c["BV"] > 64 else 4
-    rows = (0, warps, warps + 2 * W // 16)[c["DOTS"]]
+    rows = (0, 2 * warps, 2 * warps + 4 * W // 16)[c["DOTS"]]
     return int(total + rows * W * (4 if c["SUM_TYPE"] == "float" else 8))
 
 

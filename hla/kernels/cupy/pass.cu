@@ -9,13 +9,13 @@
 //
 // Every product is x y' of blocks whose sums run along rows: Q and S', P and V', V' and K'. So S' is an
 // operand as it is, without an exchange; V' is loaded once for both of its products. P goes through
-// shared memory, its blocks shared out among the warps; O leaves through it in whole rows, while the
-// next chunk is multiplied. Chunks are copied STAGES - 1 ahead by cp.async; rows that are not aligned,
-// or of another dtype, element by element.
+// shared memory, its blocks shared out among the warps, while the chunk before is multiplied: one barrier
+// a chunk. A warp's O leaves through memory of its own. Chunks are copied STAGES - 1 ahead by cp.async;
+// rows that are not aligned, or of another dtype, element by element.
 //
 // Weights. With c_t the sum of the log gate over the chunk up to t and e_t the same without t itself
 // (what a strict pass reads), L = exp(c_t - c_j), a = exp(c_t), b = exp(c_last - c_j); the reverse pass
-// exchanges a and b and transposes L. Warp 0 sums a chunk ahead, in float64; c is kept as two floats, so
+// exchanges a and b and transposes L. One warp sums two chunks ahead, in float64; c is kept as two floats, so
 // that differences have float32's digits whatever the gate. A reset is a gate of -1e6.
 //
 // Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024 (768 where v is k). mma.sync:
@@ -45,6 +45,9 @@ constexpr int AT_K = READ ? TILE : 0, AT_V = AT_K + (UPDATE ? TILE : 0);
 constexpr int AT_X = AT_V + (OWN_V ? TILE_V : 0), STAGE = AT_X + (DOTS ? TILE_V : 0);
 constexpr int PITCH_OF_V = V_IS_K ? PITCH : PITCH_V;
 constexpr int NUMBERS = 6 * W + 4;  // of a chunk's weights
+constexpr bool PAIRS = READ && UPDATE;
+constexpr int AHEAD = PAIRS && STAGES > 2;  // a chunk's pairs are multiplied while the last one runs
+constexpr int WEIGHER = WARPS > 4 ? REVERSE ? 3 : 4 : 0;  // a warp with no pairs, where there is one
 #if ADD || TYPE_O == 2
 typedef float Out;
 #else
@@ -82,8 +85,7 @@ DEVICE void fetch(Element* tile, const u8* from, const Operand& x, i64 first, in
 }
 
 // The log gate of a token; of a decay its logarithm.
-DEVICE double log_gate(const Pass& p, const u8* gate, i64 token, bool there) {
-    if (!there) return 0.;
+DEVICE double log_gate(const Pass& p, const u8* gate, i64 token) {
     double a = get(gate, token * p.of[GATE].row, (int)p.of[GATE].type);
     if (!p.log) a = log(a < 1e-30 ? 1e-30 : a);  // not fmax, which would drop a NaN
     a *= p.power;
@@ -138,9 +140,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
     extern __shared__ __align__(128) u8 memory[];
     Element* stages = (Element*)memory;
     Element* pairs = stages + STAGES * STAGE;
-    Out* outs = (Out*)(pairs + (READ && UPDATE ? W * PITCH_P : 0));
+    Out* outs = (Out*)(pairs + (PAIRS ? 2 * W * PITCH_P : 0));
     Weights* weights = (Weights*)(outs + (READ ? W * PITCH_V : 0));
-    Dot* sums = (Dot*)(weights + (GATED ? 2 : 0));  // reads (WARPS, W), pairs by key, by query
+    Dot* sums = (Dot*)(weights + (GATED ? 3 : 0));  // reads (2, WARPS, W), pairs (2, by key and query)
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, j = 2 * (lane & 3);
     i64 head[3], index = blockIdx.x, segment = 0;
@@ -212,38 +214,108 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
         copies_commit();
     }
     double a[W / 32];  // gates of the chunk whose weights are next
+    const double decay = GATED && !p.log ? log_gate(p, p_gate, 0) : 0.;
     auto read_gates = [&](int chunk) {
         i64 row = rows_of(chunk);
 #pragma unroll
         for (int i = 0; i < W / 32; i++) {
-            int t = lane * (W / 32) + i;
-            a[i] = log_gate(p, p_gate, row + t, chunk < chunks && row + t < count);
+            i64 t = row + lane * (W / 32) + i;
+            a[i] = chunk >= chunks || t >= count ? 0. : p.log ? log_gate(p, p_gate, t) : decay;
         }
     };
-    if (GATED && warp == 0) {
-        read_gates(0);
-        weigh(p, weights[0], a);
-        read_gates(1);
-    }
+    auto weigh_chunk = [&](int chunk) {  // whose gates were read; and read those of the next
+        if (chunk < chunks && (p.log || chunk < 6 || tokens_of(rows_of(chunk)) < W))
+            weigh(p, weights[chunk % 3], a);
+        read_gates(chunk + 1);
+    };
 
-    auto leave = [&](int chunk) {  // write a chunk's o
-        i64 row = rows_of(chunk);
-        int n = tokens_of(row);
+    auto pair_up = [&](int chunk) {  // P of a chunk, and the sums over it
+        const Element* q = stages + chunk % STAGES * STAGE;
+        const Element *k = q + AT_K, *v = V_IS_K ? k + v0 : q + AT_V, *x = q + AT_X;
+        const Weights* w = weights + (GATED ? chunk % 3 : 0);
+        Element* to = pairs + (chunk & 1) * W * PITCH_P;
+#pragma unroll 1
+        for (int i = warp; i < BLOCKS * BLOCKS; i += WARPS) {
+            const int t0 = i % BLOCKS * 16, s0 = i / BLOCKS * 16;
+            if (!legal_blocks(t0, s0)) continue;
+            Sum A, other;
+            A.clear(), other.clear();
+#pragma unroll
+            for (int d = 0; d < BD; d += 16)  // two sums: half as long a chain
+                multiply(d & 16 ? other : A, load<PITCH>(q, t0, d), load<PITCH>(k, s0, d));
+#pragma unroll
+            for (int e = 0; e < 8; e++) A.x[e] += other.x[e];
+            Sum M;
+            M.clear();
+            if (DOTS == 2)
+#pragma unroll
+                for (int d = 0; d < BV; d += 16)
+                    multiply(M, load<PITCH_V>(x, t0, d), load<PITCH_OF_V>(v, s0, d));
+            Dot by_query[2] = {0, 0}, by_key[4] = {0, 0, 0, 0};
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const int r = e >> 1 & 1, h = (e & 1) + (e >> 2) * 2;
+                const int t = t0 + g + 8 * r, s = s0 + j + (e & 1) + (e >> 2) * 8;
+                float weight = WRITE ? (float)p.write : 1.f;
+                const bool able = legal(t, s, strict);
+                if (GATED) {
+                    float2 one = w->row[t], two = w->column[s];
+                    weight *= expf(able ? (one.x + two.x) + (one.y + two.y) : 0.f);
+                }
+                A.x[e] = able ? A.x[e] * weight : 0.f;
+                if (DOTS == 2 && able && t != s) {
+                    Dot found = (Dot)(A.x[e] * (float)p.read * M.x[e]);
+                    by_query[r] += found, by_key[h] += found;
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    put_pair(to + (t0 + g + 8 * r) * PITCH_P + s0 + j + 8 * h,
+                             A.x[4 * h + 2 * r], A.x[4 * h + 2 * r + 1]);
+            if (DOTS == 2) {
+                Dot* own = sums + (2 * WARPS + (chunk & 1) * 2 * BLOCKS) * W;
+                Dot *keyed = own + (t0 / 16) * W + s0, *queried = own + (BLOCKS + s0 / 16) * W + t0;
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    Dot all = by_query[r];
+                    all += __shfl_xor_sync(~0u, all, 1);
+                    all += __shfl_xor_sync(~0u, all, 2);
+                    if (j == 0) queried[g + 8 * r] = all;
+                }
+#pragma unroll
+                for (int h = 0; h < 4; h++) {
+                    Dot all = by_key[h];
+                    all += __shfl_xor_sync(~0u, all, 4);
+                    all += __shfl_xor_sync(~0u, all, 8);
+                    all += __shfl_xor_sync(~0u, all, 16);
+                    if (g == 0) keyed[j + (h & 1) + (h >> 1) * 8] = all;
+                }
+            }
+        }
+    };
+
+    auto leave = [&](i64 row) {  // a warp's columns of o, from where it alone has put them
+        const int n = tokens_of(row);
         const Operand& x = p.of[O];
-        constexpr int PIECE = 16 / sizeof(Out), PIECES = BV / PIECE;
+        const Out* from = outs + mine;
+        __syncwarp();
         if (ASYNC_O && !ADD) {
-            for (int i = threadIdx.x; i < W * PIECES; i += THREADS) {
+            constexpr int PIECE = 16 / sizeof(Out), PIECES = 16 / PIECE;
+#pragma unroll
+            for (int i = lane; i < W * PIECES; i += 32) {
                 int t = i / PIECES, v = i % PIECES * PIECE;
-                if (t < n && v < values)
-                    *(uint4*)((Out*)p_o + (row + t) * x.row + v) = *(const uint4*)(outs + t * PITCH_V + v);
+                if (t < n && mine + v < values)
+                    *(uint4*)((Out*)p_o + (row + t) * x.row + mine + v) = *(const uint4*)(from + t * PITCH_V + v);
             }
             return;
         }
-        for (int i = threadIdx.x; i < W * BV; i += THREADS) {
-            int t = i / BV, v = i % BV;
-            if (t >= n || v >= values) continue;
-            i64 at = (row + t) * x.row + v * x.column;
-            Out found = outs[t * PITCH_V + v];
+        for (int i = lane; i < W * 16; i += 32) {
+            int t = i / 16, v = i % 16;
+            if (t >= n || mine + v >= values) continue;
+            i64 at = (row + t) * x.row + (mine + v) * x.column;
+            Out found = from[t * PITCH_V + v];
 #if ADD
             put(p_o, at, TYPE_O, found + get(p_o, at, TYPE_O));
 #elif TYPE_O == 2
@@ -254,128 +326,78 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
         }
     };
 
-    for (int c = 0; c < chunks; c++) {
+    auto leave_sums = [&](int chunk, int which) {  // 0 of what is read, 1 of pairs by key, 2 by query
+        const i64 row = rows_of(chunk);
+        for (int t = threadIdx.x; t < W && t < tokens_of(row); t += THREADS) {
+            Dot all = 0;
+            if (which == 0)
+                for (int n = 0; n < WARPS; n++) all += sums[((chunk & 1) * WARPS + n) * W + t];
+            else
+                for (int n = 0; n < BLOCKS; n++)
+                    if (which == 1 ? legal_blocks(n, t / 16) : legal_blocks(t / 16, n))
+                        all += sums[(2 * WARPS + ((chunk & 1) * 2 + which - 1) * BLOCKS + n) * W + t];
+            u8* to = start_of(p, SUMS, head, 0, first + row + t, 0);
+            put(to, tile * p.of[SUMS].segment + which * p.tokens, (int)p.of[SUMS].type, all);
+        }
+    };
+
+    if (GATED && warp == WEIGHER) {
+        read_gates(0);
+        weigh_chunk(0);
+        weigh_chunk(1);
+    }
+    if (PAIRS && chunks) {
         copies_wait<STAGES - 2>();
-        __syncthreads();  // the chunk is there; nobody reads the one before
+        __syncthreads();
+        pair_up(0);
+    }
+
+    for (int c = 0; c < chunks; c++) {
+        copies_wait<STAGES - 2 - AHEAD>();
+        __syncthreads();  // this chunk is there and its pairs, the next one too; nobody reads the last
         if (c + STAGES - 1 < chunks) fetch_chunk(c + STAGES - 1);
         copies_commit();
-        if (READ && c > 0) leave(c - 1);
+        if (DOTS == 2) leave_sums(c, 1), leave_sums(c, 2);
+        if (DOTS && c > 0) leave_sums(c - 1, 0);
         const Element* q = stages + c % STAGES * STAGE;
         const Element *k = q + AT_K, *v = V_IS_K ? k + v0 : q + AT_V, *x = q + AT_X;
         const i64 row = rows_of(c);
-        const Weights* w = weights + (GATED ? c & 1 : 0);
+        const Weights* w = weights + (GATED ? c % 3 : 0);
         if (!REVERSE) keep(row);
 
         Sum o[READ ? BLOCKS : 1];
-        if (READ) {
-            if (UPDATE)
-#pragma unroll 1
-                for (int i = warp; i < BLOCKS * BLOCKS; i += WARPS) {
-                    const int t0 = i % BLOCKS * 16, s0 = i / BLOCKS * 16;
-                    if (!legal_blocks(t0, s0)) continue;
-                    Sum A;
-                    A.clear();
-#pragma unroll
-                    for (int d = 0; d < BD; d += 16)
-                        multiply(A, load<PITCH>(q, t0, d), load<PITCH>(k, s0, d));
-                    Sum M;
-                    M.clear();
-                    if (DOTS == 2)
-#pragma unroll
-                        for (int d = 0; d < BV; d += 16)
-                            multiply(M, load<PITCH_V>(x, t0, d), load<PITCH_OF_V>(v, s0, d));
-                    Dot by_query[2] = {0, 0}, by_key[4] = {0, 0, 0, 0};
-#pragma unroll
-                    for (int e = 0; e < 8; e++) {
-                        const int r = e >> 1 & 1, h = (e & 1) + (e >> 2) * 2;
-                        const int t = t0 + g + 8 * r, s = s0 + j + (e & 1) + (e >> 2) * 8;
-                        float weight = WRITE ? (float)p.write : 1.f;
-                        const bool able = legal(t, s, strict);
-                        if (GATED) {
-                            float2 one = w->row[t], two = w->column[s];
-                            weight *= expf(able ? (one.x + two.x) + (one.y + two.y) : 0.f);
-                        }
-                        A.x[e] = able ? A.x[e] * weight : 0.f;
-                        if (DOTS == 2 && able && t != s) {
-                            Dot found = (Dot)(A.x[e] * (float)p.read * M.x[e]);
-                            by_query[r] += found, by_key[h] += found;
-                        }
-                    }
-#pragma unroll
-                    for (int r = 0; r < 2; r++)
-#pragma unroll
-                        for (int h = 0; h < 2; h++)
-                            put_pair(pairs + (t0 + g + 8 * r) * PITCH_P + s0 + j + 8 * h,
-                                     A.x[4 * h + 2 * r], A.x[4 * h + 2 * r + 1]);
-                    if (DOTS == 2) {
-                        Dot* keyed = sums + WARPS * W + (t0 / 16) * W + s0;
-                        Dot* queried = sums + (WARPS + BLOCKS) * W + (s0 / 16) * W + t0;
-#pragma unroll
-                        for (int r = 0; r < 2; r++) {
-                            Dot all = by_query[r];
-                            all += __shfl_xor_sync(~0u, all, 1);
-                            all += __shfl_xor_sync(~0u, all, 2);
-                            if (j == 0) queried[g + 8 * r] = all;
-                        }
-#pragma unroll
-                        for (int h = 0; h < 4; h++) {
-                            Dot all = by_key[h];
-                            all += __shfl_xor_sync(~0u, all, 4);
-                            all += __shfl_xor_sync(~0u, all, 8);
-                            all += __shfl_xor_sync(~0u, all, 16);
-                            if (g == 0) keyed[j + (h & 1) + (h >> 1) * 8] = all;
-                        }
-                    }
-                }
+        if (READ && holds) {
 #pragma unroll
             for (int t = 0; t < BLOCKS; t++) o[t].clear();
-            if (holds) {
 #pragma unroll
-                for (int d = 0; d < KEYS; d++) {
-                    Block s = block_of(S[d]);
+            for (int d = 0; d < KEYS; d++) {
+                Block s = block_of(S[d]);
 #pragma unroll
-                    for (int t = 0; t < BLOCKS; t++) multiply(o[t], load<PITCH>(q, 16 * t, 16 * d), s);
-                }
-                if (GATED)
-#pragma unroll
-                    for (int t = 0; t < BLOCKS; t++)
-#pragma unroll
-                        for (int i = 0; i < 8; i++)
-                            o[t].x[i] *= w->into[16 * t + g + (i >> 1 & 1) * 8];
+                for (int t = 0; t < BLOCKS; t++) multiply(o[t], load<PITCH>(q, 16 * t, 16 * d), s);
             }
-            if (DOTS)
+            if (GATED)
 #pragma unroll
                 for (int t = 0; t < BLOCKS; t++)
 #pragma unroll
-                    for (int r = 0; r < 2; r++) {
-                        Dot all = 0;
-                        const Element* mate = x + (16 * t + g + 8 * r) * PITCH_V + mine + j;
-                        if (holds)
-#pragma unroll
-                            for (int i = 0; i < 4; i++)
-                                all += (Dot)(o[t].x[(i >> 1) * 4 + 2 * r + (i & 1)] * (float)p.read
-                                             * value(mate[(i >> 1) * 8 + (i & 1)]));
-                        all += __shfl_xor_sync(~0u, all, 1);
-                        all += __shfl_xor_sync(~0u, all, 2);
-                        if (j == 0) sums[warp * W + 16 * t + g + 8 * r] = all;
-                    }
-            __syncthreads();  // all pairs and sums are there; the last chunk's o has left
-            if (DOTS) {
-                for (int i = threadIdx.x; i < (DOTS == 2 ? 3 : 1) * W; i += THREADS) {
-                    const int t = i % W, which = i / W;
-                    if (t >= tokens_of(row)) continue;
-                    Dot all = 0;
-                    if (which == 0)
-                        for (int n = 0; n < WARPS; n++) all += sums[n * W + t];
-                    else
-                        for (int n = 0; n < BLOCKS; n++)
-                            if (which == 1 ? legal_blocks(n, t / 16) : legal_blocks(t / 16, n))
-                                all += sums[(WARPS + (which - 1) * BLOCKS + n) * W + t];
-                    u8* to = start_of(p, SUMS, head, 0, first + row + t, 0);
-                    put(to, tile * p.of[SUMS].segment + which * p.tokens, (int)p.of[SUMS].type, all);
-                }
-            }
+                    for (int i = 0; i < 8; i++)
+                        o[t].x[i] *= w->into[16 * t + g + (i >> 1 & 1) * 8];
         }
+        if (DOTS)
+#pragma unroll
+            for (int t = 0; t < BLOCKS; t++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    Dot all = 0;
+                    const Element* mate = x + (16 * t + g + 8 * r) * PITCH_V + mine + j;
+                    if (holds)
+#pragma unroll
+                        for (int i = 0; i < 4; i++)
+                            all += (Dot)(o[t].x[(i >> 1) * 4 + 2 * r + (i & 1)] * (float)p.read
+                                         * value(mate[(i >> 1) * 8 + (i & 1)]));
+                    all += __shfl_xor_sync(~0u, all, 1);
+                    all += __shfl_xor_sync(~0u, all, 2);
+                    if (j == 0) sums[((c & 1) * WARPS + warp) * W + 16 * t + g + 8 * r] = all;
+                }
         if (UPDATE && holds) {
             Block b[BLOCKS];
 #pragma unroll
@@ -386,7 +408,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
 #pragma unroll
                     for (int s = 0; s < BLOCKS; s++)
                         if (legal_blocks(t, s))
-                            multiply(o[t], load<PITCH_P>(pairs, 16 * t, 16 * s), b[s]);
+                            multiply(o[t], load<PITCH_P>(pairs + (c & 1) * W * PITCH_P, 16 * t, 16 * s), b[s]);
             if (GATED) {
 #pragma unroll
                 for (int s = 0; s < BLOCKS; s++) b[s] = weighed(b[s], w->out + 16 * s);
@@ -397,26 +419,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
             const float total = GATED ? w->total : 1.f;
 #pragma unroll
             for (int d = 0; d < KEYS; d++) {
-                Sum u = S[d];
                 if (GATED)
 #pragma unroll
-                    for (int i = 0; i < 8; i++) u.x[i] *= total;
-#if !NARROW  // the unit truncates its sums, those of a chunk alone
-                Sum before = u;
-                u.clear();
-#endif
+                    for (int i = 0; i < 8; i++) S[d].x[i] *= total;
 #pragma unroll
                 for (int s = 0; s < BLOCKS; s++)
-                    multiply(u, b[s], load_turned<PITCH>(k, 16 * s, 16 * d));
-#if !NARROW
-#pragma unroll
-                for (int i = 0; i < 8; i++) u.x[i] += before.x[i];
-#endif
-                S[d] = u;
+                    multiply(S[d], b[s], load_turned<PITCH>(k, 16 * s, 16 * d));
             }
         }
         if (REVERSE) keep(row);
-        if (READ && holds)
+        if (READ && holds) {
 #pragma unroll
             for (int t = 0; t < BLOCKS; t++)
 #pragma unroll
@@ -431,14 +443,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
                     *(u32*)to = bf16_pair(one, two);
 #endif
                 }
-        if (GATED && warp == 0) {
-            weigh(p, weights[c + 1 & 1], a);
-            read_gates(c + 2);
+            leave(row);
         }
+        if (PAIRS && !AHEAD && c + 1 < chunks) {
+            copies_wait<0>();
+            __syncthreads();
+        }
+        if (PAIRS && c + 1 < chunks) pair_up(c + 1);
+        if (GATED && warp == WEIGHER) weigh_chunk(c + 2);
     }
-    if (READ && chunks) {
+    if (DOTS && chunks) {
         __syncthreads();
-        leave(chunks - 1);
+        leave_sums(chunks - 1, 0);
     }
     if (p.at[END]) {  // of the heads that share a state, those along a stride of 0, the first writes it
         const Operand& x = p.of[END];

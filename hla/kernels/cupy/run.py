@@ -15,7 +15,7 @@ from ...core.reference import Gradients
 from ...core.request import Inputs, Request
 from ...core.triangle import STATE_OF
 from ...device.elementwise import elementwise, part
-from ...device.scan import Call, Device, Do, Ready, Runner
+from ...device.scan import Call, Device, Do, Runner
 from ...device.steps import (
     Carry,
     Divide,
@@ -32,6 +32,7 @@ from ...device.steps import (
 from ...device.tiles import Layout, whole
 from ...device.token import unpacked
 from . import between, launch, rows
+from . import step as one_token
 
 Array = Any
 NARROW = ("bfloat16", "float16")
@@ -47,7 +48,7 @@ class Memory(NamedTuple):
     constant: Callable[[float, Shape, Any, Any], Array]
     dtype: Callable[[str], Any]
     address: Callable[[Array], int]
-    run: Callable[[Ready, list[Array], list[Any]], list[Array]]
+    inside: Callable[[launch.Card, Callable[[], Any]], Any]  # call a function on a device
 
 
 def steps(memory: Memory, call: Call, step: Step) -> Iterable[Do]:
@@ -150,7 +151,9 @@ def device(memory: Memory) -> Device:
         addresses=lambda arrays: [address(x) for x in arrays],
         address=address,
         alike=alike,
-        run=memory.run,
+        run=lambda ready, arrays, addresses: memory.inside(
+            ready.call.where, lambda: ready(arrays, addresses, None)
+        ),
     )
 
 
@@ -159,9 +162,12 @@ class Library:
 
     def __init__(self, memory: Memory) -> None:
         self.memory, self.runner = memory, Runner(device(memory))
+        self.steps = one_token.Steps(memory)
 
     def forward(self, request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
         """Return (o, state, the arrays that `backward` needs)."""
+        if request.tokens == 1 and request.return_state and not request.gradient:
+            return *self.step(request, inputs, False), ()
         return self.runner.forward(request, inputs)
 
     def backward(
@@ -174,5 +180,8 @@ class Library:
         """Return (o, state) of one token; the state may be packed."""
         packed = type(inputs.state) in STATE_OF
         inputs = inputs._replace(state=unpacked(inputs.state))
-        o, state, _ = self.runner.forward(request, inputs)
+        if one_token.fits(request):
+            o, state = self.steps.step(request, inputs, donate and not packed)
+        else:
+            o, state, _ = self.runner.forward(request, inputs)
         return o, state.pack() if packed else state
