@@ -33,6 +33,7 @@ from hypothesis import HealthCheck, settings
 import hla
 from hla import backends
 from hla.contract import ANY
+from hla.libraries import library_of
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 SUITE = {"deadline": None, "suppress_health_check": SLOW}  # no verdict by the clock
@@ -144,7 +145,8 @@ def place(name, library=None) -> str:
     if not {(library, False), (ANY, False)}.isdisjoint(serves(name)):
         return "cpu"
     host = load(library).arrays(*draw(2), dtype="float32")  # which an interpreter takes too
-    return ACCELERATORS[library] if refused(host, backend=name) else "cpu"
+    away = library_of(host[0]).on_accelerator(host[0])  # of a library that has no others
+    return ACCELERATORS[library] if away or refused(host, backend=name) else "cpu"
 
 
 @functools.cache

@@ -18,9 +18,10 @@ TABLE = {  # in the order in which they are tried; plugins come before the last
     "numpy": "hla.backends.numpy",
     "triton": "hla.backends.triton",
     "pallas": "hla.backends.pallas",
+    "cupy": "hla.backends.cupy",
     "array_api": "hla.backends.array_api",
 }
-RESERVED = ("cupy", "numba")  # known names, also before they are there
+RESERVED = ("numba",)  # known names, also before they are there
 GROUP = "hla.backends"
 warned: set[str] = set()
 

@@ -260,13 +260,14 @@ class Builder:
         s, T = values[0], self.request.tokens
         batch, held = self.lead(next((t for t in values if t.out or t.dot), s))
         packs = self.packs(keys, 1 << 30 if whole else self.limits.keys, tails=len(values) == 1)
-        read, add = any(t.out or t.dot for t in values), any(map(self.adds, values))
+        read = any(t.out or t.dot for t in values)
         before: list[Sum] = []
         after: Sums = []
-        wide = [self.dtype(t.out) == self.wide or len(packs) == 1 for t in values]
+        free = len(packs) == 1 or all(self.dtype(t.out) == self.wide for t in values)
+        add = free and any(map(self.adds, values))  # what goes aside begins anew
         outs = tuple(
             self.place(t.out, (*batch, T, self.width(t.v)), free, after, like=self.like(t))
-            for t, free in zip(values, wide, strict=True)
+            for t in values
             if read
         )
         pairs = keys if len(keys) > 1 else values

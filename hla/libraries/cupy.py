@@ -14,6 +14,17 @@ from ..core.namespace import Array
 from .generic import Generic
 
 
+class _Lent:
+    """A stream of another library, which it keeps alive while it is current there."""
+
+    def __init__(self, stream: int) -> None:
+        self.stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Return the protocol's version and the stream's address."""
+        return 0, self.stream
+
+
 class CuPy(Generic):
     """CuPy, whose arrays are on a GPU."""
 
@@ -38,7 +49,11 @@ class CuPy(Generic):
 
     def on_stream(self, stream: int) -> AbstractContextManager[Any]:
         """Context in which CuPy works on a stream."""
-        context: AbstractContextManager[Any] = cupy.cuda.ExternalStream(stream)
+        context: AbstractContextManager[Any]
+        if hasattr(cupy.cuda.Stream, "from_external"):
+            context = cupy.cuda.Stream.from_external(_Lent(stream))
+        else:  # before CuPy 14
+            context = cupy.cuda.ExternalStream(stream)
         return context
 
     def done(self, x: Array) -> Callable[[], bool]:

@@ -22,7 +22,7 @@ from hla.device import plan as plans
 from hla.device import scan
 from hla.device.elementwise import gate_gradient
 from hla.device.shapes import shapes
-from hla.device.steps import Carry, Fused, GateGradient, GateSum, Launch, Limits, Ref
+from hla.device.steps import Carry, Fused, GateGradient, GateSum, Launch, Limits, Ref, written
 
 torch = installed("torch")
 CHUNKS = Limits(chunk=2, period=4)
@@ -266,6 +266,19 @@ def test_only_what_is_wanted_is_computed(wanted):
     for n in wanted:
         agree({n: found[ready.results[f"d.{n}"]]}, {n: want[f"d{n}"]})
     assert len(launches(plan)) == {"": 0, "q": 5, "k": 4, "v": 2, "qk": 7, "kv": 5}[wanted]
+
+
+@pytest.mark.parametrize("operator", ["hla2", "hla3"])
+def test_what_adds_has_something_to_add_to(operator):
+    """Also where results are narrower than sums of parts, which go aside."""
+    request = dataclasses.replace(some(operator, normalize=True)[2], dtype="bfloat16")
+    plan = plans.backward(request, TIGHT._replace(keys=2, tail=-1))
+    before = set(plan.given)
+    assert any(x.add for x in launches(plan))
+    for step in plan.steps:
+        if isinstance(step, Launch) and step.add:
+            assert {ref.name for ref in step.o} <= before
+        before |= written(step)
 
 
 def test_a_segment_is_a_batch_entry_with_a_first_state():

@@ -1,0 +1,137 @@
+// The gradient of a gate by one pass, from what the launches of dq and dv leave: a block a head and
+// period of tokens, a thread a token.
+//
+// The gate of token s multiplies every product that crosses it (derivations 5). In a chunk
+//
+//     G_s = E + sum_{t>=s} c_t + sum_{j<s} (d_j + w_j) - sum_{t<s} r_t    E = B - sum c    B <- E + sum d
+//
+// where c_t is read from earlier chunks, d_j is written to later ones, r_t and w_j sum the chunk's own
+// pairs by query and by key, and B and E are what crosses its start and what crosses all of it. B is
+// <S, R>, the state and its gradient, at both borders of every period: from the first it is carried on,
+// and what is then missing at the second is added along the way. E is 0 in a chunk whose gate leaves
+// nothing. For a decay the sum of G over all tokens is needed. Sums in float64, in a fixed order.
+#include "ptx.cuh"
+#include "arrays.cuh"
+
+enum { READS, WRITES, GATE, BORDER, STATE, GRADIENT, O, OPERANDS };
+struct Gate {
+    u8* at[OPERANDS];  // arrays in order (*batch, ...)
+    i64 type[OPERANDS], tokens, keys, values, log, strict, ends, reads, writes;
+    double power, factor;
+};
+constexpr int CHUNKS = PERIOD / W;
+
+DEVICE double number(const u8* p, i64 at, i64 type) {
+    return type == 3 ? ((const double*)p)[at] : (double)get(p, at, (int)type);
+}
+
+// Sum over the block, the same in all threads.
+DEVICE double summed(double x, double* shared) {
+#pragma unroll
+    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0.;
+    for (int i = 0; i < PERIOD / 32; i++) x += shared[i];
+    return x;
+}
+
+// Sums over the chunk of a thread: up to its own token, and of all.
+DEVICE void in_chunk(double x, double& upto, double& all, double* shared) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    upto = x;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        double other = __shfl_up_sync(~0u, upto, step);
+        if (lane >= step) upto += other;
+    }
+    __syncthreads();
+    if (lane == 31) shared[warp] = upto;
+    __syncthreads();
+    all = 0.;
+    double before = 0.;
+    const int first = warp / (W / 32) * (W / 32);
+    for (int i = first; i < first + W / 32; i++) {
+        all += shared[i];
+        if (i < warp) before += shared[i];
+    }
+    upto += before;
+}
+
+// <S, R> of (D, V) and (V, D).
+DEVICE double crossing(const Gate& p, i64 at, double* shared) {
+    const i64 size = p.keys * p.values;
+    double sum = 0.;
+    for (i64 i = threadIdx.x; i < size; i += PERIOD) {
+        i64 d = i / p.values, v = i % p.values;
+        sum += number(p.at[STATE], at * size + i, p.type[STATE])
+               * number(p.at[GRADIENT], at * size + v * p.keys + d, p.type[GRADIENT]);
+    }
+    return summed(sum, shared) * p.factor;
+}
+
+extern "C" __global__ void __launch_bounds__(PERIOD) gate_kernel(const __grid_constant__ Gate p) {
+    extern __shared__ __align__(16) u8 memory[];
+    double* shared = (double*)memory;  // of 32 sums
+    double* of_chunk = shared + 32;  // (3, CHUNKS)
+    const i64 T = p.tokens, parts = (T + PERIOD - 1) / PERIOD;
+    const i64 part = blockIdx.x % parts, head = blockIdx.x / parts, first = part * PERIOD;
+    const int i = threadIdx.x / W, i_t = threadIdx.x % W;
+    const i64 t = first + threadIdx.x;
+    const bool there = t < T;
+    double B = 0., after = 0.;
+    if (part == 0 && p.at[BORDER]) B = number(p.at[BORDER], head, p.type[BORDER]);
+    if (part > 0 && p.at[STATE]) B = crossing(p, head * (parts - 1) + part - 1, shared);
+    if (part < parts - 1 && p.at[STATE]) after = crossing(p, head * (parts - 1) + part, shared);
+
+    double c = 0., d = 0., query = 0., key = 0., a = 0.;
+    if (there) {
+        for (i64 n = 0; n < p.reads; n++)
+            c += number(p.at[READS], (head * p.reads + n) * T + t, p.type[READS]);
+        for (i64 n = 0; n < p.writes; n++) {
+            const i64 at = (head * p.writes + n) * 3 * T + t;
+            d += number(p.at[WRITES], at, p.type[WRITES]);
+            query += number(p.at[WRITES], at + T, p.type[WRITES]);
+            key += number(p.at[WRITES], at + 2 * T, p.type[WRITES]);
+        }
+        d *= p.factor;
+        a = number(p.at[GATE], p.log ? head * T + t : head, p.type[GATE]);
+        if (!p.log) a = log(a < 1e-30 ? 1e-30 : a);
+    }
+    double read, sum_c, written, sum_d, upto, sum_a;
+    in_chunk(a, upto, sum_a, shared);
+    in_chunk(c + query, read, upto, shared);
+    in_chunk(d + key, written, upto, shared);
+    in_chunk(c, upto, sum_c, shared);
+    in_chunk(d, upto, sum_d, shared);
+    if (i_t == 0) {
+        of_chunk[i] = sum_c, of_chunk[CHUNKS + i] = sum_d;
+        of_chunk[2 * CHUNKS + i] = exp(sum_a * p.power) < 5.9604644775390625e-08 ? 0. : 1.;
+    }
+    __syncthreads();
+    double begin = 0., E = 0.;
+    for (int n = 0; n < CHUNKS; n++) {  // what crosses a chunk, and what is missing behind all
+        const double kept = of_chunk[2 * CHUNKS + n], across = kept * (B - of_chunk[n]);
+        if (n == i) E = across;
+        B = across + of_chunk[CHUNKS + n];
+        if (kept == 0.) begin = n + 0.5;
+    }
+    const i64 rest = T - first < PERIOD ? T - first : PERIOD;
+    double missing = (after - B) / ((double)((rest + W - 1) / W) - begin);
+    if (!p.ends && part == parts - 1) missing = 0.;
+    const double through = E + (i + 0.5 > begin ? missing * (i + 0.5 - begin) : 0.);
+    if (p.log) {
+        const double ahead = p.strict ? read : read - (c + query);
+        const double G = through + sum_c - ahead + written - (d + key);
+        if (there) put(p.at[O], head * T + t, (int)p.type[O], G * p.power);
+        return;
+    }
+    const double n = rest - i * W < 0 ? 0. : rest - i * W > W ? (double)W : (double)(rest - i * W);
+    const double last = p.strict ? i_t - 1 : i_t;  // the last gate that a read has met
+    double crossed = (last + 1) * c + (n - 1 - i_t) * d + last * query - i_t * key;
+    if (!there) crossed = 0.;
+    if (i_t == 0) crossed += n * through;
+    const double all = summed(crossed, shared);
+    if (threadIdx.x == 0) put(p.at[O], head * parts + part, (int)p.type[O], all * p.power);
+}

@@ -1,0 +1,323 @@
+"""Launches of CUDA C++ kernels: constants, arguments, and functions kept ready.
+
+Nothing here knows CuPy: what compiles a kernel and what launches it is given (`driver`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...core.passes import Shape
+from ...core.request import Request
+from ...device import segments as rule
+from ...device.scan import Call, Place
+from ...device.steps import UNDOTTED, Launch, Limits, Ref, Sum
+from ...device.tiles import grids, inner
+from ...errors import Unsupported
+
+LARGE = 200 << 10  # bytes of shared memory from which three chunks of 64 tokens fit
+CHUNK = 32  # tokens in the other passes
+PERIOD = 256  # tokens between the states that are kept for a gate's gradient
+WIDEST = 128  # columns of a state
+PAD = 8  # elements behind a row in shared memory, as in block.cuh
+TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "float64": 3}  # as block.cuh counts them
+Constants = Mapping[str, Any]
+Function = Callable[..., Any]  # (grid, block, arguments, shared_mem=)
+Load = Callable[[str, Constants, int, Any], Function]  # file, constants, shared memory, where
+
+
+class Card(NamedTuple):
+    """A GPU, as far as launches depend on it."""
+
+    device: int
+    capability: tuple[int, int]
+    processors: int
+    shared: int  # bytes of shared memory that a block can have
+
+
+class Kernel:
+    """A kernel with all but the memory of its operands.
+
+    Its one argument is a struct: addresses, then what does not change. The first call loads it, as
+    ``constants`` has it of the operands' addresses: those of later calls are aligned alike.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        where: Any,
+        name: str,
+        grid: int,
+        threads: int,
+        operands: Sequence[Place | None],
+        sizes: Sequence[int],
+        rest: bytes,
+        constants: Callable[[Sequence[int]], tuple[Constants, int]],
+    ) -> None:
+        self.load, self.where, self.name, self.constants = load, where, name, constants
+        self.grid, self.block, self.rest = (grid,), (threads,), rest
+        self.slots = [-1 if x is None else x.slot for x in operands]  # the last address is none
+        self.offsets = [
+            0 if x is None else x.layout.offset * size
+            for x, size in zip(operands, sizes, strict=True)
+        ]
+        self.pack = struct.Struct(f"<{len(operands)}Q").pack
+        self.kind = np.dtype((np.void, 8 * len(operands) + len(rest)))
+        self.function: Function | None = None
+        self.shared = 0
+
+    def __call__(self, arrays: list[Any], addresses: list[Any], stream: Any) -> None:
+        """Launch it on arrays whose addresses are known."""
+        given = [
+            (addresses[slot] or 0) + offset
+            for slot, offset in zip(self.slots, self.offsets, strict=True)
+        ]
+        if self.function is None:
+            constants, self.shared = self.constants(given)
+            self.function = self.load(self.name, constants, self.shared, self.where)
+        argument = np.frombuffer(self.pack(*given) + self.rest, dtype=self.kind)
+        self.function(self.grid, self.block, (argument,), shared_mem=self.shared)
+
+
+def operand(strides: Sequence[int], dtype: Any) -> bytes:
+    """Return a struct Operand: strides of three batch axes, segment, row, column; and its type."""
+    return struct.pack("<7q", *strides, 0 if dtype is None else TYPES[str(dtype)])
+
+
+def chunk(narrow: bool, card: Card) -> int:
+    """Tokens in a chunk of a pass that leaves nothing for a gate's gradient."""
+    return 64 if narrow and card.shared >= LARGE else CHUNK
+
+
+@functools.lru_cache(maxsize=1024)
+def limits(request: Request, card: Card) -> Limits:
+    """Return what one launch takes: one part of keys, one value, one state."""
+    large, narrow = card.shared >= LARGE // 2, request.dtype == "bfloat16"
+    keys, values = (WIDEST if large or x else WIDEST // 2 for x in (narrow, False))
+    return Limits(keys, -1, 0, 0, symmetric=(), tile=values, chunk=CHUNK, period=PERIOD)
+
+
+def segments(request: Request, card: Card) -> int:
+    """Return the tokens of a segment, 0 for the whole sequence as one."""
+    wide = max(request.k_shape[-1], request.v_shape[-1]) > 64  # one block a multiprocessor
+    return rule.tokens(request, card.processors * (1 if wide else 2), PERIOD, WIDEST)
+
+
+@functools.cache
+def tile(n: int, most: int) -> int:
+    """Width of the tile that serves n keys or values."""
+    return min(most, max(16, 1 << max(n - 1, 0).bit_length()))
+
+
+NAMES = ("q", "k", "v", "o", "x", "start", "end", "gate", "dots", "states")
+OWN = (2, 2, 2, 2, 2, 2, 2, 0, 2, 3)  # axes that are an operand's own
+
+
+def passes(load: Load, call: Call, s: Launch) -> Iterator[Kernel]:
+    """Return the kernels of one launch: one, or more where the batch has axes that are not one."""
+    if 0 in s.batch and s.q:  # no output, but states of keys may be requested
+        s = s._replace(q=(), o=(), batch=s.held, **UNDOTTED)
+        if not any(s.end):
+            return
+    if 0 in s.batch:
+        return
+    k, v = s.k or s.q, s.v or s.o  # what is not read stands for what has its shape
+    gate = Ref("gate") if s.power and call.request.gate is not None else None
+    log = gate is not None and call.request.gate == "log_gate"
+    refs = [(s.q or (None,))[0], k[0], v[0], (s.o or (None,))[0], s.x, s.start[0], s.end[0], gate]
+    refs += [s.dots, s.states]
+    own = [*OWN[:5], *(n + (s.tokens > 0) for n in OWN[5:7]), int(log), *OWN[8:]]
+    places = [None if x is None else call.place(x) for x in refs]
+    dtypes = [None if x is None else call.dtypes[x.name] for x in refs]
+    sizes = [0 if x is None else x.itemsize for x in dtypes]
+    most = limits(call.request, call.where)
+    D, V = (x.layout.shape[-1] for x in (places[1], places[2]) if x)
+    BD, BV = tile(D, most.keys), tile(V, most.tile)
+    fixed, threads = settings(call, s, BD, BV, dtypes, gated=gate is not None)
+    tiles, T = -(-V // BV), call.request.tokens
+    parts = -(-T // s.tokens) if s.tokens else 1
+    for counts, strides, first, _ in heads(s.batch, places, own):
+        if not tiles * math.prod(counts):
+            continue
+        every = [
+            (*lead, *walked(name, x, s.tokens > 0))
+            for name, lead, x in zip(NAMES, strides, first, strict=True)
+        ]
+        words = b"".join(map(operand, every, dtypes))
+        words += struct.pack("<3d", s.read, fixed["write"], s.power)
+        words += struct.pack("<10q", T, s.tokens, D, V, *counts[-2:], s.strict, log, tiles, PERIOD)
+        yield Kernel(
+            load, call.where, "pass.cu", math.prod(counts) * parts * tiles, threads, first, sizes,
+            words, functools.partial(constants, fixed, every, sizes, (D, D, V, V, V), call.where),
+        )  # fmt: skip
+
+
+def heads(
+    batch: Shape, places: Sequence[Place | None], ranks: Sequence[int]
+) -> Iterator[tuple[Shape, list[Shape], list[Place | None], list[Shape]]]:
+    """Yield grids of at most three batch axes: sizes, strides along them, first heads, own strides.
+
+    Of operands with so many axes of their own; 0 along what one lacks.
+    """
+    lists = [None if x is None else (x.layout, n) for x, n in zip(places, ranks, strict=True)]
+    for counts, strides, offsets in grids(batch, lists):
+        first = [
+            None if x is None else x._replace(layout=inner(x.layout, n, offset))
+            for x, n, offset in zip(places, ranks, offsets, strict=True)
+        ]
+        yield counts, strides, first, [() if x is None else x.layout.strides for x in first]
+
+
+def walked(name: str, x: Place | None, cut: bool) -> Shape:
+    """Return strides of an operand's own axes as the kernel walks them: segment, row, column."""
+    if x is None:
+        return (0, 0, 0)
+    own = x.layout.strides
+    if name in ("start", "end"):  # of a state (D, V), whose rows are there its columns
+        return (own[0] if cut else 0, own[-1], own[-2])
+    if name == "dots":
+        return (own[0], own[1], 0)
+    if name == "gate":
+        return (0, own[0] if own else 0, 0)
+    return own if name == "states" else (0, *own)
+
+
+def settings(
+    call: Call, s: Launch, BD: int, BV: int, dtypes: Sequence[Any], *, gated: bool
+) -> tuple[dict[str, Any], int]:
+    """Return the constants of a pass but those that alignment decides, and threads of a block."""
+    narrow = call.request.dtype == "bfloat16"
+    dots = 0 if s.dots is None else 2 if s.reverse else 1
+    fixed = {
+        "NARROW": int(narrow), "BD": BD, "BV": BV, "W": s.chunk or chunk(narrow, call.where),
+        "READ": int(bool(s.q)), "UPDATE": int(bool(s.k)), "GATED": int(gated),
+        "V_IS_K": int(s.k[:1] == s.v[:1] != ()), "WRITE": int(s.write != 1), "ADD": int(s.add),
+        "REVERSE": int(s.reverse), "DOTS": dots, "KEEP": int(s.states is not None),
+        "TYPE_O": 2 if dtypes[3] is None else TYPES[str(dtypes[3])],
+        "SUM_TYPE": "float" if narrow else "double", "write": s.write,
+    }  # fmt: skip
+    return fixed, 32 * (BV // 16 if BV > 64 else 4)
+
+
+def constants(
+    fixed: Mapping[str, Any],
+    strides: Sequence[Shape],
+    sizes: Sequence[int],
+    columns: Sequence[int],
+    card: Card,
+    addresses: Sequence[int],
+) -> tuple[Constants, int]:
+    """Return all constants of a pass and the bytes of shared memory that it takes."""
+    found = dict(fixed)
+    del found["write"]
+    element = 2 if found["NARROW"] else 4
+    for i, (name, n) in enumerate(zip("QKVOX", columns, strict=True)):
+        size = (2, 2, 4)[found["TYPE_O"]] if name == "O" else element
+        moves = (addresses[i], n * size, *(x * size for x in strides[i][:-1]))
+        whole = sizes[i] == size and strides[i][-1] == 1 and not any(x % 16 for x in moves)
+        found[f"ASYNC_{name}"] = int(whole)
+    for found["STAGES"] in (4, 3, 2):
+        shared = memory(found)
+        if shared <= card.shared:
+            break
+    return found, shared
+
+
+def memory(c: Constants) -> int:
+    """Bytes of shared memory of a pass with such constants, as pass.cu lays them out."""
+    W, element = c["W"], 2 if c["NARROW"] else 4
+    wide, tall = W * (c["BD"] + PAD), W * (c["BV"] + PAD)
+    read, update = bool(c["READ"]), bool(c["UPDATE"])
+    stage = wide * (read + update) + tall * ((update and not c["V_IS_K"]) + bool(c["DOTS"]))
+    total = c["STAGES"] * stage * element + (2 * W * (W + PAD) * element if read and update else 0)
+    total += tall * (4 if c["ADD"] or c["TYPE_O"] == 2 else 2) if read else 0
+    total += 3 * (6 * W + 4) * 4 if c["GATED"] else 0
+    warps = c["BV"] // 16 if c["BV"] > 64 else 4
+    rows = (0, 2 * warps, 2 * warps + 4 * W // 16)[c["DOTS"]]
+    return int(total + rows * W * (4 if c["SUM_TYPE"] == "float" else 8))
+
+
+AXES, TERMS = 8, 4  # of a sum, as in sum.cu
+
+
+def total(load: Load, call: Call, s: Sum) -> Iterator[Kernel]:
+    """Return the kernels of a Sum; of many terms each adds to what the one before made."""
+    o = call.place(s.o)
+    terms = [(factor, call.place(x), call.dtypes[x.name]) for factor, x in s.terms]
+    while True:
+        some, terms = terms[:TERMS], terms[TERMS:]
+        if math.prod(o.layout.shape):
+            yield _sum(load, call, o, call.dtypes[s.o.name], some)
+        if not terms:
+            return
+        terms.insert(0, (1.0, o, call.dtypes[s.o.name]))
+
+
+def _sum(
+    load: Load, call: Call, o: Place, dtype: Any, terms: Sequence[tuple[float, Place, Any]]
+) -> Kernel:
+    shape, strides, _ = o.layout
+    lists, sums = [strides], []
+    for _, x, _ in terms:
+        of, steps, _ = x.layout
+        extra = max(0, len(of) - len(shape))
+        missing = (0,) * (len(shape) - len(of))
+        pairs = list(zip(of, steps, strict=True))
+        summed = [pair for pair in pairs[:extra] if pair[0] != 1]
+        walked = []
+        for (n, step), size in zip(pairs[extra:], shape[len(missing) :], strict=True):
+            walked.append(0 if n == 1 else step if n == size else 0)
+            summed += [(n, step)] if n != size and n != 1 else []
+        lists.append((*missing, *walked))
+        sums.append(merged(summed))
+    axes = merged([(n, *steps) for n, *steps in zip(shape, *lists, strict=True)], AXES)
+    found = padded(axes, len(lists))
+    words = b""
+    for i in range(TERMS):
+        there = i < len(terms)
+        reduced = [*(sums[i] if there else []), (1, 0), (1, 0)][:2]
+        words += struct.pack(
+            f"<{AXES + 5}qd", *(found[2 + i] if there else [0] * AXES),
+            *(n for n, _ in reduced), *(step for _, step in reduced),
+            TYPES[str(terms[i][2])] if there else 0, terms[i][0] if there else 0.0,
+        )  # fmt: skip
+    count = math.prod(shape)
+    words += struct.pack(
+        f"<{2 * AXES + 3}q", *found[0], *found[1], TYPES[str(dtype)], count, len(terms)
+    )
+    places = [*(x for _, x, _ in terms), *[None] * (TERMS - len(terms)), o]
+    sizes = [*(d.itemsize for *_, d in terms), *[0] * (TERMS - len(terms)), dtype.itemsize]
+    kind = {"TOTAL": "double" if str(dtype) == "float64" else "float"}
+    return Kernel(
+        load, call.where, "sum.cu", -(-count // 256), 256, places, sizes, words,
+        lambda addresses: (kind, 0),
+    )  # fmt: skip
+
+
+def merged(axes: Sequence[tuple[int, ...]], most: int = 2) -> list[tuple[int, ...]]:
+    """Make neighbouring axes, each its size and strides, one where all strides allow."""
+    found: list[tuple[int, ...]] = []
+    for n, *steps in axes:
+        if n == 1:
+            continue
+        if found and all(a == b * n for a, b in zip(found[-1][1:], steps, strict=True)):
+            found[-1] = (found[-1][0] * n, *steps)
+        else:
+            found.append((n, *steps))
+    if len(found) > most:
+        raise Unsupported(
+            f"backend cupy adds arrays of at most {most} axes that are not one in memory, here are"
+            f" {len(found)}; use backend='array_api'"
+        )
+    return found
+
+
+def padded(axes: Sequence[tuple[int, ...]], operands: int) -> list[tuple[int, ...]]:
+    """Return sizes and each operand's strides of as many axes as a kernel counts."""
+    return list(zip(*axes, *[(1, *(0,) * operands)] * (AXES - len(axes)), strict=True))

@@ -1,0 +1,187 @@
+"""How a plan's steps are done by CUDA C++ kernels: of any library whose arrays are memory.
+
+`Memory` is what that library must do; `driver` has CuPy's. Small steps between launches run in the
+library's own namespace, on float32 and float64 alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from ...core.passes import Shape
+from ...core.reference import Gradients
+from ...core.request import Inputs, Request
+from ...core.triangle import STATE_OF
+from ...device.elementwise import elementwise, part
+from ...device.scan import Call, Device, Do, Runner
+from ...device.steps import (
+    Carry,
+    Divide,
+    Fading,
+    Fused,
+    GateGradient,
+    Launch,
+    Ref,
+    Step,
+    Sum,
+    names,
+    written,
+)
+from ...device.tiles import Layout, whole
+from ...device.token import unpacked
+from . import between, launch, rows
+from . import step as one_token
+
+Array = Any
+NARROW = ("bfloat16", "float16")
+
+
+class Memory(NamedTuple):
+    """Arrays of one library, and their device."""
+
+    xp: Any  # namespace of the standard
+    load: launch.Load
+    card: Callable[[Array], launch.Card]  # where an array is
+    empty: Callable[[Shape, Shape, Any, Any], Array]  # of a shape, strides in elements, dtype
+    constant: Callable[[float, Shape, Any, Any], Array]
+    dtype: Callable[[str], Any]
+    address: Callable[[Array], int]
+    inside: Callable[[launch.Card, Callable[[], Any]], Any]  # call a function on a device
+
+
+def steps(memory: Memory, call: Call, step: Step) -> Iterable[Do]:
+    """Return what does a step."""
+    if isinstance(step, Fused):
+        return rows.KERNELS[step.row](memory.load, call, step)
+    if isinstance(step, GateGradient) and not between.ordered(call.place(step.gate)):
+        return [_of_copies(memory, call, step, [step.gate.name], _kernels)]
+    if type(step) in KERNELS:
+        return _kernels(memory, call, step)
+    narrow = [n for n in sorted(names(step)) if str(call.dtypes[n]) in NARROW]
+    return [_of_copies(memory, call, step, narrow, _by_library)]
+
+
+KERNELS: dict[type, Callable[[launch.Load, Call, Any], Iterator[launch.Kernel]]] = {
+    Launch: launch.passes,
+    Sum: launch.total,
+    Divide: between.divide,
+    GateGradient: between.gate_gradient,
+    Fading: between.fading,
+    Carry: between.carry,
+}
+
+
+def _kernels(memory: Memory, call: Call, step: Step) -> list[Do]:
+    return list(KERNELS[type(step)](memory.load, call, step))
+
+
+def _by_library(memory: Memory, call: Call, step: Step) -> list[Do]:
+    return [elementwise(memory.xp, call, step, _put)]
+
+
+def _of_copies(
+    memory: Memory,
+    call: Call,
+    step: Step,
+    copied: Sequence[str],
+    make: Callable[[Memory, Call, Step], list[Do]],
+) -> Do:
+    """Return what does a step on copies of arrays, float32 and in order, which are copied back."""
+    wide, count = memory.dtype("float32"), len(call.slots)
+    here = {f"{n}#": count + i for i, n in enumerate(copied)}
+    shapes = [call.layouts[n].shape for n in copied]
+    layouts = {n: Layout(shape, whole(shape)) for n, shape in zip(here, shapes, strict=True)}
+    both = call._replace(
+        slots={**call.slots, **here},
+        layouts={**call.layouts, **layouts},
+        dtypes={**call.dtypes, **dict.fromkeys(here, wide)},
+    )
+    alone = call._replace(
+        slots={**call.slots, **{n: here[f"{n}#"] for n in copied}},
+        layouts={**call.layouts, **{n: layouts[f"{n}#"] for n in copied}},
+        dtypes={**call.dtypes, **dict.fromkeys(copied, wide)},
+    )
+
+    def copies(to: str, of: str, which: Iterable[str]) -> list[Do]:
+        found = (Sum(Ref(n + to), ((1.0, Ref(n + of)),)) for n in which)
+        return [x for s in found for x in launch.total(memory.load, both, s)]
+
+    doing = copies("#", "", copied) + make(memory, alone, step)
+    doing += copies("", "#", sorted(written(step).intersection(copied)))
+
+    def do(arrays: list[Array], addresses: list[Any], stream: Any) -> None:
+        more = [memory.empty(x.shape, x.strides, wide, call.where) for x in layouts.values()]
+        own = [*arrays[:count], *more]
+        found = [*addresses[:count], *map(memory.address, more), None]
+        for x in doing:
+            x(own, found, stream)
+
+    return do
+
+
+def _put(old: Array, ref: Ref, x: Array) -> Array:
+    part(old, ref)[...] = x
+    return old
+
+
+def device(memory: Memory) -> Device:
+    """Return the device of a library's arrays."""
+    address = memory.address
+
+    def alike(arrays: Sequence[Array], addresses: list[Any]) -> tuple[Any, ...]:
+        card = memory.card(arrays[0])
+        return (card, *[x.strides for x in arrays], *[p & 15 for p in addresses])
+
+    def layout(x: Array) -> Layout:
+        size = x.dtype.itemsize
+        return Layout(tuple(x.shape), tuple(s // size for s in x.strides))
+
+    return Device(
+        steps=functools.partial(steps, memory),
+        limits=launch.limits,
+        rows=rows.rows,
+        segments=launch.segments,
+        layout=layout,
+        empty=memory.empty,
+        constant=memory.constant,
+        dtype=memory.dtype,
+        where=memory.card,
+        addresses=lambda arrays: [address(x) for x in arrays],
+        address=address,
+        alike=alike,
+        run=lambda ready, arrays, addresses: memory.inside(
+            ready.call.where, lambda: ready(arrays, addresses, None)
+        ),
+    )
+
+
+class Library:
+    """The calls of a backend, for one library's arrays."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory, self.runner = memory, Runner(device(memory))
+        self.steps = one_token.Steps(memory)
+
+    def forward(self, request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
+        """Return (o, state, the arrays that `backward` needs)."""
+        if request.tokens == 1 and request.return_state and not request.gradient:
+            return *self.step(request, inputs, False), ()
+        return self.runner.forward(request, inputs)
+
+    def backward(
+        self, request: Request, inputs: Inputs, saved: Sequence[Array], do: Any, dstate: Any
+    ) -> Gradients:
+        """Return the gradients of `forward`."""
+        return self.runner.backward(request, inputs, saved, do, dstate)
+
+    def step(self, request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
+        """Return (o, state) of one token; the state may be packed."""
+        packed = type(inputs.state) in STATE_OF
+        inputs = inputs._replace(state=unpacked(inputs.state))
+        if one_token.fits(request):
+            o, state = self.steps.step(request, inputs, donate and not packed)
+        else:
+            o, state, _ = self.runner.forward(request, inputs)
+        return o, state.pack() if packed else state

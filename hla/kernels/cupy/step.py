@@ -1,0 +1,196 @@
+"""Launches of one token: the states in place or beside."""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ...core.fields import rank
+from ...core.passes import Shape, broadcast
+from ...core.request import Inputs, Request
+from ...device.scan import Place
+from ...device.tiles import Layout, strides_like, whole
+from ...device.token import Turn, apart, span, turns, updates
+from .launch import TYPES, Kernel, heads
+
+Array = Any
+MATRICES, VECTORS, TURNS, NAMES = 6, 4, 12, 8  # as in step.cu
+WIDEST = 512  # keys or values
+STATES = slice(5, 5 + 2 * MATRICES)  # among a kernel's operands
+MOST = 4096  # calls that are kept ready
+
+
+class Ready(NamedTuple):
+    """A call that only lacks its memory."""
+
+    kernels: tuple[Kernel, ...]
+    o: tuple[Shape, Shape]  # shape and strides
+    fields: dict[str, Shape]  # of the state
+    sizes: tuple[int, ...]  # bytes that each given array spans
+    owned: bool  # whether the fields could be updated where they lie
+
+
+def _names(passes: Sequence[Turn]) -> list[str]:
+    """Vectors by their numbers."""
+    return list(dict.fromkeys(["q", "k", "v", "o", *(turn.out for turn in passes)]))
+
+
+def fits(request: Request) -> bool:
+    """Whether a kernel takes such a token."""
+    passes = turns(request)
+    matrices = {turn.matrix for turn in passes}
+    vectors = {turn.vector for turn in passes} - {None}
+    few = len(matrices) <= MATRICES and len(vectors) <= VECTORS and len(passes) <= TURNS
+    few = few and len(_names(passes)) <= NAMES
+    return few and min(request.k_shape[-1], request.v_shape[-1]) > 0 and _width(request) <= WIDEST
+
+
+def _width(request: Request) -> int:
+    return -(-max(request.k_shape[-1], request.v_shape[-1]) // 4) * 4
+
+
+class Steps:
+    """Tokens on one library's arrays."""
+
+    def __init__(self, memory: Any) -> None:
+        self.memory = memory
+        self.known: dict[Any, Ready] = {}
+
+    def step(self, request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
+        """Return (o, state) of one token, with ``donate`` in the memory of the given state."""
+        memory, kind = self.memory, request.state_type
+        q, k, v, decay, log_gate, state = inputs
+        gate = decay if log_gate is None else log_gate
+        given = [q, k, v, *(() if gate is None else (gate,)), *(state or ())]
+        addresses = [memory.address(x) for x in given]
+        card = memory.card(q)
+        key = request, card, *[x.strides for x in given], *[x.shape for x in given[3:]]
+        key += tuple([p & 15 for p in addresses])
+        ready = self.known.get(key)
+        if ready is None:
+            if len(self.known) >= MOST:
+                self.known.clear()
+            ready = self.known[key] = self._ready(request, given, gate is not None, card)
+        o = memory.empty(*ready.o, v.dtype, card)
+        first = len(given) - len(state or ())
+        wide = memory.dtype("float32")
+        inside = donate and ready.owned and apart(addresses, ready.sizes, first)
+        fields = state if inside else [
+            memory.empty(shape, whole(shape), wide, card) for shape in ready.fields.values()
+        ]  # fmt: skip
+        arrays = [*given, o, *fields]
+        every = [*addresses, *map(memory.address, arrays[len(given) :]), None]
+        memory.inside(card, functools.partial(_launch, ready.kernels, arrays, every))
+        return o, state if inside else kind(*fields)  # type: ignore[misc]
+
+    def _ready(self, request: Request, given: list[Array], gated: bool, card: Any) -> Ready:
+        passes, shapes = turns(request), request.state_shapes()
+        layouts = [_layout(x) for x in given]
+        first, starts = 3 + gated, len(given) > 3 + gated
+        batch = broadcast(request.q_shape[:-2], request.k_shape[:-2], request.v_shape[:-2])
+        names = list(shapes)
+        o = (*batch, 1, request.v_shape[-1])
+        lie = strides_like(o, *layouts[0][:2])
+        places: list[Place | None] = [Place(i, x) for i, x in enumerate(layouts[:first])]
+        places += [] if gated else [None]
+        places.append(Place(len(given), Layout(o, lie)))
+        ranks = [2, 2, 2, int(request.gate == "log_gate"), 2]
+        matrices = list(dict.fromkeys(turn.matrix for turn in passes))
+        vectors = list(dict.fromkeys(turn.vector for turn in passes if turn.vector))
+
+        def field(name: str, old: bool) -> Place | None:
+            i = names.index(name)
+            if not old:
+                return Place(len(given) + 1 + i, Layout(shapes[name], whole(shapes[name])))
+            return Place(first + i, _expanded(layouts[first + i], shapes[name])) if starts else None
+
+        for found, most, own in ((matrices, MATRICES, 2), (vectors, VECTORS, 1)):
+            for old in (True, False):
+                some = [field(name, old) for name in found]
+                places += [*some, *[None] * (most - len(some))]
+                ranks += [own] * most
+        kinds = [str(x.dtype) for x in given] + [str(given[2].dtype)]
+        types = [
+            0 if x is None else TYPES[kinds[x.slot]] if x.slot < len(kinds) else TYPES["float32"]
+            for x in places
+        ]
+        sizes = [2 if kind < 2 else 4 for kind in types]
+        words = b"".join(self._turn(turn, passes, matrices, vectors) for turn in passes)
+        words += bytes(struct.calcsize("<13if") * (TURNS - len(passes)))
+        width, kernels = _width(request), []
+        for counts, strides, heads_of, mine in heads(batch, places, ranks):
+            head = b"".join(
+                struct.pack("<6q", *lead, *_walked(x), kind)
+                for lead, x, kind in zip(strides, mine, types, strict=True)
+            )
+            rest = struct.pack(
+                "<8q2d", len(passes), request.k_shape[-1], request.v_shape[-1], *counts[-2:],
+                request.gate == "log_gate", gated, request.normalize,
+                request.scale if request.scaled else 1.0, request.eps,
+            )  # fmt: skip
+            flat = [
+                m + lead[:3] for m, lead in zip(mine[STATES], strides[STATES], strict=True) if m
+            ]
+            whole_rows = all(m[1] == 1 and not any(x % 4 for x in (m[0], *m[2:])) for m in flat)
+            whole_rows &= max(request.k_shape[-1], request.v_shape[-1]) % 4 == 0
+            whole_rows &= min(request.k_shape[-1], request.v_shape[-1]) % 4 == 0
+
+            constants = functools.partial(_constants, width, whole_rows)
+            if math.prod(counts):
+                kernels.append(
+                    Kernel(
+                        self.memory.load, card, "step.cu", math.prod(counts), 256, heads_of, sizes,
+                        head + words + rest, constants,
+                    )
+                )  # fmt: skip
+        alone = math.prod(batch)  # a state that heads share is read by all and written by one
+        owned = starts and updates(request)
+        for n, x, at in zip(names, given[first:], layouts[first:], strict=False):
+            own = math.prod(shapes[n][: -rank(n)]) == alone
+            owned &= own and tuple(x.shape) == shapes[n] and at.strides == whole(x.shape)
+        spans = tuple(
+            span(x.shape, x.strides) * given[i].dtype.itemsize for i, x in enumerate(layouts)
+        )
+        return Ready(tuple(kernels), (o, lie), shapes, spans, owned)
+
+    @staticmethod
+    def _turn(turn: Turn, passes: Sequence[Turn], matrices: list[str], vectors: list[str]) -> bytes:
+        number = _names(passes).index
+        return struct.pack(
+            "<13if", number(turn.q), number(turn.k), number(turn.v), number(turn.out),
+            matrices.index(turn.matrix), vectors.index(turn.vector) if turn.vector else -1,
+            turn.power, turn.strict, turn.first, turn.weighs, *turn.shape[-2:], 0, turn.factor,
+        )  # fmt: skip
+
+
+def _launch(kernels: Sequence[Kernel], arrays: list[Array], addresses: list[Any]) -> None:
+    for kernel in kernels:
+        kernel(arrays, addresses, None)
+
+
+def _constants(width: int, able: bool, at: Sequence[int]) -> tuple[dict[str, Any], int]:
+    """Return macros, rows read four at a time where all are aligned, and bytes of shared memory."""
+    able = able and not any(x % 16 for x in at[STATES])
+    return {"WIDTH": width, "WHOLE": int(able)}, 4 * ((NAMES + 8) * width + NAMES + 8)
+
+
+def _walked(own: Shape) -> Shape:
+    """Return strides of rows and columns, of a vector of its elements as rows."""
+    if len(own) == 2:
+        return own
+    return (own[0], 0) if own else (0, 0)
+
+
+def _layout(x: Array) -> Layout:
+    size = x.dtype.itemsize
+    return Layout(tuple(x.shape), tuple(n // size for n in x.strides))
+
+
+def _expanded(x: Layout, shape: Shape) -> Layout:
+    """Return the layout of an array broadcast to a shape."""
+    missing = len(shape) - len(x.shape)
+    strides = (0 if n == 1 else step for n, step in zip(x.shape, x.strides, strict=True))
+    return Layout(shape, ((0,) * missing + tuple(strides)))

@@ -1,0 +1,204 @@
+// Twin of ptx.cuh for a C++ compiler of the host: every thread of a block is a fiber.
+//
+// What a warp does together (ldmatrix, mma.sync, shuffles) is done when its last lane arrives. A copy
+// to shared memory arrives when it is waited for; until then its place holds NaN.
+#include <math.h>
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+#include <vector>
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+#define DEVICE inline
+#define __device__
+#define __global__
+#define __shared__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct uint4 { u32 x, y, z, w; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float __uint_as_float(u32 x) { float y; memcpy(&y, &x, 4); return y; }
+inline u32 __float_as_uint(float x) { u32 y; memcpy(&y, &x, 4); return y; }
+extern "C" {
+alignas(1024) u8 memory[256 << 10];
+}
+
+struct Index { unsigned x, y = 0, z = 0; };
+struct Copy { u32 to, bytes; const void* from; };
+struct Fiber {
+    ucontext_t first;
+    jmp_buf at;
+    char* stack;
+    bool begun, done;
+    std::vector<std::vector<Copy>> groups;
+    std::vector<Copy> open;
+};
+struct Meeting { unsigned arrived = 0, generation = 0; };
+static Index threadIdx, blockIdx;
+static std::vector<Fiber> fibers;
+static jmp_buf scheduler;
+static unsigned idle;
+static Meeting warps[32], everybody;
+static u8 given[2][1024][64];
+
+inline void yield() {
+    unsigned me = threadIdx.x;
+    if (++idle > 4 * fibers.size() + 8) { fprintf(stderr, "all threads wait\n"); abort(); }
+    if (!_setjmp(fibers[me].at)) _longjmp(scheduler, 1);
+}
+inline void meet(Meeting& m, unsigned count) {
+    unsigned generation = m.generation;
+    if (++m.arrived == count) { m.arrived = 0; m.generation++; idle = 0; return; }
+    while (m.generation == generation) yield();
+}
+inline void __syncthreads() { meet(everybody, (unsigned)fibers.size()); }
+
+// Give a value to the lanes of the warp; return what a lane gave, once all have.
+template <class T> struct Exchange {
+    T (*from)[1];
+    const u8 (*all)[64];
+    T of(unsigned lane) const { T x; memcpy(&x, all[lane], sizeof(T)); return x; }
+};
+template <class T> Exchange<T> exchange(const T& x) {
+    static_assert(sizeof(T) <= 64, "a lane's value");
+    unsigned me = threadIdx.x, warp = me / 32;
+    u8 (*half)[64] = given[warps[warp].generation & 1];
+    memcpy(half[me], &x, sizeof(T));
+    meet(warps[warp], 32);
+    return {0, half + warp * 32};
+}
+template <class T> T __shfl_xor_sync(u32, T x, int mask) {
+    auto all = exchange(x);
+    return all.of((threadIdx.x & 31) ^ mask);
+}
+template <class T> T __shfl_up_sync(u32, T x, int by) {
+    auto all = exchange(x);
+    int lane = threadIdx.x & 31;
+    return all.of(lane >= by ? lane - by : lane);
+}
+template <class T> T __shfl_sync(u32, T x, int from) {
+    auto all = exchange(x);
+    return all.of(from);
+}
+inline void __syncwarp() { exchange(0); }
+
+inline u32 shared_address(const void* p) { return (u32)((const u8*)p - memory); }
+
+inline void matrices(u32 (&x)[4], u32 row, bool turned) {
+    if (row % 16) { fprintf(stderr, "a row of ldmatrix at %u\n", row); abort(); }
+    auto rows = exchange(row);
+    int lane = threadIdx.x & 31;
+    for (int m = 0; m < 4; m++)
+        for (int i = 0; i < 2; i++) {
+            int r = lane / 4, c = lane % 4 * 2 + i;
+            u16 found;
+            memcpy(&found, memory + rows.of(8 * m + (turned ? c : r)) + 2 * (turned ? r : c), 2);
+            x[m] = i ? x[m] | (u32)found << 16 : found;
+        }
+}
+inline void ldmatrix(u32 (&x)[4], u32 row) { matrices(x, row, false); }
+inline void ldmatrix_turned(u32 (&x)[4], u32 row) { matrices(x, row, true); }
+
+inline float of_bf16(u32 x) { return __uint_as_float(x << 16); }
+inline float of_bf16_high(u32 x) { return __uint_as_float(x & 0xffff0000u); }
+struct Factors { u32 a[4], b[2]; };
+inline void mma_bf16(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
+    auto all = exchange(Factors{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+    int g = (threadIdx.x & 31) / 4, j = threadIdx.x % 4;
+    for (int i = 0; i < 4; i++) {
+        int row = g + i / 2 * 8, column = 2 * j + i % 2;
+        double sum = c[i];
+        for (int k = 0; k < 16; k++) {
+            u32 x = all.of(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2];
+            u32 y = all.of(column * 4 + k % 8 / 2).b[k / 8];
+            sum += (double)(k & 1 ? of_bf16_high(x) : of_bf16(x)) * (k & 1 ? of_bf16_high(y) : of_bf16(y));
+        }
+        c[i] = (float)sum;
+    }
+}
+inline void mma_tf32(float* c, const u32* a, u32 b0, u32 b1) {
+    auto all = exchange(Factors{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+    int g = (threadIdx.x & 31) / 4, j = threadIdx.x % 4;
+    for (int i = 0; i < 4; i++) {
+        int row = g + i / 2 * 8, column = 2 * j + i % 2;
+        double sum = c[i];
+        for (int k = 0; k < 8; k++)
+            sum += (double)__uint_as_float(all.of(row % 8 * 4 + k % 4).a[row / 8 + k / 4 * 2])
+                   * __uint_as_float(all.of(column * 4 + k % 4).b[k / 4]);
+        c[i] = (float)sum;
+    }
+}
+
+inline void copy16(u32 to, const void* from, u32 bytes) {
+    if (to % 16 || ((u64)from % 16 && bytes)) { fprintf(stderr, "a copy is not aligned\n"); abort(); }
+    memset(memory + to, 0xff, 16);
+    fibers[threadIdx.x].open.push_back({to, bytes, from});
+}
+inline void copies_commit() {
+    Fiber& f = fibers[threadIdx.x];
+    f.groups.push_back(f.open);
+    f.open.clear();
+}
+template <int N> void copies_wait() {
+    auto& groups = fibers[threadIdx.x].groups;
+    while (groups.size() > N) {
+        for (Copy& c : groups[0]) {
+            memset(memory + c.to, 0, 16);
+            memcpy(memory + c.to, c.from, c.bytes);
+        }
+        groups.erase(groups.begin());
+    }
+}
+
+inline u32 half_up(float x) {  // bfloat16
+    u32 bits = __float_as_uint(x);
+    if (x != x) return 0x7fff;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline u32 bf16_pair(float low, float high) { return half_up(low) | half_up(high) << 16; }
+inline float of_f16(u16 x) { _Float16 y; memcpy(&y, &x, 2); return (float)y; }
+inline u16 to_f16(float x) { _Float16 y = (_Float16)x; u16 z; memcpy(&z, &y, 2); return z; }
+inline u32 to_tf32(float x) { return x == x ? __float_as_uint(x) + 0x1000 & ~0x1fffu : 0x7fffffff; }
+
+static void (*entry)();
+static void begin() {
+    entry();
+    fibers[threadIdx.x].done = true;
+    idle = 0;
+    _longjmp(scheduler, 1);
+}
+static void run_block(unsigned block, unsigned threads, void (*kernel)()) {
+    static std::vector<char*> stacks;
+    entry = kernel, blockIdx.x = block, idle = 0, everybody = Meeting();
+    for (auto& w : warps) w = Meeting();
+    while (stacks.size() < threads) stacks.push_back((char*)malloc(256 << 10));
+    fibers.assign(threads, Fiber());
+    memset(memory, 0xff, sizeof(memory));
+    for (unsigned i = 0; i < threads; i++) {
+        getcontext(&fibers[i].first);
+        fibers[i].first.uc_stack = {stacks[i], 0, 256 << 10};
+        makecontext(&fibers[i].first, begin, 0);
+    }
+    volatile unsigned left = threads;
+    while (left)
+        for (volatile unsigned i = 0; i < threads; i = i + 1) {
+            if (fibers[i].done) continue;
+            threadIdx.x = i;
+            if (!_setjmp(scheduler)) {
+                if (fibers[i].begun) _longjmp(fibers[i].at, 1);
+                fibers[i].begun = true;
+                setcontext(&fibers[i].first);
+            }
+            if (fibers[i].done) left = left - 1;
+        }
+}

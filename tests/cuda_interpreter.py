@@ -1,0 +1,118 @@
+"""The CuPy backend's kernels on the host, for NumPy arrays: their text, compiled by g++.
+
+This module is a backend: `pytest` fixtures put it into the table of backends by its name.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+
+import array_api_compat.numpy as xp
+import numpy as np
+
+from hla.contract import Capabilities, Machine
+from hla.kernels.cupy.launch import Card
+from hla.kernels.cupy.run import Library, Memory
+from hla.kernels.cupy.source import source
+
+NAME = "cuda on the host"
+CARD = Card(0, (8, 0), 4, 227 << 10)
+CAPABILITIES = Capabilities(
+    ("float16", "bfloat16", "float32"), libraries=("numpy",), forms=("chunked",), packed=True
+)
+COMPILER = shutil.which("g++")
+TWINS = {"ptx.cuh": "cuda_host.cuh", "warpgroup.cuh": "hopper_host.cuh"}  # of included files
+
+
+@functools.cache
+def _folder():
+    given = os.environ.get("HLA_CUDA_HOST_CACHE")
+    return pathlib.Path(given or tempfile.mkdtemp(prefix="hla-cuda-host"))
+
+
+@functools.cache
+def _library(name, constants, card):
+    """The C function (grid, threads, argument) of a kernel."""
+    here = pathlib.Path(__file__).parent
+    text = source(name, dict(constants), {n: (here / x).read_text() for n, x in TWINS.items()})
+    kind = re.search(r"\w+_kernel\(const __grid_constant__ (\w+) p\)", text)[1]
+    kernel = f"{name.removesuffix('.cu')}_kernel"
+    text += f"""
+static {kind} argument;
+static void call() {{ {kernel}(argument); }}
+extern "C" void launch(unsigned grid, unsigned threads, const void* p) {{
+    memcpy(&argument, p, sizeof(argument));
+    for (unsigned i = 0; i < grid; i++) run_block(i, threads, call);
+}}
+extern "C" int size() {{ return sizeof(argument); }}
+"""
+    at = _folder() / hashlib.sha256(text.encode()).hexdigest()[:24]
+    built = at.with_suffix(".so")
+    if not built.exists():
+        at.with_suffix(".cpp").write_text(text)
+        command = [COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
+        command += ["-U_FORTIFY_SOURCE", at.with_suffix(".cpp"), "-o", f"{built}.part"]
+        subprocess.run(command, check=True)
+        os.replace(f"{built}.part", built)
+    return ctypes.CDLL(str(built))
+
+
+LAUNCHES = []  # constants of each
+
+
+def load(name, constants, shared, card):
+    """A kernel as the launcher calls it."""
+    assert shared <= card.shared
+    library = _library(name, tuple(constants.items()), card)
+
+    def run(grid, block, arguments, shared_mem):
+        (argument,) = arguments
+        assert argument.nbytes == library.size()
+        LAUNCHES.append((name, constants))
+        library.launch(grid[0], block[0], argument.ctypes.data_as(ctypes.c_void_p))
+
+    return run
+
+
+def empty(shape, strides, dtype, card):
+    """Poisoned memory that lies as it is told to."""
+    size = max(1, 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)))
+    aligned = np.full(size * dtype.itemsize + 64, 0xFF, np.uint8)
+    at = -aligned.ctypes.data % 64
+    whole = aligned[at : at + size * dtype.itemsize].view(dtype)
+    steps = [dtype.itemsize * s for s in strides]
+    return np.lib.stride_tricks.as_strided(whole, shape, steps)
+
+
+def dtype(name):
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def hosted(card):
+    """Return the calls of the backend, of a GPU of such a kind."""
+    return Library(
+        Memory(
+            xp, load, lambda x: card, empty,
+            lambda value, shape, dtype, card: np.broadcast_to(np.asarray(value, dtype), shape),
+            dtype, lambda x: x.ctypes.data,
+            lambda card, function: function(),
+        )
+    )  # fmt: skip
+
+
+HOSTED = hosted(CARD)
+forward, backward, step = HOSTED.forward, HOSTED.backward, HOSTED.step
+
+
+def machine():
+    return Machine("" if COMPILER else "there is no g++")

@@ -1,0 +1,109 @@
+"""The CuPy backend without a GPU: its kernels compiled by NVRTC, and their text run on the host."""
+
+import functools
+
+import cuda_interpreter
+import numpy as np
+import pytest
+from conftest import numpy_dtype
+from cuda_interpreter import CARD, HOSTED, NAME
+from devices import Device, check, inputs_of, state_of
+from nvrtc import compiled
+
+from hla import backends
+from hla.arguments import prepare
+from hla.kernels.cupy import launch, run
+from hla.kernels.cupy.source import source
+from hla.libraries import exchange, rules
+
+HOST = Device(NAME, "numpy", "cpu", cuda_interpreter.CAPABILITIES.dtypes)
+needs_compiler = pytest.mark.skipif(not cuda_interpreter.COMPILER, reason="there is no g++")
+
+
+@pytest.fixture
+def hosted(monkeypatch):
+    """The kernels as a backend of NumPy arrays."""
+    caches = backends.load, exchange.loaded, rules.differentiable
+    monkeypatch.setattr(backends, "TABLE", {NAME: "cuda_interpreter", **backends.TABLE})
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def kernels(dtype, T=300, D=128, card=CARD, **options):
+    """Files and constants of the launches of a call and of its gradients."""
+    found = {}
+
+    def load(name, constants, shared, card):
+        assert shared <= card.shared
+        found[name, tuple(constants.items())] = None
+        return lambda *args, **kwargs: None
+
+    memory = HOSTED.memory._replace(load=load, card=lambda x: card)
+    library = run.Library(memory)
+    q, k, v, do = np.zeros((4, 2, T, D), numpy_dtype(dtype))
+    given = {"decay": None, "log_gate": None, "scale": 1.0} | options
+    request, inputs, _ = prepare(q, k, v, **given, gradient=True)
+    _, _, saved = library.forward(request, inputs)
+    with np.errstate(all="ignore"):
+        library.backward(request, inputs, saved, do, None)
+    return list(found)
+
+
+GATE = {"log_gate": np.zeros((2, 300), np.float32)}
+CALLS = [("bfloat16", {}), ("bfloat16", GATE), ("float32", GATE)]
+
+
+@functools.cache
+def built(name, constants, arch):
+    return compiled(source(name, dict(constants)), f"-arch={arch}")
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_a_pass_compiles_without_spills(arch):
+    """The launches of hla2 that run forward: y, o, and what is added to dq."""
+    found = [x for x in kernels("bfloat16", operator="hla2") if dict(x[1]).get("REVERSE") == 0]
+    assert [(dict(c)["V_IS_K"], dict(c)["ADD"]) for _, c in found] == [(1, 0), (0, 0), (1, 1)]
+    for name, constants in found:
+        one = built(name, constants, arch)
+        assert (one.spills, one.remarks) == (0, [])
+        assert one.registers <= 208
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize(("dtype", "gate"), CALLS, ids=["plain", "gated", "float32"])
+def test_kernels_compile(dtype, gate, arch):
+    shared = {"sm_89": 99, "sm_120": 99, "sm_80": 163}.get(arch, 227) << 10
+    card = CARD._replace(shared=shared)
+    for operator in ("hla2", "hla3"):
+        for name, constants in kernels(dtype, card=card, operator=operator, **gate):
+            one = built(name, constants, arch)
+            assert one.spills <= (0 if dtype == "bfloat16" else 256), (name, constants)
+
+
+CASES = [  # operator, dtype, gate, T, D, V
+    ("linear", "bfloat16", "resets", 70, 24, 11),
+    ("linear", "float32", "per_head", 67, 20, 16),
+    ("hla2", "bfloat16", "none", 130, 16, 16),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("operator", "dtype", "gate", "T", "D", "V"), CASES)
+def test_values_on_the_host(hosted, operator, dtype, gate, T, D, V):
+    """Output, state, every gradient: several chunks, a short last one, a first state, two tiles."""
+    options = {"operator": operator, "scale": 0.25}
+    inputs = inputs_of(T, gate, dtype, D=D, V=V)
+    inputs["initial_state"] = state_of(options, gate, D=D, V=V)
+    check(HOST, inputs, options | {"return_state": True}, dtype)
+
+
+@needs_compiler
+def test_segments_on_the_host(hosted, monkeypatch):
+    """A sequence in three segments: states carried by a kernel, and a gate's gradient."""
+    monkeypatch.setattr(launch, "segments", lambda request, card: 256)
+    library = run.Library(HOSTED.memory)
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(cuda_interpreter, name, getattr(library, name))
+    check(HOST, inputs_of(600, "per_head", D=16, V=16), {"operator": "linear"}, "float32")

@@ -1,0 +1,115 @@
+"""The CuPy backend's kernels of Hopper, their text run on the host, against core in float64."""
+
+import importlib
+import sys
+import types
+
+import numpy as np
+import pytest
+from conftest import installed
+
+import hla
+from hla import backends
+from hla.kernels.cupy.launch import Card
+
+interpreter = importlib.import_module("cuda_interpreter")
+ml_dtypes = installed("ml_dtypes")
+CARD = Card(0, (9, 0), 4, 227 << 10)
+pytestmark = pytest.mark.skipif(interpreter.COMPILER is None, reason="there is no g++")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A backend of that name, which records the kernels that it launches."""
+    module = types.ModuleType("hla_hopper_host")
+    calls = interpreter.hosted(CARD)
+    for name in ("CAPABILITIES", "machine"):
+        setattr(module, name, getattr(interpreter, name))
+    for name in ("forward", "backward", "step"):
+        setattr(module, name, getattr(calls, name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(backends, "TABLE", {"hopper": module.__name__, **backends.TABLE})
+    interpreter.LAUNCHES.clear()
+    return interpreter.LAUNCHES
+
+
+def check(launches, T, D, V, *, gate="none", start=True, **options):
+    """Compare a scan and its state with core's, which start from a state too."""
+    rng = np.random.default_rng(T)
+    given = [rng.standard_normal((2, T, w)) / w**0.5 for w in (D, D, V)]
+    q, k, v = (x.astype(ml_dtypes.bfloat16) for x in given)
+    exact = [x.astype(np.float64) for x in (q, k, v)]
+    if gate == "decay":
+        options["decay"] = np.asarray([0.9, 0.97], np.float32)
+    if gate == "log_gate":
+        a = -0.2 * rng.random((2, T)).astype(np.float32)
+        a[1, T // 2] = -np.inf
+        options["log_gate"] = a
+    options |= {"return_state": True}
+    state = None
+    if start:
+        before = [rng.standard_normal((2, 70, w)) / w**0.5 for w in (D, D, V)]
+        plain = {n: x for n, x in options.items() if n != "log_gate"}
+        state = hla.scan(*before, backend="array_api", **plain)[1]
+        options["initial_state"] = type(state)(*(x.astype(np.float32) for x in state))
+    o, end = hla.scan(q, k, v, backend="hopper", **options)
+    assert "hopper.cu" in {name for name, _ in launches}
+    if start:
+        options["initial_state"] = type(state)(
+            *(x.astype(np.float64) for x in options["initial_state"])
+        )
+    wanted, last = hla.scan(*exact, backend="array_api", **options)
+    for name, x, z in [("o", o, wanted), *zip(last._fields, end, last, strict=True)]:
+        x, z = x.astype(np.float64), z.astype(np.float64)
+        assert np.linalg.norm(x - z) < 6e-3 * np.linalg.norm(z), name
+
+
+CASES = {
+    "hla2, not whole chunks, columns nor 16 bytes": ("hla2", 130, 60, 36, {}),
+    "hla2, a log gate, normalized": ("hla2", 70, 33, 65, {"gate": "log_gate", "normalize": True}),
+    "ahla, a decay": ("ahla", 200, 128, 64, {"gate": "decay", "scale": 0.5}),
+    "hla3, two blocks a head, a log gate": ("hla3", 130, 64, 72, {"gate": "log_gate"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_owners(hopper, case):
+    operator, *sizes, options = CASES[case]
+    if "normalize" in options:
+        options = options | {"eps": 30.0}  # of either sign is what it divides by
+    check(hopper, *sizes, operator=operator, **options)
+
+
+ADJOINTS = {  # T, D, V, options
+    "not whole chunks, columns nor 16 bytes": (130, 60, 36, {"scale": 0.5}),
+    "a state, a decay, of 128 keys": (130, 128, 72, {"decay": 0.9, "start": True}),
+}
+
+
+@pytest.mark.parametrize("case", ADJOINTS)
+def test_sweeps(hopper, case):
+    T, D, V, options = ADJOINTS[case]
+    options, start = {n: x for n, x in options.items() if n != "start"}, "start" in options
+    rng = np.random.default_rng(T)
+    given = [rng.standard_normal((2, T, w)) / w**0.5 for w in (D, D, V, V)]
+    narrow = [x.astype(ml_dtypes.bfloat16) for x in given]
+    state = None
+    if start:
+        before = [rng.standard_normal((2, 70, w)) / w**0.5 for w in (D, D, V)]
+        state = hla.scan(*before, backend="array_api", return_state=True, **options)[1]
+
+    def gradients(backend, arrays, dtype):
+        first = state and type(state)(*(x.astype(dtype) for x in state))
+        *inputs, do = (x.astype(dtype) if dtype == np.float64 else x for x in arrays)
+        return hla.vjp(*inputs, initial_state=first, backend=backend, **options)[1](do)
+
+    found = gradients("hopper", narrow, np.float32)
+    assert {"hopper_reverse.cu", "hopper_queries.cu"} <= {name for name, _ in hopper}
+    wanted = gradients("array_api", narrow, np.float64)
+    pairs = [(n, getattr(found, n), getattr(wanted, n)) for n in ("dq", "dk", "dv")]
+    if start:
+        fields = zip(found.dinitial_state, wanted.dinitial_state, strict=True)
+        pairs += [(n, x, z) for n, (x, z) in zip(state._fields, fields, strict=True)]
+    for name, x, z in pairs:
+        x, z = x.astype(np.float64), z.astype(np.float64)
+        assert np.linalg.norm(x - z) <= 6e-3 * np.linalg.norm(z), name
