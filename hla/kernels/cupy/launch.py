@@ -100,7 +100,8 @@ def limits(request: Request, card: Card) -> Limits:
     """Return what one launch takes: one part of keys, one value, one state."""
     large, narrow = card.shared >= LARGE // 2, request.dtype == "bfloat16"
     keys, values = (WIDEST if large or x else WIDEST // 2 for x in (narrow, False))
-    return Limits(keys, -1, 0, 0, symmetric=(), tile=values, chunk=CHUNK, period=PERIOD)
+    both = (None, "decay", "log_gate")
+    return Limits(keys, -1, 0, 0, symmetric=both, tile=values, chunk=CHUNK, period=PERIOD)
 
 
 def segments(request: Request, card: Card) -> int:
@@ -198,7 +199,8 @@ def settings(
         "NARROW": int(narrow), "BD": BD, "BV": BV, "W": s.chunk or chunk(narrow, call.where),
         "READ": int(bool(s.q)), "UPDATE": int(bool(s.k)), "GATED": int(gated),
         "V_IS_K": int(s.k[:1] == s.v[:1] != ()), "WRITE": int(s.write != 1), "ADD": int(s.add),
-        "REVERSE": int(s.reverse), "DOTS": dots, "KEEP": int(s.states is not None),
+        "REVERSE": int(s.reverse), "BOTH": int(s.symmetric), "DOTS": dots,
+        "KEEP": int(s.states is not None),
         "TYPE_O": 2 if dtypes[3] is None else TYPES[str(dtypes[3])],
         "SUM_TYPE": "float" if narrow else "double", "write": s.write,
     }  # fmt: skip
@@ -235,7 +237,8 @@ def memory(c: Constants) -> int:
     wide, tall = W * (c["BD"] + PAD), W * (c["BV"] + PAD)
     read, update = bool(c["READ"]), bool(c["UPDATE"])
     stage = wide * (read + update) + tall * ((update and not c["V_IS_K"]) + bool(c["DOTS"]))
-    total = c["STAGES"] * stage * element + (2 * W * (W + PAD) * element if read and update else 0)
+    total = c["STAGES"] * stage * element
+    total += (2 + 2 * c["BOTH"]) * W * (W + PAD) * element if read and update else 0
     total += tall * (4 if c["ADD"] or c["TYPE_O"] == 2 else 2) if read else 0
     total += 3 * (6 * W + 4) * 4 if c["GATED"] else 0
     warps = c["BV"] // 16 if c["BV"] > 64 else 4
