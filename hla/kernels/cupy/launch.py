@@ -221,9 +221,10 @@ def constants(
     element = 2 if found["NARROW"] else 4
     for i, (name, n) in enumerate(zip("QKVOX", columns, strict=True)):
         size = (2, 2, 4)[found["TYPE_O"]] if name == "O" else element
-        moves = (addresses[i], n * size, *(x * size for x in strides[i][:-1]))
-        whole = sizes[i] == size and strides[i][-1] == 1 and not any(x % 16 for x in moves)
-        found[f"ASYNC_{name}"] = int(whole)
+        kind = 1 if sizes[i] == size else 2 if sizes[i] == 2 and name != "O" else 0
+        moves = (addresses[i], n * sizes[i], *(x * sizes[i] for x in strides[i][:-1]))
+        whole = kind and strides[i][-1] == 1 and not any(x % 16 for x in moves)
+        found[f"ASYNC_{name}"] = kind if whole else 0
     for found["STAGES"] in (4, 3, 2):
         shared = memory(found)
         if shared <= card.shared:

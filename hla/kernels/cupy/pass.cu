@@ -69,10 +69,25 @@ DEVICE u8* start_of(const Pass& p, int i, const i64 (&head)[3], i64 segment, i64
 }
 
 // Copy the rows of a chunk into a tile, zeros behind its last row and column.
-template <int COLUMNS, int PITCH, bool ASYNC>
+// ASYNC: 1 by copies, 2 of 16-bit numbers that become float32, eight at once, 0 one by one.
+template <int COLUMNS, int PITCH, int ASYNC>
 DEVICE void fetch(Element* tile, const u8* from, const Operand& x, i64 first, int rows, int columns) {
-    constexpr int PIECE = 16 / sizeof(Element), PIECES = COLUMNS / PIECE;
-    if (ASYNC) {
+    constexpr int PIECE = ASYNC == 2 ? 8 : 16 / sizeof(Element), PIECES = COLUMNS / PIECE;
+    if (ASYNC == 2) {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < W * PIECES; i += THREADS) {
+            int row = i / PIECES, column = i % PIECES * PIECE;
+            uint4 all = {0, 0, 0, 0};
+            if (row < rows && column < columns)
+                all = *(const uint4*)((const u16*)from + (first + row) * x.row + column);
+            const u32 pairs[4] = {all.x, all.y, all.z, all.w};
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                const u16 one = (u16)(pairs[n / 2] >> n % 2 * 16);
+                tile[row * PITCH + column + n] = element(x.type == 1 ? of_f16(one) : of_bf16(one));
+            }
+        }
+    } else if (ASYNC) {
 #pragma unroll
         for (int i = threadIdx.x; i < W * PIECES; i += THREADS) {
             int row = i / PIECES, column = i % PIECES * PIECE;
