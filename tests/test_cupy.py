@@ -71,6 +71,15 @@ def test_a_pass_compiles_without_spills(arch):
         assert one.registers <= 208
 
 
+@pytest.mark.parametrize("shared", [99, 163, 227])
+def test_kernels_fit_the_shared_memory_of_a_card(shared):
+    """Of every architecture, in KB; `kernels` asserts it."""
+    for dtype, gate in (*CALLS, ("float32", {})):
+        for D in (16, 64, 128, 200):
+            card = CARD._replace(shared=shared << 10)
+            assert kernels(dtype, D=D, card=card, operator="hla2", **gate)
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize(("dtype", "gate"), CALLS, ids=["plain", "gated", "float32"])

@@ -98,9 +98,11 @@ def chunk(narrow: bool, card: Card) -> int:
 @functools.lru_cache(maxsize=1024)
 def limits(request: Request, card: Card) -> Limits:
     """Return what one launch takes: one part of keys, one value, one state."""
-    large, narrow = card.shared >= LARGE // 2, request.dtype == "bfloat16"
-    keys, values = (WIDEST if large or x else WIDEST // 2 for x in (narrow, False))
-    both = (None, "decay", "log_gate")
+    narrow, half = request.dtype == "bfloat16", card.shared >= LARGE // 2
+    keys = WIDEST if narrow or half else WIDEST // 2
+    values = WIDEST if card.shared >= (LARGE // 2 if narrow else LARGE) else WIDEST // 2
+    able = (narrow or half) and max(request.k_shape[-1], request.v_shape[-1]) <= values
+    both = (None, "decay", "log_gate") if able else ()  # of one tile of values alone
     return Limits(keys, -1, 0, 0, symmetric=both, tile=values, chunk=CHUNK, period=PERIOD)
 
 
