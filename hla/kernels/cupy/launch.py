@@ -23,6 +23,7 @@ from ...errors import Unsupported
 
 LARGE = 200 << 10  # bytes of shared memory from which three chunks of 64 tokens fit
 CHUNK = 32  # tokens in the other passes
+FEW = 16  # tokens that are multiplied exactly: their one or two terms can cancel to the roundings
 PERIOD = 256  # tokens between the states that are kept for a gate's gradient
 WIDEST = 128  # columns of a state
 PAD = 8  # elements behind a row in shared memory, as in block.cuh
@@ -196,13 +197,15 @@ def settings(
 ) -> tuple[dict[str, Any], int]:
     """Return the constants of a pass but those that alignment decides, and threads of a block."""
     narrow = call.request.dtype == "bfloat16"
+    rough = call.request.tf32 or call.request.dtype == "float16"
+    rough &= call.request.tokens > FEW
     dots = 0 if s.dots is None else 2 if s.reverse else 1
     fixed = {
         "NARROW": int(narrow), "BD": BD, "BV": BV, "W": s.chunk or chunk(narrow, call.where),
         "READ": int(bool(s.q)), "UPDATE": int(bool(s.k)), "GATED": int(gated),
         "V_IS_K": int(s.k[:1] == s.v[:1] != ()), "WRITE": int(s.write != 1), "ADD": int(s.add),
         "REVERSE": int(s.reverse), "BOTH": int(s.symmetric), "DOTS": dots,
-        "KEEP": int(s.states is not None),
+        "KEEP": int(s.states is not None), "PARTS": 1 if rough else 2,
         "TYPE_O": 2 if dtypes[3] is None else TYPES[str(dtypes[3])],
         "SUM_TYPE": "float" if narrow else "double", "write": s.write,
     }  # fmt: skip
