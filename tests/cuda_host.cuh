@@ -25,6 +25,7 @@ typedef long long i64;
 #define __align__(n) __attribute__((aligned(n)))
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
+struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float __uint_as_float(u32 x) { float y; memcpy(&y, &x, 4); return y; }

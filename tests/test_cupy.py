@@ -5,11 +5,12 @@ import functools
 import cuda_interpreter
 import numpy as np
 import pytest
-from conftest import numpy_dtype
+from conftest import OPERATORS, close, numpy_dtype, to_numpy
 from cuda_interpreter import CARD, HOSTED, NAME
 from devices import Device, check, inputs_of, state_of
 from nvrtc import compiled
 
+import hla
 from hla import backends
 from hla.arguments import prepare
 from hla.kernels.cupy import launch, run
@@ -70,6 +71,15 @@ def test_a_pass_compiles_without_spills(arch):
         assert one.registers <= 208
 
 
+@pytest.mark.parametrize("shared", [99, 163, 227])
+def test_kernels_fit_the_shared_memory_of_a_card(shared):
+    """Of every architecture, in KB; `kernels` asserts it."""
+    for dtype, gate in (*CALLS, ("float32", {})):
+        for D in (16, 64, 128, 200):
+            card = CARD._replace(shared=shared << 10)
+            assert kernels(dtype, D=D, card=card, operator="hla2", **gate)
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize(("dtype", "gate"), CALLS, ids=["plain", "gated", "float32"])
@@ -107,3 +117,22 @@ def test_segments_on_the_host(hosted, monkeypatch):
     for name in ("forward", "backward"):
         monkeypatch.setattr(cuda_interpreter, name, getattr(library, name))
     check(HOST, inputs_of(600, "per_head", D=16, V=16), {"operator": "linear"}, "float32")
+
+
+@needs_compiler
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_one_token_on_the_host(hosted, operator):
+    """In the state's own memory, where it is donated."""
+    options = {"operator": operator, "scale": 0.25, "normalize": True}
+    size = {"D": 16, "V": 12, "heads": 3, "positive": True}
+    tokens = [x[:, 0] for x in inputs_of(1, **size).values()]
+    state = state_of(options, "per_head", **size)
+    gate = np.array([-0.5, -1.0, -np.inf], np.float32)
+    want, expected = hla.step(*tokens, state, log_gate=gate.astype(float), **options)
+    given = type(state)(*map(np.ascontiguousarray, HOST.array(state)))
+    o, new = hla.step(
+        *map(HOST.array, tokens), given, log_gate=gate, backend=NAME, donate=True, **options
+    )
+    for x, y in zip((o, *new), (want, *expected), strict=True):
+        close(to_numpy(x), to_numpy(y), 2e-6)
+    assert all(x is y for x, y in zip(new, given, strict=True))

@@ -96,6 +96,27 @@ def test_torch_knows_a_backend_of_other_memory(seen):
     torch.testing.assert_close(compiled(q), by["array_api"](q))
 
 
+def test_an_eager_gradient_of_jax_reaches_a_backend_of_other_memory(seen):
+    """With concrete arrays; a trace has none."""
+    jax = installed("jax")
+    can = Capabilities(FLOATS, native="numpy", opaque=True, traced=("jax",))
+    sys.modules["native"].CAPABILITIES = can
+    q, k, v = load("jax").arrays(*draw(H, T, D=D, V=V))
+    a = load("jax").array(-draw(H, T, positive=True)[0][..., 0], "float64")
+
+    def loss(q, a, backend="native"):
+        o, state = hla.scan(q, k, v, log_gate=a, return_state=True, backend=backend)
+        return (o**2).sum() + sum(x.sum() for x in state)
+
+    want = jax.grad(loss, (0, 1))(q, a, "array_api")
+    for x, y in zip(jax.grad(loss, (0, 1))(q, a), want, strict=True):
+        close(to_numpy(x), to_numpy(y), 1e-9)
+    mapped = jax.vmap(lambda q: hla.scan(q, k[0], v[0], backend="native"))
+    for traced in (jax.jit(loss), jax.jit(jax.grad(loss)), lambda q, a: mapped(q)):
+        with pytest.raises(hla.Unsupported, match="jit or vmap"):
+            traced(q, a)
+
+
 @pytest.mark.parametrize("place", ["q", "decay", "initial_state"])
 def test_numbas_device_arrays_are_named(place):
     """They have no namespace: the error names them and a library that reads their memory."""

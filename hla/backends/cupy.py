@@ -18,7 +18,7 @@ CAPABILITIES = Capabilities(
     native="cupy",
     serves=(("cupy", True),),
     forms=("chunked",),
-    traced=(),
+    traced=("jax",),  # of an eager gradient; there is no memory under jit or vmap
     opaque=True,
     packed=True,
 )

@@ -68,11 +68,12 @@ class Jax(Generic):
         return None if self.traced(x) or self.on_accelerator(x) else np.asarray(x)
 
     def wraps(self, capabilities: Capabilities) -> bool:
-        """Whether its rule stands for a backend: for an opaque one of JAX's own arrays.
+        """Whether its rule stands for a backend: for an opaque one that takes its tracers.
 
-        Others read memory, which a tracer does not have.
+        Of those that read memory it takes the tracers of an eager gradient alone.
         """
-        return capabilities.opaque and capabilities.native == "jax"
+        taken = capabilities.native == "jax" or "jax" in capabilities.traced
+        return capabilities.opaque and taken
 
     def underflow(self) -> AbstractContextManager[Any]:
         """Return no context: JAX reports no underflow."""

@@ -22,6 +22,7 @@ from ..core.passes import Gate, broadcast
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request
 from ..device.token import unpacked
+from . import jax_eager
 from .exchange import loaded
 from .jax_partition import Split, laid
 
@@ -30,7 +31,8 @@ Found = tuple[Array, Any, Any]
 
 def forward(backend: str, node: bool, request: Request, inputs: Inputs) -> Found:
     """Return (o, state, what `backward` needs where the request asks for it)."""
-    found: Found = _jitted(_scan)(backend, request, inputs)
+    run = jax_eager.forward if _reads_memory(backend) else _jitted(_scan)
+    found: Found = run(backend, request, inputs)
     return found
 
 
@@ -38,8 +40,13 @@ def backward(
     backend: str, node: bool, request: Request, inputs: Inputs, saved: Any, do: Any, dstate: Any
 ) -> Gradients:
     """Return the gradients of `forward`, differentiable."""
-    found: Gradients = _jitted(_pull)(backend, request, inputs, saved, do, dstate)
+    run = jax_eager.backward if _reads_memory(backend) else _jitted(_pull)
+    found: Gradients = run(backend, request, inputs, saved, do, dstate)
     return found
+
+
+def _reads_memory(backend: str) -> bool:
+    return loaded(backend).capabilities.native != "jax"
 
 
 def step(

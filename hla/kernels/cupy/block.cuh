@@ -6,9 +6,12 @@
 // become an operand without an exchange between lanes; and one operand serves as the first factor
 // or as the second, of which it then is the rows.
 //
-// NARROW: bfloat16, two elements a register. Else float32 by three products of two TF32 parts,
-// where the unit's column j is our 2 j and its column j + 4 our 2 j + 1: the order of a sum.
+// NARROW: bfloat16, two elements a register. Else float32 by three products of two TF32 parts (PARTS 1:
+// as one TF32 number), where the unit's column j is our 2 j and its column j + 4 our 2 j + 1: the order of a sum.
 
+#ifndef PARTS
+#define PARTS 2
+#endif
 #if NARROW
 typedef u16 Element;
 #else
@@ -79,12 +82,23 @@ DEVICE float value(Element x) { return of_bf16(x); }
 DEVICE Element element(float x) { return (u16)bf16_pair(x, 0.f); }
 #else
 struct Block {
-    u32 high[8], low[8];  // of columns 0 .. 7: (g, 2j), (g + 8, 2j), (g, 2j + 1), (g + 8, 2j + 1)
+    u32 high[8];  // of columns 0 .. 7: (g, 2j), (g + 8, 2j), (g, 2j + 1), (g + 8, 2j + 1)
+#if PARTS == 2
+    u32 low[8];
+#endif
     DEVICE void put(int i, float x) {
         high[i] = to_tf32(x);
+#if PARTS == 2
         low[i] = to_tf32(x - __uint_as_float(high[i]));
+#endif
     }
-    DEVICE float get(int i) const { return __uint_as_float(high[i]) + __uint_as_float(low[i]); }
+    DEVICE float get(int i) const {
+#if PARTS == 2
+        return __uint_as_float(high[i]) + __uint_as_float(low[i]);
+#else
+        return __uint_as_float(high[i]);
+#endif
+    }
 };
 
 // c += a b', the least first. The unit truncates its sums: those of a block begin at 0, and are then
@@ -95,11 +109,13 @@ DEVICE void multiply(Sum& c, const Block& a, const Block& b) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float* x = of.x + 4 * half;
+#if PARTS == 2
 #pragma unroll
         for (int k = 0; k < 8; k += 4) {
             mma_tf32(x, a.low + k, b.high[k + half], b.high[k + half + 2]);
             mma_tf32(x, a.high + k, b.low[k + half], b.low[k + half + 2]);
         }
+#endif
 #pragma unroll
         for (int k = 0; k < 8; k += 4)
             mma_tf32(x, a.high + k, b.high[k + half], b.high[k + half + 2]);

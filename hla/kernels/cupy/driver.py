@@ -32,7 +32,7 @@ def load(name: str, constants: Constants, shared: int, card: Card) -> Function:
             kernel = module.get_function(f"{name.removesuffix('.cu')}_kernel")
             if shared > 48 << 10:
                 kernel.max_dynamic_shared_size_bytes = shared
-            found = _functions[key] = kernel
+            found = _functions[key] = kernel.kernel  # without a look-up by device at each launch
     return found
 
 

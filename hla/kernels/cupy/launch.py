@@ -21,8 +21,9 @@ from ...device.steps import UNDOTTED, Launch, Limits, Ref, Sum
 from ...device.tiles import grids, inner
 from ...errors import Unsupported
 
-LARGE = 200 << 10  # bytes of shared memory from which three chunks of 64 tokens fit
-CHUNK = 32  # tokens in the other passes
+LARGE = 200 << 10  # bytes of shared memory from which the widest float32 tiles fit
+CHUNK = 32  # tokens; of 64 hla2 took 0.63 ms instead of 0.54 (B8 T4096 H16 D128 on one H100)
+FEW = 16  # tokens that are multiplied exactly: their one or two terms can cancel to the roundings
 PERIOD = 256  # tokens between the states that are kept for a gate's gradient
 WIDEST = 128  # columns of a state
 PAD = 8  # elements behind a row in shared memory, as in block.cuh
@@ -90,17 +91,15 @@ def operand(strides: Sequence[int], dtype: Any) -> bytes:
     return struct.pack("<7q", *strides, 0 if dtype is None else TYPES[str(dtype)])
 
 
-def chunk(narrow: bool, card: Card) -> int:
-    """Tokens in a chunk of a pass that leaves nothing for a gate's gradient."""
-    return 64 if narrow and card.shared >= LARGE else CHUNK
-
-
 @functools.lru_cache(maxsize=1024)
 def limits(request: Request, card: Card) -> Limits:
     """Return what one launch takes: one part of keys, one value, one state."""
-    large, narrow = card.shared >= LARGE // 2, request.dtype == "bfloat16"
-    keys, values = (WIDEST if large or x else WIDEST // 2 for x in (narrow, False))
-    return Limits(keys, -1, 0, 0, symmetric=(), tile=values, chunk=CHUNK, period=PERIOD)
+    narrow, half = request.dtype == "bfloat16", card.shared >= LARGE // 2
+    keys = WIDEST if narrow or half else WIDEST // 2
+    values = WIDEST if card.shared >= (LARGE // 2 if narrow else LARGE) else WIDEST // 2
+    able = (narrow or half) and max(request.k_shape[-1], request.v_shape[-1]) <= values
+    both = (None, "decay", "log_gate") if able else ()  # of one tile of values alone
+    return Limits(keys, -1, 0, 0, symmetric=both, tile=values, chunk=CHUNK, period=PERIOD)
 
 
 def segments(request: Request, card: Card) -> int:
@@ -193,12 +192,15 @@ def settings(
 ) -> tuple[dict[str, Any], int]:
     """Return the constants of a pass but those that alignment decides, and threads of a block."""
     narrow = call.request.dtype == "bfloat16"
+    rough = call.request.tf32 or call.request.dtype == "float16"
+    rough &= call.request.tokens > FEW
     dots = 0 if s.dots is None else 2 if s.reverse else 1
     fixed = {
-        "NARROW": int(narrow), "BD": BD, "BV": BV, "W": s.chunk or chunk(narrow, call.where),
+        "NARROW": int(narrow), "BD": BD, "BV": BV, "W": CHUNK,
         "READ": int(bool(s.q)), "UPDATE": int(bool(s.k)), "GATED": int(gated),
         "V_IS_K": int(s.k[:1] == s.v[:1] != ()), "WRITE": int(s.write != 1), "ADD": int(s.add),
-        "REVERSE": int(s.reverse), "DOTS": dots, "KEEP": int(s.states is not None),
+        "REVERSE": int(s.reverse), "BOTH": int(s.symmetric), "DOTS": dots,
+        "KEEP": int(s.states is not None), "PARTS": 1 if rough else 2,
         "TYPE_O": 2 if dtypes[3] is None else TYPES[str(dtypes[3])],
         "SUM_TYPE": "float" if narrow else "double", "write": s.write,
     }  # fmt: skip
@@ -219,9 +221,10 @@ def constants(
     element = 2 if found["NARROW"] else 4
     for i, (name, n) in enumerate(zip("QKVOX", columns, strict=True)):
         size = (2, 2, 4)[found["TYPE_O"]] if name == "O" else element
-        moves = (addresses[i], n * size, *(x * size for x in strides[i][:-1]))
-        whole = sizes[i] == size and strides[i][-1] == 1 and not any(x % 16 for x in moves)
-        found[f"ASYNC_{name}"] = int(whole)
+        kind = 1 if sizes[i] == size else 2 if sizes[i] == 2 and name != "O" else 0
+        moves = (addresses[i], n * sizes[i], *(x * sizes[i] for x in strides[i][:-1]))
+        whole = kind and strides[i][-1] == 1 and not any(x % 16 for x in moves)
+        found[f"ASYNC_{name}"] = kind if whole else 0
     for found["STAGES"] in (4, 3, 2):
         shared = memory(found)
         if shared <= card.shared:
@@ -235,7 +238,8 @@ def memory(c: Constants) -> int:
     wide, tall = W * (c["BD"] + PAD), W * (c["BV"] + PAD)
     read, update = bool(c["READ"]), bool(c["UPDATE"])
     stage = wide * (read + update) + tall * ((update and not c["V_IS_K"]) + bool(c["DOTS"]))
-    total = c["STAGES"] * stage * element + (2 * W * (W + PAD) * element if read and update else 0)
+    total = c["STAGES"] * stage * element
+    total += (2 + 2 * c["BOTH"]) * W * (W + PAD) * element if read and update else 0
     total += tall * (4 if c["ADD"] or c["TYPE_O"] == 2 else 2) if read else 0
     total += 3 * (6 * W + 4) * 4 if c["GATED"] else 0
     warps = c["BV"] // 16 if c["BV"] > 64 else 4

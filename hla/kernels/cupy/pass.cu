@@ -18,11 +18,13 @@
 // exchanges a and b and transposes L. One warp sums two chunks ahead, in float64; c is kept as two floats, so
 // that differences have float32's digits whatever the gate. A reset is a gate of -1e6.
 //
-// Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024 (768 where v is k). mma.sync:
-// 2 (1.25 W + 2 D) V = 86 k operations at W = 64; shared memory: 432 KB a chunk, 3400 cycles of the 5070
-// in which its bytes come. 8 warps of < 255 registers, 185 KB: one block a multiprocessor.
+// Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024 (768 where v is k): 0.18 ms at
+// 3.0 TB/s for B = 8, T = 4096, H = 16. mma.sync: 2 (1.25 W + 2 D) V operations, 76 k at W = 32. One H100
+// took 0.28 ms for linear and 0.54 for hla2 by two passes (58% of its bytes' time): each block that is
+// read from shared memory serves one product of a warp, 4 KB a token. 8 warps of < 255 registers,
+// 120 KB: one block of threads a multiprocessor.
 //
-// Of one launch: `DOTS` 1 writes sum_v x (read a_t q_t S), 2 also the sums over the pairs of a chunk
+// Of one launch: `BOTH` adds the pass with k and v exchanged, of one state; `DOTS` 1 writes sum_v x (read a_t q_t S), 2 also the sums over the pairs of a chunk
 // (derivations 5); `KEEP` writes the state before every period of tokens but the first.
 #include "ptx.cuh"
 #include "arrays.cuh"
@@ -46,6 +48,7 @@ constexpr int AT_X = AT_V + (OWN_V ? TILE_V : 0), STAGE = AT_X + (DOTS ? TILE_V 
 constexpr int PITCH_OF_V = V_IS_K ? PITCH : PITCH_V;
 constexpr int NUMBERS = 6 * W + 4;  // of a chunk's weights
 constexpr bool PAIRS = READ && UPDATE;
+constexpr int SQUARES = BOTH ? 2 : 1;  // of pairs a chunk
 constexpr int AHEAD = PAIRS && STAGES > 2;  // a chunk's pairs are multiplied while the last one runs
 constexpr int WEIGHER = WARPS > 4 ? REVERSE ? 3 : 4 : 0;  // a warp with no pairs, where there is one
 #if ADD || TYPE_O == 2
@@ -54,6 +57,9 @@ typedef float Out;
 typedef u16 Out;
 #endif
 typedef SUM_TYPE Dot;
+template <int N> struct Number {
+    static constexpr int value = N;
+};
 
 DEVICE u8* start_of(const Pass& p, int i, const i64 (&head)[3], i64 segment, i64 row, i64 column) {
     const Operand& x = p.of[i];
@@ -63,10 +69,25 @@ DEVICE u8* start_of(const Pass& p, int i, const i64 (&head)[3], i64 segment, i64
 }
 
 // Copy the rows of a chunk into a tile, zeros behind its last row and column.
-template <int COLUMNS, int PITCH, bool ASYNC>
+// ASYNC: 1 by copies, 2 of 16-bit numbers that become float32, eight at once, 0 one by one.
+template <int COLUMNS, int PITCH, int ASYNC>
 DEVICE void fetch(Element* tile, const u8* from, const Operand& x, i64 first, int rows, int columns) {
-    constexpr int PIECE = 16 / sizeof(Element), PIECES = COLUMNS / PIECE;
-    if (ASYNC) {
+    constexpr int PIECE = ASYNC == 2 ? 8 : 16 / sizeof(Element), PIECES = COLUMNS / PIECE;
+    if (ASYNC == 2) {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < W * PIECES; i += THREADS) {
+            int row = i / PIECES, column = i % PIECES * PIECE;
+            uint4 all = {0, 0, 0, 0};
+            if (row < rows && column < columns)
+                all = *(const uint4*)((const u16*)from + (first + row) * x.row + column);
+            const u32 pairs[4] = {all.x, all.y, all.z, all.w};
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                const u16 one = (u16)(pairs[n / 2] >> n % 2 * 16);
+                tile[row * PITCH + column + n] = element(x.type == 1 ? of_f16(one) : of_bf16(one));
+            }
+        }
+    } else if (ASYNC) {
 #pragma unroll
         for (int i = threadIdx.x; i < W * PIECES; i += THREADS) {
             int row = i / PIECES, column = i % PIECES * PIECE;
@@ -140,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
     extern __shared__ __align__(128) u8 memory[];
     Element* stages = (Element*)memory;
     Element* pairs = stages + STAGES * STAGE;
-    Out* outs = (Out*)(pairs + (PAIRS ? 2 * W * PITCH_P : 0));
+    Out* outs = (Out*)(pairs + (PAIRS ? 2 * SQUARES * W * PITCH_P : 0));
     Weights* weights = (Weights*)(outs + (READ ? W * PITCH_V : 0));
     Dot* sums = (Dot*)(weights + (GATED ? 3 : 0));  // reads (2, WARPS, W), pairs (2, by key and query)
 
@@ -233,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
         const Element* q = stages + chunk % STAGES * STAGE;
         const Element *k = q + AT_K, *v = V_IS_K ? k + v0 : q + AT_V, *x = q + AT_X;
         const Weights* w = weights + (GATED ? chunk % 3 : 0);
-        Element* to = pairs + (chunk & 1) * W * PITCH_P;
+        Element* to = pairs + (chunk & 1) * SQUARES * W * PITCH_P;
 #pragma unroll 1
         for (int i = warp; i < BLOCKS * BLOCKS; i += WARPS) {
             const int t0 = i % BLOCKS * 16, s0 = i / BLOCKS * 16;
@@ -247,10 +268,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
             for (int e = 0; e < 8; e++) A.x[e] += other.x[e];
             Sum M;
             M.clear();
-            if (DOTS == 2)
+            if (BOTH || DOTS == 2)
 #pragma unroll
                 for (int d = 0; d < BV; d += 16)
-                    multiply(M, load<PITCH_V>(x, t0, d), load<PITCH_OF_V>(v, s0, d));
+                    multiply(M, BOTH ? load<PITCH>(q, t0, d) : load<PITCH_V>(x, t0, d),
+                             load<PITCH_OF_V>(v, s0, d));
             Dot by_query[2] = {0, 0}, by_key[4] = {0, 0, 0, 0};
 #pragma unroll
             for (int e = 0; e < 8; e++) {
@@ -267,13 +289,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
                     Dot found = (Dot)(A.x[e] * (float)p.read * M.x[e]);
                     by_query[r] += found, by_key[h] += found;
                 }
+                M.x[e] = able ? M.x[e] * weight : 0.f;
             }
 #pragma unroll
             for (int r = 0; r < 2; r++)
 #pragma unroll
-                for (int h = 0; h < 2; h++)
-                    put_pair(to + (t0 + g + 8 * r) * PITCH_P + s0 + j + 8 * h,
-                             A.x[4 * h + 2 * r], A.x[4 * h + 2 * r + 1]);
+                for (int h = 0; h < 2; h++) {
+                    Element* at = to + (t0 + g + 8 * r) * PITCH_P + s0 + j + 8 * h;
+                    put_pair(at, A.x[4 * h + 2 * r], A.x[4 * h + 2 * r + 1]);
+                    if (BOTH) put_pair(at + W * PITCH_P, M.x[4 * h + 2 * r], M.x[4 * h + 2 * r + 1]);
+                }
             if (DOTS == 2) {
                 Dot* own = sums + (2 * WARPS + (chunk & 1) * 2 * BLOCKS) * W;
                 Dot *keyed = own + (t0 / 16) * W + s0, *queried = own + (BLOCKS + s0 / 16) * W + t0;
@@ -301,13 +326,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
         const Operand& x = p.of[O];
         const Out* from = outs + mine;
         __syncwarp();
-        if (ASYNC_O && !ADD) {
+        if (ASYNC_O) {
             constexpr int PIECE = 16 / sizeof(Out), PIECES = 16 / PIECE;
 #pragma unroll
             for (int i = lane; i < W * PIECES; i += 32) {
                 int t = i / PIECES, v = i % PIECES * PIECE;
-                if (t < n && mine + v < values)
-                    *(uint4*)((Out*)p_o + (row + t) * x.row + mine + v) = *(const uint4*)(from + t * PITCH_V + v);
+                if (t >= n || mine + v >= values) continue;
+                const i64 at = (row + t) * x.row + mine + v;
+                const Out* piece = from + t * PITCH_V + v;
+#if ADD && TYPE_O == 2
+                float4 *to = (float4*)((float*)p_o + at), old = *to, more = *(const float4*)piece;
+                *to = float4{old.x + more.x, old.y + more.y, old.z + more.z, old.w + more.w};
+#elif ADD && TYPE_O == 0
+                uint2 *to = (uint2*)((u16*)p_o + at), old = *to;
+                float4 more = *(const float4*)piece;
+                *to = uint2{bf16_pair(of_bf16(old.x) + more.x, of_bf16_high(old.x) + more.y),
+                            bf16_pair(of_bf16(old.y) + more.z, of_bf16_high(old.y) + more.w)};
+#elif ADD
+                for (int e = 0; e < PIECE; e++) put(p_o, at + e, TYPE_O, get(p_o, at + e, TYPE_O) + piece[e]);
+#else
+                *(uint4*)((Out*)p_o + at) = *(const uint4*)piece;
+#endif
             }
             return;
         }
@@ -399,33 +438,40 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
                     if (j == 0) sums[((c & 1) * WARPS + warp) * W + 16 * t + g + 8 * r] = all;
                 }
         if (UPDATE && holds) {
-            Block b[BLOCKS];
+            const float total = GATED ? w->total : 1.f;
+            auto update = [&](const Element* v, auto pitch_v, const Element* k, auto pitch, const Element* P) {
+                constexpr int PITCH_1 = decltype(pitch_v)::value, PITCH_2 = decltype(pitch)::value;
+                Block b[BLOCKS];
 #pragma unroll
-            for (int s = 0; s < BLOCKS; s++) b[s] = load_turned<PITCH_OF_V>(v, 16 * s, mine);
-            if (READ)
+                for (int s = 0; s < BLOCKS; s++) b[s] = load_turned<PITCH_1>(v, 16 * s, mine);
+                if (READ)
 #pragma unroll
-                for (int t = 0; t < BLOCKS; t++)
+                    for (int t = 0; t < BLOCKS; t++)
+#pragma unroll
+                        for (int s = 0; s < BLOCKS; s++)
+                            if (legal_blocks(t, s)) multiply(o[t], load<PITCH_P>(P, 16 * t, 16 * s), b[s]);
+                if (GATED) {
+#pragma unroll
+                    for (int s = 0; s < BLOCKS; s++) b[s] = weighed(b[s], w->out + 16 * s);
+                } else if (WRITE) {
+#pragma unroll
+                    for (int s = 0; s < BLOCKS; s++) b[s] = scaled(b[s], (float)p.write);
+                }
+#pragma unroll
+                for (int d = 0; d < KEYS; d++)
 #pragma unroll
                     for (int s = 0; s < BLOCKS; s++)
-                        if (legal_blocks(t, s))
-                            multiply(o[t], load<PITCH_P>(pairs + (c & 1) * W * PITCH_P, 16 * t, 16 * s), b[s]);
-            if (GATED) {
+                        multiply(S[d], b[s], load_turned<PITCH_2>(k, 16 * s, 16 * d));
+            };
+            if (GATED)
 #pragma unroll
-                for (int s = 0; s < BLOCKS; s++) b[s] = weighed(b[s], w->out + 16 * s);
-            } else if (WRITE) {
-#pragma unroll
-                for (int s = 0; s < BLOCKS; s++) b[s] = scaled(b[s], (float)p.write);
-            }
-            const float total = GATED ? w->total : 1.f;
-#pragma unroll
-            for (int d = 0; d < KEYS; d++) {
-                if (GATED)
+                for (int d = 0; d < KEYS; d++)
 #pragma unroll
                     for (int i = 0; i < 8; i++) S[d].x[i] *= total;
-#pragma unroll
-                for (int s = 0; s < BLOCKS; s++)
-                    multiply(S[d], b[s], load_turned<PITCH>(k, 16 * s, 16 * d));
-            }
+            const Element* P = pairs + (c & 1) * SQUARES * W * PITCH_P;
+            update(v, Number<PITCH_OF_V>(), k, Number<PITCH>(), P);
+            if (BOTH)  // the same with k and v exchanged
+                update(k, Number<PITCH>(), v, Number<PITCH_OF_V>(), P + W * PITCH_P);
         }
         if (REVERSE) keep(row);
         if (READ && holds) {
