@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from ...core.passes import Shape
 from ...core.reference import Gradients
 from ...core.request import Inputs, Request
-from ...core.triangle import STATE_OF
 from ...device.elementwise import elementwise, part
 from ...device.scan import Call, Device, Do, Runner
 from ...device.steps import (
@@ -31,6 +30,7 @@ from ...device.steps import (
 )
 from ...device.tiles import Layout, whole
 from ...device.token import unpacked
+from ...states.packed import STATE_OF
 from . import between, launch, rows
 from . import step as one_token
 

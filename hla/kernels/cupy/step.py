@@ -77,7 +77,7 @@ class Steps:
         o = memory.empty(*ready.o, v.dtype, card)
         first = len(given) - len(state or ())
         wide = memory.dtype("float32")
-        inside = donate and ready.owned and apart(addresses, ready.sizes, first)
+        inside = donate and ready.owned and apart(tuple(addresses), ready.sizes, first)
         fields = state if inside else [
             memory.empty(shape, whole(shape), wide, card) for shape in ready.fields.values()
         ]  # fmt: skip
