@@ -14,7 +14,7 @@
 constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16, MATRICES = 6, VECTORS = 4, TURNS = 12, NAMES = 8;
 constexpr int GATE = 3, O = 4, OLD = 5, NEW = OLD + MATRICES, OLD_VECTOR = NEW + MATRICES;
 constexpr int NEW_VECTOR = OLD_VECTOR + VECTORS, OPERANDS = NEW_VECTOR + VECTORS;
-struct Operand {
+struct Field {
     i64 head[3], row, column, type;
 };
 struct Turn {  // vectors by number (q, k, v are 0, 1, 2; o is 3), states by number or -1
@@ -23,7 +23,7 @@ struct Turn {  // vectors by number (q, k, v are 0, 1, 2; o is 3), states by num
 };
 struct Step {
     u8* at[OPERANDS];
-    Operand of[OPERANDS];
+    Field of[OPERANDS];
     Turn turn[TURNS];
     i64 turns, keys, values, heads1, heads2, log, gated, divides;
     double scale, eps;
@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) step_kernel(const __grid_c
     const i64 index = blockIdx.x;
     const i64 head[3] = {index / p.heads2 / p.heads1, index / p.heads2 % p.heads1, index % p.heads2};
     auto base = [&](int i) {
-        const Operand& x = p.of[i];
+        const Field& x = p.of[i];
         i64 at = head[0] * x.head[0] + head[1] * x.head[1] + head[2] * x.head[2];
         return p.at[i] + at * width_of((int)x.type);
     };
@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) step_kernel(const __grid_c
         const float *q = vectors + turn.q * WIDTH, *k = vectors + turn.k * WIDTH, *v = vectors + turn.v * WIDTH;
         float* out = vectors + turn.out * WIDTH;
         const int old = turn.first || turn.strict ? OLD + turn.matrix : NEW + turn.matrix;
-        const Operand &from = p.of[old], &to = p.of[NEW + turn.matrix];
+        const Field &from = p.of[old], &to = p.of[NEW + turn.matrix];
         const float* S = (const float*)base(old);
         float* made = (float*)base(NEW + turn.matrix);
         const bool there = p.at[old] != 0, writes = turn.first && first(NEW + turn.matrix);

@@ -205,6 +205,12 @@ def swept(
     return run
 
 
+def _added(dots: Any) -> Any:
+    """Return a gate's sums (..., 3 T) as a plan has them, what is summed by key in the first."""
+    T = dots.shape[-1] // 3
+    return jnp.concatenate([dots[..., :T] + dots[..., 2 * T :], dots[..., T : 2 * T]], axis=-1)
+
+
 def finished(
     refs: list[Ref | None],
     batch: Shape,
@@ -217,7 +223,7 @@ def finished(
         if 0 in batch:
             return zeros(refs, take)
         rows, first, second, dots, kept = run(take, gate)
-        made = [*rows, first, second, *dots, *kept]
+        made = [*rows, first, second, *map(_added, dots), *kept]
         if adds is not None:
             made[0] = added(adds, refs[0], take, made[0])
         found = [(r, x) for r, x in zip(refs, made, strict=True) if r is not None]
