@@ -26,7 +26,7 @@ def alike(arrays: Sequence[Tensor]) -> Callable[[list[Tensor]], list[int] | None
     pending sign and other layouts. Alignment, grad mode where a tensor learns, the level of forward
     mode and the precision of products are asked beside.
     """
-    if watched():
+    if tracing.interposed():
         return None
     if forward_ad._current_level >= 0 or not all(map(_plain, arrays)):
         return None
@@ -42,7 +42,7 @@ def alike(arrays: Sequence[Tensor]) -> Callable[[list[Tensor]], list[int] | None
     precision = _precision(*PRODUCTS)
 
     def addresses(arrays: list[Tensor]) -> list[int] | None:
-        if watched() or not same(*arrays) or forward_ad._current_level >= 0:
+        if tracing.interposed() or not same(*arrays) or forward_ad._current_level >= 0:
             return None
         if (learns and torch.is_grad_enabled() != grad) or _precision(*PRODUCTS) != precision:
             return None
@@ -50,16 +50,6 @@ def alike(arrays: Sequence[Tensor]) -> Callable[[list[Tensor]], list[int] | None
         return found if [p & 15 for p in found] == alignment else None
 
     return addresses
-
-
-def watched() -> bool:
-    """Whether a mode or transform of the thread looks at what torch does, or changes it."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._is_tracing()
-    )
 
 
 def _plain(x: Tensor) -> bool:

@@ -59,6 +59,16 @@ def watched() -> bool:
     return _get_current_dispatch_mode() is not None or transforming()
 
 
+def interposed() -> bool:
+    """Whether a mode or a transform sees every operation, or changes or records some."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._is_tracing()
+    )
+
+
 def in_forward_mode(tensors: Iterable[Tensor]) -> bool:
     """Whether forward mode follows one of ``tensors``."""
     return forward_ad._current_level >= 0 and any(map(_has_tangent, tensors))
