@@ -30,7 +30,8 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return python("-c", code)
 
 
-def test_info_prints_versions_and_every_backend(capsys):
+def test_info_prints_versions_and_every_backend(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # no reason is folded
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     for version in (hla.__version__, platform.python_version(), np.__version__):

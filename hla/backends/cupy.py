@@ -28,7 +28,7 @@ CAPABILITIES = Capabilities(
 def _missing() -> str:
     """Why nothing can run on this machine, or ""."""
     if importlib.util.find_spec("cupy") is None:
-        return 'cupy is not installed; pip install ".[cupy]" in a checkout'
+        return 'cupy is not installed; pip install ".[cupy]" in a checkout of hla'
     try:
         import cupy
 
