@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..core.fields import rank
@@ -19,7 +19,7 @@ from ..core.request import Inputs, Request
 from . import plan as plans
 from .shapes import saved as saved_names
 from .steps import Buffer, Limits, Plan, Ref, Row, Step
-from .tiles import Layout, located, strides_like, whole
+from .tiles import Layout, grids, inner, located, strides_like, whole
 
 Array = Any
 Again = Callable[[list[Array], list[Any]], list[Array]]  # of arrays and their addresses
@@ -70,6 +70,22 @@ class Device(NamedTuple):
     )
     rows: Callable[[Request, Any], tuple[Row, ...]] = lambda request, where: ()  # that fit it
     segments: Callable[[Request, Any], int] = lambda request, where: 0  # tokens of one; 0: whole
+
+
+def heads(
+    batch: Shape, places: Sequence[Place | None], ranks: Sequence[int]
+) -> Iterator[tuple[Shape, list[Shape], list[Place | None], list[Shape]]]:
+    """Yield grids of at most three batch axes: sizes, strides along them, first heads, own strides.
+
+    Of operands with so many axes of their own; 0 along what one lacks.
+    """
+    lists = [None if x is None else (x.layout, n) for x, n in zip(places, ranks, strict=True)]
+    for counts, strides, offsets in grids(batch, lists):
+        first = [
+            None if x is None else x._replace(layout=inner(x.layout, n, offset))
+            for x, n, offset in zip(places, ranks, offsets, strict=True)
+        ]
+        yield counts, strides, first, [() if x is None else x.layout.strides for x in first]
 
 
 class Turn(NamedTuple):

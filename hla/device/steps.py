@@ -90,6 +90,17 @@ class Launch(NamedTuple):
     kept: Ref | None = None  # what a reverse launch left as its ``states``
     met: Ref | None = None
 
+    def states_alone(self) -> Launch:
+        """Return what makes the last states and nothing else."""
+        return self._replace(q=(), o=(), add=False, batch=self.held, **UNDOTTED)
+
+    def nonempty(self) -> Launch | None:
+        """Return what there is to do: in an empty batch at most states of keys, which it shares."""
+        if 0 not in self.batch:
+            return self
+        alone = self.states_alone() if self.q else self
+        return alone if any(alone.end) and 0 not in alone.batch else None
+
 
 # Fields of a launch that leaves nothing for a gate's gradient
 UNDOTTED: dict[str, Any] = dict.fromkeys(("x", "dots", "states", "kept", "met")) | {"chunk": 0}

@@ -6,25 +6,23 @@ import math
 import struct
 from collections.abc import Iterator, Sequence
 
-from ...device.scan import Call, Place
+from ...device.scan import Call, Place, heads
 from ...device.steps import Carry, Divide, Fading, GateGradient, Ref
 from ...device.tiles import whole
-from .launch import AXES, TYPES, Kernel, Load, heads, merged, padded
+from .launch import AXES, TYPES, Kernel, Load, located, merged, padded
 
 
-def located(
+def typed(
     call: Call, refs: Sequence[Ref | None]
 ) -> tuple[list[Place | None], list[int], list[int]]:
-    """Return where arrays lie, the bytes of an element of each, and its type."""
-    places = [None if x is None else call.place(x) for x in refs]
-    dtypes = [None if x is None else call.dtypes[x.name] for x in refs]
-    sizes = [0 if x is None else x.itemsize for x in dtypes]
+    """Return where arrays lie, the bytes of an element of each, and its type by number."""
+    places, dtypes, sizes = located(call, refs)
     return places, sizes, [0 if x is None else TYPES[str(x)] for x in dtypes]
 
 
 def divide(load: Load, call: Call, s: Divide) -> Iterator[Kernel]:
     """Return the kernel of a Divide."""
-    places, sizes, types = located(call, (s.x, s.den, s.o, s.num, s.dden))
+    places, sizes, types = typed(call, (s.x, s.den, s.o, s.num, s.dden))
     shape = call.place(s.o).layout.shape
     rows = math.prod(shape[:-1])
     lists = []
@@ -57,7 +55,7 @@ def ordered(x: Place) -> bool:
 
 def gate_gradient(load: Load, call: Call, s: GateGradient) -> Iterator[Kernel]:
     """Return the kernel of a GateGradient, of a gate that lies in order."""
-    places, sizes, types = located(call, (s.reads, s.writes, s.gate, s.border, s.S, s.R, s.o))
+    places, sizes, types = typed(call, (s.reads, s.writes, s.gate, s.border, s.S, s.R, s.o))
     *batch, reads, _ = call.place(s.reads).layout.shape
     writes, T = call.place(s.writes).layout.shape[-2], call.request.tokens
     D, V = (1, 1) if s.S is None else call.place(s.S).layout.shape[-2:]
@@ -75,7 +73,7 @@ def gate_gradient(load: Load, call: Call, s: GateGradient) -> Iterator[Kernel]:
 
 def fading(load: Load, call: Call, s: Fading) -> Iterator[Kernel]:
     """Return the kernels of a Fading."""
-    places, sizes, types = located(call, (s.gate, s.o))
+    places, sizes, types = typed(call, (s.gate, s.o))
     o = call.place(s.o).layout
     log, parts = call.request.gate == "log_gate", o.shape[-1]
     for counts, strides, first, own in heads(o.shape[:-1], places, (int(log), 1)):
@@ -91,7 +89,7 @@ def fading(load: Load, call: Call, s: Fading) -> Iterator[Kernel]:
 
 def carry(load: Load, call: Call, s: Carry) -> Iterator[Kernel]:
     """Return the kernels of a Carry."""
-    places, sizes, _ = located(call, (s.local, s.o, s.start, s.end, s.fading))
+    places, sizes, _ = typed(call, (s.local, s.o, s.start, s.end, s.fading))
     *batch, count, D, V = call.place(s.local).layout.shape
     tiles = -(-D * V // 128)
     for counts, strides, first, own in heads(tuple(batch), places, (3, 3, 2, 2, 1)):

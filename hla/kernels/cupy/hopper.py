@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from ...core.passes import Shape, broadcast
 from ...core.request import Request
 from ...device.rows import kept, masked
-from ...device.scan import Call
+from ...device.scan import Call, heads
 from ...device.steps import Fused, Ref, Row
-from ...device.tiles import grids, inner
-from .launch import WIDEST, Card, Constants, Kernel, Load, operand, walked
+from .launch import WIDEST, Card, Constants, Kernel, Load, located, operand, walked
 
 NAME = "{} by two state owners"
 OPERATORS = {"ahla": 1, "hla2": 2, "hla3": 3}  # by their numbers in hopper.cu
@@ -93,19 +92,12 @@ def sweeps(
     """
     names, T = list(refs), call.request.tokens
     rows = names.index("gate")
-    places = [None if x is None else call.place(x) for x in refs.values()]
-    dtypes = [None if x is None else call.dtypes[x.name] for x in refs.values()]
-    sizes = [0 if x is None else x.itemsize for x in dtypes]
+    places, dtypes, sizes = located(call, refs.values())
     states = len(names) - rows - 1
     own = [2] * rows + [int(call.request.gate == "log_gate")] + [2 + (tokens > 0)] * states
-    lists = [None if x is None else (x.layout, n) for x, n in zip(places, own, strict=True)]
     kinds = ["rows"] * rows + ["gate"] + ["start"] * states
     parts = tiles * (-(-T // tokens) if tokens else 1)
-    for counts, strides, offsets in grids(batch, lists):
-        first = [
-            None if x is None else x._replace(layout=inner(x.layout, n, offset))
-            for x, n, offset in zip(places, own, offsets, strict=True)
-        ]
+    for counts, strides, first, _ in heads(batch, places, own):
         every = [
             (*lead, *walked(kind, x, tokens > 0))
             for kind, lead, x in zip(kinds, strides, first, strict=True)

@@ -11,7 +11,7 @@ from ...core.programs import adjoint
 from ...core.request import Request
 from ...device.rows import flipped, masked
 from ...device.scan import Call, Do
-from ...device.steps import UNDOTTED, Fused, Ref, Row
+from ...device.steps import Fused, Ref, Row
 from .hopper import GATES, HALF, SHARED, sweeps
 from .launch import WIDEST, Card, Constants, Load, passes
 
@@ -75,7 +75,7 @@ def reverse(load: Load, call: Call, s: Fused) -> Iterator[Do]:
         load, call, "hopper_reverse.cu", dv.batch, refs, D, V, factors, dv.tokens, fixed
     )
     if any(dk.end):  # of the two that make up Z the kernel keeps the sum
-        alone = dk._replace(q=(), o=(), add=False, batch=dk.held, **UNDOTTED)
+        alone = dk.states_alone()
         yield from passes(load, call, alone)
 
 

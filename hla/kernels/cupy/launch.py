@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +16,8 @@ import numpy as np
 from ...core.passes import Shape
 from ...core.request import Request
 from ...device import segments as rule
-from ...device.scan import Call, Place
-from ...device.steps import UNDOTTED, Launch, Limits, Ref, Sum
-from ...device.tiles import grids, inner
+from ...device.scan import Call, Place, heads
+from ...device.steps import Launch, Limits, Ref, Sum
 from ...errors import Unsupported
 
 LARGE = 200 << 10  # bytes of shared memory from which the widest float32 tiles fit
@@ -114,17 +113,23 @@ def tile(n: int, most: int) -> int:
     return min(most, max(16, 1 << max(n - 1, 0).bit_length()))
 
 
+def located(
+    call: Call, refs: Iterable[Ref | None]
+) -> tuple[list[Place | None], list[Any], list[int]]:
+    """Return where arrays lie, their dtypes, and the bytes of an element of each."""
+    refs = list(refs)
+    places = [None if x is None else call.place(x) for x in refs]
+    dtypes = [None if x is None else call.dtypes[x.name] for x in refs]
+    return places, dtypes, [0 if x is None else x.itemsize for x in dtypes]
+
+
 NAMES = ("q", "k", "v", "o", "x", "start", "end", "gate", "dots", "states")
 OWN = (2, 2, 2, 2, 2, 2, 2, 0, 2, 3)  # axes that are an operand's own
 
 
-def passes(load: Load, call: Call, s: Launch) -> Iterator[Kernel]:
+def passes(load: Load, call: Call, launch: Launch) -> Iterator[Kernel]:
     """Return the kernels of one launch: one, or more where the batch has axes that are not one."""
-    if 0 in s.batch and s.q:  # no output, but states of keys may be requested
-        s = s._replace(q=(), o=(), batch=s.held, **UNDOTTED)
-        if not any(s.end):
-            return
-    if 0 in s.batch:
+    if (s := launch.nonempty()) is None:
         return
     k, v = s.k or s.q, s.v or s.o  # what is not read stands for what has its shape
     gate = Ref("gate") if s.power and call.request.gate is not None else None
@@ -132,9 +137,7 @@ def passes(load: Load, call: Call, s: Launch) -> Iterator[Kernel]:
     refs = [(s.q or (None,))[0], k[0], v[0], (s.o or (None,))[0], s.x, s.start[0], s.end[0], gate]
     refs += [s.dots, s.states]
     own = [*OWN[:5], *(n + (s.tokens > 0) for n in OWN[5:7]), int(log), *OWN[8:]]
-    places = [None if x is None else call.place(x) for x in refs]
-    dtypes = [None if x is None else call.dtypes[x.name] for x in refs]
-    sizes = [0 if x is None else x.itemsize for x in dtypes]
+    places, dtypes, sizes = located(call, refs)
     most = limits(call.request, call.where)
     D, V = (x.layout.shape[-1] for x in (places[1], places[2]) if x)
     BD, BV = tile(D, most.keys), tile(V, most.tile)
@@ -155,22 +158,6 @@ def passes(load: Load, call: Call, s: Launch) -> Iterator[Kernel]:
             load, call.where, "pass.cu", math.prod(counts) * parts * tiles, threads, first, sizes,
             words, functools.partial(constants, fixed, every, sizes, (D, D, V, V, V), call.where),
         )  # fmt: skip
-
-
-def heads(
-    batch: Shape, places: Sequence[Place | None], ranks: Sequence[int]
-) -> Iterator[tuple[Shape, list[Shape], list[Place | None], list[Shape]]]:
-    """Yield grids of at most three batch axes: sizes, strides along them, first heads, own strides.
-
-    Of operands with so many axes of their own; 0 along what one lacks.
-    """
-    lists = [None if x is None else (x.layout, n) for x, n in zip(places, ranks, strict=True)]
-    for counts, strides, offsets in grids(batch, lists):
-        first = [
-            None if x is None else x._replace(layout=inner(x.layout, n, offset))
-            for x, n, offset in zip(places, ranks, offsets, strict=True)
-        ]
-        yield counts, strides, first, [() if x is None else x.layout.strides for x in first]
 
 
 def walked(name: str, x: Place | None, cut: bool) -> Shape:

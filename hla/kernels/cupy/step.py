@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from ...core.fields import rank
 from ...core.passes import Shape, broadcast
 from ...core.request import Inputs, Request
-from ...device.scan import Place
+from ...device.scan import Place, heads
 from ...device.tiles import Layout, strides_like, whole
 from ...device.token import Turn, apart, span, turns, updates
-from .launch import TYPES, Kernel, heads
+from .launch import TYPES, Kernel
 
 Array = Any
 MATRICES, VECTORS, TURNS, NAMES = 6, 4, 12, 8  # as in step.cu

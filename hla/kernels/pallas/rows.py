@@ -19,7 +19,7 @@ from ...core.request import Request
 from ...device.elementwise import Made, Take
 from ...device.rows import flipped, kept, masked, matched
 from ...device.scan import Call
-from ...device.steps import UNDOTTED, Fused, Launch, Parts, Ref, Row
+from ...device.steps import Fused, Launch, Parts, Ref, Row
 
 Array = Any
 Make = Callable[[Take, Gate], Made]
@@ -303,7 +303,7 @@ def after(fused: Fused) -> tuple[Launch, ...]:
     *_, dk = fused.launches
     if fused.row not in (HLA2[0], HLA3[1]) or not dk.q or not any(dk.end):
         return ()
-    return (dk._replace(q=(), o=(), add=False, batch=dk.held, **UNDOTTED),)
+    return (dk.states_alone(),)
 
 
 def queries(call: Call, fused: Fused) -> Make:

@@ -77,11 +77,9 @@ def between(step: Step, take: Take, gate: Gate) -> Made:
     return ELEMENTWISE[type(step)](jnp, step, wide, gate)
 
 
-def launched(call: Call, s: Launch, take: Take, gate: Gate) -> Made:
+def launched(call: Call, launch: Launch, take: Take, gate: Gate) -> Made:
     """Do one launch."""
-    if 0 in s.batch and s.q:  # nobody reads, and yet states of keys may be asked
-        s = s._replace(q=(), o=(), batch=s.held, x=None, dots=None, states=None)
-    if 0 in s.batch or not (s.q or any(s.end)):
+    if (s := launch.nonempty()) is None or not (s.q or any(s.end)):
         return []
     (o,) = s.o or (None,)
     ((start,), (end,)) = s.start, s.end

@@ -21,9 +21,8 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 
-from ...device.scan import Call
+from ...device.scan import Call, heads
 from ...device.steps import Carry, Fading
-from ...device.tiles import grids, inner
 from .causal import LEAST, RESET
 from .launch import Kernel
 
@@ -142,17 +141,10 @@ def fading(call: Call, s: Fading) -> Iterator[Kernel]:
     gate, o = call.place(s.gate), call.place(s.o)
     log, T = call.request.gate == "log_gate", call.request.tokens
     batch, parts = o.layout.shape[:-1], o.layout.shape[-1]
-    ranks = int(log), 1
-    lists = [(x.layout, rank) for x, rank in zip((gate, o), ranks, strict=True)]
-    for counts, strides, offsets in grids(batch, lists):
+    for counts, strides, first, own in heads(batch, (gate, o), (int(log), 1)):
         if not math.prod(counts):
             continue
-        first = [
-            x._replace(layout=inner(x.layout, rank, n))
-            for x, rank, n in zip((gate, o), ranks, offsets, strict=True)
-        ]
-        own = (first[0].layout.strides or (0,)), first[1].layout.strides
-        every = [n for a, b in zip(strides, own, strict=True) for n in (*a, *b)]
+        every = [n for a, b in zip(strides, own, strict=True) for n in (*a, *(b or (0,)))]
         sizes = [call.dtypes[x.name].itemsize for x in (s.gate, s.o)]
         yield Kernel(
             fading_kernel, (math.prod(counts) * parts,), first, sizes, T, s.tokens, *counts[-2:],
@@ -167,20 +159,14 @@ def carry(call: Call, s: Carry) -> Iterator[Kernel]:
     sizes = [0 if x is None else call.dtypes[x.name].itemsize for x in refs]
     ranks = 3, 3, 2, 2, 1
     *batch, count, D, V = call.place(s.local).layout.shape
-    lists = [None if x is None else (x.layout, n) for x, n in zip(places, ranks, strict=True)]
     blocks = min(BLOCKS, triton.next_power_of_2(count))
     per = triton.cdiv(count, blocks)
-    for counts, strides, offsets in grids(tuple(batch), lists):
+    for counts, strides, first, own in heads(tuple(batch), places, ranks):
         programs = math.prod(counts) * triton.cdiv(D * V, E)
         if not programs:
             continue
-        first = [
-            None if x is None else x._replace(layout=inner(x.layout, rank, n))
-            for x, rank, n in zip(places, ranks, offsets, strict=True)
-        ]
-        own = [(0,) * rank if x is None else x.layout.strides
-               for x, rank in zip(first, ranks, strict=True)]  # fmt: skip
-        every = [n for a, b in zip(strides[2:], own[2:], strict=True) for n in (*a, *b)]
+        parts = zip(strides[2:], own[2:], ranks[2:], strict=True)
+        every = [n for a, b, rank in parts for n in (*a, *(b or (0,) * rank))]
         yield Kernel(
             carry_kernel, (programs,), first, sizes, s.power, count, per, D * V, V, *counts[-2:],
             *every, REVERSE=s.reverse, ONCE=per == 1, BLOCKS=blocks, E=E, num_warps=1,

@@ -52,7 +52,7 @@ from ...core.programs import adjoint
 from ...core.request import Request
 from ...device.rows import flipped, masked, matched
 from ...device.scan import Call, Do
-from ...device.steps import UNDOTTED, Fused, Launch, Parts, Ref, Row
+from ...device.steps import Fused, Launch, Parts, Ref, Row
 from .launch import GATES, Aligned, Kernel, heads, listed, passes, placed, width
 
 HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
@@ -191,7 +191,7 @@ def reverse(call: Call, s: Fused) -> Iterator[Do]:
     }  # fmt: skip
     yield from _reverse(call, refs, dv, dk, Z=True, SUM=False, ADD=False, READ=True)
     if any(dk.end):  # of the two that make up Z the kernel keeps the sum
-        alone = dk._replace(q=(), o=(), add=False, batch=dk.held, **UNDOTTED)
+        alone = dk.states_alone()
         yield from passes(call, alone)
 
 
@@ -248,7 +248,7 @@ def summed(call: Call, s: Fused) -> Iterator[Do]:
     }  # fmt: skip
     yield from _reverse(call, refs, dv, more, Z=True, SUM=True, ADD=dk.add, READ=True)
     if any(more.end):
-        alone = more._replace(q=(), o=(), add=False, batch=more.held, **UNDOTTED)
+        alone = more.states_alone()
         yield from passes(call, alone)
 
 

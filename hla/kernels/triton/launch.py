@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.passes import Shape
 from ...core.request import Request
+from ...device import scan
 from ...device import segments as rule
 from ...device.scan import Call, Place
-from ...device.steps import UNDOTTED, Launch, Limits, Ref
-from ...device.tiles import grids, inner
+from ...device.steps import Launch, Limits, Ref
 from ...errors import Unsupported
 from .causal import pass_kernel
 
@@ -305,13 +305,9 @@ def view(arrays: list[Any], x: Place | None) -> torch.Tensor | None:
     return whole.as_strided(shape, strides, whole.storage_offset() + offset)
 
 
-def passes(call: Call, s: Launch) -> Iterator[Kernel]:
+def passes(call: Call, launch: Launch) -> Iterator[Kernel]:
     """Return the kernels of one launch: one, or more where the batch has axes that are not one."""
-    if 0 in s.batch and s.q:  # no output, but states of keys may be requested
-        s = s._replace(q=(), o=(), batch=s.held, **UNDOTTED)
-        if not any(s.end):
-            return
-    if 0 in s.batch:
+    if (s := launch.nonempty()) is None:
         return
     refs, gated = operands(s, call.request), 0
     if s.power and call.request.gate is not None:
@@ -364,17 +360,10 @@ def heads(
     """
     ranks = [1 if name == "gate" and log else RANKS.get(name, 2) for name in places]
     ranks = [n + (cut and name in STATES) for n, name in zip(ranks, places, strict=True)]
-    found = list(places.values())
-    lists = [None if x is None else (x.layout, n) for x, n in zip(found, ranks, strict=True)]
-    for counts, strides, offsets in grids(batch, lists):
-        first = [
-            None if x is None else x._replace(layout=inner(x.layout, rank, n))
-            for x, rank, n in zip(found, ranks, offsets, strict=True)
-        ]
-        own = ((0,) * rank if x is None else x.layout.strides
-               for x, rank in zip(first, ranks, strict=True))  # fmt: skip
+    for counts, strides, first, own in scan.heads(batch, list(places.values()), ranks):
         # a decay has no tokens
-        yield counts, first, [(*a, *(b or (0,))) for a, b in zip(strides, own, strict=True)]
+        every = zip(strides, own, ranks, strict=True)
+        yield counts, first, [(*a, *(b or (0,) * max(n, 1))) for a, b, n in every]
 
 
 def listed(names: Iterable[str], strides: Iterable[Shape], *, cut: bool) -> list[int | None]:

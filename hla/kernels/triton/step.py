@@ -12,8 +12,8 @@ import torch
 from ...core.fields import rank
 from ...core.passes import Shape, broadcast
 from ...core.request import Inputs, Request
-from ...device.scan import Place
-from ...device.tiles import Layout, grids, inner, strides_like, whole
+from ...device.scan import Place, heads
+from ...device.tiles import Layout, strides_like, whole
 from ...device.token import apart, dense, span, turns
 from ...states import HLA2State
 from ...states.packed import STATE_OF, packed_shape
@@ -226,13 +226,11 @@ def _cut(
     batch: Shape, operands: Sequence[Operand]
 ) -> Iterator[tuple[Shape, list[Place | None], list[int]]]:
     """Cut a batch into launches: their axes, operands and all strides."""
-    lists = [None if x is None else (x.layout, n) for x, n, _ in operands]
-    for counts, steps, offsets in grids(batch, lists):
-        places, strides = [], []
-        for (x, n, told), along, offset in zip(operands, steps, offsets, strict=True):
-            place = None if x is None else x._replace(layout=inner(x.layout, n, offset))
-            places.append(place)
-            own = (0, 0, *(() if place is None else place.layout.strides))  # none of packed rows
+    given, ranks = [x for x, _, _ in operands], [n for _, n, _ in operands]
+    for counts, steps, places, each in heads(batch, given, ranks):
+        strides: list[int] = []
+        for (_, _, told), along, lie in zip(operands, steps, each, strict=True):
+            own = (0, 0, *lie)  # none of packed rows
             strides += [*along, *own[len(own) - told :]]
         yield counts, places, strides
 
