@@ -71,7 +71,7 @@ DEVICE double crossing(const Gate& p, i64 at, double* shared) {
     return summed(sum, shared) * p.factor;
 }
 
-extern "C" __global__ void __launch_bounds__(PERIOD) gate_kernel(const __grid_constant__ Gate p) {
+extern "C" __global__ void __launch_bounds__(PERIOD, 1) gate_kernel(const __grid_constant__ Gate p) {
     extern __shared__ __align__(16) u8 memory[];
     double* shared = (double*)memory;  // of 32 sums
     double* of_chunk = shared + 32;  // (3, CHUNKS)

@@ -88,7 +88,11 @@ DEVICE void fetch(Element* tile, const u8* from, const Operand& x, i64 first, in
             }
         }
     } else if (ASYNC) {
+#if NARROW
 #pragma unroll
+#else
+#pragma unroll 1  // its addresses would take registers that the sums need
+#endif
         for (int i = threadIdx.x; i < W * PIECES; i += THREADS) {
             int row = i / PIECES, column = i % PIECES * PIECE;
             bool there = row < rows && column < columns;
@@ -261,7 +265,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
             if (!legal_blocks(t0, s0)) continue;
             Sum A, other;
             A.clear(), other.clear();
+#if NARROW
 #pragma unroll
+#else
+#pragma unroll 4
+#endif
             for (int d = 0; d < BD; d += 16)  // two sums: half as long a chain
                 multiply(d & 16 ? other : A, load<PITCH>(q, t0, d), load<PITCH>(k, s0, d));
 #pragma unroll
@@ -269,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
             Sum M;
             M.clear();
             if (BOTH || DOTS == 2)
-#pragma unroll
+#pragma unroll 2  // of all at once the operands spill
                 for (int d = 0; d < BV; d += 16)
                     multiply(M, BOTH ? load<PITCH>(q, t0, d) : load<PITCH_V>(x, t0, d),
                              load<PITCH_OF_V>(v, s0, d));
