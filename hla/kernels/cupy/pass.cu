@@ -268,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
 #if NARROW
 #pragma unroll
 #else
-#pragma unroll 4
+#pragma unroll 2
 #endif
             for (int d = 0; d < BD; d += 16)  // two sums: half as long a chain
                 multiply(d & 16 ? other : A, load<PITCH>(q, t0, d), load<PITCH>(k, s0, d));
