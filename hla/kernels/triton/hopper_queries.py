@@ -214,7 +214,7 @@ def _mover_f(
             _fetch(vs.index(s), p_v, row, T, V, svt, svd, B, FAST, WHOLE_V)
             _fetch(gs.index(s), p_g, row, T, V, sgt, sgd, B, FAST, WHOLE_V)
             _fetch(ys.index(s), p_y, row, T, MADE, syt, syd, B, FAST, WHOLE)
-        if GATE == 2 and DOTS:
+        if GATE == 2 and DOTS and FAST:
             sums, last = _gate_sums(p_gate, sft, row, T)
         if DOTS:
             if c >= STAGES:
@@ -227,6 +227,8 @@ def _mover_f(
             if FAST:
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
             if GATE == 2:
+                if DOTS and not FAST:  # else registers would not suffice
+                    sums, last = _gate_sums(p_gate, sft, row, T)
                 put_weights(weights, ends, s, sums, last)
             if GATE == 2 or not FAST:
                 mbarrier.arrive(full.index(s), count=1)
