@@ -117,6 +117,10 @@ DEVICE void products_done(float (&d)[32], float (&e)[32], float (&f)[32]) {
 }
 DEVICE void products_done(float (&d)[64], float (&e)[64]) { asm volatile(DONE : D64(d), D64(e)::"memory"); }
 
+DEVICE void products_done(float (&d)[32], float (&e)[32], float (&f)[32], float (&g)[32]) {
+    asm volatile(DONE : D32(d), D32(e), D32(f), D32(g)::"memory");
+}
+
 DEVICE void unchanged(u32 (&a)[16]) { asm volatile("" : A16(a)::"memory"); }
 DEVICE void unchanged(u32 (&a)[32]) { asm volatile("" : A32(a)::"memory"); }
 
