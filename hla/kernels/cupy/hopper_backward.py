@@ -173,13 +173,13 @@ def queries(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     if second and ahla:
         refs |= {"v": second.k[0], "y": first.k[0]}
     D, V = widths(call)
-    fixed = settings(call, D, V) | {
+    own = {
         "AHLA": int(ahla), "F_POWER": POWERS[call.request.operator, second is None],
         "ONE": int(second is None), "ADDS": int(first.add),
     }  # fmt: skip
     yield from sweeps(
         load, call, "hopper_queries.cu", first.batch, refs, D, V, (first.read,), first.tokens,
-        fixed, threads=128 * (side(D, V) // HALF) + 128,
+        {**settings(call, D, V), **own}, threads=128 * (side(D, V) // HALF) + 128,
     )  # fmt: skip
 
 
