@@ -38,6 +38,7 @@ static_assert(ONE + 4 <= SHARED, "more shared memory than a block is given");
 constexpr int R_REGISTERS = 224, Z_REGISTERS = 224, MOVER_REGISTERS = 56;
 
 enum { AT_Q, AT_K, AT_V, AT_G, AT_U, AT_DU, AT_DV, AT_DK, AT_GATE, AT_R, AT_Z, AT_END, AT_END_Z, OPERANDS };
+#include "sweep.cuh"
 #include "owners.cuh"
 #include "reverse.cuh"
 

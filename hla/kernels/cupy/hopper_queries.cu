@@ -38,6 +38,7 @@ static_assert(STORED + 16 <= SHARED, "more shared memory than a block is given")
 constexpr int OWNER_REGISTERS = 224, MOVER_REGISTERS = 56;
 
 enum { AT_K, AT_V, AT_G, AT_Y, AT_E, AT_DQ, AT_GATE, AT_S, AT_F, OPERANDS };
+#include "sweep.cuh"
 #include "owners.cuh"
 
 // Add the product of 64 columns of rows and a tile of pairs.

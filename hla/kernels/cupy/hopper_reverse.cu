@@ -49,6 +49,7 @@ static_assert(K_READ + 16 <= SHARED, "more shared memory than a block is given")
 constexpr int R_REGISTERS = 240, Z_REGISTERS = 216, MOVER_REGISTERS = 48;
 
 enum { AT_Q, AT_K, AT_V, AT_G, AT_Y, AT_DY, AT_DV, AT_DK, AT_GATE, AT_R, AT_Z, AT_END, OPERANDS };
+#include "sweep.cuh"
 #include "owners.cuh"
 
 #include "reverse.cuh"

@@ -3,13 +3,6 @@
 // A file that includes this has the places of its operands in memory (`OPERANDS`, `AT_GATE`) and of
 // weights in shared memory (`WEIGHTS`, `ENDS`, `GROUPS` of lists a chunk, `POWERS` of the gate).
 
-struct Sweep {
-    u8 *at[OPERANDS];
-    Operand of[OPERANDS];  // of a state rows are values and columns keys
-    double factors[3];
-    i64 tokens, segment, keys, values, heads1, heads2;
-};
-
 constexpr int UNTIL = 0, BEFORE = W * 4, AFTER = W * 8;  // lists of a chunk's weights
 
 // Place in a ring
@@ -32,38 +25,6 @@ DEVICE void arrive(u32 bar) {
 DEVICE void begin(u32 bar, int count, int arrivals) {
     UNROLL for (int i = 0; i < count; i++) barrier_init(bar + 8 * i, arrivals);
 }
-
-// Which head a block does, and which segment of it
-struct Head {
-    i64 head[3], segment, first, tokens;  // its first token, and how many there are
-    int tile = 0;                         // of values, where a head has several blocks
-
-    DEVICE Head(const Sweep &p) {
-        i64 i = block_index();
-        if (SPLIT) {
-            int tiles = (int)((p.values + 63) / 64);
-            tile = i % tiles, i /= tiles;
-        }
-        segment = first = 0, tokens = p.tokens;
-        if (p.segment) {
-            i64 segments = (p.tokens + p.segment - 1) / p.segment;
-            segment = i % segments, i /= segments, first = segment * p.segment;
-            tokens = tokens - first < p.segment ? tokens - first : p.segment;
-        }
-        head[2] = i % p.heads2, i /= p.heads2;
-        head[1] = i % p.heads1, head[0] = i / p.heads1;
-    }
-    DEVICE int chunks() const { return (int)((tokens + W - 1) / W); }
-    // Elements from an array's first to the head's at a segment, row and column
-    DEVICE i64 offset(const Operand &x, i64 of_segment, i64 row, i64 column) const {
-        return head[0] * x.head[0] + head[1] * x.head[1] + head[2] * x.head[2] +
-               of_segment * x.segment + row * x.row + column * x.column;
-    }
-    // Whether it is the first of those that share an array, of strides 0
-    DEVICE bool is_first(const Operand &x) const {
-        return (x.head[0] || !head[0]) && (x.head[1] || !head[1]) && (x.head[2] || !head[2]);
-    }
-};
 
 // ---- States: 64 rows of values and BD columns of keys, as products leave them
 
@@ -126,7 +87,6 @@ DEVICE void put_weights(u32 base, int slot, int t, double c, double last) {
     }
 }
 
-constexpr double LOG2E = 1.4426950408889634, RESET = -160.0, LEAST = 1e-30;
 
 // Leave those of a decay in a whole chunk and, behind them, in the last one, of so many tokens.
 DEVICE void put_decay(u32 base, double g, int t, int rest) {
@@ -291,10 +251,6 @@ template <int WIDTH, int BYTES = PANEL> DEVICE void put_rows(u32 to, const float
     u32 packed[WIDTH / 4];
     UNROLL for (int i = 0; i < WIDTH / 4; i++) packed[i] = bf16_pair(o[2 * i] * factor, o[2 * i + 1] * factor);
     put_rows<WIDTH, BYTES>(to, packed);
-}
-
-template <int POWER> DEVICE float raised(float x) {
-    return POWER == 1 ? x : POWER == 2 ? x * x : x * x * x;
 }
 
 // Return K Q', [64, W].
