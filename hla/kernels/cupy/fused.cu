@@ -41,7 +41,6 @@ constexpr int WEIGHER = FIRST - 1;  // the warp that makes weights
 constexpr int STAGE = 3 * TILE, MADE = STAGES * STAGE, US = MADE + 2 * TILE, OUT = US + (HLA3 ? 2 * TILE : 0);
 constexpr int TILES = OUT + TILE, WEIGHTS = TILES + (AHLA ? 2 : 4) * TILE_P;
 constexpr int UNTIL = 0, BEFORE = W * 4, AFTER = W * 8, WHOLE_CHUNK = W * 12, LISTS = W * 12 + 16;
-constexpr int SHARED = WEIGHTS + (GATE ? 3 * LISTS : 0);
 
 enum { AT_Q, AT_K, AT_V, AT_Y, AT_U, AT_O, AT_GATE, AT_START, AT_END = AT_START + 3, OPERANDS = AT_END + 3 };
 #include "sweep.cuh"
@@ -141,6 +140,10 @@ struct Gate {
 
 // ---- Blocks
 
+template <int N> struct Number {
+    static constexpr int value = N;
+};
+
 DEVICE Block block_at(u32 place) {
     Block x;
     ldmatrix(x.x, place);
@@ -151,6 +154,18 @@ DEVICE Block block_turned(u32 place) {
     Block x;
     ldmatrix_turned(x.x, place);
     return x;
+}
+
+// The same of second factors, whose registers a product takes in another order: of the places of this
+// lane's rows in blocks turned, and as they are.
+DEVICE Block second_at(u32 place) {
+    Block x = block_at(place);
+    return {x.x[0], x.x[2], x.x[1], x.x[3]};
+}
+
+DEVICE Block second_turned(u32 place) {
+    Block x = block_turned(place);
+    return {x.x[0], x.x[2], x.x[1], x.x[3]};
 }
 
 // Scale the columns of a block by a list from this lane's first column on.
@@ -166,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __gr
     const u32 base = shared_address(memory);
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same in a warp, which it shows
     const int lane = threadIdx.x & 31, g = lane >> 2, j = 2 * (lane & 3);
-    const bool first = warp < FIRST, late = warp >= FIRST + MIDDLE, middle = !first && !late;
+    const bool first = warp < FIRST, late = warp >= FIRST + MIDDLE;
     const int rank = warp - (first ? 0 : late ? FIRST + MIDDLE : FIRST);
     const int power = late ? AHLA ? 1 : OPERATOR : 1;
     auto raise = [&](float x) { return power == 1 ? x : power == 2 ? x * x : x * x * x; };
@@ -220,6 +235,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __gr
     const u32 pairs_at = (lane & 15) * PITCH_P + (lane >> 4) * 16;
     const u32 own_columns = rank * 64, written = g * PITCH + own_columns + j * 2;
 
+    // Leave so many blocks of P in a row of blocks, from one on.
+    auto make_pairs = [&](u32 q_0, u32 k_0, u32 tile, u32 lists, int t, int first_s, auto count) {
+        constexpr int N = decltype(count)::value;
+        Sum A[N], other[N];
+        UNROLL for (int n = 0; n < N; n++) A[n].clear(), other[n].clear();
+        UNROLL for (int d = 0; d < KEYS; d++) {  // two sums: half as long a chain
+            const Block q_t = block_at(q_0 + t * 16 * PITCH + d * 32);
+            UNROLL for (int n = 0; n < N; n++)
+                multiply(d & 1 ? other[n] : A[n], q_t, second_at(k_0 + (first_s + n) * 16 * PITCH + d * 32));
+        }
+        UNROLL for (int n = 0; n < N; n++) {
+            const int s = first_s + n;
+            float *x = A[n].x;
+            UNROLL for (int e = 0; e < 8; e++) x[e] += other[n].x[e];
+            if (GATE) {
+                float c_t[2], power_of = (float)power;
+                float2 c_s[2];
+                UNROLL for (int r = 0; r < 2; r++) {
+                    c_t[r] = load_float(lists + UNTIL + (16 * t + g + 8 * r) * 4);
+                    c_s[r] = load_floats(lists + UNTIL + (16 * s + j + 8 * r) * 4);
+                }
+                UNROLL for (int e = 0; e < 8; e++)  // where it overflows no pair is
+                    x[e] *= power_of_2((c_t[e >> 1 & 1] - (e & 1 ? c_s[e >> 2].y : c_s[e >> 2].x)) * power_of);
+            }
+            const u32 at = tile + (16 * t + g) * PITCH_P + (16 * s + j) * 2;
+            UNROLL for (int e = 0; e < 8; e += 2) {
+                const int row = g + (e >> 1 & 1) * 8, column = j + (e >> 2) * 8;
+                const float one = t == s && row < column ? 0.f : x[e], two = t == s && row < column + 1 ? 0.f : x[e + 1];
+                store4(at + (e >> 1 & 1) * 8 * PITCH_P + (e >> 2) * 16, bf16_pair(one, two));
+            }
+        }
+    };
+
     Gate gate(p, head);
     if (GATE && warp == WEIGHER) gate.put(base, 0);
     int slot = 0;
@@ -227,10 +275,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __gr
     for (int c = 0; c <= chunks; c++) {
         copies_wait<STAGES - 3>();
         __syncthreads();  // this chunk is there, and what was made of the last one; nobody reads the one before
-        fetch();
-        if (GATE && warp == WEIGHER && c + 1 < chunks) gate.put(base, c + 1);
         const int chunk = c - late;
-        if (chunk < 0 || chunk >= chunks) continue;
+        if (chunk < 0 || chunk >= chunks) {
+            fetch();
+            continue;
+        }
         const int parity = chunk & 1;
         const u32 stage = base + slot * STAGE, y = base + MADE + parity * TILE;
         const u32 u = AHLA ? y : base + US + parity * TILE;
@@ -242,43 +291,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __gr
         const u32 lists = base + WEIGHTS + chunk % 3 * LISTS;
         if (++slot == STAGES) slot = 0;
 
-        // P, its blocks shared out among the warps of a part
-        if (READ || !late) {
-            if (first || (late && !AHLA)) {
-                const u32 q_0 = stage + straight, k_0 = keys + straight;
-#pragma unroll 1
-                for (int i = rank; i < BLOCKS * (BLOCKS + 1) / 2; i += first ? FIRST : LAST) {
-                    const int t = i > 0, s = i > 1;
-                    const u32 q_t = q_0 + t * 16 * PITCH, k_s = k_0 + s * 16 * PITCH;
-                    Sum A, other;
-                    A.clear(), other.clear();
-                    UNROLL for (int d = 0; d < KEYS; d++)  // two sums: half as long a chain
-                        multiply(d & 1 ? other : A, block_at(q_t + d * 32), block_at(k_s + d * 32));
-                    UNROLL for (int e = 0; e < 8; e++) A.x[e] += other.x[e];
-                    if (GATE) {
-                        float c_t[2], power_of = (float)power;
-                        float2 c_s[2];
-                        UNROLL for (int r = 0; r < 2; r++) {
-                            c_t[r] = load_float(lists + UNTIL + (16 * t + g + 8 * r) * 4);
-                            c_s[r] = load_floats(lists + UNTIL + (16 * s + j + 8 * r) * 4);
-                        }
-                        UNROLL for (int h = 0; h < 2; h++) UNROLL for (int r = 0; r < 2; r++) {
-                            float *x = A.x + 4 * h + 2 * r;  // where it overflows no pair is
-                            x[0] *= power_of_2((c_t[r] - c_s[h].x) * power_of);
-                            x[1] *= power_of_2((c_t[r] - c_s[h].y) * power_of);
-                        }
-                    }
-                    const u32 at = tile + (16 * t + g) * PITCH_P + (16 * s + j) * 2;
-                    UNROLL for (int h = 0; h < 2; h++) UNROLL for (int r = 0; r < 2; r++) {
-                        float one = A.x[4 * h + 2 * r], two = A.x[4 * h + 2 * r + 1];
-                        if (t == s && g + 8 * r < j + 8 * h) one = 0.f;
-                        if (t == s && g + 8 * r < j + 8 * h + 1) two = 0.f;
-                        store4(at + 8 * r * PITCH_P + 16 * h, bf16_pair(one, two));
-                    }
-                }
+        // The first part makes its P first, the last part reads its state first: one has latency to hide
+        // when the other has work.
+        auto make_own_pairs = [&](auto warps) {
+            const u32 q_0 = stage + straight, k_0 = keys + turned;
+            if (decltype(warps)::value >= BLOCKS * (BLOCKS + 1) / 2) {
+                if (rank < BLOCKS * (BLOCKS + 1) / 2)
+                    make_pairs(q_0, k_0, tile, lists, rank > 0, rank > 1, Number<1>());
+            } else if (rank == 0) {
+                make_pairs(q_0, k_0, tile, lists, BLOCKS - 1, 0, Number<BLOCKS>());
+            } else if (BLOCKS > 1) {
+                make_pairs(q_0, k_0, tile, lists, 0, 0, Number<1>());
             }
-        }
-
+        };
+        if (first) make_own_pairs(Number<FIRST>());
         Sum o[BLOCKS][2];
         if (READ || !late) {
             UNROLL for (int t = 0; t < BLOCKS; t++) o[t][0].clear(), o[t][1].clear();
@@ -295,9 +321,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __gr
                 UNROLL for (int m = 0; m < 2; m++) UNROLL for (int i = 0; i < 4; i++)
                     o[t][m].x[(i >> 1) * 4 + 2 * r + (i & 1)] *= w;
             }
+            if (late && !AHLA) make_own_pairs(Number<LAST>());
+            fetch();
+            if (GATE && warp == WEIGHER && c + 1 < chunks) gate.put(base, c + 1);
             if (!late || !AHLA) threads_sync(late ? 2 : 1, late ? 32 * LAST : 32 * (FIRST + MIDDLE));
         }
 
+        if (!READ && late) fetch();
         Block b[2][BLOCKS];
         UNROLL for (int m = 0; m < 2; m++) UNROLL for (int s = 0; s < BLOCKS; s++)
             b[m][s] = block_turned(values + turned + s * 16 * PITCH + own_columns + m * 32);
@@ -318,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __gr
                 S[m][d].x[i] *= total;
         }
         UNROLL for (int d = 0; d < KEYS; d++) UNROLL for (int s = 0; s < BLOCKS; s++) {
-            const Block a = block_turned(keys + turned + s * 16 * PITCH + d * 32);
+            const Block a = second_turned(keys + straight + s * 16 * PITCH + d * 32);
             multiply(S[0][d], b[0][s], a);
             multiply(S[1][d], b[1][s], a);
         }
