@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -48,9 +49,14 @@ def card_of(index: int) -> Card:
 
 def empty(shape: Shape, strides: Shape, dtype: Any, card: Card) -> Array:
     """Allocate an array with strides, in elements, that leave no gaps."""
-    size = dtype.itemsize
-    memory = cupy.empty(shape, dtype)
-    return cupy.ndarray(shape, dtype, memory.data, tuple(n * size for n in strides))
+    size, steps = _bytes(shape, strides, dtype.itemsize)
+    return cupy.ndarray(shape, dtype, cupy.cuda.alloc(size), steps)
+
+
+@functools.lru_cache(maxsize=4096)
+def _bytes(shape: Shape, strides: Shape, size: int) -> tuple[int, Shape]:
+    """Return the bytes of an array without gaps, and its strides in bytes."""
+    return math.prod(shape) * size, tuple(n * size for n in strides)
 
 
 _constants: dict[Any, Array] = {}

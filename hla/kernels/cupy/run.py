@@ -14,7 +14,7 @@ from ...core.passes import Shape
 from ...core.reference import Gradients
 from ...core.request import Inputs, Request
 from ...device.elementwise import elementwise, part
-from ...device.scan import Call, Device, Do, Runner
+from ...device.scan import Again, Call, Device, Do, Runner
 from ...device.steps import (
     Carry,
     Divide,
@@ -175,6 +175,19 @@ class Library:
     ) -> Gradients:
         """Return the gradients of `forward`."""
         return self.runner.backward(request, inputs, saved, do, dstate)
+
+    def again_forward(self, request: Request, inputs: Inputs, axis: int) -> Again | None:
+        """Return what does such a `forward` of other arrays; see `Runner.again`."""
+        if request.tokens == 1 and request.return_state and not request.gradient:
+            return None  # has a kernel of its own
+        return self.runner.again_forward(request, inputs, axis)
+
+    def again_backward(
+        self, request: Request, inputs: Inputs, saved: Sequence[Array], do: Any, dstate: Any,
+        axis: int,
+    ) -> Again | None:  # fmt: skip
+        """Return what does such a `backward` of other arrays; see `Runner.again`."""
+        return self.runner.again_backward(request, inputs, saved, do, dstate, axis)
 
     def step(self, request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
         """Return (o, state) of one token; the state may be packed."""

@@ -27,8 +27,11 @@ class Ready(NamedTuple):
     """A call that only lacks its memory."""
 
     kernels: tuple[Kernel, ...]
+    card: Any
     o: tuple[Shape, Shape]  # shape and strides
-    fields: dict[str, Shape]  # of the state
+    kind: Any  # of the state
+    fields: tuple[tuple[Shape, Shape], ...]
+    wide: Any  # their dtype
     sizes: tuple[int, ...]  # bytes that each given array spans
     owned: bool  # whether the fields could be updated where they lie
 
@@ -61,30 +64,56 @@ class Steps:
 
     def step(self, request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
         """Return (o, state) of one token, with ``donate`` in the memory of the given state."""
-        memory, kind = self.memory, request.state_type
-        q, k, v, decay, log_gate, state = inputs
-        gate = decay if log_gate is None else log_gate
-        given = [q, k, v, *(() if gate is None else (gate,)), *(state or ())]
-        addresses = [memory.address(x) for x in given]
-        card = memory.card(q)
-        key = request, card, *[x.strides for x in given], *[x.shape for x in given[3:]]
+        arrays, first = _given(inputs)
+        addresses = [self.memory.address(x) for x in arrays]
+        ready = self._found(request, arrays, addresses, gated=first > 3)
+        return self._take(ready, arrays, addresses, first, donate)
+
+    def again(self, request: Request, inputs: Inputs, donate: bool) -> Any:
+        """Return what does such a `step` of other arrays, without a token axis."""
+        if not fits(request):
+            return None
+        arrays, first = _given(inputs)
+        addresses = [self.memory.address(x) for x in arrays]
+        ready = self._found(request, arrays, addresses, gated=first > 3)
+        shape, strides = ready.o
+        flat = (*shape[:-2], shape[-1]), (*strides[:-2], strides[-1])
+        ready = ready._replace(o=flat)
+
+        def run(arrays: list[Array], addresses: list[Any]) -> tuple[Array, Any]:
+            return self._take(ready, arrays, addresses, first, donate)
+
+        return run
+
+    def _found(
+        self, request: Request, arrays: list[Array], addresses: list[int], *, gated: bool
+    ) -> Ready:
+        """Return what does such a call, with a token axis."""
+        card = self.memory.card(arrays[0])
+        key = request, card, *[x.strides for x in arrays], *[x.shape for x in arrays[3:]]
         key += tuple([p & 15 for p in addresses])
         ready = self.known.get(key)
         if ready is None:
             if len(self.known) >= MOST:
                 self.known.clear()
-            ready = self.known[key] = self._ready(request, given, gate is not None, card)
-        o = memory.empty(*ready.o, v.dtype, card)
-        first = len(given) - len(state or ())
-        wide = memory.dtype("float32")
+            ready = self.known[key] = self._ready(request, arrays, gated, card)
+        return ready
+
+    def _take(
+        self, ready: Ready, arrays: list[Array], addresses: list[Any], first: int, donate: bool
+    ) -> tuple[Array, Any]:
+        """Allocate and launch; with ``donate``, where it can be, in the state's memory."""
+        memory, card = self.memory, ready.card
+        state = arrays[first:]
         inside = donate and ready.owned and apart(tuple(addresses), ready.sizes, first)
-        fields = state if inside else [
-            memory.empty(shape, whole(shape), wide, card) for shape in ready.fields.values()
-        ]  # fmt: skip
-        arrays = [*given, o, *fields]
-        every = [*addresses, *map(memory.address, arrays[len(given) :]), None]
-        memory.inside(card, functools.partial(_launch, ready.kernels, arrays, every))
-        return o, state if inside else kind(*fields)  # type: ignore[misc]
+        o = memory.empty(*ready.o, arrays[2].dtype, card)
+        fields = state if inside else [memory.empty(*x, ready.wide, card) for x in ready.fields]
+        arrays += (o, *fields)
+        addresses += [memory.address(o)]
+        addresses += addresses[first:-1] if inside else map(memory.address, fields)
+        addresses.append(None)
+        memory.inside(card, functools.partial(_launch, ready.kernels, arrays, addresses))
+        return o, ready.kind(*fields)
 
     def _ready(self, request: Request, given: list[Array], gated: bool, card: Any) -> Ready:
         passes, shapes = turns(request), request.state_shapes()
@@ -154,7 +183,11 @@ class Steps:
         spans = tuple(
             span(x.shape, x.strides) * given[i].dtype.itemsize for i, x in enumerate(layouts)
         )
-        return Ready(tuple(kernels), (o, lie), shapes, spans, owned)
+        fields = tuple((shape, whole(shape)) for shape in shapes.values())
+        return Ready(
+            tuple(kernels), card, (o, lie), request.state_type, fields,
+            self.memory.dtype("float32"), spans, owned,
+        )  # fmt: skip
 
     @staticmethod
     def _turn(turn: Turn, passes: Sequence[Turn], matrices: list[str], vectors: list[str]) -> bytes:
@@ -164,6 +197,14 @@ class Steps:
             matrices.index(turn.matrix), vectors.index(turn.vector) if turn.vector else -1,
             turn.power, turn.strict, turn.first, turn.weighs, *turn.shape[-2:], 0, turn.factor,
         )  # fmt: skip
+
+
+def _given(inputs: Inputs) -> tuple[list[Array], int]:
+    """Return all arrays, and how many come before the state's."""
+    q, k, v, decay, log_gate, state = inputs
+    gate = decay if log_gate is None else log_gate
+    arrays = [q, k, v] if gate is None else [q, k, v, gate]
+    return [*arrays, *(state or ())], len(arrays)
 
 
 def _launch(kernels: Sequence[Kernel], arrays: list[Array], addresses: list[Any]) -> None:
