@@ -120,19 +120,22 @@ def test_segments_on_the_host(hosted, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_one_token_on_the_host(hosted, operator):
+def test_one_token_on_the_host(hosted, operator, packed):
     """In the state's own memory, where it is donated."""
     options = {"operator": operator, "scale": 0.25, "normalize": True}
-    size = {"D": 16, "V": 12, "heads": 3, "positive": True}
+    size = {"D": 37 if packed else 16, "V": 12, "heads": 3, "positive": True}
     tokens = [x[:, 0] for x in inputs_of(1, **size).values()]
     state = state_of(options, "per_head", **size)
     gate = np.array([-0.5, -1.0, -np.inf], np.float32)
     want, expected = hla.step(*tokens, state, log_gate=gate.astype(float), **options)
     given = type(state)(*map(np.ascontiguousarray, HOST.array(state)))
+    given = given.pack() if packed else given
     o, new = hla.step(
         *map(HOST.array, tokens), given, log_gate=gate, backend=NAME, donate=True, **options
     )
+    assert all(x is y for x, y in zip(new, given, strict=True))
+    new = new.unpack() if packed else new
     for x, y in zip((o, *new), (want, *expected), strict=True):
         close(to_numpy(x), to_numpy(y), 2e-6)
-    assert all(x is y for x, y in zip(new, given, strict=True))

@@ -191,10 +191,9 @@ class Library:
 
     def step(self, request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
         """Return (o, state) of one token; the state may be packed."""
+        if one_token.fits(request):
+            return self.steps.step(request, inputs, donate)
         packed = type(inputs.state) in STATE_OF
         inputs = inputs._replace(state=unpacked(inputs.state))
-        if one_token.fits(request):
-            o, state = self.steps.step(request, inputs, donate and not packed)
-        else:
-            o, state, _ = self.runner.forward(request, inputs)
+        o, state, _ = self.runner.forward(request, inputs)
         return o, state.pack() if packed else state

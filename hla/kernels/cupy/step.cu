@@ -5,20 +5,23 @@
 // A pass reads and writes its state once: warp w has every eighth row, a lane four columns, all loads
 // of 16 rows under way at once; q' S is summed over a warp's rows in registers, then over warps in
 // shared memory, in order. Vectors (q, k, v, y ...) live in shared memory. A strict pass reads the
-// state before its update; one whose state an earlier one has updated reads it alone.
+// state before its update; one whose state an earlier one has updated reads it alone. A packed S is
+// the rows of its upper triangle one behind the other: what lies above the diagonal counts for its
+// row and for its column.
 //
-// Bytes a head of hla2, D = V = 128: 2 x 2 x 64 KB. 1024 heads: 268 MB, 0.089 ms at 3.0 TB/s.
+// Bytes a head of hla2, D = V = 128: 2 x 2 x 64 KB. 1024 heads: 268 MB, 0.089 ms at 3.0 TB/s. Packed
+// 2 x (33 + 64) KB: 204 MB, 0.068 ms.
 #include "ptx.cuh"
 #include "arrays.cuh"
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16, MATRICES = 6, VECTORS = 4, TURNS = 12, NAMES = 8;
+constexpr int WARPS = 8, THREADS = 32 * WARPS, BLOCKS = 2, ROWS = 16, MATRICES = 6, VECTORS = 4, TURNS = 12, NAMES = 8;
 constexpr int GATE = 3, O = 4, OLD = 5, NEW = OLD + MATRICES, OLD_VECTOR = NEW + MATRICES;
 constexpr int NEW_VECTOR = OLD_VECTOR + VECTORS, OPERANDS = NEW_VECTOR + VECTORS;
 struct Field {
     i64 head[3], row, column, type;
 };
 struct Turn {  // vectors by number (q, k, v are 0, 1, 2; o is 3), states by number or -1
-    int q, k, v, out, matrix, vector, power, strict, first, weighs, rows, columns, unused;
+    int q, k, v, out, matrix, vector, power, strict, first, weighs, rows, columns, packed;
     float factor;
 };
 struct Step {
@@ -29,7 +32,65 @@ struct Step {
     double scale, eps;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) step_kernel(const __grid_constant__ Step p) {
+// y = q S of one warp's rows of a packed S (D x D), which is updated: y is added to ``sums``.
+DEVICE void triangle(
+    const Turn& turn, const float* S, float* made, i64 from, i64 to, float g, bool there, bool writes,
+    const float* q, const float* k, float* sums, int warp, int lane
+) {
+    constexpr int ROWS = 4;
+    const int D = turn.rows;
+    for (int c = lane; c < D; c += 32) sums[c] = 0.f;
+    for (int c0 = lane; c0 - lane < D; c0 += 128) {
+        float sum[4] = {0.f, 0.f, 0.f, 0.f}, q_c[4], k_c[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            q_c[i] = c0 + 32 * i < D ? q[c0 + 32 * i] : 0.f;
+            k_c[i] = c0 + 32 * i < D ? k[c0 + 32 * i] : 0.f;
+        }
+#pragma unroll 1
+        for (int r0 = warp; r0 < D && r0 < c0 - lane + 128; r0 += WARPS * ROWS) {
+            float x[ROWS][4], own[ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                const int row = r0 + r * WARPS;
+                const float* at = S + (row * D - row * (row + 1) / 2 + c0) * from;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int c = c0 + 32 * i;
+                    x[r][i] = there && row <= c && c < D ? at[32 * i * from] : 0.f;
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                const int row = r0 + r * WARPS;
+                const float key = row < D ? k[row] : 0.f, query = row < D ? q[row] : 0.f;
+                float* at = made + (row * D - row * (row + 1) / 2 + c0) * to;
+                own[r] = 0.f;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int c = c0 + 32 * i;
+                    const float y = turn.first ? g * x[r][i] + key * k_c[i] : x[r][i];
+                    const float read = turn.strict ? x[r][i] : y;
+                    own[r] += row <= c ? q_c[i] * read : 0.f;
+                    sum[i] += row < c ? query * read : 0.f;
+                    if (writes && row <= c && c < D) at[32 * i * to] = y;
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+                for (int step = 16; step; step /= 2) own[r] += __shfl_xor_sync(~0u, own[r], step);
+                const int row = r0 + r * WARPS;
+                if (row < D && (row & 31) == lane) sums[row] += own[r];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (c0 + 32 * i < D) sums[c0 + 32 * i] += sum[i];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const __grid_constant__ Step p) {
     extern __shared__ __align__(16) u8 memory[];
     float* vectors = (float*)memory;  // (NAMES, WIDTH)
     float* parts = vectors + NAMES * WIDTH;  // (WARPS, WIDTH)
@@ -48,6 +109,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) step_kernel(const __grid_c
         for (int axis = 0; axis < 3; axis++) found &= p.of[i].head[axis] != 0 || head[axis] == 0;
         return found;
     };
+#if AHEAD
+    for (int n = 1; n < p.turns; n++) {  // what later passes read is on its way from the start
+        const int old = OLD + p.turn[n].matrix, lines = (p.turn[n].columns + 31) / 32;
+        const float* S = (const float*)base(old);
+        if (p.at[old] && p.turn[n].first)
+            for (int i = threadIdx.x; i < p.turn[n].rows * lines; i += THREADS)
+                prefetch(S + i / lines * p.of[old].row + i % lines * 32 * p.of[old].column);
+    }
+#endif
     for (int i = threadIdx.x; i < NAMES * WIDTH; i += THREADS) vectors[i] = 0.f;
     if (threadIdx.x < NAMES) dens[threadIdx.x] = threadIdx.x == 2 ? 1.f : 0.f;
     __syncthreads();
@@ -75,6 +145,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) step_kernel(const __grid_c
         const float* S = (const float*)base(old);
         float* made = (float*)base(NEW + turn.matrix);
         const bool there = p.at[old] != 0, writes = turn.first && first(NEW + turn.matrix);
+#if PACKED
+        if (turn.packed)
+            triangle(
+                turn, S, made, WHOLE ? 1 : from.row, WHOLE ? 1 : to.row, g, there, writes, q, k,
+                parts + warp * WIDTH, warp, lane
+            );
+        else
+#endif
         for (int c0 = 0; c0 < turn.columns; c0 += 128) {
             const int c = c0 + lane * 4;
             float sum[4] = {0.f, 0.f, 0.f, 0.f}, mate[4];

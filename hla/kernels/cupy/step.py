@@ -14,6 +14,7 @@ from ...core.request import Inputs, Request
 from ...device.scan import Place, heads
 from ...device.tiles import Layout, strides_like, whole
 from ...device.token import Turn, apart, span, turns, updates
+from ...states.packed import STATE_OF, packed_shape
 from .launch import TYPES, Kernel
 
 Array = Any
@@ -63,19 +64,22 @@ class Steps:
         self.known: dict[Any, Ready] = {}
 
     def step(self, request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
-        """Return (o, state) of one token, with ``donate`` in the memory of the given state."""
-        arrays, first = _given(inputs)
+        """Return (o, state) of one token, with ``donate`` in the memory of the given state.
+
+        The state may be packed; then so is what is returned.
+        """
+        kind, arrays, first = _given(request, inputs)
         addresses = [self.memory.address(x) for x in arrays]
-        ready = self._found(request, arrays, addresses, gated=first > 3)
+        ready = self._found(request, kind, arrays, addresses, gated=first > 3)
         return self._take(ready, arrays, addresses, first, donate)
 
     def again(self, request: Request, inputs: Inputs, donate: bool) -> Any:
         """Return what does such a `step` of other arrays, without a token axis."""
         if not fits(request):
             return None
-        arrays, first = _given(inputs)
+        kind, arrays, first = _given(request, inputs)
         addresses = [self.memory.address(x) for x in arrays]
-        ready = self._found(request, arrays, addresses, gated=first > 3)
+        ready = self._found(request, kind, arrays, addresses, gated=first > 3)
         shape, strides = ready.o
         flat = (*shape[:-2], shape[-1]), (*strides[:-2], strides[-1])
         ready = ready._replace(o=flat)
@@ -86,17 +90,17 @@ class Steps:
         return run
 
     def _found(
-        self, request: Request, arrays: list[Array], addresses: list[int], *, gated: bool
+        self, request: Request, kind: Any, arrays: list[Array], addresses: list[int], *, gated: bool
     ) -> Ready:
         """Return what does such a call, with a token axis."""
         card = self.memory.card(arrays[0])
-        key = request, card, *[x.strides for x in arrays], *[x.shape for x in arrays[3:]]
+        key = request, kind, card, *[x.strides for x in arrays], *[x.shape for x in arrays[3:]]
         key += tuple([p & 15 for p in addresses])
         ready = self.known.get(key)
         if ready is None:
             if len(self.known) >= MOST:
                 self.known.clear()
-            ready = self.known[key] = self._ready(request, arrays, gated, card)
+            ready = self.known[key] = self._ready(request, kind, arrays, gated, card)
         return ready
 
     def _take(
@@ -115,8 +119,13 @@ class Steps:
         memory.inside(card, functools.partial(_launch, ready.kernels, arrays, addresses))
         return o, ready.kind(*fields)
 
-    def _ready(self, request: Request, given: list[Array], gated: bool, card: Any) -> Ready:
+    def _ready(
+        self, request: Request, kind: Any, given: list[Array], gated: bool, card: Any
+    ) -> Ready:
         passes, shapes = turns(request), request.state_shapes()
+        packed = kind in STATE_OF and "S" in shapes
+        if packed:
+            shapes = shapes | {"S": packed_shape(shapes["S"])}
         layouts = [_layout(x) for x in given]
         first, starts = 3 + gated, len(given) > 3 + gated
         batch = broadcast(request.q_shape[:-2], request.k_shape[:-2], request.v_shape[:-2])
@@ -136,18 +145,21 @@ class Steps:
                 return Place(len(given) + 1 + i, Layout(shapes[name], whole(shapes[name])))
             return Place(first + i, _expanded(layouts[first + i], shapes[name])) if starts else None
 
-        for found, most, own in ((matrices, MATRICES, 2), (vectors, VECTORS, 1)):
+        own = {name: 1 if packed and name == "S" else rank(name) for name in names}
+        for found, most in ((matrices, MATRICES), (vectors, VECTORS)):
             for old in (True, False):
-                some = [field(name, old) for name in found]
-                places += [*some, *[None] * (most - len(some))]
-                ranks += [own] * most
+                places += [*(field(name, old) for name in found), *[None] * (most - len(found))]
+                ranks += [*(own[name] for name in found), *[1] * (most - len(found))]
         kinds = [str(x.dtype) for x in given] + [str(given[2].dtype)]
         types = [
             0 if x is None else TYPES[kinds[x.slot]] if x.slot < len(kinds) else TYPES["float32"]
             for x in places
         ]
         sizes = [2 if kind < 2 else 4 for kind in types]
-        words = b"".join(self._turn(turn, passes, matrices, vectors) for turn in passes)
+        words = b"".join(
+            self._turn(turn, passes, matrices, vectors, packed and turn.matrix == "S")
+            for turn in passes
+        )
         words += bytes(struct.calcsize("<13if") * (TURNS - len(passes)))
         width, kernels = _width(request), []
         for counts, strides, heads_of, mine in heads(batch, places, ranks):
@@ -161,13 +173,16 @@ class Steps:
                 request.scale if request.scaled else 1.0, request.eps,
             )  # fmt: skip
             flat = [
-                m + lead[:3] for m, lead in zip(mine[STATES], strides[STATES], strict=True) if m
+                m + lead[:3]
+                for m, lead in zip(mine[STATES], strides[STATES], strict=True)
+                if len(m) == 2
             ]
-            whole_rows = all(m[1] == 1 and not any(x % 4 for x in (m[0], *m[2:])) for m in flat)
+            whole_rows = all(m[0] == 1 for m in mine[STATES] if len(m) == 1)
+            whole_rows &= all(m[1] == 1 and not any(x % 4 for x in (m[0], *m[2:])) for m in flat)
             whole_rows &= max(request.k_shape[-1], request.v_shape[-1]) % 4 == 0
             whole_rows &= min(request.k_shape[-1], request.v_shape[-1]) % 4 == 0
 
-            constants = functools.partial(_constants, width, whole_rows)
+            constants = functools.partial(_constants, width, whole_rows, packed)
             if math.prod(counts):
                 kernels.append(
                     Kernel(
@@ -178,33 +193,36 @@ class Steps:
         alone = math.prod(batch)  # a state that heads share is read by all and written by one
         owned = starts and updates(request)
         for n, x, at in zip(names, given[first:], layouts[first:], strict=False):
-            own = math.prod(shapes[n][: -rank(n)]) == alone
-            owned &= own and tuple(x.shape) == shapes[n] and at.strides == whole(x.shape)
+            each = math.prod(shapes[n][: -own[n]]) == alone
+            owned &= each and tuple(x.shape) == shapes[n] and at.strides == whole(x.shape)
         spans = tuple(
             span(x.shape, x.strides) * given[i].dtype.itemsize for i, x in enumerate(layouts)
         )
         fields = tuple((shape, whole(shape)) for shape in shapes.values())
         return Ready(
-            tuple(kernels), card, (o, lie), request.state_type, fields,
+            tuple(kernels), card, (o, lie), kind, fields,
             self.memory.dtype("float32"), spans, owned,
         )  # fmt: skip
 
     @staticmethod
-    def _turn(turn: Turn, passes: Sequence[Turn], matrices: list[str], vectors: list[str]) -> bytes:
+    def _turn(
+        turn: Turn, passes: Sequence[Turn], matrices: list[str], vectors: list[str], packed: bool
+    ) -> bytes:
         number = _names(passes).index
         return struct.pack(
             "<13if", number(turn.q), number(turn.k), number(turn.v), number(turn.out),
             matrices.index(turn.matrix), vectors.index(turn.vector) if turn.vector else -1,
-            turn.power, turn.strict, turn.first, turn.weighs, *turn.shape[-2:], 0, turn.factor,
+            turn.power, turn.strict, turn.first, turn.weighs, *turn.shape[-2:], packed, turn.factor,
         )  # fmt: skip
 
 
-def _given(inputs: Inputs) -> tuple[list[Array], int]:
-    """Return all arrays, and how many come before the state's."""
+def _given(request: Request, inputs: Inputs) -> tuple[Any, list[Array], int]:
+    """Return the type of the state, all arrays, and how many come before the state's."""
     q, k, v, decay, log_gate, state = inputs
     gate = decay if log_gate is None else log_gate
     arrays = [q, k, v] if gate is None else [q, k, v, gate]
-    return [*arrays, *(state or ())], len(arrays)
+    kind = request.state_type if state is None else type(state)
+    return kind, [*arrays, *(state or ())], len(arrays)
 
 
 def _launch(kernels: Sequence[Kernel], arrays: list[Array], addresses: list[Any]) -> None:
@@ -212,10 +230,13 @@ def _launch(kernels: Sequence[Kernel], arrays: list[Array], addresses: list[Any]
         kernel(arrays, addresses, None)
 
 
-def _constants(width: int, able: bool, at: Sequence[int]) -> tuple[dict[str, Any], int]:
+def _constants(
+    width: int, able: bool, packed: bool, at: Sequence[int]
+) -> tuple[dict[str, Any], int]:
     """Return macros, rows read four at a time where all are aligned, and bytes of shared memory."""
     able = able and not any(x % 16 for x in at[STATES])
-    return {"WIDTH": width, "WHOLE": int(able)}, 4 * ((NAMES + 8) * width + NAMES + 8)
+    fixed = {"WIDTH": width, "WHOLE": int(able), "PACKED": int(packed), "AHEAD": int(packed)}
+    return fixed, 4 * ((NAMES + 8) * width + NAMES + 8)
 
 
 def _walked(own: Shape) -> Shape:
