@@ -5,7 +5,7 @@ import functools
 import cuda_interpreter
 import numpy as np
 import pytest
-from conftest import OPERATORS, close, numpy_dtype, to_numpy
+from conftest import OPERATORS, close, installed, numpy_dtype, to_numpy
 from cuda_interpreter import CARD, HOSTED, NAME
 from devices import Device, check, inputs_of, state_of
 from nvrtc import compiled
@@ -139,3 +139,83 @@ def test_one_token_on_the_host(hosted, operator, packed):
     new = new.unpack() if packed else new
     for x, y in zip((o, *new), (want, *expected), strict=True):
         close(to_numpy(x), to_numpy(y), 2e-6)
+
+
+class Alike:
+    """What CuPy's arrays say of calls like an earlier one, of NumPy's."""
+
+    again = "hla.libraries.plain_again"
+
+    def signature(self, x):
+        return x.shape, x.dtype
+
+    def address(self, x):
+        return x.ctypes.data
+
+    def alike(self, arrays):
+        def looks(arrays):
+            return [(x.shape, x.strides, x.dtype, x.ctypes.data & 15) for x in arrays]
+
+        same = looks(arrays)
+        return lambda arrays: [x.ctypes.data for x in arrays] if looks(arrays) == same else None
+
+
+@pytest.fixture
+def kept(hosted, monkeypatch):
+    """What is kept, nothing at first, of NumPy's arrays as of CuPy's."""
+    library = type(installed("hla.libraries.numpy").NUMPY)
+    for name in ("again", "signature", "address", "alike"):
+        monkeypatch.setattr(library, name, getattr(Alike, name))
+    monkeypatch.setattr(library, "on_accelerator", lambda self, x: True)
+    monkeypatch.setattr(hla.again, "_kept", {})
+    return hla.again._kept
+
+
+def flat(found):
+    return [y for x in found if x is not None for y in (flat(x) if isinstance(x, tuple) else (x,))]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("gate", "axis"), [("number", -2), ("resets", -3)])
+def test_calls_like_an_earlier_one(kept, monkeypatch, gate, axis):
+    """To the bit, and laid out as, what a first call gives; states are given and returned."""
+    inputs = inputs_of(20, gate if gate != "number" else "none", "float32", D=16, V=16)
+    options = {"operator": "hla2", "axis": axis, "backend": NAME, "return_state": True}
+    given = {n: HOST.array(x) for n, x in inputs.items()}
+    if axis == -3:
+        for n in given.keys() & {"q", "k", "v", "log_gate"}:
+            given[n] = np.ascontiguousarray(np.moveaxis(given[n], 1, 0))
+    options |= {"decay": 0.5} if gate == "number" else {}
+    q, k, v = (given.pop(n) for n in "qkv")
+    options |= given
+    _, options["initial_state"] = hla.scan(q, k, v, **options)
+
+    def call():
+        (o, state), pull = hla.vjp(q, k, v, **options)
+        return flat([*hla.scan(q, k, v, **options), o, state, pull(v, state), pull(v)])
+
+    with monkeypatch.context() as first:
+        first.setattr(hla.again, "seen", lambda *args: None)
+        want = call()
+    kept.clear()
+    for _ in range(2):
+        for x, y in zip(call(), want, strict=True):
+            assert x.strides == y.strides
+            np.testing.assert_array_equal(x, y)
+    assert len(kept) == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokens_like_an_earlier_one(kept, packed):
+    token = [HOST.array(x[:, 0]) for x in inputs_of(1, D=16, V=12, heads=3).values()]
+    state = HOST.array(state_of({"operator": "hla2"}, "none", D=16, V=12, heads=3))
+    first = state.pack() if packed else state
+    want = hla.step(*token, first, decay=0.5, backend=NAME)
+    assert len(kept) == 1
+    for donate in (False, True, True):
+        own = type(first)(*(x.copy() for x in first))
+        got = hla.step(*token, own, decay=0.5, donate=donate, backend=NAME)
+        assert all((x is y) == donate for x, y in zip(got[1], own, strict=True))
+        for x, y in zip(flat(got), flat(want), strict=True):
+            np.testing.assert_array_equal(x, y)

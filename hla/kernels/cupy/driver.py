@@ -53,6 +53,11 @@ def empty(shape: Shape, strides: Shape, dtype: Any, card: Card) -> Array:
     return cupy.ndarray(shape, dtype, cupy.cuda.alloc(size), steps)
 
 
+def view(x: Array, shape: Shape, strides: Shape) -> Array:
+    """Return an array of the memory of x, of strides in elements."""
+    return cupy.ndarray(shape, x.dtype, x.data, _bytes(shape, strides, x.dtype.itemsize)[1])
+
+
 @functools.lru_cache(maxsize=4096)
 def _bytes(shape: Shape, strides: Shape, size: int) -> tuple[int, Shape]:
     """Return the bytes of an array without gaps, and its strides in bytes."""
@@ -94,7 +99,7 @@ def inside(card: Card, function: Callable[[], Any]) -> Any:
 
 CUPY = Library(
     Memory(
-        xp, load, lambda x: card_of(x.data.device_id), empty, constant, dtype,
+        xp, load, lambda x: card_of(x.data.device_id), empty, view, constant, dtype,
         lambda x: x.data.ptr, inside,
     )
 )  # fmt: skip

@@ -45,6 +45,7 @@ class Memory(NamedTuple):
     load: launch.Load
     card: Callable[[Array], launch.Card]  # where an array is
     empty: Callable[[Shape, Shape, Any, Any], Array]  # of a shape, strides in elements, dtype
+    view: Callable[[Array, Shape, Shape], Array]  # of its memory, of such strides
     constant: Callable[[float, Shape, Any, Any], Array]
     dtype: Callable[[str], Any]
     address: Callable[[Array], int]
@@ -78,7 +79,18 @@ def _kernels(memory: Memory, call: Call, step: Step) -> list[Do]:
 
 
 def _by_library(memory: Memory, call: Call, step: Step) -> list[Do]:
-    return [elementwise(memory.xp, call, step, _put)]
+    """Return what does a step in the library's namespace, whose results are written in place."""
+    make = elementwise(memory.xp, call, step, _put)
+    given = {*names(step), *(["gate"] if call.request.gate else [])}
+    seen = [(call.slots[n], *call.layouts[n][:2]) for n in sorted(given)]
+
+    def do(arrays: list[Array], addresses: list[Any], stream: Any) -> None:
+        arrays = list(arrays)  # which may lie as the caller has them
+        for slot, shape, strides in seen:
+            arrays[slot] = memory.view(arrays[slot], shape, strides)
+        make(arrays, addresses, stream)
+
+    return [do]
 
 
 def _of_copies(
