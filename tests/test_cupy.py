@@ -1,7 +1,5 @@
 """The CuPy backend without a GPU: its kernels compiled by NVRTC, and their text run on the host."""
 
-import functools
-
 import cuda_interpreter
 import numpy as np
 import pytest
@@ -55,22 +53,6 @@ GATE = {"log_gate": np.zeros((2, 300), np.float32)}
 CALLS = [("bfloat16", {}), ("bfloat16", GATE), ("float32", GATE)]
 
 
-@functools.cache
-def built(name, constants, arch):
-    return compiled(source(name, dict(constants)), f"-arch={arch}")
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_a_pass_compiles_without_spills(arch):
-    """The launches of hla2 that run forward: y, o, and what is added to dq."""
-    found = [x for x in kernels("bfloat16", operator="hla2") if dict(x[1]).get("REVERSE") == 0]
-    assert [(dict(c)["V_IS_K"], dict(c)["ADD"]) for _, c in found] == [(1, 0), (0, 0), (1, 1)]
-    for name, constants in found:
-        one = built(name, constants, arch)
-        assert (one.spills, one.remarks) == (0, [])
-        assert one.registers <= 208
-
-
 @pytest.mark.parametrize("shared", [99, 163, 227])
 def test_kernels_fit_the_shared_memory_of_a_card(shared):
     """Of every architecture, in KB; `kernels` asserts it."""
@@ -80,16 +62,65 @@ def test_kernels_fit_the_shared_memory_of_a_card(shared):
             assert kernels(dtype, D=D, card=card, operator="hla2", **gate)
 
 
+LOG, DECAY = {"log_gate": -0.1}, {"decay": 0.9}  # numbers, which have no gradient
+HOPPER = [("hla2", {}), ("hla2", LOG), ("ahla", DECAY), ("hla3", LOG)]
+PASSES = {  # architecture, KB of shared memory, dtype, operator, gate, constants; bytes of spills
+    "forward and back": ("sm_80", 163, "bfloat16", "hla2", {}, {}, 0),
+    "pairs and a gate's gradient": (
+        "sm_80", 163, "bfloat16", "hla3", GATE, {"BOTH": 1, "DOTS": 2}, 0
+    ),
+    "float32": ("sm_80", 163, "float32", "hla2", {}, {"ADD": 1, "V_IS_K": 1}, 0),
+    "forward, Hopper": ("sm_90", 227, "bfloat16", "hla2", {}, {"ADD": 0, "REVERSE": 0}, 0),
+    "float32, Hopper": ("sm_90", 227, "float32", "hla2", {}, {"BOTH": 1}, 256),
+    "Blackwell": ("sm_120", 99, "bfloat16", "hla2", {}, {"ADD": 1}, 0),
+}  # fmt: skip
+
+
+def built(name, constants, arch):
+    return compiled(source(name, dict(constants)), f"-arch={arch}")
+
+
 @pytest.mark.aot
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
-@pytest.mark.parametrize(("dtype", "gate"), CALLS, ids=["plain", "gated", "float32"])
-def test_kernels_compile(dtype, gate, arch):
-    shared = {"sm_89": 99, "sm_120": 99, "sm_80": 163}.get(arch, 227) << 10
-    card = CARD._replace(shared=shared)
-    for operator in ("hla2", "hla3"):
-        for name, constants in kernels(dtype, card=card, operator=operator, **gate):
-            one = built(name, constants, arch)
-            assert one.spills <= (0 if dtype == "bfloat16" else 256), (name, constants)
+@pytest.mark.parametrize("row", HOPPER, ids=lambda row: f"{row[0]}-{[*row[1], 'plain'][0]}")
+def test_kernels_of_hopper_compile(row):
+    """The forward by two owners spills nothing; a product may be awaited early, not alone."""
+    operator, gate = row
+    card, most = CARD._replace(capability=(9, 0)), 96 if gate else 32
+    found = [x for x in kernels("bfloat16", card=card, operator=operator, **gate)
+             if x[0].startswith("hopper")]  # fmt: skip
+    assert "hopper.cu" in {name for name, _ in found}
+    for name, constants in found:
+        one = built(name, constants, "sm_90a")
+        assert one.spills <= (0 if name == "hopper.cu" else most), name
+        assert not {*one.remarks} - {"C7517", "C7519"}, name
+        assert one.registers == 168, name  # of 384 threads; owners and movers then change theirs
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("row", PASSES)
+def test_passes_compile(row):
+    arch, shared, dtype, operator, gate, wanted, spills = PASSES[row]
+    card = CARD._replace(shared=shared << 10)
+    found = [(name, c) for name, c in kernels(dtype, card=card, operator=operator, **gate)
+             if name == "pass.cu" and wanted.items() <= dict(c).items()]  # fmt: skip
+    assert found
+    for name, constants in found:
+        one = built(name, constants, arch)
+        assert one.spills <= spills, constants
+        assert one.registers <= (255 if dtype == "float32" or gate else 168)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_other_kernels_compile(arch):
+    """One token, two blocks a multiprocessor; what goes on between passes."""
+    for packed in (0, 1):
+        fixed = {"WIDTH": 128, "WHOLE": 1, "PACKED": packed, "AHEAD": packed}
+        one = built("step.cu", fixed, arch)
+        assert (one.spills, one.registers <= 128) == (0, True)
+    fixed = {"TOTAL": "double", "W": 32, "PERIOD": 256}
+    for name in ("sum", "divide", "fading", "carry", "gate"):
+        assert built(f"{name}.cu", fixed, arch).spills == 0, name
 
 
 CASES = [  # operator, dtype, gate, T, D, V
