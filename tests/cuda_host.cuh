@@ -145,7 +145,6 @@ inline void copy16(u32 to, const void* from, u32 bytes) {
     memset(memory + to, 0xff, 16);
     fibers[threadIdx.x].open.push_back({to, bytes, from});
 }
-inline void prefetch(const void*) {}
 inline void copies_commit() {
     Fiber& f = fibers[threadIdx.x];
     f.groups.push_back(f.open);

@@ -114,10 +114,11 @@ def test_passes_compile(row):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_other_kernels_compile(arch):
     """One token, two blocks a multiprocessor; what goes on between passes."""
-    for packed in (0, 1):
-        fixed = {"WIDTH": 128, "WHOLE": 1, "PACKED": packed, "AHEAD": packed}
+    for staged in (0, 2):
+        fixed = {"WIDTH": 128, "WHOLE": 1, "STAGED": staged}
         one = built("step.cu", fixed, arch)
-        assert (one.spills, one.registers <= 128) == (0, True)
+        assert one.spills <= 8 * staged
+        assert one.registers <= 128
     fixed = {"TOTAL": "double", "W": 32, "PERIOD": 256}
     for name in ("sum", "divide", "fading", "carry", "gate"):
         assert built(f"{name}.cu", fixed, arch).spills == 0, name

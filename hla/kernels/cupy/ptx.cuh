@@ -56,9 +56,6 @@ template <int N> DEVICE void copies_wait() {  // until all but the last N groups
     asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
 }
 
-// Bring the 128 bytes around an address to the L2 cache.
-DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-
 // Conversions; the first of two is in the lower half.
 DEVICE u32 bf16_pair(float low, float high) {
     u32 found;

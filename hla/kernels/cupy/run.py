@@ -203,9 +203,13 @@ class Library:
 
     def step(self, request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
         """Return (o, state) of one token; the state may be packed."""
-        if one_token.fits(request):
-            return self.steps.step(request, inputs, donate)
         packed = type(inputs.state) in STATE_OF
+        fits = one_token.fits(request)
+        if fits and (not packed or one_token.packs(request, self.memory.card(inputs.q))):
+            return self.steps.step(request, inputs, donate)
         inputs = inputs._replace(state=unpacked(inputs.state))
-        o, state, _ = self.runner.forward(request, inputs)
+        if fits:
+            o, state = self.steps.step(request, inputs, False)
+        else:
+            o, state, _ = self.runner.forward(request, inputs)
         return o, state.pack() if packed else state
