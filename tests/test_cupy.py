@@ -1,9 +1,12 @@
 """The CuPy backend without a GPU: its kernels compiled by NVRTC, and their text run on the host."""
 
+import subprocess
+import sys
+
 import cuda_interpreter
 import numpy as np
 import pytest
-from conftest import OPERATORS, close, installed, numpy_dtype, to_numpy
+from conftest import OPERATORS, close, environment, installed, numpy_dtype, to_numpy
 from cuda_interpreter import CARD, HOSTED, NAME
 from devices import Device, check, inputs_of, state_of
 from nvrtc import compiled
@@ -60,6 +63,35 @@ def test_kernels_fit_the_shared_memory_of_a_card(shared):
         for D in (16, 64, 128, 200):
             card = CARD._replace(shared=shared << 10)
             assert kernels(dtype, D=D, card=card, operator="hla2", **gate)
+
+
+ALONE = """
+import sys, hla
+from hla.kernels.cupy import driver  # imports CuPy
+from hla.kernels.cupy.source import source
+from cupy.cuda import compiler
+(found,) = [x for x in hla.available() if x.name == "cupy"]
+assert found.available or found.reason == "CuPy sees no NVIDIA GPU", found
+program = compiler._NVRTCProgram(source("hopper.cu", {constants}), "kernel.cu", method="cubin")
+options = ("-std=c++17", *driver.options("hopper.cu"), "-ftz=true", "-arch=sm_90")
+image, _ = program.compile((*options, "--device-as-default-execution-space"))
+assert image.startswith(b"\\x7fELF")
+print(*sorted({"torch", "jax", "triton", "cupy"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.aot
+def test_cupy_alone():
+    """CuPy's own compiler takes a kernel; neither torch nor JAX is imported."""
+    installed("cupy")
+    card = CARD._replace(capability=(9, 0))
+    (constants, *_) = (dict(c) for name, c in kernels("bfloat16", card=card, operator="ahla")
+                       if name == "hopper.cu")  # fmt: skip
+    code = ALONE.replace("{constants}", repr(constants))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["cupy"]), done.stderr
 
 
 LOG, DECAY = {"log_gate": -0.1}, {"decay": 0.9}  # numbers, which have no gradient

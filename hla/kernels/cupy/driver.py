@@ -22,14 +22,18 @@ _functions: dict[Any, Function] = {}
 _lock = threading.Lock()
 
 
+def options(name: str) -> tuple[str, ...]:
+    """Return options of the compiler beside CuPy's own."""
+    return ("-arch=sm_90a",) if name.startswith("hopper") else ()
+
+
 def load(name: str, constants: Constants, shared: int, card: Card) -> Function:
     """Return a kernel, the only one of its file, on a device: compiled once for its constants."""
     key = name, tuple(constants.items()), shared, card.device
     found = _functions.get(key)
     if found is None:
         with _lock, cupy.cuda.Device(card.device):
-            options = ("-arch=sm_90a",) if name.startswith("hopper") else ()
-            module = cupy.RawModule(code=source(name, constants), options=options)
+            module = cupy.RawModule(code=source(name, constants), options=options(name))
             kernel = module.get_function(f"{name.removesuffix('.cu')}_kernel")
             if shared > 48 << 10:
                 kernel.max_dynamic_shared_size_bytes = shared
