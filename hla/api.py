@@ -346,6 +346,10 @@ return_state, form, chunk_size, convention, backend
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
+    earlier = None if compiling() else again.seen("vjp", q, k, v, None, options)
+    found = earlier and again.take(earlier)
+    if found is not None:
+        return found
     options = filled("vjp", DEFAULTS, options)
     backend = options.pop("backend")
     if compiling():
@@ -353,6 +357,8 @@ return_state, form, chunk_size, convention, backend
         pull = functools.partial(_node("backward"), q, k, v, backend, **options)
     else:
         call = _prepared(q, k, v, backend, **options)
+        if earlier and _kept(earlier, call, options):
+            return again.take(earlier)
         o, state, saved = _forward(call)
         pull = functools.partial(_pull, call)
 
@@ -379,6 +385,20 @@ def _prepared(
     request, inputs, layout = prepare(q, k, v, gradient=True, **options)
     chosen = dispatch.choose(request, backend, autograd=True, node=node)
     return _Call(chosen, request, inputs, layout)
+
+
+def _kept(earlier: again.Seen, call: _Call, options: dict[str, Any]) -> bool:
+    """Keep how such a call of `vjp` is done, and return whether that could be."""
+    chosen, request, inputs, layout = call
+    way = getattr(chosen, "again_vjp", None)
+    if way is None or request.empty:
+        return False
+
+    def pull(inputs: Inputs, *given: Any) -> Gradients:
+        return _pull(_Call(chosen, request, inputs, layout), *given)
+
+    prepare = functools.partial(way, request, inputs, layout, earlier.arrays, pull)
+    return again.keep(earlier, inputs, prepare, options["decay"], options["log_gate"])
 
 
 def _forward(call: _Call) -> tuple[Array, Any, Any]:

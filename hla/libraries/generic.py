@@ -179,6 +179,10 @@ class Generic:
         """
         return None
 
+    def address(self, x: Array) -> int:
+        """Return where the memory of an array that `alike` takes starts."""
+        raise NotImplementedError(f"{self.name} does not tell addresses")
+
     def dtype_name(self, x: Array) -> str:
         """Bare name of the dtype."""
         kind: Any = type(x.dtype)
