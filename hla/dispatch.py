@@ -127,9 +127,7 @@ def _pick(
         _known(backend)
         backend = (backend,)
     for name in names() if backend is None else backend:
-        if backend is None and not contract.serves(
-            load(name).capabilities, request.library, request.accelerator
-        ):
+        if backend is None and not contract.serves(load(name), request):
             continue
         why = refusal(name, request)
         if why is None and summarize and load(name).summarize is None:
