@@ -84,7 +84,7 @@ def test_quick_run_saves_every_row(quick):
                 assert ratio == pytest.approx(times[name] / r["seconds"])
             if line[0] == "step":
                 assert r["floor"] is r["share_of_floor"] is None
-            elif r["name"] != "torch SDPA":
+            elif r["name"] not in peers.SOFTMAX:
                 assert r["share_of_floor"] == pytest.approx(r["floor"] / r["seconds"])
 
 
@@ -725,6 +725,28 @@ def test_the_meter_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 160)
     assert libraries.bytes_beyond(lambda: (torch.ones(2), torch.ones(3))) == 60 - 20
+
+
+def test_queues_of_calls_less_their_writes(monkeypatch):
+    """JAX's meter: the clock is moved by the calls, and by the writes that come before them."""
+    jax = installed("jax")
+    Event.now, calls = 0.0, []
+    monkeypatch.setattr(libraries, "COLD", 8)
+    monkeypatch.setattr(time, "perf_counter", lambda: Event.now)
+
+    def write(x):
+        Event.now += 1e-3
+        return x
+
+    def work():
+        Event.now += 2e-3
+        calls.append(1)
+        return ()
+
+    monkeypatch.setattr(jax, "jit", lambda f, donate_argnums: write)
+    assert libraries.queued_seconds(work, 0.12) == pytest.approx([2e-3] * 4)
+    assert len(calls) == 1 + 2 + 4 * 10  # cold, to see how long a call takes, and what counts
+    assert libraries.queued_seconds(work, 0.0) == pytest.approx([2e-3] * 4)
 
 
 @pytest.mark.gpu
