@@ -14,11 +14,13 @@ from ...device.token import Ops, run, updates
 Array = Any  # of NumPy
 
 
-def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
+def step(
+    request: Request, inputs: Inputs, donate: bool, ops: Ops | None = None
+) -> tuple[Array, Any]:
     """Return (o, state) of one token; with ``donate`` in the memory of the given state."""
     given = {} if inputs.state is None else inputs.state._asdict()
     donate = donate and updates(request) and _owned(given, inputs, request.state_shapes())
-    return run(request, inputs, OPS, donate)
+    return run(request, inputs, ops or OPS, donate)
 
 
 def _owned(given: dict[str, Array], inputs: Inputs, shapes: Mapping[str, Shape]) -> bool:
