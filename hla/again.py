@@ -116,5 +116,6 @@ def _with_number(
 ) -> Any:
     x = library_of(arrays[0]).number(decay, dtype, arrays[0])
     arrays.insert(3, x)
-    addresses.insert(3, x.data_ptr())
+    if addresses:
+        addresses.insert(3, x.data_ptr())
     return run(arrays, addresses)

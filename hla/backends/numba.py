@@ -13,6 +13,7 @@ from ..core.namespace import Array, library_of
 from ..core.reference import Gradients
 from ..core.request import FLOATS, Inputs, Request
 from ..core.run import CORE, Engine
+from ..kernels.numpy import token
 
 CAPABILITIES = Capabilities(
     FLOATS,
@@ -27,6 +28,13 @@ def _sweep() -> Engine:
     from ..kernels.numba.passes import SWEEP
 
     return SWEEP
+
+
+@functools.cache
+def _step() -> Any:
+    from ..kernels.numba.token import step
+
+    return step
 
 
 def _engine(request: Request) -> Engine:
@@ -59,10 +67,13 @@ def backward(
 
 def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
     """Return (o, state) of one token, with ``donate`` in the given state's memory where it can."""
-    from ..kernels.numba import token
-
-    found: tuple[Array, Any] = library_of(inputs.q).run(token.step, request, inputs, donate)
+    found: tuple[Array, Any] = library_of(inputs.q).run(_step(), request, inputs, donate)
     return found
+
+
+def again_step(request: Request, inputs: Inputs, donate: bool) -> Any:
+    """Return what takes a token like this one without its checks."""
+    return token.again(step, request, inputs, donate)
 
 
 def summarize(request: Request, inputs: Inputs) -> Any:

@@ -30,7 +30,7 @@ def flat(x: Array) -> Flat:
         return Flat(x.reshape(-1), x.shape, strides)
     rows = x.size and x.flags.aligned and (x.shape[-1] == 1 or x.strides[-1] == item)
     if not rows or any(s < 0 or s % item for s in x.strides):
-        return flat(np.ascontiguousarray(x))
+        return flat(x.copy())
     return Flat(as_strided(x, (span(x.shape, strides),), (item,)), x.shape, strides)
 
 

@@ -29,16 +29,18 @@ def _both(
     shape: Shape,
     donate: bool,
 ) -> tuple[Array, Array] | None:
-    """Advance a state and read it; None where several queries read one."""
+    """Advance a state and read it; None where several queries read one, or memory is unaligned."""
     lead, dtype = shape[:-2], k.dtype
     if broadcast(q.shape[:-1], lead) != lead:
         return None
     o = np.empty((*lead, shape[-1]), dtype)
     after = before if donate and before is not None else np.empty(shape, dtype)
     start = np.zeros(shape[-2:], dtype) if before is None else before
+    if not all(x.flags.aligned for x in (q, k, v, start)):
+        return None
     arrays = (q, k, v, _one(dtype) if gate is None else gate, start, o, after)
     table = _heads(lead, tuple([x.shape for x in arrays]))
-    flat = [x.reshape(-1) for x in arrays]
+    flat = [x.ravel() for x in arrays]
     compiled(token, dtype)(*flat, table, *shape[-2:], after is not before)
     return after, o
 
