@@ -237,6 +237,8 @@ def test_tokens_of_numpy_are_taken_again(row, gate, donate, monkeypatch):
     again = installed("hla.again")
     monkeypatch.setattr(again, "_kept", {})
     options = {"backend": row.backend, "donate": donate}
+    hla.step(*(x[0] for x in draw(6, 3)), backend=[row.backend])  # no array, and not compared
+    assert not again._kept
     options |= {"decay": 0.5} if gate == "number" else {}
     q, k, v = draw(6, 3)
 

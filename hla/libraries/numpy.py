@@ -32,8 +32,10 @@ class NumPy(Generic):
 
     signature = key
 
-    def alike(self, arrays: Sequence[Array]) -> Callable[[list[Array]], list[int] | None]:
+    def alike(self, arrays: Sequence[Array]) -> Callable[[list[Array]], list[int] | None] | None:
         """Return what gives no address of arrays laid out like these, and None of others."""
+        if any(type(x) is not np.ndarray for x in arrays):
+            return None
         kinds = [(x.dtype, x.shape, x.strides, x.flags.num) for x in arrays]
 
         def addresses(found: list[Array]) -> list[int] | None:
