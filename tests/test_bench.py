@@ -751,6 +751,7 @@ def test_queues_of_calls_less_their_writes(monkeypatch):
 
 @pytest.mark.gpu
 def test_the_meter_on_a_gpu():
+    """Bytes, and times no less than the work takes: a card that others use may take any longer."""
     torch = installed("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device for torch")
@@ -758,10 +759,9 @@ def test_the_meter_on_a_gpu():
     x = torch.ones(1 << 28, device="cuda")
     assert meter.bytes_beyond(lambda: ((x + 1) * 2,)) == x.nbytes
     assert meter.bytes_beyond(lambda: (x + 1,)) == 0
-    times = meter.seconds(lambda: (x + 1,), 0.1)
-    assert len(times) > 3
-    assert 1e11 < 2 * x.nbytes / np.median(times) < 2e13
-    assert np.median(meter.seconds(lambda: torch.cuda._sleep(10**7), 0.1)) > 1e-3
+    times = meter.seconds(lambda: (x + 1,), 0.1)  # how many depends on who else uses the card
+    assert 2 * x.nbytes / min(times) < 2e13  # which no memory does
+    assert min(meter.seconds(lambda: torch.cuda._sleep(10**7), 0.1)) > 1e-3
 
 
 @pytest.mark.gpu
