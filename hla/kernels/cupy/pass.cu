@@ -20,9 +20,9 @@
 //
 // Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024 (768 where v is k): 0.18 ms at
 // 3.0 TB/s for B = 8, T = 4096, H = 16. mma.sync: 2 (1.25 W + 2 D) V operations, 76 k at W = 32. One H100
-// took 0.28 ms for linear and 0.54 for hla2 by two passes (58% of its bytes' time): each block that is
-// read from shared memory serves one product of a warp, 4 KB a token. 8 warps of < 255 registers,
-// 120 KB: one block of threads a multiprocessor.
+// took 0.24 ms for linear (74% of its bytes' time): each block that is read from shared memory serves one
+// product of a warp, 4 KB a token. 8 warps of < 255 registers, 120 KB: one block of threads a
+// multiprocessor.
 //
 // Of one launch: `BOTH` adds the pass with k and v exchanged, of one state; `DOTS` 1 writes sum_v x (read a_t q_t S), 2 also the sums over the pairs of a chunk
 // (derivations 5); `KEEP` writes the state before every period of tokens but the first.
