@@ -2,16 +2,21 @@
 
 import ctypes
 import functools
+import pathlib
 import re
+import subprocess
+import tempfile
 from importlib import metadata
 from typing import NamedTuple
 
 import pytest
+from conftest import installed
 
 
 class Compiled(NamedTuple):
     log: str
     cubin: bytes
+    ptx: str
 
     @property
     def registers(self) -> int:
@@ -26,6 +31,22 @@ class Compiled(NamedTuple):
     def remarks(self) -> list[str]:
         """Remarks of the assembler about wgmma: C7510, serialised; C7519, a wait injected."""
         return re.findall(r"C75\d\d", self.log)
+
+    @property
+    def dropped(self) -> int:
+        """Products of warpgroups that the assembler has left out."""
+        code = disassembled(self.cubin)
+        return self.ptx.count("wgmma.mma_async") - len(re.findall(r"HGMMA\.\S+ R\d", code))
+
+
+def disassembled(cubin) -> str:
+    """What the disassembler in Triton's wheel prints of a kernel; skips where there is none."""
+    triton = installed("triton")
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True).stdout
 
 
 @functools.cache
@@ -60,6 +81,6 @@ def compiled(text, *options) -> Compiled:
 
     log = read("ProgramLog").decode().rstrip("\0")
     assert not failed, log
-    made = Compiled(log, read("CUBIN"))
+    made = Compiled(log, read("CUBIN"), read("PTX").decode())
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     return made

@@ -46,7 +46,7 @@ DEVICE Block block_of(const Sum& s) {
 template <int PITCH> DEVICE Block load(const Element* tile, int row, int column) {
     int lane = threadIdx.x & 31;
     Block found;
-    ldmatrix(found.x, shared_address(tile + (row + (lane & 15)) * PITCH + column + (lane >> 4) * 8));
+    ldmatrix(found.x, shared_address(tile) + ((row + (lane & 15)) * PITCH + column + (lane >> 4) * 8) * 2);
     return found;
 }
 
@@ -55,8 +55,24 @@ template <int PITCH> DEVICE Block load_turned(const Element* tile, int row, int 
     int lane = threadIdx.x & 31;
     int down = (lane & 7) + (lane >> 4) * 8, right = (lane >> 3 & 1) * 8;
     Block found;
-    ldmatrix_turned(found.x, shared_address(tile + (row + down) * PITCH + column + right));
+    ldmatrix_turned(found.x, shared_address(tile) + ((row + down) * PITCH + column + right) * 2);
     return found;
+}
+
+// The same of second factors: in the order in which a product takes their registers.
+template <int PITCH> DEVICE Block second(const Element* tile, int row, int column) {
+    int lane = threadIdx.x & 31;
+    int down = (lane & 7) + (lane >> 4) * 8, right = (lane >> 3 & 1) * 8;
+    u32 x[4];
+    ldmatrix(x, shared_address(tile) + ((row + down) * PITCH + column + right) * 2);
+    return {x[0], x[2], x[1], x[3]};
+}
+
+template <int PITCH> DEVICE Block second_turned(const Element* tile, int row, int column) {
+    int lane = threadIdx.x & 31;
+    u32 x[4];
+    ldmatrix_turned(x, shared_address(tile) + ((row + (lane & 15)) * PITCH + column + (lane >> 4) * 8) * 2);
+    return {x[0], x[2], x[1], x[3]};
 }
 
 // Scale the columns of a block by w[0 .. 15].
@@ -163,6 +179,14 @@ template <int PITCH> DEVICE Block load_turned(const Element* tile, int row, int 
             for (int i = 0; i < 2; i++)
                 found.put(4 * k + r + 2 * i, p[(8 * k + i) * PITCH + 8 * r]);
     return found;
+}
+
+template <int PITCH> DEVICE Block second(const Element* tile, int row, int column) {
+    return load<PITCH>(tile, row, column);
+}
+
+template <int PITCH> DEVICE Block second_turned(const Element* tile, int row, int column) {
+    return load_turned<PITCH>(tile, row, column);
 }
 
 DEVICE Block weighed(const Block& b, const float* w) {

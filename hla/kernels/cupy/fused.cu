@@ -20,7 +20,10 @@
 //
 // Bytes a token and head, D = V = 128: q, k, v and o once, 1024 (y too: 1280): 0.179 ms for B = 8,
 // T = 4096, H = 16 at 3.0 TB/s. Of a chunk of 32 a warp does about 152 products of 16 x 8 x 16 and reads 55
-// times 512 bytes: 128 chunks take 0.14 ms of the matrix units and 0.13 ms of shared memory.
+// times 512 bytes: 128 chunks take 0.14 ms of the matrix units and 0.13 ms of shared memory. One H100 took
+// 0.266 ms for hla2 (67% of its bytes' time), 0.224 for ahla (80%), 0.500 for hla3, 0.126 for hla2 with
+// D = V = 64; chunks of 16 tokens 0.31. 727 instructions a warp and chunk; what is left is latency: a
+// scheduler has two warps.
 //
 // Compiled for each OPERATOR (1 ahla, 2 hla2, 3 hla3), B (tiles of 64 or 128 keys and values), GATE (0 none,
 // 1 decay, 2 log gate), READ (o is requested, not the states alone) and WIDE (in float32), KEEP (y, or u of
@@ -193,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __gr
     const int rows = first && !AHLA ? D : V, row0 = (first ? 0 : v0) + rank * 32;
 
     Sum S[2][KEYS];  // S', of rows from row0 on
-    auto each = [&](int operand, auto &&visit) {
+    auto each = [&](const Head &head, int operand, auto &&visit) {
         const Operand &x = p.of[operand];
         float *at = (float *)p.at[operand] + head.offset(x, head.segment, 0, 0);
         UNROLL for (int m = 0; m < 2; m++) UNROLL for (int d = 0; d < KEYS; d++) UNROLL for (int i = 0; i < 8; i++) {
@@ -202,22 +205,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __gr
         }
     };
     UNROLL for (int m = 0; m < 2; m++) UNROLL for (int d = 0; d < KEYS; d++) S[m][d].clear();
-    if (p.at[AT_START + pass]) each(AT_START + pass, [](const float *at, float &x) { x = *at; });
+    if (p.at[AT_START + pass]) each(head, AT_START + pass, [](const float *at, float &x) { x = *at; });
 
     Copies<B> q(p, AT_Q, head, D, 0), k(p, AT_K, head, D, 0);
     Copies<BV> v(p, AT_V, head, V, v0);
-    int to_fetch = 0, slot_to_fetch = 0;
-    auto fetch = [&] {  // the chunk that is next, if there is one
-        if (to_fetch < chunks) {
-            u32 to = base + slot_to_fetch * STAGE;
-            int n = T - to_fetch * W;
+    auto fetch = [&](int chunk, int slot) {  // if there is such a chunk
+        if (chunk < chunks) {
+            const u32 to = base + slot * STAGE;
+            const int n = T - chunk * W;
             q.load(to, n), k.load(to + TILE, n), v.load(to + 2 * TILE, n);
-            if (++slot_to_fetch == STAGES) slot_to_fetch = 0;
-            to_fetch++;
         }
         copies_commit();
     };
-    UNROLL for (int i = 0; i < STAGES - 2; i++) fetch();
+    UNROLL for (int i = 0; i < STAGES - 2; i++) fetch(i, i);
 
     // What a warp makes, 32 columns of rows, goes from shared memory to where it is stored.
     const int made_operand = first ? AT_Y : late ? AT_O : AT_U;
@@ -270,14 +270,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __gr
 
     Gate gate(p, head);
     if (GATE && warp == WEIGHER) gate.put(base, 0);
-    int slot = 0;
+    int slot = 0;  // of this warp's next chunk
+    auto fetch_next = [&](int c) {
+        const int to = slot + STAGES - 3 + late;
+        fetch(c + STAGES - 2, to < STAGES ? to : to - STAGES);
+    };
 #pragma unroll 1
     for (int c = 0; c <= chunks; c++) {
         copies_wait<STAGES - 3>();
         __syncthreads();  // this chunk is there, and what was made of the last one; nobody reads the one before
         const int chunk = c - late;
         if (chunk < 0 || chunk >= chunks) {
-            fetch();
+            fetch_next(c);
             continue;
         }
         const int parity = chunk & 1;
@@ -322,12 +326,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __gr
                     o[t][m].x[(i >> 1) * 4 + 2 * r + (i & 1)] *= w;
             }
             if (late && !AHLA) make_own_pairs(Number<LAST>());
-            fetch();
+            fetch_next(c);
             if (GATE && warp == WEIGHER && c + 1 < chunks) gate.put(base, c + 1);
             if (!late || !AHLA) threads_sync(late ? 2 : 1, late ? 32 * LAST : 32 * (FIRST + MIDDLE));
         }
 
-        if (!READ && late) fetch();
+        if (!READ && late) fetch_next(c);
         Block b[2][BLOCKS];
         UNROLL for (int m = 0; m < 2; m++) UNROLL for (int s = 0; s < BLOCKS; s++)
             b[m][s] = block_turned(values + turned + s * 16 * PITCH + own_columns + m * 32);
@@ -380,6 +384,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __gr
         }
     }
     // Of the heads that share a state the first writes it, and of those of a head that have S the first.
-    if (p.at[AT_END + pass] && head.is_first(p.of[AT_END + pass]) && (!first || head.tile == 0))
-        each(AT_END + pass, [](float *at, float &x) { *at = x; });
+    const Head again(p);  // else registers would hold it till here
+    if (p.at[AT_END + pass] && again.is_first(p.of[AT_END + pass]) && (!first || again.tile == 0))
+        each(again, AT_END + pass, [](float *at, float &x) { *at = x; });
 }

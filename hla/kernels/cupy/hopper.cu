@@ -82,6 +82,29 @@ DEVICE void put_wide(const Sweep &p, const float (&o)[32], i64 token, int first)
     }
 }
 
+// Where an owner's chunk lies, and which barriers tell of it
+struct Chunk {
+    u32 base;
+    Ring<CHUNKS_Q> i_q;
+    Ring<CHUNKS_K> i_k;
+    Ring<CHUNKS_V> i_v;
+    Ring<2> i_y;
+    DEVICE u32 q() const { return base + QS + i_q.i * TILE_D; }
+    DEVICE u32 k() const { return base + KS + i_k.i * TILE_D; }
+    DEVICE u32 v() const { return base + VS + i_v.i * TILE_V; }
+    DEVICE u32 y() const { return base + MADE + i_y.i * TILE_Y; }
+    DEVICE void next() { i_q.next(), i_k.next(), i_v.next(), i_y.next(); }
+    DEVICE void wait_q() const { barrier_wait(base + Q_FULL + 8 * i_q.i, i_q.turn); }
+    DEVICE void wait_k() const { barrier_wait(base + K_FULL + 8 * i_k.i, i_k.turn); }
+    DEVICE void wait_v() const { barrier_wait(base + V_FULL + 8 * i_v.i, i_v.turn); }
+    DEVICE void wait_y() const { barrier_wait(base + THERE + 8 * i_y.i, i_y.turn); }
+    DEVICE void wait_taken() const { barrier_wait(base + TAKEN + 8 * i_y.i, i_y.turn ^ 1); }
+    DEVICE void free_q() const { arrive(base + Q_FREE + 8 * i_q.i); }
+    DEVICE void free_k() const { arrive(base + K_FREE + 8 * i_k.i); }
+    DEVICE void free_v() const { arrive(base + V_FREE + 8 * i_v.i); }
+    DEVICE void free_y() const { arrive(base + TAKEN + 8 * i_y.i); }
+};
+
 // Own the state of one pass: of the first, which makes y, or of the second, which makes o.
 template <int PASS> DEVICE void own(const Sweep &p, u32 base) {
     constexpr bool FIRST = PASS == 1, READS = FIRST || READ;
@@ -90,34 +113,30 @@ template <int PASS> DEVICE void own(const Sweep &p, u32 base) {
     float scale = (float)p.factors[PASS - 1], S[HALVES][BD / 2];
     UNROLL for (int h = 0; h < HALVES; h++)
         load_state(S[h], p, AT_START + PASS - 1, h * 64, V, p.keys);
-    Ring<CHUNKS_Q> i_q;
-    Ring<CHUNKS_K> i_k;
-    Ring<CHUNKS_V> i_v;
-    Ring<2> i_y;
+    Chunk at{base};
     #pragma unroll 1
     for (int c = 0; c < chunks; c++) {
-        int at = weights_at(i_q.i, c == chunks - 1, FIRST ? 0 : GROUPS - 1);
-        u32 weights = base + WEIGHTS + at * LISTS, last = base + ENDS + at * 4;
-        u32 q = base + QS + i_q.i * TILE_D, k = base + KS + i_k.i * TILE_D;
-        u32 v = base + VS + i_v.i * TILE_V, y = base + MADE + i_y.i * TILE_Y;
+        int list = weights_at(at.i_q.i, c == chunks - 1, FIRST ? 0 : GROUPS - 1);
+        u32 weights = base + WEIGHTS + list * LISTS, last = base + ENDS + list * 4;
+        u32 q = at.q(), k = at.k(), v = at.v(), y = at.y();
         u32 keys = FIRST || AHLA ? k : y;
         u32 values = FIRST ? (AHLA ? v : k) : (AHLA ? y : v);
-        u32 tile = base + TILES + (HANDS ? i_y.i : (u32)(PASS - 1)) * TILE_W;
+        u32 tile = base + TILES + (HANDS ? at.i_y.i : (u32)(PASS - 1)) * TILE_W;
         u32 made = FIRST ? y : base + OUT;
-        barrier_wait(base + Q_FULL + 8 * i_q.i, i_q.turn);
+        at.wait_q();
         if (FIRST) {
-            barrier_wait(base + K_FULL + 8 * i_k.i, i_k.turn);
-            if (HANDS) barrier_wait(base + TAKEN + 8 * i_y.i, i_y.turn ^ 1);
+            at.wait_k();
+            if (HANDS) at.wait_taken();
         } else {
-            barrier_wait(base + THERE + 8 * i_y.i, i_y.turn);
+            at.wait_y();
         }
         fence_async();
         if (READS && (FIRST || !AHLA)) make_pairs(tile, keys, q, weights + UNTIL, PASS);
         if (FIRST ? AHLA : !AHLA) {
-            barrier_wait(base + V_FULL + 8 * i_v.i, i_v.turn);
+            at.wait_v();
             fence_async();
         }
-        if (FIRST && !HANDS) barrier_wait(base + TAKEN + 8 * i_y.i, i_y.turn ^ 1);
+        if (FIRST && !HANDS) at.wait_taken();
         if (!FIRST && READ && !WIDE) barrier_wait(base + STORED, (c & 1) ^ 1);
         UNROLL for (int h = 0; h < HALVES; h++) {
             if (READS) {
@@ -133,17 +152,17 @@ template <int PASS> DEVICE void own(const Sweep &p, u32 base) {
         }
         if (FIRST) {
             fence_async();
-            arrive(base + THERE + 8 * i_y.i);
+            arrive(base + THERE + 8 * at.i_y.i);
         } else if (READ && !WIDE) {
             arrive(base + READY);
         }
-        if (!FIRST && GATE < 2) arrive(base + Q_FREE + 8 * i_q.i);
+        if (!FIRST && GATE < 2) at.free_q();
         update(S, values, keys, weights + AFTER);
-        if (FIRST || GATE == 2) arrive(base + Q_FREE + 8 * i_q.i);
-        if (FIRST || AHLA) arrive(base + K_FREE + 8 * i_k.i);
-        if (FIRST ? AHLA : !AHLA) arrive(base + V_FREE + 8 * i_v.i);
-        if (!FIRST) arrive(base + TAKEN + 8 * i_y.i);
-        i_q.next(), i_k.next(), i_v.next(), i_y.next();
+        if (FIRST || GATE == 2) at.free_q();
+        if (FIRST || AHLA) at.free_k();
+        if (FIRST ? AHLA : !AHLA) at.free_v();
+        if (!FIRST) at.free_y();
+        at.next();
     }
     UNROLL for (int h = 0; h < HALVES; h++)
         store_state(S[h], p, AT_END + PASS - 1, h * 64, V, p.keys, Head(p).tile == 0);
@@ -155,21 +174,17 @@ DEVICE void own_both(const Sweep &p, u32 base) {
     float P[BD / 2], F[BD / 2];
     load_state(P, p, AT_START + 1, first, V, p.keys);
     load_state(F, p, AT_START + 2, first, V, p.keys);
-    Ring<CHUNKS_Q> i_q;
-    Ring<CHUNKS_K> i_k;
-    Ring<CHUNKS_V> i_v;
-    Ring<2> i_y;
+    Chunk at{base};
     #pragma unroll 1
     for (int c = 0; c < chunks; c++) {
-        int at = weights_at(i_q.i, c == chunks - 1, 0);
-        u32 weights = base + WEIGHTS + at * LISTS, last = base + ENDS + at * 4;
-        u32 q = base + QS + i_q.i * TILE_D, k = base + KS + i_k.i * TILE_D;
-        u32 v = base + VS + i_v.i * TILE_V, y = base + MADE + i_y.i * TILE_Y, u = base + US;
-        u32 tile = base + TILES + i_y.i * TILE_W, own = base + TILES + 2 * TILE_W;
+        int list = weights_at(at.i_q.i, c == chunks - 1, 0);
+        u32 weights = base + WEIGHTS + list * LISTS, last = base + ENDS + list * 4;
+        u32 q = at.q(), k = at.k(), v = at.v(), y = at.y(), u = base + US;
+        u32 tile = base + TILES + at.i_y.i * TILE_W, own = base + TILES + 2 * TILE_W;
         float o[32];
-        barrier_wait(base + Q_FULL + 8 * i_q.i, i_q.turn);
-        barrier_wait(base + V_FULL + 8 * i_v.i, i_v.turn);
-        barrier_wait(base + THERE + 8 * i_y.i, i_y.turn);
+        at.wait_q();
+        at.wait_v();
+        at.wait_y();
         fence_async();
         if (KEEP_U) barrier_wait(base + U_TAKEN, (c & 1) ^ 1);
         read(o, P, q, v, tile, weights + BEFORE, last, (float)p.factors[1]);
@@ -191,13 +206,13 @@ DEVICE void own_both(const Sweep &p, u32 base) {
         } else if (GATE) {
             fade(F, last + 4);
         }
-        if (GATE < 2) arrive(base + Q_FREE + 8 * i_q.i);
+        if (GATE < 2) at.free_q();
         update(P, v, k, weights + AFTER, F, u, y, weights + LISTS + AFTER);
-        if (GATE == 2) arrive(base + Q_FREE + 8 * i_q.i);
-        arrive(base + K_FREE + 8 * i_k.i);
-        arrive(base + V_FREE + 8 * i_v.i);
-        arrive(base + TAKEN + 8 * i_y.i);
-        i_q.next(), i_k.next(), i_v.next(), i_y.next();
+        if (GATE == 2) at.free_q();
+        at.free_k();
+        at.free_v();
+        at.free_y();
+        at.next();
     }
     first = Head(p).tile * 64;
     store_state(P, p, AT_END + 1, first, V, p.keys, true);

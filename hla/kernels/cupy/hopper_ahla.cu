@@ -14,7 +14,9 @@
 //
 // A gate's weights lie beside a chunk: see hopper.cu and hopper_reverse.cu; powers are 1.
 //
-// Bytes a token and head, D = V = 128: 8 rows of 256, 0.358 ms for B = 8, T = 4096, H = 16 at 3.0 TB/s.
+// Bytes a token and head, D = V = 128: 8 rows of 256, 0.358 ms for B = 8, T = 4096, H = 16 at 3.0 TB/s; one
+// H100 took 0.476 (75%), 0.195 for D = V = 64. What the owner of Z does one after the other binds: 80
+// products of 64 x 64 x 16 or more and four copies of two blocks a chunk.
 //
 // Compiled for each B (tiles of 64 or 128 keys and values), GATE (0 none, 1 decay, 2 log gate), FAST,
 // WHOLE and SHARED as hopper.cu.

@@ -20,9 +20,9 @@
 //
 // Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024 (768 where v is k): 0.18 ms at
 // 3.0 TB/s for B = 8, T = 4096, H = 16. mma.sync: 2 (1.25 W + 2 D) V operations, 76 k at W = 32. One H100
-// took 0.28 ms for linear and 0.54 for hla2 by two passes (58% of its bytes' time): each block that is
-// read from shared memory serves one product of a warp, 4 KB a token. 8 warps of < 255 registers,
-// 120 KB: one block of threads a multiprocessor.
+// took 0.24 ms for linear (74% of its bytes' time): each block that is read from shared memory serves one
+// product of a warp, 4 KB a token. 8 warps of < 255 registers, 120 KB: one block of threads a
+// multiprocessor.
 //
 // Of one launch: `BOTH` adds the pass with k and v exchanged, of one state; `DOTS` 1 writes sum_v x (read a_t q_t S), 2 also the sums over the pairs of a chunk
 // (derivations 5); `KEEP` writes the state before every period of tokens but the first.
@@ -97,7 +97,7 @@ DEVICE void fetch(Element* tile, const u8* from, const Operand& x, i64 first, in
             int row = i / PIECES, column = i % PIECES * PIECE;
             bool there = row < rows && column < columns;
             const Element* p = (const Element*)from + (there ? (first + row) * x.row + column : 0);
-            copy16(shared_address(tile + row * PITCH + column), p, there ? 16 : 0);
+            copy16(shared_address(tile) + (row * PITCH + column) * (int)sizeof(Element), p, there ? 16 : 0);
         }
     } else {
         for (int i = threadIdx.x; i < W * COLUMNS; i += THREADS) {
@@ -271,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
 #pragma unroll 2
 #endif
             for (int d = 0; d < BD; d += 16)  // two sums: half as long a chain
-                multiply(d & 16 ? other : A, load<PITCH>(q, t0, d), load<PITCH>(k, s0, d));
+                multiply(d & 16 ? other : A, load<PITCH>(q, t0, d), second<PITCH>(k, s0, d));
 #pragma unroll
             for (int e = 0; e < 8; e++) A.x[e] += other.x[e];
             Sum M;
@@ -280,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
 #pragma unroll 2  // of all at once the operands spill
                 for (int d = 0; d < BV; d += 16)
                     multiply(M, BOTH ? load<PITCH>(q, t0, d) : load<PITCH_V>(x, t0, d),
-                             load<PITCH_OF_V>(v, s0, d));
+                             second<PITCH_OF_V>(v, s0, d));
             Dot by_query[2] = {0, 0}, by_key[4] = {0, 0, 0, 0};
 #pragma unroll
             for (int e = 0; e < 8; e++) {
@@ -469,7 +469,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
                 for (int d = 0; d < KEYS; d++)
 #pragma unroll
                     for (int s = 0; s < BLOCKS; s++)
-                        multiply(S[d], b[s], load_turned<PITCH_2>(k, 16 * s, 16 * d));
+                        multiply(S[d], b[s], second_turned<PITCH_2>(k, 16 * s, 16 * d));
             };
             if (GATED)
 #pragma unroll
