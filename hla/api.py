@@ -180,11 +180,11 @@ def step(q_t: Any, k_t: Any, v_t: Any, state: Any = None, **options: Any) -> Any
     log_gate : float or array <= 0, optional
         This token's log decay, broadcasts to batch.
     donate : bool
-        Let the backend update ``state`` in place; it must then not be used again. NumPy, torch and
-        Triton do where every field is whole, of the state's own dtype, and shares no memory; for
-        NumPy it must also be contiguous and writable, for torch need no gradient. Triton takes
-        packed states too. Elsewhere it changes nothing: under ``jax.jit`` use its
-        ``donate_argnums``.
+        Let the backend update ``state`` in place; it must then not be used again. NumPy, torch,
+        Triton and CuPy do where every field is whole, of the state's own dtype, and shares no
+        memory; for NumPy and CuPy it must also be contiguous, for NumPy writable, for torch need no
+        gradient. Triton and CuPy take packed states too. Elsewhere it changes nothing: under
+        ``jax.jit`` use its ``donate_argnums``.
 
     Returns
     -------
