@@ -117,5 +117,6 @@ def _with_number(
     library = library_of(arrays[0])
     x = library.number(decay, dtype, arrays[0])
     arrays.insert(3, x)
-    addresses.insert(3, library.address(x))
+    if addresses:
+        addresses.insert(3, library.address(x))
     return run(arrays, addresses)

@@ -121,6 +121,8 @@ def scan(q: Any, k: Any, v: Any, **options: Any) -> Any:
     """
     if compiling():
         return _node("scan")(q, k, v, **filled("scan", DEFAULTS, options))
+    if library_of(q).borrowed:
+        return library_of(q).lent(scan, q, k, v, **options)
     call = again.seen("scan", q, k, v, None, options)
     found = call and again.take(call)
     return (
@@ -183,8 +185,9 @@ def step(q_t: Any, k_t: Any, v_t: Any, state: Any = None, **options: Any) -> Any
         Let the backend update ``state`` in place; it must then not be used again. NumPy, torch,
         Triton and CuPy do where every field is whole, of the state's own dtype, and shares no
         memory; for NumPy and CuPy it must also be contiguous, for NumPy writable, for torch need no
-        gradient. Triton and CuPy take packed states too. Elsewhere it changes nothing: under
-        ``jax.jit`` use its ``donate_argnums``.
+        gradient. Triton and CuPy take packed states too. Pallas does under a trace, if the traced
+        program may: of a carry of ``lax.scan``, or with ``donate_argnums`` of ``jax.jit``.
+        Elsewhere it changes nothing.
 
     Returns
     -------
@@ -199,6 +202,8 @@ def step(q_t: Any, k_t: Any, v_t: Any, state: Any = None, **options: Any) -> Any
     """
     if compiling():
         return _node("step")(q_t, k_t, v_t, state, **filled("step", STEP, options))
+    if library_of(q_t).borrowed:
+        return library_of(q_t).lent(step, q_t, k_t, v_t, state, **options)
     call = again.seen("step", q_t, k_t, v_t, state, options)
     found = call and again.take(call)
     if found is not None:
@@ -252,6 +257,8 @@ def summarize(q: Any, k: Any, v: Any, **options: Unpack[SegmentOptions]) -> Any:
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
+    if library_of(q).borrowed:
+        return library_of(q).lent(summarize, q, k, v, **options)
     given = filled("summarize", SEGMENT, options)
     ordered(given["mask"], "segments")
     run = _node("summarize") if compiling() else _summarize
@@ -292,6 +299,9 @@ def combine(left: S, right: Any) -> S:
     Unsupported
         ``left`` is a state of the paper's own recurrences, which no segment continues.
     """
+    library = library_of(getattr(right, "rho", None))
+    if library.borrowed:
+        return library.lent(combine, left, right)  # type: ignore[no-any-return]
     run = _node("combine") if compiling() else _combine
     joined: S = run(left, right)
     return joined
@@ -346,6 +356,8 @@ return_state, form, chunk_size, convention, backend
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
+    if library_of(q).borrowed:
+        return library_of(q).lent(vjp, q, k, v, **options)
     earlier = None if compiling() else again.seen("vjp", q, k, v, None, options)
     found = earlier and again.take(earlier)
     if found is not None:
@@ -484,6 +496,8 @@ return_state, form, chunk_size, convention, backend
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
+    if library_of(q).borrowed:
+        return library_of(q).lent(explain, q, k, v, **options)  # type: ignore[no-any-return]
     given = filled("explain", DEFAULTS, options)
     backend = given.pop("backend")
     request, _, _ = prepare(q, k, v, **given)
