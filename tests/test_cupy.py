@@ -125,7 +125,6 @@ def test_kernels_of_hopper_compile(row):
         one = built(name, constants, "sm_90a")
         assert one.spills <= (0 if name == "hopper.cu" else most), name
         assert not {*one.remarks} - {"C7517", "C7519"}, name
-        assert one.registers == 168, name  # of 384 threads; owners and movers then change theirs
 
 
 @pytest.mark.aot
