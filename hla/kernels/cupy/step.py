@@ -52,6 +52,11 @@ def fits(request: Request) -> bool:
     return few and min(request.k_shape[-1], request.v_shape[-1]) > 0 and _width(request) <= WIDEST
 
 
+def named(request: Request) -> str:
+    """Name the kernels that take one token of such a sequence."""
+    return "step_kernel" if fits(request) else "the causal pass"
+
+
 def packs(request: Request, card: Card) -> bool:
     """Whether a kernel takes such a token of a packed state: one pass has S, which fits."""
     passes = turns(request)
