@@ -95,12 +95,12 @@ def test_cupy_alone():
 
 
 LOG, DECAY = {"log_gate": -0.1}, {"decay": 0.9}  # numbers, which have no gradient
-HOPPER = [("hla2", {}), ("hla2", LOG), ("ahla", {}), ("ahla", DECAY), ("hla3", LOG)]
+HOPPER = [("hla2", {}), ("ahla", {}), ("ahla", DECAY), ("hla3", LOG)]
 SPILLS = {"hopper.cu": 0, "hopper_ahla.cu": 136}  # bytes; of others below
-ONE_BLOCK = {  # architecture, KB of shared memory, operator, gate
-    "hla2": ("sm_80", 163, "hla2", {}),
-    "hla3, a log gate": ("sm_90", 227, "hla3", LOG),
-    "ahla, chunks of 16": ("sm_120", 99, "ahla", DECAY),
+ONE_BLOCK = {  # architecture, KB of shared memory, operator, gate; bytes of spills
+    "hla2": ("sm_80", 163, "hla2", {}, 16),
+    "hla3, a log gate": ("sm_90", 227, "hla3", LOG, 48),
+    "ahla, chunks of 16": ("sm_120", 99, "ahla", DECAY, 48),
 }
 PASSES = {  # architecture, KB of shared memory, dtype, operator, gate, constants; bytes of spills
     "forward and back": ("sm_80", 163, "bfloat16", "hla2", {}, {}, 0),
@@ -110,7 +110,6 @@ PASSES = {  # architecture, KB of shared memory, dtype, operator, gate, constant
     "float32": ("sm_80", 163, "float32", "hla2", {}, {"ADD": 1, "V_IS_K": 1}, 0),
     "forward, Hopper": ("sm_90", 227, "bfloat16", "hla2", {}, {"ADD": 0, "REVERSE": 0}, 0),
     "float32, Hopper": ("sm_90", 227, "float32", "hla2", {}, {"BOTH": 1}, 256),
-    "Blackwell": ("sm_120", 99, "bfloat16", "hla2", {}, {"ADD": 1}, 0),
 }  # fmt: skip
 
 
@@ -140,11 +139,11 @@ def test_kernels_of_hopper_compile(row):
 @pytest.mark.parametrize("row", ONE_BLOCK)
 def test_all_states_in_one_block_compile(row):
     """A warp takes all registers that there are."""
-    arch, shared, operator, gate = ONE_BLOCK[row]
+    arch, shared, operator, gate, spills = ONE_BLOCK[row]
     card = CARD._replace(shared=shared << 10)
     found = kernels("bfloat16", card=card, operator=operator, **gate)
     (constants,) = (c for name, c in found if name == "fused.cu")
-    assert built("fused.cu", constants, arch).spills <= 48
+    assert built("fused.cu", constants, arch).spills <= spills
 
 
 @pytest.mark.aot
@@ -165,10 +164,9 @@ def test_passes_compile(row):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_other_kernels_compile(arch):
     """One token, two blocks a multiprocessor; what goes on between passes."""
-    for staged in (0, 2):
-        fixed = {"WIDTH": 128, "WHOLE": 1, "STAGED": staged}
-        one = built("step.cu", fixed, arch)
-        assert one.spills <= 8 * staged
+    for packed in (0, 1):
+        one = built("step.cu", {"WIDTH": 128, "WHOLE": 1, "PACKED": packed}, arch)
+        assert one.spills <= 40 * packed
         assert one.registers <= 128
     fixed = {"TOTAL": "double", "W": 32, "PERIOD": 256}
     for name in ("sum", "divide", "fading", "carry", "gate"):

@@ -66,12 +66,15 @@ def unable(request: Request) -> str | None:
 def plan(request: Request) -> str:
     """Say in words how the request is computed."""
     from ..device import plan as plans
-    from ..kernels.cupy import driver, launch, rows
+    from ..kernels.cupy import driver, launch, rows, step
 
+    token = "" if request.mask == "none" else f"; one token: {step.named(request)}"
+    if request.tokens == 1 and request.return_state:
+        return token[2:]
     card = driver.card_of(_index(request))
     tokens = launch.segments(request, card)
     found = plans.forward(request, launch.limits(request, card), rows.rows(request, card), tokens)
-    return found.summary(tokens)
+    return found.summary(tokens) + token
 
 
 @functools.cache

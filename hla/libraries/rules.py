@@ -21,7 +21,8 @@ def differentiable(name: str, library: str, node: bool) -> Any:
     """
     backend, own = loaded(name), named(library)
     opaque = own.wraps(backend.capabilities)
-    if not own.rule and own.again and backend.again_forward:
+    lent = backend.capabilities.native not in ("", library)  # handed over in every call
+    if not own.rule and own.again and backend.again_forward and not lent:
         way = importlib.import_module(own.again)
         more = {f"again_{x}": functools.partial(getattr(way, x), name) for x in ("scan", "vjp")}
         return SimpleNamespace(**backend._asdict(), **more)
@@ -29,11 +30,11 @@ def differentiable(name: str, library: str, node: bool) -> Any:
         return backend
     rule = importlib.import_module(own.rule)
     calls = {x: functools.partial(getattr(rule, x), name, node) for x in CALLS}
-    again = own.again and functools.partial(importlib.import_module(own.again).scan, name)
+    again = None if lent or not own.again else importlib.import_module(own.again).scan
     return SimpleNamespace(
         **calls,
         __name__=name,
         capabilities=backend.capabilities,
-        again_step=backend.again_step,
-        again_scan=again or None,
+        again_step=None if lent else backend.again_step,
+        again_scan=again and functools.partial(again, name),
     )

@@ -203,13 +203,9 @@ class Library:
 
     def step(self, request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
         """Return (o, state) of one token; the state may be packed."""
-        packed = type(inputs.state) in STATE_OF
-        fits = one_token.fits(request)
-        if fits and (not packed or one_token.packs(request, self.memory.card(inputs.q))):
+        if one_token.fits(request):
             return self.steps.step(request, inputs, donate)
+        packed = type(inputs.state) in STATE_OF
         inputs = inputs._replace(state=unpacked(inputs.state))
-        if fits:
-            o, state = self.steps.step(request, inputs, False)
-        else:
-            o, state, _ = self.runner.forward(request, inputs)
+        o, state, _ = self.runner.forward(request, inputs)
         return o, state.pack() if packed else state

@@ -15,7 +15,7 @@ from ...device.scan import Place, heads
 from ...device.tiles import Layout, strides_like, whole
 from ...device.token import Turn, apart, span, turns, updates
 from ...states.packed import STATE_OF, packed_shape
-from .launch import TYPES, Card, Kernel
+from .launch import TYPES, Kernel
 
 Array = Any
 MATRICES, VECTORS, TURNS, NAMES = 6, 4, 12, 8  # as in step.cu
@@ -52,35 +52,9 @@ def fits(request: Request) -> bool:
     return few and min(request.k_shape[-1], request.v_shape[-1]) > 0 and _width(request) <= WIDEST
 
 
-def packs(request: Request, card: Card) -> bool:
-    """Whether a kernel takes such a token of a packed state: one pass has S, which fits."""
-    passes = turns(request)
-    if all(turn.matrix != "S" for turn in passes):
-        return True
-    one = sum(turn.matrix == "S" for turn in passes) == 1 and not passes[0].strict
-    return one and passes[0].matrix == "S" and _vectors(request) + _bytes(passes[0]) <= card.shared
-
-
-def staged(request: Request, card: Card) -> int:
-    """Return of how many passes states are copied to shared memory, S packed: into half of it."""
-    left, count = card.shared // 2 - _vectors(request), 0
-    for turn in turns(request):
-        left -= _bytes(turn)
-        if not turn.first or (count and left < 0):
-            break
-        count += 1
-    return count
-
-
-def _vectors(request: Request) -> int:
-    """Bytes of shared memory that vectors and sums take."""
-    return 4 * ((NAMES + 8) * _width(request) + NAMES + 8)
-
-
-def _bytes(turn: Turn) -> int:
-    """Bytes of a state, S packed."""
-    rows, columns = turn.shape[-2:]
-    return 4 * (rows * (rows + 1) // 2 if turn.matrix == "S" else rows * columns)
+def named(request: Request) -> str:
+    """Name the kernels that take one token of such a sequence."""
+    return "step_kernel" if fits(request) else "the causal pass"
 
 
 def _width(request: Request) -> int:
@@ -106,11 +80,9 @@ class Steps:
 
     def again(self, request: Request, inputs: Inputs, donate: bool) -> Any:
         """Return what does such a `step` of other arrays, without a token axis."""
-        kind, arrays, first = _given(request, inputs)
-        if not fits(request) or (
-            kind in STATE_OF and not packs(request, self.memory.card(arrays[0]))
-        ):
+        if not fits(request):
             return None
+        kind, arrays, first = _given(request, inputs)
         addresses = [self.memory.address(x) for x in arrays]
         ready = self._found(request, kind, arrays, addresses, gated=first > 3)
         shape, strides = ready.o
@@ -194,7 +166,7 @@ class Steps:
             for turn in passes
         )
         words += bytes(struct.calcsize("<13if") * (TURNS - len(passes)))
-        kernels = []
+        width, kernels = _width(request), []
         for counts, strides, heads_of, mine in heads(batch, places, ranks):
             head = b"".join(
                 struct.pack("<6q", *lead, *_walked(x), kind)
@@ -214,9 +186,8 @@ class Steps:
             whole_rows &= all(m[1] == 1 and not any(x % 4 for x in (m[0], *m[2:])) for m in flat)
             whole_rows &= max(request.k_shape[-1], request.v_shape[-1]) % 4 == 0
             whole_rows &= min(request.k_shape[-1], request.v_shape[-1]) % 4 == 0
-            whole_rows &= not packed or request.k_shape[-1] % 8 == 0
 
-            constants = functools.partial(_constants, request, card, whole_rows, packed)
+            constants = functools.partial(_constants, width, whole_rows, packed)
             if math.prod(counts):
                 kernels.append(
                     Kernel(
@@ -265,13 +236,12 @@ def _launch(kernels: Sequence[Kernel], arrays: list[Array], addresses: list[Any]
 
 
 def _constants(
-    request: Request, card: Card, able: bool, packed: bool, at: Sequence[int]
+    width: int, able: bool, packed: bool, at: Sequence[int]
 ) -> tuple[dict[str, Any], int]:
     """Return macros, rows read four at a time where all are aligned, and bytes of shared memory."""
     able = able and not any(x % 16 for x in at[STATES])
-    count = 0 if not packed else staged(request, card) if able else 1
-    shared = _vectors(request) + sum(map(_bytes, turns(request)[:count]))
-    return {"WIDTH": _width(request), "WHOLE": int(able), "STAGED": count}, shared
+    fixed = {"WIDTH": width, "WHOLE": int(able), "PACKED": int(packed)}
+    return fixed, 4 * ((NAMES + 8) * width + NAMES + 8)
 
 
 def _walked(own: Shape) -> Shape:
