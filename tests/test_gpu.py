@@ -107,6 +107,36 @@ def test_the_slow_path_is_said_once(library):
         hla.scan(q, k, v)
 
 
+@pytest.mark.parametrize("axis", ["batch", "heads"])
+def test_two_gpus_split_a_call(axis):
+    """Each does its part of the batch or of the heads; keys that heads share have a sum of both."""
+    jax = installed("jax")
+    gpus = [x for x in jax.devices() if x.platform == "gpu"]
+    if len(gpus) < 2:
+        pytest.skip("fewer than two GPUs for jax")
+    mesh = jax.sharding.Mesh(np.asarray(gpus[:2]), ("x",))
+    names = {"batch": ("x", None), "heads": (None, "x")}[axis]
+
+    def put(x):
+        spec = (n if size > 1 else None for n, size in zip(names, x.shape, strict=False))
+        spec = jax.sharding.PartitionSpec(*spec)
+        return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+
+    q, k, v, do, _ = (x[:, :2] for x in draw())
+    k = k[:, :1]
+    want, pullback = hla.vjp(*(x.astype(np.float64) for x in (q, k, v)))
+
+    @jax.jit
+    def both(q, k, v, do):
+        o, pullback = hla.vjp(q, k, v)
+        return o, *pullback(do)[:3]
+
+    got = both(*map(put, (q, k, v, do)))
+    assert got[0].sharding.spec[:2] == names
+    for x, y in zip(got, (want, *pullback(do.astype(np.float64))[:3]), strict=True):
+        assert off(x, y) < 4 * FLOAT32
+
+
 def long_tensors(dtype=None, T=2048, grad=False, heads=16):
     shape = (2, heads, T, 128)
     made = [torch.randn(shape, device="cuda").to(dtype or torch.bfloat16) for _ in range(4)]

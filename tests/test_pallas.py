@@ -223,6 +223,11 @@ def test_a_trace_where_a_hopper_gpu_is_takes_its_kernels_there_alone(monkeypatch
 
     assert programs("cuda") == [False, True]
     assert hla.explain(x, x, x).backend == "array_api"  # on the host
+    told = []
+    jax.eval_shape(lambda x: told.append(hla.explain(x, x, x)), x)
+    assert told[0].backend == "pallas"
+    assert "hla2 by two state owners" in told[0].plan
+    assert "lowered for the host" in told[0].plan
     state = hla.scan(x, x, x, return_state=True)[1]
     for donate in (False, True):
         step = jax.jit(lambda x, s, own=donate: hla.step(x, x, x, s, donate=own))

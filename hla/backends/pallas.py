@@ -74,6 +74,8 @@ def _platforms() -> dict[str, str]:
 
 def _platform(request: Request) -> str:
     """Return where the kernels of a request run, "" of none or of a trace."""
+    if request.device == "traced":
+        return ""
     found = {_platforms().get(name, "") for name in request.device.split(",")}
     if found == {""} and _interpreted():
         return "host"
@@ -105,12 +107,14 @@ def plan(request: Request) -> str:
     from ..device import plan as plans
     from ..kernels.pallas import run
 
-    if _one_token(request):
-        one = _platform(request) in ("", "cuda") and _in_one_kernel(request)
-        return f"one token, {'in one kernel' if one else 'by what XLA fuses of the generic code'}"
     where = _platform(request) or "cuda"
+    if _one_token(request):
+        one = where == "cuda" and _in_one_kernel(request)
+        return f"one token, {'in one kernel' if one else 'by what XLA fuses of the generic code'}"
     tokens = run.segments(request, where)
     found = plans.forward(request, run.limits(request, where), run.fitting(request, where), tokens)
+    if request.device == "traced":
+        return f"{found.summary(tokens)}; lowered for the host, the same chunks as plain jnp"
     return found.summary(tokens)
 
 
@@ -134,7 +138,7 @@ def _run(name: str, request: Request, *given: Any) -> Any:
     from ..kernels.pallas import lowering, run
 
     call: Callable[..., Any] = getattr(run, name)
-    where = "" if request.device == "traced" else _platform(request)
+    where = _platform(request)
     if where:
         return call(where, request, *given)
     plain = functools.partial(call, "plain", request)
@@ -158,8 +162,8 @@ def _token(request: Request, inputs: Inputs) -> tuple[Array, Any]:
             return array_api.step(request, inputs, False)
         return array_api.forward(request, inputs)[:2]
 
-    where = "" if request.device == "traced" else _platform(request)
-    if where in ("host", "tpu") or not _in_one_kernel(request):
+    where = _platform(request)
+    if where not in ("", "cuda") or not _in_one_kernel(request):
         return generic(inputs)
     from ..kernels.pallas import lowering, token
 

@@ -27,12 +27,12 @@ For a gate's gradient owners leave, of each token, v . (R' k) or k . (Z k) / 2 w
 of the product of the two tiles of pairs that each makes, and its sums by query; and states, before
 every period but the first (`device.steps.Launch`). Each of the four warps, or of the four threads
 that have a row, leaves its part: sums across warps would need memory and barriers, and what reads
-them adds four numbers. One H100 took 1.50 ms for hla2's forward and all gradients with a log
+them adds four numbers. One H100 took 1.35 ms for hla2's forward and all gradients with a log
 gate's, 1.47 with a decay's, 0.965 without, where these were summed in memory.
 
 Bytes a token and head, D = V = 128: hla2 and ahla 8 rows of 256, 0.358 ms for B = 8, T = 4096, H =
 16 at 3.0 TB/s; one H100 took 0.413 ms (87%), 0.424 with a decay, 0.443 with a log gate; ahla 0.415
-and 0.435. hla3 6 and 7 rows, 0.268 and 0.313 ms; with queries and the forward, 1.38, it took 1.53.
+and 0.435. hla3 6 and 7 rows, 0.268 and 0.313 ms; with queries and the forward, 1.38, it took 1.45.
 No atomics; bits depend on nothing but the head's data.
 """
 

@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ...core.passes import Shape
 from .chunk import ROWS, TOTAL, W, Work, chunk
 from .sweep import OWN, Found, Operands, entry, weights_of
+from .warpgroups import places
 
 Array = Any
 V = 64  # values of a program
@@ -131,8 +132,7 @@ class Tiles:
 
     def places(self) -> tuple[Array, Array]:
         """Return the places of tokens along the rows and the columns of a W x W tile."""
-        rows, columns = (plgpu.broadcasted_iota(jnp.int32, (W, W), i, layout=WGMMA) for i in (0, 1))
-        return rows, columns
+        return places()
 
     def sum(self, x: Array, axis: int) -> Array:
         """Return sums along one axis."""

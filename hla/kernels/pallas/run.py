@@ -33,17 +33,24 @@ COLUMNS = 128  # values of a program, at most
 WIDE = 1 << 30
 
 
+@functools.cache
 def sweeps(where: str) -> Callable[[Work, Shape, Operands], Found]:
-    """Return what does a launch on a platform; a compiler is imported when first needed."""
+    """Return what does a launch on a platform; a compiler is imported when first needed.
+
+    Launches alike are one function of the program, whose kernel is lowered and compiled once.
+    """
     if where == "plain":
-        return sweep.plain
-    if where == "cuda":
+        run = sweep.plain
+    elif where == "cuda":
         from . import mosaic
 
-        return mosaic.cuda
-    from . import tpu
+        run = mosaic.cuda
+    else:
+        from . import tpu
 
-    return tpu.interpreted if where == "host" else tpu.tpu
+        run = tpu.interpreted if where == "host" else tpu.tpu
+    made: Callable[[Work, Shape, Operands], Found] = jax.jit(run, static_argnums=(0, 1))
+    return made
 
 
 def steps(call: Call, step: Step) -> list[Do]:

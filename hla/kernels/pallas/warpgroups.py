@@ -317,9 +317,22 @@ def leave_rows(to: Any, x: Array) -> None:
     go(to, x)
 
 
+def places() -> tuple[Array, Array]:
+    """Return the places of tokens along the rows and the columns of a tile of pairs.
+
+    Each is made along its own axis: a quarter of the code, and registers that the kernels lack.
+    """
+
+    def along(axis: int) -> Array:
+        x = plgpu.broadcasted_iota(jnp.int32, (W,), 0, layout=WGMMA.reduce(1 - axis))
+        return lax.broadcast_in_dim(x, (W, W), (axis,))
+
+    return along(0), along(1)
+
+
 def legal(x: Array, *, upper: bool) -> Array:
     """Return pairs, bfloat16, without those whose row is later (not ``upper``: earlier)."""
-    row, column = (plgpu.broadcasted_iota(jnp.int32, (W, W), i, layout=WGMMA) for i in (0, 1))
+    row, column = places()
     return jnp.where(row <= column if upper else row >= column, x, 0.0).astype(BF16)
 
 
