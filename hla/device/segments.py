@@ -78,6 +78,8 @@ def levels(b: Builder, row: Row, launches: list[Launch], inner: tuple[str, ...])
                 makers.insert(0, x._replace(**UNDOTTED))
                 needs |= names((x.q, x.k, x.v))
         if makers:
+            short = all(x.short for x in states)
+            makers, states = ([x._replace(short=short) for x in xs] for xs in (makers, states))
             made = tuple(dict.fromkeys(o.name for x in makers for o in x.o))
             yield Fused(row.name, (*makers, *states), made)
         else:

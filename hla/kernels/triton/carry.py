@@ -106,7 +106,7 @@ def carry_kernel(  # type: ignore[no-untyped-def]
         m_n = n < count
         at = count - 1 - n if REVERSE else n
         a = _fades(p_fading, at * sfn, m_n, power, GATE)
-        m = m_n[:, None] & m_e[None, :]
+        m = (m_n if p_end is not None else n < count - 1)[:, None] & m_e[None, :]
         local = tl.load(p_local[None, :] + (at * size)[:, None], mask=m, other=0.0)
         if GATE:
             sums *= tl.exp(a).to(tl.float32)[:, None]
@@ -133,6 +133,7 @@ def carry_kernel(  # type: ignore[no-untyped-def]
             if GATE:
                 a = _fades(p_fading, at * sfn, m_n, power, GATE)
                 begin *= tl.exp(a).to(tl.float32)[:, None]
+            m = (n < count - 1)[:, None] & m_e[None, :]
             begin += tl.load(p_local[None, :] + (at * size)[:, None], mask=m, other=0.0)
 
 

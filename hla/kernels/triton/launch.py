@@ -312,8 +312,8 @@ def passes(call: Call, launch: Launch) -> Iterator[Kernel]:
     refs, gated = operands(s, call.request), 0
     if s.power and call.request.gate is not None:
         gated, refs["gate"] = GATES.index(call.request.gate), Ref("gate")
-    places, sizes = placed(call, refs)
-    parts = -(-call.request.tokens // s.tokens) if s.tokens else 1
+    places, sizes = placed(call, refs, s)
+    parts = -(-s.length(call.request.tokens) // s.tokens) if s.tokens else 1
     constants, chosen, scalars = settings(call, s, places, gated)
     tiles = value_tiles(width(places["v"]))
     for counts, first, strides in heads(s.batch, places, gated == 2, cut=s.tokens > 0):
@@ -327,9 +327,20 @@ def passes(call: Call, launch: Launch) -> Iterator[Kernel]:
         )  # fmt: skip
 
 
-def placed(call: Call, refs: Mapping[str, Ref | None]) -> tuple[dict[str, Place | None], list[int]]:
-    """Return where operands lie, by name, and the bytes of an element of each."""
+def placed(
+    call: Call, refs: Mapping[str, Ref | None], s: Launch
+) -> tuple[dict[str, Place | None], list[int]]:
+    """Return where operands of a launch lie, by name, and the bytes of an element of each.
+
+    Without what its first segment has where that is left out.
+    """
     places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
+    if s.short and s.reverse:
+        log = call.request.gate == "log_gate"
+        for name, x in places.items():
+            if x is not None and (log or name != "gate"):
+                axis, n = (-3, 1) if name in STATES else (-1 if name == "gate" else -2, s.tokens)
+                places[name] = x._replace(layout=x.layout.behind(axis, n))
     return places, [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
 
 
@@ -418,7 +429,10 @@ def settings(
     call: Call, s: Launch, places: Mapping[str, Place | None], gated: int
 ) -> tuple[dict[str, Any], Config, tuple[Any, ...]]:
     """Return a pass's constants, its launch settings, and its numbers (the last two of states)."""
-    T, (D, V, V2, DC) = call.request.tokens, (width(places[n]) for n in ("k", "v", "v2", "kc"))
+    T, (D, V, V2, DC) = (
+        s.length(call.request.tokens),
+        (width(places[n]) for n in ("k", "v", "v2", "kc")),
+    )
     read, write = s.read, s.write
     states = places["states"]
     if not any(s.start) and not any(s.end) and states is None:  # the pass is linear in k v

@@ -82,7 +82,7 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Do]:
     refs, constants = refs | denominators(fused), constants | {"SUMS": bool(sums)}
     constants["DEN"] = bool(sums and sums[-1].o)
     refs["gate"] = None if request.gate is None else Ref("gate")
-    places, sizes = placed(call, refs)
+    places, sizes = placed(call, refs, first)
     D, V = (width(places[n]) for n in "kv")
     constants |= {
         "WIDE": not fused.divide and any(call.dtypes[x.name].itemsize > 2 for x in last.o),
@@ -96,7 +96,7 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Do]:
     given = {name: constants[name] for name in kernel.arg_names if name in constants}
     rows = 6 if third else 5  # operands in front that are copied by rows
     batch = broadcast(*(x.batch for x in fused.launches))
-    T, tokens = request.tokens, first.tokens
+    T, tokens = first.length(request.tokens), first.tokens
     parts, cut = (-(-T // tokens), True) if tokens else (1, False)
     for counts, operands, strides in heads(batch, places, request.gate == "log_gate", cut=cut):
         own = [s for x, s in zip(operands, strides[:rows], strict=False) if x is not None]
