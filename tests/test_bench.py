@@ -84,7 +84,7 @@ def test_quick_run_saves_every_row(quick):
                 assert ratio == pytest.approx(times[name] / r["seconds"])
             if line[0] == "step":
                 assert r["floor"] is r["share_of_floor"] is None
-            elif r["name"] != "torch SDPA":
+            elif r["name"] not in peers.SOFTMAX:
                 assert r["share_of_floor"] == pytest.approx(r["floor"] / r["seconds"])
 
 
@@ -727,8 +727,31 @@ def test_the_meter_without_a_gpu(monkeypatch):
     assert libraries.bytes_beyond(lambda: (torch.ones(2), torch.ones(3))) == 60 - 20
 
 
+def test_queues_of_calls_less_their_writes(monkeypatch):
+    """JAX's meter: the clock is moved by the calls, and by the writes that come before them."""
+    jax = installed("jax")
+    Event.now, calls = 0.0, []
+    monkeypatch.setattr(libraries, "COLD", 8)
+    monkeypatch.setattr(time, "perf_counter", lambda: Event.now)
+
+    def write(x):
+        Event.now += 1e-3
+        return x
+
+    def work():
+        Event.now += 2e-3
+        calls.append(1)
+        return ()
+
+    monkeypatch.setattr(jax, "jit", lambda f, donate_argnums: write)
+    assert libraries.queued_seconds(work, 0.12) == pytest.approx([2e-3] * 4)
+    assert len(calls) == 1 + 2 + 4 * 10  # cold, to see how long a call takes, and what counts
+    assert libraries.queued_seconds(work, 0.0) == pytest.approx([2e-3] * 4)
+
+
 @pytest.mark.gpu
 def test_the_meter_on_a_gpu():
+    """Bytes, and times no less than the work takes: a card that others use may take any longer."""
     torch = installed("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device for torch")
@@ -736,10 +759,9 @@ def test_the_meter_on_a_gpu():
     x = torch.ones(1 << 28, device="cuda")
     assert meter.bytes_beyond(lambda: ((x + 1) * 2,)) == x.nbytes
     assert meter.bytes_beyond(lambda: (x + 1,)) == 0
-    times = meter.seconds(lambda: (x + 1,), 0.1)
-    assert len(times) > 3
-    assert 1e11 < 2 * x.nbytes / np.median(times) < 2e13
-    assert np.median(meter.seconds(lambda: torch.cuda._sleep(10**7), 0.1)) > 1e-3
+    times = meter.seconds(lambda: (x + 1,), 0.1)  # how many depends on who else uses the card
+    assert 2 * x.nbytes / min(times) < 2e13  # which no memory does
+    assert min(meter.seconds(lambda: torch.cuda._sleep(10**7), 0.1)) > 1e-3
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ class OverPeer:
 class BackwardOverPeer(OverPeer):
     """The same, forward + backward."""
 
-    params = (tuple(TARGETS), OPERATORS, ("torch SDPA", "FLA", "jnp chunks"))
+    params = (tuple(TARGETS), OPERATORS, ("torch SDPA", "FLA", "jax SDPA", "jnp chunks"))
     workload = "forward + backward"
 
 

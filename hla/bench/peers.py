@@ -101,13 +101,7 @@ def _attention(workload: str, case: Case, accelerator: bool) -> Work:
     softmax = torch.nn.functional.scaled_dot_product_attention
     causal = functools.partial(softmax, is_causal=True)
 
-    def error(got: Arrays) -> float:
-        """Error of the output's last 64 tokens."""
-        want = _softmax([sample(x, case) for x in inputs(case)[:3]], case.scale)
-        last = sample(got[0][..., -want.shape[-2] :, :], case)
-        want = want[..., -last.shape[-2] :, :]
-        return float(np.sqrt(np.square(last - want).sum() / np.square(want).sum()))
-
+    error = functools.partial(_softmax_error, case)
     if workload == "step":
         token = q[..., -1:, :]
         return Work(Call(lambda: (softmax(token, k, v),), lib), error, LIMIT)
@@ -116,6 +110,38 @@ def _attention(workload: str, case: Case, accelerator: bool) -> Work:
     assert lib.vjp is not None
     back = lib.vjp(causal)
     return Work(Call(lambda: back(q, k, v, do), lib), error, LIMIT)
+
+
+def _jax_attention(workload: str, case: Case, accelerator: bool) -> Work:
+    """JAX's causal softmax attention by cuDNN, in its own layout (B, T, H, D)."""
+    lib = load("jax", accelerator)
+    if case.dtype != "bfloat16":
+        raise NotImplementedError("cuDNN's attention takes bfloat16 and float16")
+    import jax
+
+    native = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in inputs(case)[:4])
+    q, k, v, do = (lib.array(x, case.dtype) for x in native)
+    causal = functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, scale=case.scale, implementation="cudnn"
+    )
+
+    def error(got: Arrays) -> float:
+        return _softmax_error(case, (got[0].swapaxes(1, 2),))
+
+    if workload == "forward":
+        forward = lib.compile(lambda q, k, v: (causal(q, k, v),))
+        return Work(Call(lambda: forward(q, k, v), lib), error, LIMIT)
+    assert lib.vjp is not None
+    back = lib.compile(lib.vjp(causal))
+    return Work(Call(lambda: back(q, k, v, do), lib), error, LIMIT)
+
+
+def _softmax_error(case: Case, got: Arrays) -> float:
+    """Error of the last 64 tokens of softmax attention, of one token where there is one."""
+    want = _softmax([sample(x, case) for x in inputs(case)[:3]], case.scale)
+    last = sample(got[0][..., -want.shape[-2] :, :], case)
+    want = want[..., -last.shape[-2] :, :]
+    return float(np.sqrt(np.square(last - want).sum() / np.square(want).sum()))
 
 
 def _softmax(qkv: list[Host], scale: float) -> Host:
@@ -340,6 +366,7 @@ PEERS = {
     "FLA": _fla_peer("chunk_simple_gla", (*BOTH_WAYS, *HOST[:2])),
     "FLA fused": _fla_peer("fused_chunk_simple_gla", ("forward",)),
     "FLA recurrent": _fla_peer("fused_recurrent_simple_gla", ("step", HOST[2])),
+    "jax SDPA": Peer("jax", BOTH_WAYS, (GPU,), _jax_attention),
     "jnp chunks": Peer("jax", BOTH_WAYS, (CPU, GPU), _jnp_chunks),
     "NumPy chunks": Peer("numpy", ("forward",), (CPU,), _numpy_chunks),
     "NumPy tokens": Peer("numpy", ("forward",), (CPU,), _numpy_tokens),
@@ -347,6 +374,8 @@ PEERS = {
     "jnp lines": Peer("jax", ("step",), (CPU,), functools.partial(_lines, "jax")),
     "torch lines": Peer("torch", ("step", COMPILED), (CPU,), functools.partial(_lines, "torch")),
 }
+
+SOFTMAX = "torch SDPA", "jax SDPA"  # another function than HLA, whose time grows by T squared
 
 
 def operations(workload: str, case: Case) -> float:
