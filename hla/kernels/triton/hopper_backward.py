@@ -168,7 +168,7 @@ def launched(
                 *(n // 8 if fast else n for n in lead), *after,
                 **steps, GATE=gated, SCALED=numbers[0] != 1.0, **does,
                 POWER1=power1, POWER2=power2, **states, B=B, WHOLE_D=D == B,
-                WHOLE_V=V == B, FAST=fast, num_warps=4,
+                WHOLE_V=V == B, FAST=fast, num_warps=4, launch_pdl=True,
             )
             for fast in ((True, False) if fits else (False,))
         ]  # fmt: skip

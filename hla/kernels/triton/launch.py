@@ -115,6 +115,17 @@ def capability(device: torch.device) -> int:
 
 
 @functools.cache
+def follows(device: torch.device) -> bool:
+    """Whether kernels can begin before the one before has ended, waiting before they touch memory.
+
+    Those of carried states and of warpgroups do, whose programs then fill what is freed first. A
+    pass lets the next one begin, no more: its programs may be few and small, and would gather on
+    the multiprocessors that the kernel before left idle.
+    """
+    return device.type == "cuda" and capability(device) >= 9
+
+
+@functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device; the interpreter has Hopper's."""
     cuda = device.type == "cuda"
@@ -197,7 +208,11 @@ class Kernel:
     ) -> None:
         self.function, self.grid, self.operands = function, (*grid, 1, 1)[:3], operands
         self.scalars, self.constants = scalars, constants
-        options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
+        options: dict[str, Any] = {
+            n: constants.pop(n) for n in ("num_warps", "num_stages", "launch_pdl") if n in constants
+        }
+        if constants.get("FOLLOWS"):
+            options["launch_pdl"] = True
         self.options, self.compiled = options, None
         self.start: Any = None
         self.head: tuple[Any, ...] = ()
@@ -462,6 +477,7 @@ def settings(
         "WHOLE_D": D == BD, "WHOLE_V": V % BV == 0, "WHOLE_V2": V2 == BV2,
         "OPERAND": dtype,
         "PRECISION": precision,
+        "LEADS": follows(call.where),
     }  # fmt: skip
     numbers = read, write, s.power, T, s.tokens or None, D, DC, V, V2, apart, step
     return constants, chosen, numbers

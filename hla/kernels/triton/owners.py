@@ -113,6 +113,7 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Do]:
                 Kernel(
                     kernel, (math.prod(counts) * parts * tiles,), operands, sizes, *factors, T,
                     tokens or None, D, V, *counts[-2:], *steps, **given, FAST=fast, num_warps=4,
+                    launch_pdl=True,
                 )
             )  # fmt: skip
         yield Aligned(made[0], made[-1], rows) if fits else made[0]
