@@ -154,6 +154,7 @@ class Pointer:
         asked = np.broadcast_to(True if mask is None else value(mask), self.offset.shape)
         inside = (self.offset >= 0) & (self.offset < self.buffer.size)
         check((inside | ~asked).all(), "an access outside its array")
+        check(not machine.early, "an access before the kernel before has ended")
         return np.where(asked, self.offset, 0), asked
 
 
@@ -456,6 +457,7 @@ class Machine:
         self.queues: list[deque] = []  # in each, one after the other
         self.loose: list[deque] = []  # the same, of one action
         self.blame = ""
+        self.early = False  # a later kernel may begin, and this one has not waited for the last
         self.workers: list[Worker] = []
         self.back, self.stopped, self.worker = threading.Semaphore(0), False, None
         self.partition = self.whole = self.part("whole", 0, warps)
@@ -819,6 +821,14 @@ def range_(*bounds, **_):
     return map(scalar, range(*map(int, bounds)))
 
 
+def launch_dependents():
+    machine.early = True
+
+
+def wait_for_the_kernel_before():
+    machine.early = False
+
+
 def split(x):
     return tuple(Tensor(x.a[..., i], x.dtype) for i in (0, 1))
 
@@ -855,6 +865,7 @@ GLUON = {
     "convert_layout": lambda x, layout, **_: x, "set_auto_layout": lambda x, layout: x,
     "barrier": lambda **_: machine.pause(), "thread_barrier": lambda: machine.pause(),
     "warp_specialize": warp_specialize, "associative_scan": associative_scan,
+    "gdc_launch_dependents": launch_dependents, "gdc_wait": wait_for_the_kernel_before,
     "sum": reduced(np.sum), "max": reduced(np.max), "min": reduced(np.min),
     "exp": elementwise(np.exp), "exp2": elementwise(np.exp2), "log": elementwise(np.log),
     "log2": elementwise(np.log2), "sqrt": elementwise(np.sqrt), "abs": elementwise(np.abs),
@@ -918,7 +929,17 @@ def replaced(x):
     return Interpreted(x.fn) if isinstance(x, JITFunction) else x
 
 
-def run(kernel, grid, *args, num_warps=4, seed=0, exact=False, copies=True, **constants):
+def run(
+    kernel,
+    grid,
+    *args,
+    num_warps=4,
+    launch_pdl=False,
+    seed=0,
+    exact=False,
+    copies=True,
+    **constants,
+):
     """Run a kernel on NumPy arrays, which it writes.
 
     Parameters
@@ -928,6 +949,8 @@ def run(kernel, grid, *args, num_warps=4, seed=0, exact=False, copies=True, **co
     args : NumPy arrays (a view is its first element and on), `At`, `Descriptor`, numbers; in order
     num_warps : int
         Of the whole kernel, and of the first partition.
+    launch_pdl : bool
+        Whether it may begin early; that it waits is looked at anyway.
     seed : int
         Of the order in which partitions run and asynchronous work ends.
     exact : bool

@@ -128,7 +128,7 @@ def prepared(kind, width, dtype, arch):
         "READ": True, "UPDATE": True, "STRICT": False, "REVERSE": False, "GATE": gated,
         "WRITE": False, "ADD": False, "START": False, "END": False, "TWO": two, "BOTH": False,
         "DOT": False, "PAIRS": False, "EVERY": 0, "ROW": width, "V_IS_K": False,
-        "BD": width, "BC": 0, "BV": width, "BV2": BV2,
+        "BD": width, "BC": 0, "BV": width, "BV2": BV2, "LEADS": arch >= 90,
         "W": chosen.W, "WHOLE_D": True,
         "WHOLE_V": True, "WHOLE_V2": V2 == BV2,
         "PRECISION": "ieee" if dtype == "bf16" else "fp16x3",
@@ -222,13 +222,15 @@ def carried(blocks, once, gated):
     """Return what `ahead` compiles of the kernel that carries states over segments."""
     names = importlib.import_module("hla.kernels.triton.carry").carry_kernel.arg_names
     constants = {"REVERSE": False, "ONCE": once, "BLOCKS": blocks, "E": 128, "ssv": 1, "sev": 1}
+    constants["FOLLOWS"] = True
     constants |= {"sfn": 1} if gated else {"sfn": 0, "p_fading": None}
     signature = {n: "*fp32" if n.startswith("p_") else "i32" for n in names}
     signature |= {"p_fading": "*fp64"} | dict.fromkeys(constants, "constexpr")
     even = ("p_local", "p_o", "p_start", "p_end", "size", "V", "ssd", "sed")
     return {
         "kernel": "hla.kernels.triton.carry.carry_kernel", "signature": signature,
-        "constants": constants, "aligned": even, "arch": 90, "options": {"num_warps": 1},
+        "constants": constants, "aligned": even, "arch": 90,
+        "options": {"num_warps": 1, "launch_pdl": True},
     }  # fmt: skip
 
 

@@ -362,7 +362,7 @@ class Builder:
         sizes = [(*x.held, *axis, *size) for size in sizes]
         local, begin = (tuple(self.temporary("state", z) for z in sizes) for _ in "ab")
         alone = x._replace(q=(), o=(), start=none, end=local, add=False, batch=x.held)
-        yield alone._replace(**UNDOTTED, tokens=n)
+        yield alone._replace(**UNDOTTED, tokens=n, short=bool(n) and not any(x.end))
         if n:
             fading = self.fading(n) if x.power and self.request.gate else None
             for o, end, mine, start in zip(begin, x.end, local, x.start, strict=True):

@@ -54,8 +54,9 @@ def levels(b: Builder, row: Row, launches: list[Launch], inner: tuple[str, ...])
 
     The states of a level depend on results of those below, which the row makes once more. Of hla2:
     S of k alone; F of y and v, which the row leaves from S, with y made and forgotten; then o: 256
-    + 768 + 1024 bytes a token and head at D = V = 128, bfloat16, 0.72 ms for B = 1, T = 65536, H =
-    16 at 3.0 TB/s. One H100 took 0.785 (91%), 0.94 by passes alone (2560 bytes), 4.2 whole.
+    + 768 + 1024 bytes a token and head at D = V = 128, bfloat16, the first two of all segments but
+    the last: of 8 0.67 ms for B = 1, T = 65536, H = 16 at 3.0 TB/s. One H100 took 0.762 (88%),
+    0.94 by passes alone (2560 bytes), 4.2 whole; of T = 8192 0.129 in a CUDA graph (floor 0.084).
     """
     of: dict[str, int] = {}  # level of a result
     depths: list[int] = []  # and of a state
@@ -78,6 +79,8 @@ def levels(b: Builder, row: Row, launches: list[Launch], inner: tuple[str, ...])
                 makers.insert(0, x._replace(**UNDOTTED))
                 needs |= names((x.q, x.k, x.v))
         if makers:
+            short = all(x.short for x in states)
+            makers, states = ([x._replace(short=short) for x in xs] for xs in (makers, states))
             made = tuple(dict.fromkeys(o.name for x in makers for o in x.o))
             yield Fused(row.name, (*makers, *states), made)
         else:

@@ -89,6 +89,13 @@ class Launch(NamedTuple):
     chunk: int = 0  # tokens by which dots count
     kept: Ref | None = None  # what a reverse launch left as its ``states``
     met: Ref | None = None
+    short: bool = False  # nothing reads what the last segment in its direction would leave
+
+    def length(self, T: int) -> int:
+        """Return the tokens to go through, of T."""
+        if not self.short:
+            return T
+        return T - self.tokens if self.reverse else (T - 1) // self.tokens * self.tokens
 
     def states_alone(self) -> Launch:
         """Return what makes the last states and nothing else."""

@@ -17,6 +17,12 @@ class Layout(NamedTuple):
     strides: Shape
     offset: int = 0
 
+    def behind(self, axis: int, n: int) -> Layout:
+        """Return what comes after the first n along an axis."""
+        shape = list(self.shape)
+        shape[axis] -= n
+        return Layout(tuple(shape), self.strides, self.offset + n * self.strides[axis])
+
 
 @functools.lru_cache(maxsize=1024)
 def _strides(shape: Shape, like: Shape, order: Shape) -> Shape:

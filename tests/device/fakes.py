@@ -65,6 +65,8 @@ def sweep(xp, s, limits, gate, q, k, v, x, starts):
             if c and c % limits.period == 0:
                 kept.append((S if s.reverse else before).mT)
         ends.append(S)
+    if s.short:  # nothing reads it
+        ends[-1] = ends[-1] + np.nan
     end = xp.stack(ends[::step], axis=-3) if s.tokens else ends[0]
     dots = [xp.concat(found[::step], axis=-1) for found in zip(*dots, strict=True)]
     return xp.concat(outs[::step], axis=-2), end, xp.concat(dots, axis=-1), kept[::step]
@@ -183,6 +185,9 @@ def fused(s, take, gate):
     for j, at in enumerate(range(0, T, n)):
         starts = [0.0 if x.start[0] is None else take(x.start[0])[..., j, :, :] for x in s.launches]
         found.append(run_fused(s, take, gate, range(at, min(T, at + n)), starts))
+    if s.launches[0].short:
+        left_out = 0 if s.launches[0].reverse else -1
+        found[left_out] = [S + np.nan for S in found[left_out]]
     ends = (np.stack(states, axis=-3) for states in zip(*found, strict=True))
     return [(x.end[0], end) for x, end in zip(s.launches, ends, strict=True) if any(x.end)]
 

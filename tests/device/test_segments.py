@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from hla.arguments import prepare
+from hla.device import plan
 from hla.device.segments import LEAST, WHOLE, tokens
+from hla.device.steps import Launch, Limits
 
 
 def request(T, heads=16, D=4, mask="causal"):
@@ -30,3 +32,16 @@ def test_a_wave_is_filled():
     assert tokens(request(1 << 20, 1), 132, 256, 128) == 8192
     assert tokens(dataclasses.replace(request(1 << 16), mask="none"), 132, 256, 128) == 0
     assert tokens(request(1 << 16, D=129), 132, 256, 128) == 16384  # two tiles of values
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_the_last_segment_leaves_no_state_that_nothing_reads(end):
+    """Last in the direction of a launch; of 2500 tokens by 1024 the reverse ones leave out 1024."""
+    asked = dataclasses.replace(request(2500), return_state=end)
+    for planned in (plan.forward, plan.backward):
+        steps = planned(asked, Limits(), tokens=1024).steps
+        alone = [x for x in steps if isinstance(x, Launch) and not x.q and x.tokens]
+        assert alone
+        for x in alone:
+            assert x.short == (not end or planned is plan.backward)
+            assert x.length(2500) == (1476 if x.reverse else 2048 if x.short else 2500)

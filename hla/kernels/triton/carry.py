@@ -20,11 +20,12 @@ from collections.abc import Iterator
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...device.scan import Call, heads
 from ...device.steps import Carry, Fading
 from .causal import LEAST, RESET
-from .launch import Kernel
+from .launch import Kernel, follows
 
 E = 128  # elements of a state that a program of one warp carries: four a lane
 BLOCKS = 16
@@ -40,8 +41,11 @@ def fading_kernel(  # type: ignore[no-untyped-def]
     sg0, sg1, sg2, sgt,
     so0, so1, so2, son,
     LOG: tl.constexpr, TOKENS: tl.constexpr,
+    LEADS: tl.constexpr,  # as in `causal`
 ):  # fmt: skip
     """Sum of the log gate over one segment of one head; of a decay by its length."""
+    if LEADS:
+        gdc_launch_dependents()
     parts = tl.cdiv(T, tokens)
     part, i_head = (tl.program_id(0) % parts).to(tl.int64), tl.program_id(0).to(tl.int64) // parts
     i_2, i_1, i_0 = i_head % N2, i_head // N2 % N1, i_head // N2 // N1
@@ -82,9 +86,13 @@ def carry_kernel(  # type: ignore[no-untyped-def]
     ONCE: tl.constexpr,  # per == 1: a run is a segment
     BLOCKS: tl.constexpr,
     E: tl.constexpr,
+    FOLLOWS: tl.constexpr,  # it may begin before the kernel before it has ended
 ):  # fmt: skip
     """One head and E elements of its state; `local` and o lie in order (*batch, count, D, V)."""
     GATE: tl.constexpr = p_fading is not None
+    if FOLLOWS:
+        gdc_launch_dependents()
+        gdc_wait()
     tiles = tl.cdiv(size, E)
     i_head = (tl.program_id(0) // tiles).to(tl.int64)
     e = tl.program_id(0) % tiles * E + tl.arange(0, E)
@@ -106,7 +114,7 @@ def carry_kernel(  # type: ignore[no-untyped-def]
         m_n = n < count
         at = count - 1 - n if REVERSE else n
         a = _fades(p_fading, at * sfn, m_n, power, GATE)
-        m = m_n[:, None] & m_e[None, :]
+        m = (m_n if p_end is not None else n < count - 1)[:, None] & m_e[None, :]
         local = tl.load(p_local[None, :] + (at * size)[:, None], mask=m, other=0.0)
         if GATE:
             sums *= tl.exp(a).to(tl.float32)[:, None]
@@ -133,6 +141,7 @@ def carry_kernel(  # type: ignore[no-untyped-def]
             if GATE:
                 a = _fades(p_fading, at * sfn, m_n, power, GATE)
                 begin *= tl.exp(a).to(tl.float32)[:, None]
+            m = (n < count - 1)[:, None] & m_e[None, :]
             begin += tl.load(p_local[None, :] + (at * size)[:, None], mask=m, other=0.0)
 
 
@@ -148,7 +157,7 @@ def fading(call: Call, s: Fading) -> Iterator[Kernel]:
         sizes = [call.dtypes[x.name].itemsize for x in (s.gate, s.o)]
         yield Kernel(
             fading_kernel, (math.prod(counts) * parts,), first, sizes, T, s.tokens, *counts[-2:],
-            *every, LOG=log, TOKENS=TOKENS, num_warps=4,
+            *every, LOG=log, TOKENS=TOKENS, LEADS=follows(call.where), num_warps=4,
         )  # fmt: skip
 
 
@@ -169,5 +178,6 @@ def carry(call: Call, s: Carry) -> Iterator[Kernel]:
         every = [n for a, b, rank in parts for n in (*a, *(b or (0,) * rank))]
         yield Kernel(
             carry_kernel, (programs,), first, sizes, s.power, count, per, D * V, V, *counts[-2:],
-            *every, REVERSE=s.reverse, ONCE=per == 1, BLOCKS=blocks, E=E, num_warps=1,
+            *every, REVERSE=s.reverse, ONCE=per == 1, BLOCKS=blocks, E=E,
+            FOLLOWS=follows(call.where), num_warps=1,
         )  # fmt: skip

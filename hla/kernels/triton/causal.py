@@ -36,6 +36,7 @@ parts, whose results are added.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from ...device import elementwise
 
@@ -250,11 +251,14 @@ def pass_kernel(
     WHOLE_V2: tl.constexpr,
     OPERAND: tl.constexpr,  # dtype of the operands of products
     PRECISION: tl.constexpr,
+    LEADS: tl.constexpr,  # the kernel after this one may begin before it has ended
 ):  # fmt: skip
     """One head and one tile of values; the grid counts tiles fastest, so that they share loads.
 
     With ``tokens`` (None: the whole sequence) also one segment of so many: it counts after tiles.
     """
+    if LEADS:
+        gdc_launch_dependents()
     tiles = tl.cdiv(V, BV)
     i_v, i_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     if tokens is not None:

@@ -125,7 +125,7 @@ def kernels(operator: str, call: Call, fused: Fused) -> Iterator[Kernel]:
     if settings is None or any(x.add for x in fused.launches):
         raise NotImplementedError(f"no fused kernel does {fused}")
     refs = operands(operator, request, fused)
-    places, sizes = placed(call, refs)
+    places, sizes = placed(call, refs, fused.launches[0])
     there = {name: x is not None for name, x in places.items()}
     T, (D, V) = request.tokens, (width(places[n]) for n in "kv")
     BD, BV = tile(D), tile(V)

@@ -81,6 +81,7 @@ from .warpgroups import (
     arrive_full,
     barrier,
     barriers,
+    follow,
     is_first,
     load_chunk,
     load_gate,
@@ -785,6 +786,7 @@ def pair_kernel(
         paired, divided = barriers(1, 1), barriers(1, 1)
     FACTORED: gl.constexpr = GATE == 1 and not SUMS
     mild, k_ready = None, None
+    follow()
     if FACTORED:
         mild, k_ready = _is_mild(p_gate, POWER2), barriers(K, 1)
     if GATE == 1:

@@ -49,6 +49,7 @@ from .warpgroups import (
     W,
     barrier,
     barriers,
+    follow,
     is_first,
     load_state,
     store_state,
@@ -352,6 +353,7 @@ def triple_kernel(
         paired, divided = barriers(1, 1), barriers(1, 1)
     FACTORED: gl.constexpr = GATE == 1 and not SUMS
     mild, k_ready, v_ready = None, None, None
+    follow()
     if FACTORED:
         mild = _is_mild(p_gate, POWER2)
         k_ready, v_ready = barriers(K, 1), barriers(V_, 1)

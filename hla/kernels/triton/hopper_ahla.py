@@ -51,6 +51,7 @@ from .warpgroups import (
     W,
     barrier,
     barriers,
+    follow,
     load_state,
     store_half,
 )
@@ -430,6 +431,7 @@ def ahla_kernel(
     LOADS: gl.constexpr = 128 if FAST else 0  # a copy arrives with each of the mover's threads
     full = barriers(STAGES, LOADS + (1 - ALONE))
     du_there, part_there, done = barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 1)
+    follow()
     if GATE == 1:
         _put_decay(weights, pieces, ends, p_gate, T, chunks, False, POWER1, POWER2)
     fence_async_shared()

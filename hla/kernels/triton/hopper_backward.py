@@ -112,7 +112,7 @@ def launched(
     letters: str,
     numbers: tuple[float, ...],
     powers: tuple[int, int],
-    tokens: int,
+    s: Launch,
     constants: Mapping[str, int],
 ) -> Iterator[Do]:
     """Yield what does a sweep.
@@ -134,21 +134,21 @@ def launched(
         What the kernel takes first.
     powers : tuple of int
         Of the gate, by the passes of the program.
-    tokens : int
-        Of a segment; 0: the whole sequence.
+    s : Launch
+        Which has the tokens of a segment.
     constants : mapping
         What the kernel does, and then which states there are, and dots.
     """
-    places, sizes = placed(call, refs)
+    places, sizes = placed(call, refs, s)
     keys = places.get("q") or places["k"] or places["y"]
-    T, D, V = call.request.tokens, width(keys), width(places["do"])
+    T, D, V = s.length(call.request.tokens), width(keys), width(places["do"])
     B = side(D, V)
     gated = GATES.index(call.request.gate)
     power1, power2 = powers if gated else (0, 0)
     does, states = (
         {n: x for n, x in constants.items() if n.startswith(LATE) == late} for late in (False, True)
     )
-    parts, cut = (-(-T // tokens), True) if tokens else (1, False)
+    parts, cut = (-(-T // s.tokens), True) if s.tokens else (1, False)
     for counts, first, strides in heads(batch, places, gated == 2, cut=cut):
         own, rest = strides[: len(letters)], strides[len(letters) :]
         steps = {f"s{x}{e}": n for x, s in zip(letters, own, strict=True)
@@ -164,11 +164,11 @@ def launched(
         made = [
             Kernel(
                 function, (math.prod(counts) * parts,), first, sizes,
-                *numbers, T, tokens or None, D, V, *counts[-2:],
+                *numbers, T, s.tokens or None, D, V, *counts[-2:],
                 *(n // 8 if fast else n for n in lead), *after,
                 **steps, GATE=gated, SCALED=numbers[0] != 1.0, **does,
                 POWER1=power1, POWER2=power2, **states, B=B, WHOLE_D=D == B,
-                WHOLE_V=V == B, FAST=fast, num_warps=4,
+                WHOLE_V=V == B, FAST=fast, num_warps=4, launch_pdl=True,
             )
             for fast in ((True, False) if fits else (False,))
         ]  # fmt: skip
@@ -226,7 +226,7 @@ def _ahla(
     refs["gate"] = Ref("gate") if call.request.gate else None
     powers, factors = (du.power, dv.power), (du.write, 1 / du.write)
     yield from launched(
-        call, ahla_kernel, du.batch, refs, "qkvguabc", factors, powers, du.tokens, constants
+        call, ahla_kernel, du.batch, refs, "qkvguabc", factors, powers, du, constants
     )
 
 
@@ -272,7 +272,7 @@ def _reverse(
     constants["EVERY"] = every(x) if x.states else 0
     powers, factors = (z.power if z else 0, x.power), (x.write, 1 / x.write)
     yield from launched(
-        call, reverse_kernel, x.batch, refs, "qkvgyabc", factors, powers, x.tokens, constants
+        call, reverse_kernel, x.batch, refs, "qkvgyabc", factors, powers, x, constants
     )
 
 
@@ -305,7 +305,7 @@ def queries(call: Call, s: Fused) -> Iterator[Do]:
     constants |= {"DOTS": first.dots is not None, "EVERY": every(first) if first.kept else 0}
     powers, factors = ((second or first).power, first.power), (first.read,)
     yield from launched(
-        call, queries_kernel, first.batch, refs, "kvgyabq", factors, powers, first.tokens, constants
+        call, queries_kernel, first.batch, refs, "kvgyabq", factors, powers, first, constants
     )
 
 

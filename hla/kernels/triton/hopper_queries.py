@@ -55,6 +55,7 @@ from .warpgroups import (
     W,
     barrier,
     barriers,
+    follow,
     load_state,
 )
 
@@ -371,6 +372,7 @@ def queries_kernel(
     full, free = barriers(STAGES, LOADS + (1 - ALONE)), barriers(STAGES, HALVES)
     there, stored = barriers(2, HALVES), barriers(2, 1)
     MOVER: gl.constexpr = 32 if DOTS else 40  # registers; the first owner has what is left
+    follow()
     if GATE == 1:
         _put_decay(weights, pieces, ends, p_gate, T, chunks, True, POWER1, POWER2)
     fence_async_shared()

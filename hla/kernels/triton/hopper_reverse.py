@@ -60,6 +60,7 @@ from .warpgroups import (
     W,
     barrier,
     barriers,
+    follow,
     load_state,
     store_half,
 )
@@ -619,6 +620,7 @@ def reverse_kernel(
     dy_there, dv_there, dk_there = barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 1)
     k_read = barriers(STAGES, 1)
     MOVER: gl.constexpr = 40 if DOTS else 48  # registers; the first owner has what is left
+    follow()
     if GATE == 1:
         _put_decay(weights, pieces, ends, p_gate, T, chunks, False, POWER1, POWER2)
     fence_async_shared()

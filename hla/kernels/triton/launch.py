@@ -115,6 +115,17 @@ def capability(device: torch.device) -> int:
 
 
 @functools.cache
+def follows(device: torch.device) -> bool:
+    """Whether kernels can begin before the one before has ended, waiting before they touch memory.
+
+    Those of carried states and of warpgroups do, whose programs then fill what is freed first. A
+    pass lets the next one begin, no more: its programs may be few and small, and would gather on
+    the multiprocessors that the kernel before left idle.
+    """
+    return device.type == "cuda" and capability(device) >= 9
+
+
+@functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device; the interpreter has Hopper's."""
     cuda = device.type == "cuda"
@@ -197,7 +208,11 @@ class Kernel:
     ) -> None:
         self.function, self.grid, self.operands = function, (*grid, 1, 1)[:3], operands
         self.scalars, self.constants = scalars, constants
-        options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
+        options: dict[str, Any] = {
+            n: constants.pop(n) for n in ("num_warps", "num_stages", "launch_pdl") if n in constants
+        }
+        if constants.get("FOLLOWS"):
+            options["launch_pdl"] = True
         self.options, self.compiled = options, None
         self.start: Any = None
         self.head: tuple[Any, ...] = ()
@@ -312,8 +327,8 @@ def passes(call: Call, launch: Launch) -> Iterator[Kernel]:
     refs, gated = operands(s, call.request), 0
     if s.power and call.request.gate is not None:
         gated, refs["gate"] = GATES.index(call.request.gate), Ref("gate")
-    places, sizes = placed(call, refs)
-    parts = -(-call.request.tokens // s.tokens) if s.tokens else 1
+    places, sizes = placed(call, refs, s)
+    parts = -(-s.length(call.request.tokens) // s.tokens) if s.tokens else 1
     constants, chosen, scalars = settings(call, s, places, gated)
     tiles = value_tiles(width(places["v"]))
     for counts, first, strides in heads(s.batch, places, gated == 2, cut=s.tokens > 0):
@@ -327,9 +342,20 @@ def passes(call: Call, launch: Launch) -> Iterator[Kernel]:
         )  # fmt: skip
 
 
-def placed(call: Call, refs: Mapping[str, Ref | None]) -> tuple[dict[str, Place | None], list[int]]:
-    """Return where operands lie, by name, and the bytes of an element of each."""
+def placed(
+    call: Call, refs: Mapping[str, Ref | None], s: Launch
+) -> tuple[dict[str, Place | None], list[int]]:
+    """Return where operands of a launch lie, by name, and the bytes of an element of each.
+
+    Without what its first segment has where that is left out.
+    """
     places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
+    if s.short and s.reverse:
+        log = call.request.gate == "log_gate"
+        for name, x in places.items():
+            if x is not None and (log or name != "gate"):
+                axis, n = (-3, 1) if name in STATES else (-1 if name == "gate" else -2, s.tokens)
+                places[name] = x._replace(layout=x.layout.behind(axis, n))
     return places, [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
 
 
@@ -418,7 +444,10 @@ def settings(
     call: Call, s: Launch, places: Mapping[str, Place | None], gated: int
 ) -> tuple[dict[str, Any], Config, tuple[Any, ...]]:
     """Return a pass's constants, its launch settings, and its numbers (the last two of states)."""
-    T, (D, V, V2, DC) = call.request.tokens, (width(places[n]) for n in ("k", "v", "v2", "kc"))
+    T, (D, V, V2, DC) = (
+        s.length(call.request.tokens),
+        (width(places[n]) for n in ("k", "v", "v2", "kc")),
+    )
     read, write = s.read, s.write
     states = places["states"]
     if not any(s.start) and not any(s.end) and states is None:  # the pass is linear in k v
@@ -448,6 +477,7 @@ def settings(
         "WHOLE_D": D == BD, "WHOLE_V": V % BV == 0, "WHOLE_V2": V2 == BV2,
         "OPERAND": dtype,
         "PRECISION": precision,
+        "LEADS": follows(call.where),
     }  # fmt: skip
     numbers = read, write, s.power, T, s.tokens or None, D, DC, V, V2, apart, step
     return constants, chosen, numbers

@@ -17,12 +17,13 @@ from ...device.tiles import Layout, strides_like, whole
 from ...device.token import apart, dense, span, turns
 from ...states import HLA2State
 from ...states.packed import STATE_OF, packed_shape
-from .launch import GATES, Kernel, addresses, empty_strided, on_device, processors, tile
+from .launch import GATES, Kernel, addresses, empty_strided, follows, on_device, processors, tile
 from .token import add_kernel, rows_kernel, token_kernel
 
 WIDEST = 128  # keys or values of a tile
 PASSES = 3
 MOST = 4096  # calls that are kept ready
+CACHED = 1 << 26  # bytes of states that a second-level cache may still hold at the next token
 
 
 def fits(request: Request) -> bool:
@@ -205,18 +206,19 @@ def _prepare(
     gate = Operand(given[3] if first > 3 else None, int(request.gate == "log_gate"), 0)
     ends = [*(Operand(x, 2, 1) for x in given[:3]), gate]
     ends.append(Operand(Place(len(arrays), Layout(*fresh[0][:2])), 2, 1))
+    streamed = _streamed(request, batch, arrays[0].device)
     if kind is HLA2State and old and alone:
         states = [Operand(x[n], rank(n), rank(n)) for n in fields for x in (old, new)]
         split, size = _programs(request, batch, arrays[0].device), _parts(request, batch)
         parts = allocated((size,)) if split > 1 else None
-        kernels = _by_rows(request, batch, [*ends, *states], parts, split)
+        kernels = _by_rows(request, batch, [*ends, *states], parts, split, streamed)
     else:
         for turn in turns(request):
             for x in (old, new):
                 ends.append(Operand(x[turn.matrix] if x else None, ranks[turn.matrix], 2))
                 ends.append(Operand(x.get(turn.vector), 1, 1))
         ends += [Operand(None, n, n) for n in (2, 1, 2, 1)] * (PASSES - len(turns(request)))
-        kernels = _by_passes(request, batch, ends, packed, start=bool(old))
+        kernels = _by_passes(request, batch, ends, packed, streamed, start=bool(old))
     sizes = [x.element_size() for x in arrays] + [dtype.itemsize for _, _, dtype in fresh]
     made = tuple(kernel(sizes) for kernel in kernels)
     return Ready(made, tuple(fresh), result, tuple(back))
@@ -262,6 +264,13 @@ def _programs(request: Request, batch: Shape, device: torch.device) -> int:
     return max(1, min(BD // R, 1 << most.bit_length() - 1 if most else 1))
 
 
+def _streamed(request: Request, batch: Shape, device: torch.device) -> dict[str, Any]:
+    """Return how states are taken of which no cache holds any at the next token."""
+    D, V = request.k_shape[-1], request.v_shape[-1]
+    large = follows(device) and 4 * math.prod(batch) * D * (D + V) > CACHED
+    return {"ONCE": "evict_first" if large else "", "FOLLOWS": large}
+
+
 def _parts(request: Request, batch: Shape) -> int:
     """Numbers that the programs of `rows_kernel` leave."""
     BD, _, R, _ = _tiles(request)
@@ -269,7 +278,12 @@ def _parts(request: Request, batch: Shape) -> int:
 
 
 def _by_rows(
-    request: Request, batch: Shape, operands: Sequence[Operand], parts: Place | None, split: int
+    request: Request,
+    batch: Shape,
+    operands: Sequence[Operand],
+    parts: Place | None,
+    split: int,
+    streamed: dict[str, Any],
 ) -> Iterator[Make]:
     D, V = request.k_shape[-1], request.v_shape[-1]
     BD, BV, R, warps = _tiles(request)
@@ -283,7 +297,7 @@ def _by_rows(
             rows_kernel, count * split, [*places, left],
             (request.scale, request.eps, D, V, *counts[-2:], split, *strides),
             GATE=GATES.index(request.gate), NORMALIZE=request.normalize, SPLIT=split > 1,
-            WHOLE=D == BD and V == BV, R=R, BD=BD, BV=BV, num_warps=warps,
+            WHOLE=D == BD and V == BV, **streamed, R=R, BD=BD, BV=BV, num_warps=warps,
         )  # fmt: skip
         if parts is not None:
             yield _kernel(
@@ -294,7 +308,13 @@ def _by_rows(
 
 
 def _by_passes(
-    request: Request, batch: Shape, operands: Sequence[Operand], packed: bool, *, start: bool
+    request: Request,
+    batch: Shape,
+    operands: Sequence[Operand],
+    packed: bool,
+    streamed: dict[str, Any],
+    *,
+    start: bool,
 ) -> Iterator[Make]:
     D, V = request.k_shape[-1], request.v_shape[-1]
     BD, BV, R, warps = _tiles(request)
@@ -306,7 +326,7 @@ def _by_passes(
             token_kernel, math.prod(counts), places,
             (request.scale, request.eps, request.ridge, D, V, *counts[-2:], *strides),
             **program, START=start, GATE=GATES.index(request.gate),
-            NORMALIZE=request.normalize, WHOLE=D == BD and V == BV, R=R, BD=BD, BV=BV,
+            NORMALIZE=request.normalize, WHOLE=D == BD and V == BV, **streamed, R=R, BD=BD, BV=BV,
             num_warps=warps,
         )  # fmt: skip
 

@@ -14,13 +14,15 @@ in the order in which one program would, to the same bits.
 Bytes a batch entry, D = V = 128, float32: S and F in and out, 256 KB, packed 194 KB. At the 2.85
 TB/s of an H100 that multiplies in place, 0.094 and 0.071 ms for 1024 entries. In a CUDA graph one
 took 0.099 (95%), ahla 0.099, hla3 0.146, linear 0.052; of 16 entries 0.0050, where a graph's empty
-launch takes 0.0009. Packed took 0.083 (86%): 0.092 with no loads ahead, 0.136 with the compiler's
+launch takes 0.0009. Packed took 0.082 (87%; 0.083 where lines of states do not leave the cache
+first, or the next launch begins later): 0.092 with no loads ahead, 0.136 with the compiler's
 own, which copy four bytes at a time; with rows D - 1 - r beside rows r, of which no lane is idle,
 0.107 and more, for the sums then cross all lanes. Of 16 entries it takes 0.0144.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -88,14 +90,18 @@ def _denominator(
 
 
 @triton.jit
-def _block(p, sd, sv, b, D, V, WHOLE: tl.constexpr, R: tl.constexpr, BV: tl.constexpr):
+def _block(
+    p, sd, sv, b, D, V,
+    WHOLE: tl.constexpr, ONCE: tl.constexpr, R: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
     """Load the b-th R rows of a state, zeros behind them, [R, BV]."""
     r, c = b * R + tl.arange(0, R), tl.arange(0, BV)
     at = r.to(tl.int64)[:, None] * sd + c.to(tl.int64)[None, :] * sv
     if WHOLE:
-        return tl.load(p + at)
+        return tl.load(p + at, eviction_policy=ONCE)
     else:
-        return tl.load(p + at, mask=(r < D)[:, None] & (c < V)[None, :], other=0.0)
+        m = (r < D)[:, None] & (c < V)[None, :]
+        return tl.load(p + at, mask=m, other=0.0, eviction_policy=ONCE)
 
 
 @triton.jit
@@ -103,7 +109,7 @@ def _turn(
     first, q, k, v, w, g, p_S, p_m, p_T, p_n, i0, i1, i2,
     sS0, sS1, sS2, sSd, sSv, sm0, sm1, sm2, smd, sT0, sT1, sT2, sTd, sTv, sn0, sn1, sn2, snd, D, V,
     POWER: tl.constexpr, DEN: tl.constexpr, START: tl.constexpr, GATE: tl.constexpr,
-    WHOLE: tl.constexpr, R: tl.constexpr,
+    WHOLE: tl.constexpr, ONCE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Update a state (S, m) as (T, n), R rows at a time, and read it: return q' T and q' n.
 
@@ -127,16 +133,16 @@ def _turn(
         if first is not None:
             S += g * first
             if b + 1 < BD // R:
-                first = _block(p_S, sSd, sSv, b + 1, D, V, WHOLE, R, BV)
+                first = _block(p_S, sSd, sSv, b + 1, D, V, WHOLE, ONCE, R, BV)
         elif START:
-            S += g * _block(p_S, sSd, sSv, b, D, V, WHOLE, R, BV)
+            S += g * _block(p_S, sSd, sSv, b, D, V, WHOLE, ONCE, R, BV)
         if not WHOLE:
             S = tl.where(m_r & m_c, S, 0.0)  # no 0 * inf beside what there is
         at = r.to(tl.int64)[:, None] * sTd + c.to(tl.int64)[None, :] * sTv
         if WHOLE:
-            tl.store(p_T + at, S, mask=(r < own)[:, None])
+            tl.store(p_T + at, S, mask=(r < own)[:, None], eviction_policy=ONCE)
         else:
-            tl.store(p_T + at, S, mask=(r < own)[:, None] & m_c)
+            tl.store(p_T + at, S, mask=(r < own)[:, None] & m_c, eviction_policy=ONCE)
         sums += S * _rows(q, b, R)[:, None]
     weight = 0.0
     if DEN:
@@ -147,18 +153,18 @@ def _turn(
 
 
 @triton.jit
-def _upper(p, sd, b, D, R: tl.constexpr, BD: tl.constexpr):
+def _upper(p, sd, b, D, ONCE: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
     """Load the b-th R rows of a packed triangle, zeros beside it, [R, BD]."""
     r, c = b * R + tl.arange(0, R), tl.arange(0, BD)
     there = (r < D)[:, None] & (c < D)[None, :] & (r[:, None] <= c[None, :])
     at = (r * (2 * D - r - 1) // 2)[:, None] + c[None, :]
-    return tl.load(p + at.to(tl.int64) * sd, mask=there, other=0.0)
+    return tl.load(p + at.to(tl.int64) * sd, mask=there, other=0.0, eviction_policy=ONCE)
 
 
 @triton.jit
 def _triangle(
     q, k, g, p_S, p_T, i0, i1, i2, sS0, sS1, sS2, sSd, sT0, sT1, sT2, sTd, D,
-    START: tl.constexpr, R: tl.constexpr,
+    START: tl.constexpr, ONCE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Update S = sum k k', packed as its upper triangle, R rows at a time; return S q.
 
@@ -173,7 +179,7 @@ def _triangle(
         p_S += i0 * sS0 + i1 * sS1 + i2 * sS2
     sums, below = tl.zeros([R, BD], tl.float32), tl.zeros([BD // R, R], tl.float32)
     if START:
-        ahead = _upper(p_S, sSd, 0, D, R, BD)
+        ahead = _upper(p_S, sSd, 0, D, ONCE, R, BD)
     for b in range(BD // R):
         r = b * R + tl.arange(0, R)
         S = _rows(k, b, R)[:, None] * k[None, :]
@@ -181,9 +187,10 @@ def _triangle(
         at = (r * (2 * D - r - 1) // 2)[:, None] + c[None, :]
         if START:
             S += g * ahead
-            ahead = _upper(p_S, sSd, b + 1, D, R, BD)
+            ahead = _upper(p_S, sSd, b + 1, D, ONCE, R, BD)
         S = tl.where(there, S, 0.0)
-        tl.store(p_T + at.to(tl.int64) * sTd, S, mask=there & (r < own)[:, None])
+        m = there & (r < own)[:, None]
+        tl.store(p_T + at.to(tl.int64) * sTd, S, mask=m, eviction_policy=ONCE)
         sums += S * _rows(q, b, R)[:, None]
         above = tl.where(r[:, None] < c[None, :], S, 0.0)  # stands for what is below too
         part = tl.sum(above * q[None, :], 1)
@@ -219,10 +226,15 @@ def token_kernel(
     WIDE3: tl.constexpr, DEN3: tl.constexpr,
     PACKED: tl.constexpr, RIDGE: tl.constexpr, OUT: tl.constexpr,
     START: tl.constexpr, GATE: tl.constexpr,
-    NORMALIZE: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr,
+    NORMALIZE: tl.constexpr, WHOLE: tl.constexpr,
+    ONCE: tl.constexpr,  # how long lines of states are kept
+    FOLLOWS: tl.constexpr,  # it may begin before the kernel before it has ended
+    R: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One token of one batch entry, by one to three passes; the last two may be missing."""
+    if FOLLOWS:
+        gdc_launch_dependents()
+        gdc_wait()
     i = tl.program_id(0).to(tl.int64)
     i2, i1, i0 = i % N2, i // N2 % N1, i // N2 // N1
     q = _vector(p_q + (i0 * sq0 + i1 * sq1 + i2 * sq2), sqd, D, BD) * scale
@@ -239,11 +251,11 @@ def token_kernel(
         if START:
             first = _block(
                 p_S2 + (i0 * sS20 + i1 * sS21 + i2 * sS22), sS2d, sS2v, 0, D, V if WIDE2 else D,
-                WHOLE, R, BV if WIDE2 else BD,
+                WHOLE, ONCE, R, BV if WIDE2 else BD,
             )  # fmt: skip
         x1 = _triangle(
             q, k, g, p_S1, p_T1, i0, i1, i2, sS10, sS11, sS12, sS1v, sT10, sT11, sT12, sT1v, D,
-            START, R,
+            START, ONCE, R,
         )  # fmt: skip
     else:
         x1, w1 = _turn(
@@ -252,7 +264,7 @@ def token_kernel(
             _of(V1, q, k, v, None, None), 1.0, g, p_S1, p_m1, p_T1, p_n1, i0, i1, i2,
             sS10, sS11, sS12, sS1d, sS1v, sm10, sm11, sm12, sm1d,
             sT10, sT11, sT12, sT1d, sT1v, sn10, sn11, sn12, sn1d, D, V if WIDE1 else D,
-            POWER1, DEN1, START, GATE, WHOLE, R,
+            POWER1, DEN1, START, GATE, WHOLE, ONCE, R,
         )  # fmt: skip
     if K2 >= 0:
         x2, w2 = _turn(
@@ -261,7 +273,7 @@ def token_kernel(
             p_S2, p_m2, p_T2, p_n2, i0, i1, i2,
             sS20, sS21, sS22, sS2d, sS2v, sm20, sm21, sm22, sm2d,
             sT20, sT21, sT22, sT2d, sT2v, sn20, sn21, sn22, sn2d, D, V if WIDE2 else D,
-            POWER2, DEN2, START, GATE, WHOLE, R,
+            POWER2, DEN2, START, GATE, WHOLE, ONCE, R,
         )  # fmt: skip
     if K3 >= 0:
         x3, w3 = _turn(
@@ -269,7 +281,7 @@ def token_kernel(
             _of(V3, 1.0, 1.0, 1.0, w1, w2), g, p_S3, p_m3, p_T3, p_n3, i0, i1, i2,
             sS30, sS31, sS32, sS3d, sS3v, sm30, sm31, sm32, sm3d,
             sT30, sT31, sT32, sT3d, sT3v, sn30, sn31, sn32, sn3d, D, V if WIDE3 else D,
-            POWER3, DEN3, START, GATE, WHOLE, R,
+            POWER3, DEN3, START, GATE, WHOLE, ONCE, R,
         )  # fmt: skip
     if OUT == 1:
         o, den = x1, w1
@@ -290,6 +302,7 @@ def rows_kernel(
     sS0, sS1, sS2, sSd, sSv, sT0, sT1, sT2, sTd, sTv, sF0, sF1, sF2, sFd, sFv,
     sG0, sG1, sG2, sGd, sGv, sm0, sm1, sm2, smd, sn0, sn1, sn2, snd,
     GATE: tl.constexpr, NORMALIZE: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
+    ONCE: tl.constexpr, FOLLOWS: tl.constexpr,
     R: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One token of hla2: R rows of S give as many numbers of y, and these serve R rows of F.
@@ -297,6 +310,9 @@ def rows_kernel(
     With ``SPLIT`` one of N programs of a batch entry, which leaves sums over R rows of F in p_parts
     (entries, BD / R, V + 1), else the only one, which adds them as `add_kernel` does.
     """
+    if FOLLOWS:
+        gdc_launch_dependents()
+        gdc_wait()
     i, n = tl.program_id(0).to(tl.int64), 0
     if SPLIT:
         i, n = i // N, (i % N).to(tl.int32)
@@ -329,26 +345,27 @@ def rows_kernel(
         at_S = r.to(tl.int64)[:, None] * sSd + c.to(tl.int64)[None, :] * sSv
         at_F = r.to(tl.int64)[:, None] * sFd + d.to(tl.int64)[None, :] * sFv
         if WHOLE:
-            S, F = tl.load(p_S + at_S), tl.load(p_F + at_F)
+            S = tl.load(p_S + at_S, eviction_policy=ONCE)
+            F = tl.load(p_F + at_F, eviction_policy=ONCE)
         else:
-            S = tl.load(p_S + at_S, mask=m_r[:, None] & m_c, other=0.0)
-            F = tl.load(p_F + at_F, mask=m_r[:, None] & m_d, other=0.0)
+            S = tl.load(p_S + at_S, mask=m_r[:, None] & m_c, other=0.0, eviction_policy=ONCE)
+            F = tl.load(p_F + at_F, mask=m_r[:, None] & m_d, other=0.0, eviction_policy=ONCE)
         m = tl.load(p_m + r.to(tl.int64) * smd, mask=m_r, other=0.0)
         b_q = tl.load(p_q + r.to(tl.int64) * sqd, mask=m_r, other=0.0).to(tl.float32) * scale
         b_k = tl.load(p_k + r.to(tl.int64) * skd, mask=m_r, other=0.0).to(tl.float32)
         S = g * S + b_k[:, None] * k[None, :]
         at_S = r.to(tl.int64)[:, None] * sTd + c.to(tl.int64)[None, :] * sTv
         if WHOLE:
-            tl.store(p_T + at_S, S)
+            tl.store(p_T + at_S, S, eviction_policy=ONCE)
         else:
-            tl.store(p_T + at_S, S, mask=m_r[:, None] & m_c)
+            tl.store(p_T + at_S, S, mask=m_r[:, None] & m_c, eviction_policy=ONCE)
         y = tl.sum(tl.where(m_c, S * q[None, :], 0.0), 1)
         F = (g * g) * F + y[:, None] * v[None, :]
         at_F = r.to(tl.int64)[:, None] * sGd + d.to(tl.int64)[None, :] * sGv
         if WHOLE:
-            tl.store(p_G + at_F, F)
+            tl.store(p_G + at_F, F, eviction_policy=ONCE)
         else:
-            tl.store(p_G + at_F, F, mask=m_r[:, None] & m_d)
+            tl.store(p_G + at_F, F, mask=m_r[:, None] & m_d, eviction_policy=ONCE)
         m = (g * g) * m + y
         tl.store(p_n + r.to(tl.int64) * snd, m, mask=m_r)
         part = tl.sum(tl.where(m_r[:, None], F * b_q[:, None], 0.0), 0)

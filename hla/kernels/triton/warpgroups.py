@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...device import elementwise
 
@@ -39,6 +40,13 @@ ROWS128 = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 ONES64 = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [2, 2], [1, 0]))  # by a column a thread
 ONES128 = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0]))
 TOKENS = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))  # a chunk in each warp
+
+
+@gluon.jit
+def follow():
+    """Let the kernel after this one begin, and wait for the one before it (`launch.follows`)."""
+    gdc_launch_dependents()
+    gdc_wait()
 
 
 @gluon.jit
