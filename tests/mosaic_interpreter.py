@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 MODULES = (
-    "copies", "hopper", "hopper3", "hopper_queries", "hopper_reverse", "hopper_owners",
+    "copies", "hopper", "hopper3", "hopper_queries", "hopper_reverse", "hopper_owners", "token",
     "warpgroups",
 )  # fmt: skip
 
@@ -42,7 +42,7 @@ class Ref:
 
     def __init__(self, x):
         self.x = x
-        self.shape, self.at = x.shape, At(self)
+        self.shape, self.dtype, self.at = x.shape, getattr(x, "dtype", None), At(self)
 
     def __getitem__(self, key):
         return np.array(self.x[index(key)])
@@ -179,7 +179,7 @@ def kernel(order):
     def make(body, *, out_type, scratch_types, grid, num_threads, **_):
         def call(*given):
             made = [np.full(x.shape, np.nan, np.dtype(x.dtype)) for x in out_type]
-            refs = [Ref(np.asarray(x)) for x in (*given, *made)]
+            refs = [x if isinstance(x, Ref) else Ref(np.asarray(x)) for x in (*given, *made)]
             for program in range(grid[0]):
                 machine = Machine([x for x in order if x < num_threads], program)
                 scratch = {n: allocate(machine) for n, allocate in scratch_types.items()}
@@ -241,15 +241,43 @@ def spread(x, shape, axes):
     return np.broadcast_to(np.expand_dims(x, tuple(i for i in (0, 1) if i not in axes)), shape)
 
 
-def leave_columns(to, a, b):
-    to.x[...] = (a.astype(np.float32) * b.astype(np.float32)).reshape(4, 16, -1).sum(1)
-
-
-def leave_pairs(by_row, by_column, a, b):
+def by_row(a, b, to=0.0):
     x = a.astype(np.float32) * b.astype(np.float32)
-    np.fill_diagonal(x, 0.0)
-    by_row.x[...] = x.sum(1)
-    leave_columns(by_column, x, np.ones_like(x))
+    return to + x.reshape(len(x), -1, 4, 2).sum((1, 3))
+
+
+def by_column(a, b, to=None, factor=1.0):
+    x = a.astype(np.float32) * b.astype(np.float32)
+    x = x.reshape(4, 2, 8, -1).sum(1).reshape(32, -1)
+    return x if to is None else to + factor * x
+
+
+def of_pairs(a, b):
+    b = np.where(np.eye(len(b), dtype=bool), 0.0, b.astype(np.float32))
+    return by_row(a, b), by_column(a, b)
+
+
+def halved(x):
+    return x.reshape(len(x), 2, 2).sum(2).T
+
+
+def with_halved(x, own):
+    x, t = x.copy(), np.arange(len(x))
+    for i in (0, 1):
+        x[t, 2 * i + t // 8 % 2] += own[i]
+    return x
+
+
+def gathered(x):
+    return x.reshape(4, 8, -1).sum(1)
+
+
+def leave_columns(to, x):
+    to.x[...] = x
+
+
+def leave_rows(to, x):
+    to.x[...] = x.T
 
 
 @contextlib.contextmanager
@@ -257,11 +285,20 @@ def interpreted(monkeypatch, order=(0, 1, 2)):
     """Within, kernels run here; ``order`` is that of who goes first."""
     import importlib
 
+    import jax
+
     nothing = lambda *_, **__: None  # noqa: E731
     names = {
         "pl": SimpleNamespace(
             when=when, ds=Slice, run_state=run_state,
             run_scoped=lambda f, *types: f(*types),
+            kernel=lambda body, *, mesh, **more: kernel(order)(
+                body, scratch_types={}, **vars(mesh), **more
+            ),
+        ),
+        "jax": SimpleNamespace(
+            ShapeDtypeStruct=jax.ShapeDtypeStruct, new_ref=lambda x: Ref(np.array(x)),
+            freeze=lambda ref: ref.x,
         ),
         "lax": SimpleNamespace(
             axis_index=lambda n: LOCAL.machine.program if n == "head" else LOCAL.who,
@@ -270,7 +307,10 @@ def interpreted(monkeypatch, order=(0, 1, 2)):
             broadcast_in_dim=spread,
         ),
         "jnp": np,
-        "ACC": Acc, "leave_columns": leave_columns, "leave_pairs": leave_pairs,
+        "ACC": Acc, "by_row": by_row, "by_column": by_column, "of_pairs": of_pairs,
+        "gathered": gathered,
+        "halved": halved, "with_halved": with_halved, "leave_columns": leave_columns,
+        "leave_rows": leave_rows, "sums_of": lambda _: SimpleNamespace(layout=None),
     }  # fmt: skip
     with monkeypatch.context() as patch:
         for name in MODULES:
@@ -287,7 +327,7 @@ def interpreted(monkeypatch, order=(0, 1, 2)):
                 copy_smem_to_gmem=lambda source, to: LOCAL.machine.store(source, to),
                 wait_smem_to_gmem=lambda n, wait_read_only=False: LOCAL.machine.finish(n),
                 CompilerParams=real.CompilerParams, LoweringSemantics=real.LoweringSemantics,
-                Layout=real.Layout,
+                Layout=real.Layout, Mesh=SimpleNamespace,
             )  # fmt: skip
             for key, value in {"plgpu": fake, **names}.items():
                 if hasattr(module, key):

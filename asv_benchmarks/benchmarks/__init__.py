@@ -45,7 +45,7 @@ def prepare_peer(name, workload, target, operator):
 def seconds(**calls):
     """Return median seconds of several calls in this process, one after the other, in turns.
 
-    By device events where all of them have these, else by the host's clock.
+    By their libraries' meters where all of them have one, else by the host's clock.
     """
     budget, rounds = (0.01, 1) if QUICK else (1.0, 3)
     events = all(call.lib.meter for call in calls.values())

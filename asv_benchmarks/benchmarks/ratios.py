@@ -26,14 +26,14 @@ class OverPeer:
 class BackwardOverPeer(OverPeer):
     """The same, forward + backward."""
 
-    params = (tuple(TARGETS), OPERATORS, ("torch SDPA", "FLA", "jnp chunks"))
+    params = (tuple(TARGETS), OPERATORS, ("torch SDPA", "FLA", "jax SDPA", "jnp chunks"))
     workload = "forward + backward"
 
 
 class StepOverPeer(OverPeer):
-    """The same, one token; softmax has T cached keys and values."""
+    """The same, one token; softmax has T cached keys and values, lines are bare array code."""
 
-    params = (tuple(TARGETS), OPERATORS, ("torch SDPA", "NumPy tokens"))
+    params = (tuple(TARGETS), OPERATORS, ("torch SDPA", "NumPy lines", "jnp lines", "torch lines"))
     workload = "step"
 
 

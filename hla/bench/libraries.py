@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,13 +23,14 @@ Arrays = tuple[Array, ...]
 
 COLD = 1 << 28  # bytes written before a timed call: more than any second-level cache holds
 MOST = 1000  # calls in one queue
+QUEUES = 4  # that a library without events is timed by
 
 
 class Meter(NamedTuple):
     """An accelerator's own measurements of a call: seconds, and the peak of bytes in use."""
 
     seconds: Callable[[Callable[[], Arrays], float], list[float]]
-    bytes_beyond: Callable[[Callable[[], Arrays]], int]
+    bytes_beyond: Callable[[Callable[[], Arrays]], int] | None = None
 
 
 class Library(NamedTuple):
@@ -39,6 +41,7 @@ class Library(NamedTuple):
     compile: Callable[[Callable[..., Any]], Callable[..., Any]]
     vjp: Callable[[Callable[..., Array]], Callable[..., Arrays]] | None = None
     meter: Meter | None = None
+    fuse: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None  # a compiler by choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +98,14 @@ def _torch(accelerator: bool) -> Library:
     def array(x: Host, dtype: str) -> Array:
         return torch.from_numpy(x).to(device, getattr(torch, dtype))
 
+    def fuse(f: Callable[..., Any]) -> Callable[..., Any]:
+        if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+            raise NotImplementedError("torch.compile needs a C++ compiler")
+        compiled: Callable[..., Any] = torch.compile(f, fullgraph=True)
+        return compiled
+
     meter = Meter(event_seconds, bytes_beyond) if accelerator else None
-    return Library(array, wait, lambda f: f, vjp, meter)
+    return Library(array, wait, lambda f: f, vjp, meter, fuse)
 
 
 def event_seconds(start: Callable[[], Arrays], seconds: float) -> list[float]:
@@ -170,7 +179,46 @@ def _jax(accelerator: bool) -> Library:
             raise NotImplementedError("JAX has no float64 here; set JAX_ENABLE_X64=1")
         return jax.device_put(x.astype(jax.numpy.dtype(dtype)), place)
 
-    return Library(array, jax.block_until_ready, jax.jit, vjp)
+    meter = Meter(queued_seconds) if accelerator else None
+    return Library(array, jax.block_until_ready, jax.jit, vjp, meter)
+
+
+def queued_seconds(start: Callable[[], Arrays], seconds: float) -> list[float]:
+    """Time calls of JAX, which has no events, in queues, with caches cold before each call.
+
+    As `event_seconds` does, but by the host's clock: each sample is the time of a queue less that
+    of as long a queue of the writes that empty the caches, divided by its calls.
+
+    Parameters
+    ----------
+    start : callable
+        Starts the work; need not wait for it.
+    seconds : float
+        Of queues that count, about; at least one call in each.
+
+    Returns
+    -------
+    list of float
+        Seconds a call, of every queue.
+    """
+    import jax
+
+    write = jax.jit(lambda x: x + 1, donate_argnums=0)
+    cold = write(jax.numpy.zeros(COLD, "uint8"))
+
+    def queue(calls: int, start: Callable[[], Arrays]) -> float:
+        nonlocal cold
+        begun, out = time.perf_counter(), ()
+        for _ in range(calls):
+            cold = write(cold)
+            out = start()
+        jax.block_until_ready((out, cold))
+        return time.perf_counter() - begun
+
+    queue(1, start)  # the call that nothing is warm for
+    each = queue(2, start) / 2
+    calls = max(1, min(MOST, int(seconds / each / QUEUES)))
+    return [(queue(calls, start) - queue(calls, tuple)) / calls for _ in range(QUEUES)]
 
 
 def _cupy(accelerator: bool) -> Library:

@@ -20,8 +20,8 @@ import numpy as np
 import hla
 
 from .libraries import Call
-from .peers import PEERS, Floor, floor, peer
-from .workloads import Case, Target, Work, Wrong, checked, targets, work
+from .peers import PEERS, SOFTMAX, Floor, floor, peer
+from .workloads import HOST, Case, Target, Work, Wrong, checked, targets, work
 
 ROOT = str(Path(hla.__file__).parents[1])
 BATCH = 5e-3  # seconds: shorter calls are timed several at once
@@ -44,12 +44,13 @@ IMPORT = "import time; t = time.perf_counter(); import hla; print(time.perf_coun
 class Row:
     """One line of the result.
 
-    ``seconds`` is the median of device events where the library has them (torch on a GPU), else of
-    the host's clock, and ``host_seconds`` always that of the host's clock, which waits for the
-    result; ``quartiles`` are the first and third of what ``seconds`` is the median of.
-    ``times_faster`` is a peer's time over this one, by events where both have them, else
-    by the clock. ``rates`` are those of the floor in this run, operations and bytes a second, and
-    ``beyond`` is the device memory at the peak beyond inputs and results, in tensors of q's size.
+    ``seconds`` is the median by the library's meter where it has one (on a GPU torch, by events,
+    and JAX, by queues), else of the host's clock, and ``host_seconds`` always that of the host's
+    clock, which waits for the result; ``quartiles`` are the first and third of what ``seconds`` is
+    the median of. ``times_faster`` is a peer's time over this one, by meters where both have one,
+    else by the clock. ``rates`` are those of the floor in this run, operations and bytes a second,
+    and ``beyond`` is the device memory at the peak beyond inputs and results, in tensors of q's
+    size.
     """
 
     workload: str
@@ -101,7 +102,7 @@ def measure_case(
     Parameters
     ----------
     workload : str
-        One of `hla.bench.workloads.WORKLOADS`.
+        One of `hla.bench.workloads.WORKLOADS`, or another that its `work` takes.
     case : Case
         Operator and size.
     before : iterable of Row
@@ -119,6 +120,8 @@ def measure_case(
     skipped: list[Skipped] = []
     for device in devices:
         accelerator = device == "gpu"
+        if workload in HOST and not accelerator:
+            continue  # there a call's own time is the host's
         here = {str(t): t for t in targets() if t.accelerator == accelerator}
         here = {name: t for name, t in here.items() if t.library in libraries}
         prepare = {name: functools.partial(work, t, workload, case) for name, t in here.items()}
@@ -151,7 +154,7 @@ def _foresee(workload: str, case: Case, before: list[Row]) -> None:
     known = [(r.tokens, r.seconds) for r in before if (r.workload, r.operator) == what]
     if known:
         tokens, seconds = max(known)
-        expected = seconds * (case.tokens / tokens) ** (2 if before[0].name == "torch SDPA" else 1)
+        expected = seconds * (case.tokens / tokens) ** (2 if before[0].name in SOFTMAX else 1)
         if expected > SLOW:
             raise NotImplementedError(f"T = {case.tokens} would take about {expected:.0f} s a call")
 
@@ -210,13 +213,14 @@ def _time(
             rates=rates,
             quartiles=quartiles(samples),
         )
-        if least is not None and name != "torch SDPA":  # it computes something else
+        if least is not None and name not in SOFTMAX:  # they compute something else
             row.share_of_floor = least / row.seconds
         for other in (p for p in PEERS if p in ready and p != name):
             both = medians if name in by_events and other in by_events else clock
             row.times_faster[other] = both[other] / both[name]
-        if one.run.lib.meter and workload != "step":
-            row.beyond = one.run.lib.meter.bytes_beyond(one.run.start) / case.bytes
+        meter = one.run.lib.meter
+        if meter and meter.bytes_beyond and workload != "step":
+            row.beyond = meter.bytes_beyond(one.run.start) / case.bytes
         rows.append(row)
     return rows
 
@@ -236,8 +240,8 @@ def measure(
         Turns. Each begins with a call that is not counted: the threads of the library before
         may still be spinning.
     events : bool
-        By the device's own events, with its caches cold, not by the host's clock, which waits for
-        each result; only for libraries with a meter.
+        By the library's meter where it has one, with the device's caches cold, not by the host's
+        clock, which waits for each result.
 
     Returns
     -------

@@ -16,23 +16,31 @@ from .warpgroups import (
     COLUMN,
     F32,
     HALF,
+    HALVED,
     ROW,
     WGMMA,
     Array,
     W,
     Weights,
     added,
+    by_column,
+    by_row,
     columns,
+    gathered,
+    halved,
     i32,
     leave_columns,
-    leave_pairs,
+    leave_rows,
     loaded,
+    of_pairs,
     pairs,
     product,
     put_turned,
+    sums_of,
     taken_turned,
     turned,
     weighed,
+    with_halved,
 )  # fmt: skip
 
 STAGES = 2  # chunks in shared memory
@@ -124,26 +132,27 @@ class Keys(NamedTuple):
 class Left(NamedTuple):
     """What an owner leaves for a gate's gradient, in memory: sums of a token, and states."""
 
-    sums: Any  # (*batch, rows, tokens)
+    sums: Any  # (*batch, 4, 2, tokens), of four parts: d + w, and r
     kept: Any  # (*batch, N, B, B), before every so many chunks but the first; None: there are none
     every: int
+    scale: float
 
-    def token(self, work: Work, i: Array, row: int, x: Array) -> None:
-        """Store one number a token."""
-        self._rows(work, i, row)[...] = x
+    def at(self, work: Work, i: Array, which: int) -> Any:
+        """Return the place of a chunk's sums."""
+        place = work.place.entry(self.sums, 3)
+        return self.sums.at[(*place, pl.ds(0, 4), which, pl.ds(work.row(i), W))]
 
-    def _rows(self, work: Work, i: Array, *row: Any) -> Any:
-        """Return rows of a chunk."""
-        return self.sums.at[(*work.place.entry(self.sums, 2), *row, pl.ds(work.row(i), W))]
+    def scaled(self, x: Array) -> Array:
+        """Return sums times the scale of what is written."""
+        return x if self.scale == 1.0 else x * self.scale
 
-    def columns(self, work: Work, i: Array, row: int, a: Array, b: Array) -> None:
-        """Store the sums of columns of a * b, in four rows."""
-        leave_columns(self._rows(work, i, pl.ds(row, 4)), a, b)
+    def rows(self, work: Work, i: Array, which: int, x: Array) -> None:
+        """Store sums of rows."""
+        leave_rows(self.at(work, i, which), self.scaled(x))
 
-    def pairs(self, work: Work, i: Array, row: int, a: Array, b: Array) -> None:
-        """Store the sums of rows, and behind them of columns, of two tiles of pairs."""
-        four = self._rows(work, i, pl.ds(row + 1, 4))
-        leave_pairs(self._rows(work, i, row), four, a, b)
+    def columns(self, work: Work, i: Array, which: int, x: Array) -> None:
+        """Store sums of columns."""
+        leave_columns(self.at(work, i, which), self.scaled(gathered(x)))
 
     def keep(self, work: Work, i: Array, store: Callable[[Any], None]) -> None:
         """Store a state, where it is one of those that are kept."""
@@ -194,7 +203,10 @@ def updated(R: Sequence[Array], b_q: Any, b_x: Any, w: Weights | None) -> tuple[
 
 
 def owner_r(work: Work, own: Pass, power: int, start: Any, end: Any, left: Left | None) -> None:
-    """Own R, [D, V]: make dk and dv; of each token leave v . (R' k) and the sums of its pairs."""
+    """Own R, [D, V]: make dk and dv; of each token leave v . (R' k) and the sums of its pairs.
+
+    Of these the first and those by key have a token to a row of a tile, those by query to a column.
+    """
     s = work.scratch
     B = s["q"].shape[-1]
     halves = range(B // HALF)
@@ -221,11 +233,11 @@ def owner_r(work: Work, own: Pass, power: int, start: Any, end: Any, left: Left 
 
             def seen(h: int, x: Array) -> None:
                 k = loaded(s[own.k].at[slot].at[:, columns(h)], WGMMA)
-                d.append(jnp.sum(k.astype(F32) * x, axis=1))
+                d[:] = [by_row(x, k, *d)]
 
             dk = rows_of(v, turns, t, q, w, work.scale, more, seen if left else None)
             if left:
-                left.token(work, i, 0, sum(d[1:], d[0]))
+                s["dots"].at[z + own.copy][...] = halved(d[0])
             if left and "pairs" in s:
                 s["pairs"].at[z][...] = t
             plgpu.commit_smem()  # every warp has read v
@@ -240,7 +252,11 @@ def owner_r(work: Work, own: Pass, power: int, start: Any, end: Any, left: Left 
             k = s[own.k].at[slot]
             a = product(W, W, (k, turned(q)))
             if left:
-                left.pairs(work, i, 1, a, loaded(s["pairs"].at[z], WGMMA) if "pairs" in s else t)
+                b = loaded(s["pairs"].at[z], WGMMA) if "pairs" in s else t
+                by_key, by_query = of_pairs(a, b)
+                left.columns(work, i, 1, by_query)
+                dots = loaded(s["dots"].at[z + own.copy], sums_of(HALVED).layout)
+                left.rows(work, i, 0, with_halved(by_key, dots))
             t = weighed(a, w, upper=True)
             dv = rows_of(k, [copy.at[:, columns(h)] for h in halves], t, g, w, work.scale)
         plgpu.commit_smem()  # every warp has read all, and the copy
@@ -253,7 +269,7 @@ def owner_r(work: Work, own: Pass, power: int, start: Any, end: Any, left: Left 
         plgpu.commit_smem()
         work.arrive(own.done, i)
         if left:
-            left.keep(work, i, lambda to: stored(to, R))
+            left.keep(work, i, lambda to: stored(to, [left.scaled(x) for x in R]))
         return z, *R
 
     _, *R = lax.fori_loop(i32(0), work.part.chunks, step, (work.nil[0], *R))
@@ -309,7 +325,8 @@ def blocks_added(
 def owner_z(work: Work, own: Keys, power: int, start: Any, half: Any, left: Left | None) -> None:
     """Own Z, [D, D], symmetric: of its four blocks three; make dk.
 
-    Of each token leave the sums of its pairs and, by halves, k . (Z k).
+    Of each token leave the sums of its pairs and half of k . (Z k): Z has a gradient and its
+    transpose. By query a token has a row of the tile of pairs, else a column of a tile.
     """
     s = work.scratch
     B = s["q"].shape[-1]
@@ -320,6 +337,7 @@ def owner_z(work: Work, own: Keys, power: int, start: Any, half: Any, left: Left
         s["cross"][0] = Z[1].astype(BF16)
         plgpu.commit_smem()
     work.begin()
+    d: list[Array] = []  # sums by key of a chunk
 
     def made(
         Z: Sequence[Array], h: int, k: Any, rest: Any, w: Weights | None, z: Array, i: Array
@@ -336,7 +354,7 @@ def owner_z(work: Work, own: Keys, power: int, start: Any, half: Any, left: Left
             return product(HALF, W, *own, *rest)
         x = product(HALF, W, *own) * w.after(COLUMN, HALF)
         if left:
-            left.columns(work, i, 5 + 4 * h, x, taken_turned(k.at[:, columns(h)]))
+            d[:] = [by_column(x, taken_turned(k.at[:, columns(h)]), *d, factor=0.5)]
         (x,) = added((x,), rest)
         return x
 
@@ -358,7 +376,9 @@ def owner_z(work: Work, own: Keys, power: int, start: Any, half: Any, left: Left
         if work.read:
             a = product(W, W, (b_e, turned(b_k)))
             if left:
-                left.pairs(work, i, 0, a, loaded(tile1, WGMMA))
+                by_query, by_key = of_pairs(a, loaded(tile1, WGMMA))
+                left.rows(work, i, 1, by_query)
+                d[:] = [by_key]
             tile2[...] = weighed(a, w, upper=False)
             plgpu.commit_smem()
             for h in at:
@@ -370,6 +390,8 @@ def owner_z(work: Work, own: Keys, power: int, start: Any, half: Any, left: Left
                         work.wait(own.handed, i)
                     x = x + taken_turned(s[own.dk].at[slot].at[:, columns(h)]).astype(F32)
                 dk.append(x.astype(BF16))
+            if left:
+                left.columns(work, i, 0, d.pop())
         plgpu.commit_smem()  # every warp has read k and the copy
         if own.freed:
             work.arrive(own.freed, i)
@@ -381,7 +403,11 @@ def owner_z(work: Work, own: Keys, power: int, start: Any, half: Any, left: Left
         plgpu.commit_smem()
         work.arrive(own.done, i)
         if left:
-            left.keep(work, i, lambda to: leave_blocks(to, [x.astype(BF16) for x in Z]))
+
+            def keep(to: Any) -> None:  # the gradient without its transpose
+                leave_blocks(to, [(0.5 * left.scaled(x)).astype(BF16) for x in Z])
+
+            left.keep(work, i, keep)
         return z, *Z
 
     _, *Z = lax.fori_loop(i32(0), work.part.chunks, step, (work.nil[0], *Z))

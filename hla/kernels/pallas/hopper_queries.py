@@ -61,7 +61,9 @@ from .warpgroups import (
     W,
     added,
     barrier,
+    by_column,
     columns,
+    gathered,
     i32,
     leave_columns,
     legal,
@@ -170,26 +172,29 @@ def queries(
     outs += [jax.ShapeDtypeStruct((*x.shape[:-2], B), F32) for x in kept if p.every]
     call = launched(body, outs, scratch, entries(p.batch) * parts, owners + 1)
     dq, *found = call(*(laid(x, p.axis, B) for x in given), *rest)
-    dots = [p.scale * jnp.sum(x[..., :T], axis=-2, keepdims=True) for x in found[: p.states]]
-    if len(dots) > 1:  # of both, and of F alone
-        dots[1] = dots[1] - dots[0]
-    return Swept(cut(dq, T, D, p.axis), tuple(dots), tuple(found[p.states :]))
+    dots, left = found[: p.states if p.dots else 0], found[p.states if p.dots else 0 :]
+    return Swept(cut(dq, T, D, p.axis), tuple(x[..., :T] for x in dots), tuple(left))
 
 
 class Left(NamedTuple):
     """What an owner leaves for a gate's gradient, in memory."""
 
-    sums: Sequence[Any]  # (*batch, 4 * owners, tokens): of what F reads, and F and S
+    sums: Sequence[Any]  # (*batch, 4 * owners, tokens): of what F reads, and what S does
     kept: Sequence[Any]  # (*batch, N, B, B)
     met: Sequence[Any]  # (*batch, N, B)
     every: int
     tokens: int
+    scale: float
 
-    def columns(self, place: Place, n: int, h: int, row: Array, q: Array, x: Array) -> None:
-        """Store the products of queries with what is read."""
-        to = self.sums[n]
+    def columns(
+        self, place: Place, n: int, h: int, row: Array, q: Array, x: Array, before: Array | None
+    ) -> Array:
+        """Store the products of queries with what is read, less what was there ``before``; both."""
+        to, both = self.sums[n], gathered(by_column(x, q))
+        own = both if before is None else both - before
         at = *place.entry(to, 2), pl.ds(4 * h, 4), pl.ds(row, W)
-        leave_columns(to.at[at], x, q)
+        leave_columns(to.at[at], own if self.scale == 1.0 else own * self.scale)
+        return both
 
     def meet(self, place: Place, h: int, row: Array, states: Sequence[Array]) -> None:
         """Store the products of 64 rows of states with those of their gradients there."""
@@ -218,7 +223,7 @@ def _queries(
     kept = [next(inputs) for _ in range(p.states if p.every else 0)]
     nil, dq = next(inputs), next(inputs)
     sums = [next(inputs) for _ in range(p.states if p.dots else 0)]
-    left = Left(sums, kept, [*inputs], p.every, T) if p.dots else None
+    left = Left(sums, kept, [*inputs], p.every, T, p.scale) if p.dots else None
     i, warpgroup = lax.axis_index("head"), lax.axis_index("warpgroup")
     number = lax.rem(i, i32(parts)) if p.tokens else i32(0)
     place = Place(heads(p.batch, lax.div(i, i32(parts)) if p.tokens else i), p.batch, p.axis)
@@ -295,7 +300,7 @@ def _owner(
             o = product(HALF, W, (F.astype(BF16), turned(b_g)))
             o = o if w2 is None else o * w2.before(COLUMN, HALF)
             if left:
-                left.columns(place, 0, h, row, taken_turned(out), o)
+                left.columns(place, 0, h, row, taken_turned(out), o, None)
             (o,) = added((o,), ((yT, tile2),))
         elif w1 is None or w2 is None:
 
@@ -310,14 +315,16 @@ def _owner(
             o = pl.run_scoped(read, plgpu.ACC((HALF, W), F32))
         else:
             o = product(HALF, W, (F.astype(BF16), turned(b_g)))
+            of_F: Array | None = None
             if left:
-                left.columns(place, 0, h, row, taken_turned(out), o * w2.before(COLUMN, HALF))
+                met_F = o * w2.before(COLUMN, HALF)
+                of_F = left.columns(place, 0, h, row, taken_turned(out), met_F, None)
             if w2.power > w1.power:
                 o = o * w1._replace(power=w2.power - w1.power).before(COLUMN, HALF)
             (o,) = added((o,), ((S[0].astype(BF16), turned(b_e)),))
             o = o * w1.before(COLUMN, HALF)
             if left:
-                left.columns(place, 1, h, row, taken_turned(out), o)
+                left.columns(place, 1, h, row, taken_turned(out), o, of_F)
             (o,) = added((o,), ((yT, tile2), (kT, tile1)))
         o = o if p.scale == 1.0 else o * p.scale
         if p.adds:

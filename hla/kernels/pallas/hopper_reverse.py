@@ -23,11 +23,12 @@ loads the next chunk there: of hla2 dY takes V's, dV Y's, dK K's; of ahla dU tak
 dK u's, where the second owner adds its part to the first's; of hla3 dY takes u's and dU Y's, then
 P's part of dK takes v's, where Z's is added, and dV K's.
 
-For a gate's gradient owners leave, of each token, v . (R' k) or k . (Z k) and, of the product of
-the two tiles of pairs that each makes, the sums by key and by query; and states, before every
-period but the first (`device.steps.Launch`). What is summed by columns is left by each of the four
-warps: Pallas' own sums across warps have one buffer for all warpgroups. One H100 took 1.50 ms for
-hla2's forward and all gradients with a log gate's, 1.47 with a decay's, 0.965 without.
+For a gate's gradient owners leave, of each token, v . (R' k) or k . (Z k) / 2 with the sums by key
+of the product of the two tiles of pairs that each makes, and its sums by query; and states, before
+every period but the first (`device.steps.Launch`). Each of the four warps, or of the four threads
+that have a row, leaves its part: sums across warps would need memory and barriers, and what reads
+them adds four numbers. One H100 took 1.50 ms for hla2's forward and all gradients with a log
+gate's, 1.47 with a decay's, 0.965 without, where these were summed in memory.
 
 Bytes a token and head, D = V = 128: hla2 and ahla 8 rows of 256, 0.358 ms for B = 8, T = 4096, H =
 16 at 3.0 TB/s; one H100 took 0.413 ms (87%), 0.424 with a decay, 0.443 with a log gate; ahla 0.415
@@ -219,8 +220,8 @@ def reverse(
     parts = -(-T // p.tokens) if p.tokens else 1
     state = jax.ShapeDtypeStruct((*p.batch, *((parts,) if p.tokens else ()), B, B), F32)
     outs = [out_shape(p.batch, T, B, p.axis)] * len(p.makes) + [state] * sum(p.ends)
-    sums = [6, 5 + 4 * (B // HALF) if p.keys else 6][: p.owners if p.dots else 0]
-    outs += [jax.ShapeDtypeStruct((*p.batch, n, T + -T % W), F32) for n in sums]
+    sums = jax.ShapeDtypeStruct((*p.batch, 4, 2, T + -T % W), F32)
+    outs += [sums] * (p.owners if p.dots else 0)
     periods = max(0, T - 1) // (p.every * W) if p.every else 0
     outs += [jax.ShapeDtypeStruct((*p.batch, periods, B, B), BF16)] * (p.owners if periods else 0)
     rest = [x for x in (lists, R, second) if x is not None]
@@ -235,30 +236,22 @@ def reverse(
     end, last = (None if x is None else turn(state_out(x, V, D)) * p.scale for x in ends)
     if ends[1] is not None and p.keys:
         last = ends[1][..., :D, :D] * (0.5 * p.scale)
-    dots = tuple(_dots(next(found)[..., :T], p.scale, p.keys and i == 1) for i in range(len(sums)))
-    factors = p.scale, p.scale * (0.5 if p.keys else 1.0)
-    kept = tuple(x * n for x, n in zip(found, factors, strict=False))
-    return Swept(rows, end, last, dots, kept)
-
-
-def _dots(x: Array, scale: float, keys: bool) -> Array:
-    """Return what one state's owner left of tokens as `device.steps.Launch` has it."""
-    total = lambda *rows: jnp.sum(x[..., slice(*rows), :], axis=-2)  # noqa: E731
-    if keys:  # Z has a gradient and its transpose
-        found = 0.5 * total(5, None), x[..., 0, :], total(1, 5)
-    else:
-        found = x[..., 0, :], total(2, 6), x[..., 1, :]
-    return scale * jnp.concatenate(found, axis=-1)[..., None, :]
+    dots = tuple(next(found)[..., :T] for _ in range(p.owners if p.dots else 0))
+    dots = tuple(x.reshape(*x.shape[:-2], -1) for x in dots)
+    return Swept(rows, end, last, dots, tuple(found))
 
 
 def _scratch(p: Reverse, B: int) -> dict[str, Any]:
     """Return what a program has in shared memory, and its barriers."""
     scratch: dict[str, Any] = {n: tile(STAGES, W, B) for n in p.letters}
-    scratch["copies"] = tile(1 + (p.owners > 1 and not p.keys), B, B)
+    passes = 1 + (p.owners > 1 and not p.keys)
+    scratch["copies"] = tile(passes, B, B)
     if p.keys:
         scratch |= {"tiles": tile(2, W, W), "cross": tile(1, HALF, HALF)}
     if p.dots and (p.keys or p.owners == 1):  # the first tile of pairs, where there is memory
         scratch["pairs"] = tile(1, W, W)
+    if p.dots:
+        scratch["dots"] = plgpu.SMEM((passes, 2, W), F32)
     late = sum(n in p.sweep.late for n in p.letters)
     scratch["full"] = barrier(STAGES, len(p.letters) - late + (p.gate == "log_gate"))
     events = {x for verb, x in p.sweep.moves if verb == "wait"} | {p.sweep.first.freed} - {""}
@@ -283,7 +276,9 @@ def _reverse(
     ends = [next(inputs) if x else None for x in p.ends]
     sums = [next(inputs) for _ in range(p.owners)] if p.dots else []
     kept = [*inputs] or [None] * p.owners
-    left = [Left(*x, p.every) for x in zip(sums, kept, strict=True)] if p.dots else [None, None]
+    left: list[Left | None] = [None, None]
+    if p.dots:
+        left = [Left(*x, p.every, p.scale) for x in zip(sums, kept, strict=True)]
     i, warpgroup = lax.axis_index("head"), lax.axis_index("warpgroup")
     number = lax.rem(i, i32(parts)) if p.tokens else i32(0)
     place = Place(heads(p.batch, lax.div(i, i32(parts)) if p.tokens else i), p.batch, p.axis)

@@ -37,7 +37,7 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
         (HLA3[2], False, (0, 1)), (HLA3[3], False, (2,)),
     ),
 }  # fmt: skip
-WIDEST = 128  # columns of a tile
+WIDEST, HALF = 128, 64  # columns of a tile
 CHUNK, PERIOD = 64, 1024  # tokens by which dots count, and between the states that are kept
 
 
@@ -63,8 +63,9 @@ def sweeps(request: Request, count: int) -> tuple[Row, ...]:
     parts, side = None, max(request.k_shape[-1], request.v_shape[-1])
     if request.gate is not None and request.gate_given:  # of <S, dS> that of a symmetric S
         symmetric = "" if request.operator == "ahla" else "S@0"
-        side = WIDEST // 2 if side <= WIDEST // 2 else WIDEST
-        parts = Parts(CHUNK, PERIOD, 1, 1, side=side, met=side, without=symmetric)
+        side = HALF if side <= HALF else WIDEST
+        reads = 4 * side // HALF  # of each warp, and of both that have rows of a state
+        parts = Parts(CHUNK, PERIOD, reads, 4, side=side, met=side, without=symmetric)
     return tuple(
         Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
             segments=True, parts=parts, adds=name in HLA3[1:])
@@ -205,12 +206,6 @@ def swept(
     return run
 
 
-def _added(dots: Any) -> Any:
-    """Return a gate's sums (..., 3 T) as a plan has them, what is summed by key in the first."""
-    T = dots.shape[-1] // 3
-    return jnp.concatenate([dots[..., :T] + dots[..., 2 * T :], dots[..., T : 2 * T]], axis=-1)
-
-
 def finished(
     refs: list[Ref | None],
     batch: Shape,
@@ -223,7 +218,7 @@ def finished(
         if 0 in batch:
             return zeros(refs, take)
         rows, first, second, dots, kept = run(take, gate)
-        made = [*rows, first, second, *map(_added, dots), *kept]
+        made = [*rows, first, second, *dots, *kept]
         if adds is not None:
             made[0] = added(adds, refs[0], take, made[0])
         found = [(r, x) for r, x in zip(refs, made, strict=True) if r is not None]

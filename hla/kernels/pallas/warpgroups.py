@@ -12,13 +12,14 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax import lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, math, vector
 
 from ...device.elementwise import LEAST
 
@@ -106,14 +107,37 @@ def taken_turned(ref: Any) -> Array:
     return plgpu.layout_cast(x, WGMMA)
 
 
-def _registers(x: Any) -> list[Any]:
-    """Return what a thread has of [64, W], float32: pairs of columns, by 8 columns and 8 rows."""
-    found = x.registers.reshape(W // 8, 2)
+def _registers(x: Any) -> list[list[list[Any]]]:
+    """Return what a thread has of [64, n], float32: by 8 columns, 8 rows, and two columns."""
+    found = x.registers.reshape(-1, 2)
     if x.mlir_dtype != ir.F32Type.get():
-        found = [
-            [arith.extf(ir.VectorType.get((2,), ir.F32Type.get()), v) for v in y] for y in found
-        ]
-    return [list(x) for x in found]
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        found = [[arith.extf(pair, v) for v in y] for y in found]
+    return [[[vector.extract(v, [], [n]) for n in (0, 1)] for v in y] for y in found]
+
+
+def _zero() -> Any:
+    """Return 0."""
+    return arith.constant(ir.F32Type.get(), 0.0)
+
+
+def _added_rows(a: Any, b: Any, to: list[Any]) -> list[Any]:
+    """Return two rows' sums of a * b, added to others, of two chains each."""
+    found = []
+    for i in (0, 1):
+        chains = [to[i], _zero()]
+        for x, y in zip(a, b, strict=True):
+            chains = [math.fma(u, v, s) for u, v, s in zip(x[i], y[i], chains, strict=True)]
+        found.append(arith.addf(*chains))
+    return found
+
+
+def _columns(a: Any, b: Any) -> list[Any]:
+    """Return columns' sums of a * b over the two rows that a thread has."""
+    return [
+        math.fma(x[1][n], y[1][n], arith.mulf(x[0][n], y[0][n]))
+        for x, y in zip(a, b, strict=True) for n in (0, 1)
+    ]  # fmt: skip
 
 
 def _thread() -> tuple[Any, Any, Callable[[int], Any]]:
@@ -129,74 +153,168 @@ def _is(a: Any, b: Any) -> Any:
     return arith.cmpi(arith.CmpIPredicate.eq, a, b)
 
 
-def _leave_columns(ref: Any, sums: list[Any]) -> None:
-    """Store sums of a thread's columns to [4, W]: of each warp's 16 rows.
+# What a thread has of sums of rows and of columns of a tile: only the functions below read them
+BY_ROW, BY_COLUMN, GATHERED, HALVED = (W, 4), (32, W), (4, W), (2, W)
 
-    They meet in three rounds, in each of which a thread keeps half of its columns and gives the
-    others away, so that at last it has two of them.
+
+def sums_of(shape: tuple[int, int]) -> Any:
+    """Return the type of sums in registers."""
+    return plgpu.ShapeDtypeStruct(shape, F32, layout=plgpu.Layout.WG_STRIDED(shape, 1))
+
+
+def _numbers(x: Any) -> list[Any]:
+    """Return the numbers that a thread has of sums."""
+    return [vector.extract(v, [], [0]) for v in x.registers]
+
+
+def _made(shape: tuple[int, int], numbers: Sequence[Any]) -> Any:
+    """Return sums of a thread's numbers, each a register of its own: pairs would stay pairs."""
+    one = ir.VectorType.get((1,), ir.F32Type.get())
+    found = np.array([vector.broadcast(one, x) for x in numbers], dtype=object)
+    layout = mgpu.WGStridedFragLayout(shape, 1)
+    return mgpu.FragmentedArray(_registers=found, _layout=layout, _is_signed=None)
+
+
+def by_row(a: Array, b: Array, to: Array | None = None) -> Array:
+    """Return the sums of the rows of a * b, [64, n], added to others."""
+    given = [] if to is None else [to]
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA, WGMMA, *[sums_of(BY_ROW).layout] * len(given)),
+        return_type=sums_of(BY_ROW),
+    )
+    def go(_: Any, a: Any, b: Any, *to: Any) -> Any:
+        found = _numbers(to[0]) if to else [_zero()] * 2
+        return _made(BY_ROW, _added_rows(_registers(a), _registers(b), found))
+
+    return go(a, b, *given)
+
+
+def by_column(a: Array, b: Array, to: Array | None = None, factor: float = 1.0) -> Array:
+    """Return the sums of the columns of a * b, [64, W], times a factor added to others."""
+    given = [] if to is None else [to]
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA, WGMMA, *[sums_of(BY_COLUMN).layout] * len(given)),
+        return_type=sums_of(BY_COLUMN),
+    )
+    def go(_: Any, a: Any, b: Any, *to: Any) -> Any:
+        found = _columns(_registers(a), _registers(b))
+        if to:
+            f = arith.constant(ir.F32Type.get(), factor)
+            found = [math.fma(f, x, s) for x, s in zip(found, _numbers(to[0]), strict=True)]
+        return _made(BY_COLUMN, found)
+
+    return go(a, b, *given)
+
+
+def of_pairs(a: Array, b: Array) -> tuple[Array, Array]:
+    """Return sums of the rows and of the columns of the products of two tiles of pairs.
+
+    Those of a token with itself are not in them.
     """
-    warp, lane, number = _thread()
-    for stride in (16, 8, 4):
-        near = _is(arith.andi(lane, number(stride)), number(0))
-        pairs = list(zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True))
-        given = [mgpu.utils.shfl_bfly(arith.select(near, b, a), stride) for a, b in pairs]
-        sums = [arith.addf(arith.select(near, a, b), x)
-                for (a, b), x in zip(pairs, given, strict=True)]  # fmt: skip
-    at = warp, arith.muli(lane, number(2))
-    vector.store(sums[0], ref, [arith.index_cast(ir.IndexType.get(), n) for n in at])
 
-
-def leave_columns(to: Any, a: Array, b: Array) -> None:
-    """Store the sums of the columns of a * b, [64, W], to memory, [4, W]: of each warp's rows."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA, WGMMA))
-    def go(_: Any, ref: Any, a: Any, b: Any) -> None:
-        rows = zip(_registers(a), _registers(b), strict=True)
-        _leave_columns(ref, [
-            arith.addf(arith.mulf(x[0], y[0]), arith.mulf(x[1], y[1])) for x, y in rows
-        ])  # fmt: skip
-
-    go(to, a, b)
-
-
-def leave_pairs(by_row: Any, by_column: Any, a: Array, b: Array) -> None:
-    """Store sums of the products of two tiles of pairs, but those of a token with itself.
-
-    Of rows to memory, [W], of columns by warps, [4, W].
-    """
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), WGMMA, WGMMA))
-    def go(_: Any, by_row: Any, by_column: Any, a: Any, b: Any) -> None:
+    @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA), return_type=(sums_of(BY_ROW), sums_of(BY_COLUMN)))
+    def go(_: Any, a: Any, b: Any) -> Any:
         warp, lane, number = _thread()
         quad, place = (
             arith.divui(lane, number(4)),
             arith.muli(arith.remui(lane, number(4)), number(2)),
         )
-        zero = arith.constant(ir.F32Type.get(), 0.0)
         own = [_is(quad, arith.addi(place, number(n))) for n in (0, 1)]
-        columns, rows = [], [zero, zero]
-        for j, (x, y) in enumerate(zip(_registers(a), _registers(b), strict=True)):
-            found = [arith.mulf(u, v) for u, v in zip(x, y, strict=True)]
+        a, b = _registers(a), _registers(b)
+        for j in range(W // 8):
             mine = _is(warp, number(j // 2))  # has the tokens of these columns as its rows
-            for i in (0, 1):
-                both = [vector.extract(found[i], [], [n]) for n in (0, 1)]
-                if i == j % 2:
-                    both = [arith.select(arith.andi(mine, z), zero, e)
-                            for z, e in zip(own, both, strict=True)]  # fmt: skip
-                    found[i] = vector.from_elements(found[i].type, both)
-                rows[i] = arith.addf(rows[i], arith.addf(*both))
-            columns.append(arith.addf(*found))
-        for stride in (1, 2):
-            rows = [arith.addf(x, mgpu.utils.shfl_bfly(x, stride)) for x in rows]
-        even = _is(arith.remui(lane, number(2)), number(0))
-        row = arith.addi(arith.muli(warp, number(16)), quad)
-        at = arith.select(even, row, arith.addi(row, number(8)))
-        one = ir.VectorType.get((1,), ir.F32Type.get())
-        mean = vector.broadcast(one, arith.select(even, *rows))
-        vector.store(mean, by_row, [arith.index_cast(ir.IndexType.get(), at)])
-        _leave_columns(by_column, columns)
+            b[j][j % 2] = [arith.select(arith.andi(mine, z), _zero(), e)
+                           for z, e in zip(own, b[j][j % 2], strict=True)]  # fmt: skip
+        rows = _added_rows(a, b, [_zero()] * 2)
+        return _made(BY_ROW, rows), _made(BY_COLUMN, _columns(a, b))
 
-    go(by_row, by_column, a, b)
+    return go(a, b)
+
+
+def halved(x: Array) -> Array:
+    """Return sums of two rows, each left to one of two threads that have parts of both.
+
+    So a thread has one number of them: they lie in shared memory until the kernel needs them, as
+    two registers held meanwhile spill many others.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(sums_of(BY_ROW).layout,), return_type=sums_of(HALVED))
+    def go(_: Any, x: Any) -> Any:
+        _, lane, number = _thread()
+        even = _is(arith.andi(lane, number(1)), number(0))
+        a, b = _numbers(x)
+        other = mgpu.utils.shfl_bfly(arith.select(even, b, a), 1)
+        return _made(HALVED, [arith.addf(arith.select(even, a, b), other)])
+
+    return go(x)
+
+
+def with_halved(x: Array, own: Array) -> Array:
+    """Return sums of rows with those that were halved."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(sums_of(BY_ROW).layout, sums_of(HALVED).layout), return_type=sums_of(BY_ROW)
+    )
+    def go(_: Any, x: Any, own: Any) -> Any:
+        _, lane, number = _thread()
+        even = _is(arith.andi(lane, number(1)), number(0))
+        (a, b), (c,) = _numbers(x), _numbers(own)
+        return _made(BY_ROW, [
+            arith.select(even, arith.addf(a, c), a), arith.select(even, b, arith.addf(b, c))
+        ])  # fmt: skip
+
+    return go(x, own)
+
+
+def gathered(x: Array) -> Array:
+    """Return the sums of columns over all rows of a warp, [4, W].
+
+    They meet in three rounds, in each of which a thread keeps half of its columns and gives the
+    others away, so that at last it has two of them.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(sums_of(BY_COLUMN).layout,), return_type=sums_of(GATHERED))
+    def go(_: Any, x: Any) -> Any:
+        _, lane, number = _thread()
+        sums = _numbers(x)
+        for stride in (16, 8, 4):
+            near = _is(arith.andi(lane, number(stride)), number(0))
+            pairs = list(zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True))
+            given = [mgpu.utils.shfl_bfly(arith.select(near, b, a), stride) for a, b in pairs]
+            sums = [arith.addf(arith.select(near, a, b), x)
+                    for (a, b), x in zip(pairs, given, strict=True)]  # fmt: skip
+        return _made(GATHERED, sums)
+
+    return go(x)
+
+
+def leave_columns(to: Any, x: Array) -> None:
+    """Store what is `gathered` to memory, [4, W], of each warp's rows."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), sums_of(GATHERED).layout))
+    def go(_: Any, to: Any, x: Any) -> None:
+        warp, lane, number = _thread()
+        at = warp, arith.muli(lane, number(2))
+        both = vector.from_elements(ir.VectorType.get((2,), ir.F32Type.get()), _numbers(x))
+        vector.store(both, to, [arith.index_cast(ir.IndexType.get(), n) for n in at])
+
+    go(to, x)
+
+
+def leave_rows(to: Any, x: Array) -> None:
+    """Store sums of rows to memory, [4, W], of each of the four threads that have a row."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), sums_of(BY_ROW).layout))
+    def go(_: Any, to: Any, x: Any) -> None:
+        warp, lane, number = _thread()
+        row = arith.addi(arith.muli(warp, number(16)), arith.divui(lane, number(4)))
+        for i, one in enumerate(x.registers):
+            at = arith.remui(lane, number(4)), arith.addi(row, number(8 * i))
+            vector.store(one, to, [arith.index_cast(ir.IndexType.get(), n) for n in at])
+
+    go(to, x)
 
 
 def legal(x: Array, *, upper: bool) -> Array:
