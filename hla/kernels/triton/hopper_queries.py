@@ -204,15 +204,20 @@ def _mover_f(
     """Load what the owners read; store dq, which with ``DOTS`` they leave in the place of q."""
     MADE = V if AHLA else D  # columns of u, du or y, dy
     WHOLE: gl.constexpr = WHOLE_V if AHLA else WHOLE_D
-    if GATE == 2:  # of a chunk ahead: behind copies it would wait for them
+    if GATE == 2 and not DOTS:  # of a chunk ahead, before its copies: behind them it would wait
         a = _gate(p_gate, sft, 0, T)
     for c in range(chunks + STAGES):
         s, e = c % STAGES, c - STAGES
         row = c * W
-        if GATE == 2 and not DOTS:
+        if GATE == 2 and DOTS:  # registers would not suffice for one ahead
+            sums, last = _gate_sums(_gate(p_gate, sft, row, T))
+        elif GATE == 2:
             sums, last = _gate_sums(a)
+            a = _gate(p_gate, sft, row + W, T)
         if c < chunks:
             mbarrier.wait(free.index(s), ((c // STAGES) & 1) ^ 1)
+            if GATE == 2:
+                _put_gate(weights, pieces, ends, s, sums, last, True, POWER1, POWER2)
             if ONE and ADD:
                 _fetch(ks.index(s), p_dq, row, T, D, sbt, sbd, B, FAST, WHOLE_D)
             if not ONE:
@@ -221,8 +226,6 @@ def _mover_f(
             _fetch(vs.index(s), p_v, row, T, V, svt, svd, B, FAST, WHOLE_V)
             _fetch(gs.index(s), p_g, row, T, V, sgt, sgd, B, FAST, WHOLE_V)
             _fetch(ys.index(s), p_y, row, T, MADE, syt, syd, B, FAST, WHOLE)
-        if GATE == 2 and DOTS and FAST:
-            sums, last = _gate_sums(a)
         if DOTS:
             if c >= STAGES:
                 mbarrier.wait(there.index(s), ((c // STAGES) & 1) ^ 1)
@@ -233,14 +236,8 @@ def _mover_f(
         if c < chunks:
             if FAST:
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
-            if GATE == 2:
-                if DOTS and not FAST:  # else registers would not suffice
-                    sums, last = _gate_sums(a)
-                _put_gate(weights, pieces, ends, s, sums, last, True, POWER1, POWER2)
             if GATE == 2 or not FAST:
                 mbarrier.arrive(full.index(s), count=1)
-        if GATE == 2:
-            a = _gate(p_gate, sft, row + W, T)
         if not DOTS and c >= STAGES:
             mbarrier.wait(there.index(e % 2), (e // 2) & 1)
             _put(p_dq, outs.index(e % 2), e * W, T, D, sbt, sbd, B, FAST, WHOLE_D, ADD and not ONE)
