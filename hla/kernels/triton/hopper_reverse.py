@@ -110,7 +110,7 @@ def _owner_r(
     """Own R, [D, V]: make dy and dv."""
     ACC: gl.constexpr = ACC128 if B == 128 else ACC64
     A: gl.constexpr = A128 if B == 128 else A64
-    LATE: gl.constexpr = (SUM or ALONE) and not DOTS  # else registers would not suffice
+    LATE: gl.constexpr = ALONE or (SUM and POWER == 0)  # else registers would not suffice
     R0 = load_state(p_start, ssv, ssd, V, D, unscale, 0, B, START, True)
     R1 = R0
     copy = copies.index(zero)
