@@ -449,7 +449,7 @@ KERNELS = [  # kernel, what it does, gate, what differs
       for gate in (0, 1, 2)),
 ]  # fmt: skip
 SPILLS = 64, 416  # bytes a thread, mostly in the mover; from the assembler of CUDA 13 on
-DOTTED = 256, 528  # also in owners
+DOTTED = 208, 512  # also in owners
 BEGIN = 448  # before the first chunk, of states that are loaded
 ODD = 1024, 1184  # without and with dots, in the mover, where rows are of no whole 16 bytes
 

@@ -24,7 +24,9 @@ number of a tile, of a state by that of each row. The three products but low tim
 digits of 3xTF32 at half the cost: 295 k operations at W = 64. The 2048 bytes then bind, 0.36 ms;
 one H100 took 0.73 (49%), where a chunk's chain of products and conversions binds, and 1.71 with six
 products of bfloat16. A number less than 2^-17 of the largest loses low digits, to 2^-40 of that.
-The sums of a chunk are added to the state in float32: the matrix unit would truncate them.
+The sums of a chunk are added to the state in float32: the matrix unit would truncate them. Of tiles
+of up to 64 columns low and high parts are added in float32 too (`_add_dot`); at 128 that spills: an
+H100 took 1.69 ms for hla2's forward instead of 1.46.
 
 Two parts of the values that share q and k go in one launch, with a state each: [k | v] of hla3 in
 1280 bytes instead of 1792, or values and their denominators. Two passes that are summed and have
@@ -113,6 +115,21 @@ def _dot(a, b):
 
 
 @triton.jit
+def _add_dot(c, a, b, unit):
+    """Return c + a b, of operands in two parts and the product of their units.
+
+    The matrix unit truncates what it adds: in tiles of up to 64 columns, for which there are
+    registers, products with low parts and those of high ones are added in float32.
+    """
+    if c.shape[0] * a[0].shape[1] * b[0].shape[1] <= 64 * 64 * 64:
+        d = tl.dot(a[1], b[0], out_dtype=tl.float32)
+        c += tl.dot(a[0], b[1], d, out_dtype=tl.float32) * unit
+        return c + tl.dot(a[0], b[0], out_dtype=tl.float32) * unit
+    else:
+        return c + _dot(a, b) * unit
+
+
+@triton.jit
 def _chunk_weights(p_gate, m_t, m_pair, power, STRICT: tl.constexpr, REVERSE: tl.constexpr):
     """Weights of one chunk by its log gate: pairs [W, W], before and after [W], total."""
     a = tl.load(p_gate, mask=m_t, other=0.0).to(tl.float64) * power
@@ -162,7 +179,7 @@ def _read(b_o, b_v, A, UPDATE: tl.constexpr, PRECISION: tl.constexpr):
     """Return O' = S' Q' + V' A', [BV, W], from S' Q' as the gate weighs it."""
     if UPDATE:
         if PRECISION == "fp16x3":
-            b_o += _dot(_transposed(b_v, PRECISION), A) * (b_v[2] * A[2])
+            b_o = _add_dot(b_o, _transposed(b_v, PRECISION), A, b_v[2] * A[2])
         else:
             b_o = tl.dot(tl.trans(b_v), A, b_o, input_precision=PRECISION, out_dtype=tl.float32)
     return b_o
@@ -183,7 +200,7 @@ def _write(
         unit = vT[2] * b_k[2]
         if WRITE:
             unit *= write
-        S += _dot(vT, b_k) * unit
+        S = _add_dot(S, vT, b_k, unit)
     else:
         if GATE != 0:
             vT = _operand(vT * (weight * write if WRITE else weight)[None, :], OPERAND, PRECISION)

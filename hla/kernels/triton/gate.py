@@ -152,6 +152,20 @@ def gate_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_o + head * parts + part, whole * power)
 
 
+@triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
+def sum_kernel(p_1, p_2, p_3, p_gate, p_o, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write the sum of what up to three passes leave for n log gates, 0 where a gate is -inf."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = i < n
+    G = tl.load(p_1 + i, mask=m)
+    if p_2 is not None:
+        G += tl.load(p_2 + i, mask=m)
+    if p_3 is not None:
+        G += tl.load(p_3 + i, mask=m)
+    a = tl.load(p_gate + i, mask=m)
+    tl.store(p_o + i, tl.where(tl.abs(a) == float("inf"), 0.0, G), mask=m)
+
+
 def settings(
     *,
     strict: bool,

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper_parts import (
     PIECES,
     _fetch,
+    _gate,
     _gate_sums,
     _operand,
     _power,
@@ -32,13 +33,14 @@ from .hopper_parts import (
     _put_decay,
     _put_gate,
     _put_pairs,
+    _rounded,
     _scaled,
     _slot,
     _total,
     _weigh,
     _weighed,
 )
-from .hopper_reverse import _read_block, _rounded, _rows
+from .hopper_reverse import _read_block, _rows
 from .warpgroups import (
     A64,
     A128,
@@ -269,6 +271,8 @@ def _mover(
     FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
 ):  # fmt: skip
     """Load what the owners read; store what they leave in its place."""
+    if GATE == 2:  # of a chunk ahead: behind copies it would wait for them
+        a = _gate(p_gate, sft, (chunks - 1) * W, T)
     for i in range(chunks + STAGES):
         s, turn = i % STAGES, ((i // STAGES) & 1) ^ 1
         row = (chunks - 1 - i) * W
@@ -298,10 +302,12 @@ def _mover(
             if FAST:
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
             if GATE == 2:
-                sums, last = _gate_sums(p_gate, sft, row, T)
+                sums, last = _gate_sums(a)
                 _put_gate(weights, pieces, ends, s, sums, last, False, POWER1, POWER2)
             if GATE == 2 or not FAST:
                 mbarrier.arrive(full.index(s), count=1)
+        if GATE == 2:
+            a = _gate(p_gate, sft, row - W, T)
 
 
 @gluon.jit(

@@ -20,7 +20,8 @@ one state: du and a part of dk, R1 u; then dv and the other part, R2 v, which is
 
 hla3's are four: from R = sum q do' (p = 3) dy = R u and du = R' y; from R2 = sum q du' and Z dv =
 R2' k and dk = R2 v + Z k, of which the owner of R2 leaves its part in the place of v to that of Z;
-queries have P du + S dy, and once more F do alone, which is added. With D = V = 128 these are 6 + 7
+queries have P du + S dy, and once more F do alone, to which the dq so far, loaded beside the
+operands, is added. With D = V = 128 these are 6 + 7
 + 5 + 5 = 23 rows of 256 bytes, 1.03 ms (by passes alone 35); one H100 took 1.13, .285 + .367 + .235
 + .242, the last by the pass kernel.
 
@@ -29,7 +30,8 @@ is left of a chunk, and writes by those of what came before.
 
 For a gate's gradient (`gate`) the owners of the reverse sweep leave d = y . (V R') and d = k . (Z
 k) / 2, with the sums by key of the product of the two tiles of pairs that each makes, and its sums
-by query; queries, which then read q too and leave dq in its place, c = q . (F do) and q . (S dy).
+by query, in both of which a token with itself cancels; queries, which then read q too and leave dq
+in its place, c = q . (F do) and q . (S dy).
 What warps sum by columns meets in a tile of pairs that nobody reads any more. R and Z are kept in
 bfloat16 before every PERIOD of tokens; queries multiply them by F and S.
 Of <S, dS> that is the whole where S is symmetric, which a first state need not be: then passes do.

@@ -96,12 +96,18 @@ def _put_decay(
 
 
 @gluon.jit
-def _gate_sums(p_gate, sgt, row, T):
-    """Return the sums of a chunk's log gate in base 2, [W] and the last; none past the last token.
+def _gate(p_gate, sgt, row, T):
+    """Return the log gate of a chunk, [W]; zeros past the last token."""
+    return load_gate(p_gate, sgt, gl.maximum(row, 0), T)
 
-    A mover asks for them where it waits anyway: the load and the scan take long.
+
+@gluon.jit
+def _gate_sums(a):
+    """Return the sums of a chunk's log gate in base 2, [W] and the last.
+
+    A mover makes them where it waits anyway: the scan takes long.
     """
-    a = load_gate(p_gate, sgt, gl.maximum(row, 0), T).to(gl.float64) * LOG2E
+    a = a.to(gl.float64) * LOG2E
     a = gl.where(a < RESET, RESET, a)  # not maximum: a NaN stays
     return gl.associative_scan(a, 0, add), gl.sum(a, 0)
 
@@ -226,6 +232,15 @@ def _scaled(x, scale, SCALED: gl.constexpr):
 
 
 @gluon.jit
+def _rounded(o, out, scale, SCALED: gl.constexpr, SUM: gl.constexpr):
+    """Return what is stored, [64, W]: with SUM, of what another has left in its place too."""
+    o = _scaled(o, scale, SCALED)
+    if SUM:
+        o += out.load(ACC64).to(gl.float32)
+    return o.to(gl.bfloat16)
+
+
+@gluon.jit
 def _total(S, ends, slot, POWER: gl.constexpr, ACC: gl.constexpr):
     """Return a state as it is a chunk later."""
     return S * _power(ends.index(slot).load(gl.SliceLayout(1, ACC)), POWER)[:, None]
@@ -257,14 +272,6 @@ def _put_tokens(p, x, left):
     """Store one number a token."""
     t = gl.arange(0, W, layout=x.type.layout)
     gl.store(p + t, x, mask=t < left)
-
-
-@gluon.jit
-def _apart(a, b):
-    """Return the products of two tiles of pairs but those of a token with itself."""
-    s = gl.arange(0, W, layout=gl.SliceLayout(1, ACC64))[:, None]
-    t = gl.arange(0, W, layout=gl.SliceLayout(0, ACC64))[None, :]
-    return gl.where(s == t, 0.0, a * b)
 
 
 @gluon.jit

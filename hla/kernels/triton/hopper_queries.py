@@ -24,6 +24,7 @@ from .hopper_parts import (
     _added,
     _by_column,
     _fetch,
+    _gate,
     _gate_sums,
     _kept,
     _lines,
@@ -35,7 +36,7 @@ from .hopper_parts import (
     _put_decay,
     _put_gate,
     _put_tokens,
-    _scaled,
+    _rounded,
     _slot,
     _spans,
     _state_at,
@@ -75,7 +76,7 @@ def _owner_f(
     ks, vs, gs, ys, es, outs, tiles, weights, pieces, ends, full, free, there, stored, chunks, zero,
     p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
     p_dots1, p_dots2, p_kept1, p_kept2, p_met1, p_met2, length, total, earlier,
-    H: gl.constexpr, AHLA: gl.constexpr, ONE: gl.constexpr,
+    H: gl.constexpr, AHLA: gl.constexpr, ONE: gl.constexpr, ADD: gl.constexpr,
     B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, SCALED: gl.constexpr,
     POWER1: gl.constexpr, POWER2: gl.constexpr, START1: gl.constexpr, START2: gl.constexpr,
     DOTS: gl.constexpr, EVERY: gl.constexpr,
@@ -160,7 +161,7 @@ def _owner_f(
                 S = warpgroup_mma(kT, b_z, S, is_async=True)
         if not DOTS:
             mbarrier.wait(stored.index(h), ((c // 2) & 1) ^ 1)
-        out.store(_scaled(o, scale, SCALED).to(gl.bfloat16))
+        out.store(_rounded(o, kT, scale, SCALED, ONE and ADD))
         mbarrier.arrive(there.index(h), count=1)
         if POWER1 > 0 and not ONE:
             S = _total(S, ends, slot, POWER1, ACC)
@@ -204,40 +205,43 @@ def _mover_f(
     """Load what the owners read; store dq, which with ``DOTS`` they leave in the place of q."""
     MADE = V if AHLA else D  # columns of u, du or y, dy
     WHOLE: gl.constexpr = WHOLE_V if AHLA else WHOLE_D
+    if GATE == 2 and not DOTS:  # of a chunk ahead, before its copies: behind them it would wait
+        a = _gate(p_gate, sft, 0, T)
     for c in range(chunks + STAGES):
         s, e = c % STAGES, c - STAGES
         row = c * W
-        if GATE == 2 and not DOTS:
-            sums, last = _gate_sums(p_gate, sft, row, T)
+        if GATE == 2 and DOTS:  # registers would not suffice for one ahead
+            sums, last = _gate_sums(_gate(p_gate, sft, row, T))
+        elif GATE == 2:
+            sums, last = _gate_sums(a)
+            a = _gate(p_gate, sft, row + W, T)
         if c < chunks:
             mbarrier.wait(free.index(s), ((c // STAGES) & 1) ^ 1)
+            if GATE == 2:
+                _put_gate(weights, pieces, ends, s, sums, last, True, POWER1, POWER2)
+            if ONE and ADD:
+                _fetch(ks.index(s), p_dq, row, T, D, sbt, sbd, B, FAST, WHOLE_D)
             if not ONE:
                 _fetch(ks.index(s), p_k, row, T, D, skt, skd, B, FAST, WHOLE_D)
                 _fetch(es.index(s), p_e, row, T, MADE, sat, sad, B, FAST, WHOLE)
             _fetch(vs.index(s), p_v, row, T, V, svt, svd, B, FAST, WHOLE_V)
             _fetch(gs.index(s), p_g, row, T, V, sgt, sgd, B, FAST, WHOLE_V)
             _fetch(ys.index(s), p_y, row, T, MADE, syt, syd, B, FAST, WHOLE)
-        if GATE == 2 and DOTS and FAST:
-            sums, last = _gate_sums(p_gate, sft, row, T)
         if DOTS:
             if c >= STAGES:
                 mbarrier.wait(there.index(s), ((c // STAGES) & 1) ^ 1)
-                _put(p_dq, outs.index(s), e * W, T, D, sbt, sbd, B, FAST, WHOLE_D, ADD)
+                _put(p_dq, outs.index(s), e * W, T, D, sbt, sbd, B, FAST, WHOLE_D, ADD and not ONE)
                 barrier()
             if c < chunks:
                 _fetch(outs.index(s), p_q, row, T, D, sqt, sqd, B, FAST, WHOLE_D)
         if c < chunks:
             if FAST:
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
-            if GATE == 2:
-                if DOTS and not FAST:  # else registers would not suffice
-                    sums, last = _gate_sums(p_gate, sft, row, T)
-                _put_gate(weights, pieces, ends, s, sums, last, True, POWER1, POWER2)
             if GATE == 2 or not FAST:
                 mbarrier.arrive(full.index(s), count=1)
         if not DOTS and c >= STAGES:
             mbarrier.wait(there.index(e % 2), (e // 2) & 1)
-            _put(p_dq, outs.index(e % 2), e * W, T, D, sbt, sbd, B, FAST, WHOLE_D, ADD)
+            _put(p_dq, outs.index(e % 2), e * W, T, D, sbt, sbd, B, FAST, WHOLE_D, ADD and not ONE)
             mbarrier.arrive(stored.index(e % 2), count=1)
 
 
@@ -384,15 +388,15 @@ def queries_kernel(
                     ks, vs, gs, ys, es, outs, tiles, weights, pieces, ends, full, free, there,
                     stored, chunks, T >> 31, p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
                     p_dots1, p_dots2, p_kept1, p_kept2, p_met1, p_met2, T, total, earlier,
-                    0, AHLA, ONE, B, STAGES, GATE, SCALED, POWER1, POWER2, START1, START2, DOTS,
-                    EVERY,
+                    0, AHLA, ONE, ADD, B, STAGES, GATE, SCALED, POWER1, POWER2, START1, START2,
+                    DOTS, EVERY,
                 )),
                 (_owner_f, (
                     ks, vs, gs, ys, es, outs, tiles, weights, pieces, ends, full, free, there,
                     stored, chunks, T >> 31, p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
                     p_dots1, p_dots2, p_kept1, p_kept2, p_met1, p_met2, T, total, earlier,
-                    1, AHLA, ONE, B, STAGES, GATE, SCALED, POWER1, POWER2, START1, START2, DOTS,
-                    EVERY,
+                    1, AHLA, ONE, ADD, B, STAGES, GATE, SCALED, POWER1, POWER2, START1, START2,
+                    DOTS, EVERY,
                 )),
                 (_mover_f, (
                     p_k, p_v, p_g, p_y, p_e, p_dq, p_q, p_gate, ks, vs, gs, ys, es, outs,
@@ -411,8 +415,8 @@ def queries_kernel(
                     ks, vs, gs, ys, es, outs, tiles, weights, pieces, ends, full, free, there,
                     stored, chunks, T >> 31, p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
                     p_dots1, p_dots2, p_kept1, p_kept2, p_met1, p_met2, T, total, earlier,
-                    0, AHLA, ONE, B, STAGES, GATE, SCALED, POWER1, POWER2, START1, START2, DOTS,
-                    EVERY,
+                    0, AHLA, ONE, ADD, B, STAGES, GATE, SCALED, POWER1, POWER2, START1, START2,
+                    DOTS, EVERY,
                 )),
                 (_mover_f, (
                     p_k, p_v, p_g, p_y, p_e, p_dq, p_q, p_gate, ks, vs, gs, ys, es, outs,

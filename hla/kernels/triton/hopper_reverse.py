@@ -6,6 +6,7 @@ read both ways round, from a bfloat16 copy. The third partition moves: it stores
 leave in the place of an operand that nobody reads any more (dY takes V's, dV Y's, dK K's) and loads
 the next chunk there. With SUM the parts of dk that come from R and Z are added: K and dY are loaded
 (into the places of Y and K), dK takes V's place, and dV K's once the owner of Z has read it.
+Without Z what dY adds to is loaded in the place of K.
 
 Bytes a token and head, D = V = 128: 8 rows of 256, 0.358 ms for B = 8, T = 4096, H = 16 at 3.0
 TB/s; 0.399 ms on one H100 (90%), 0.197 at D = 64 (91%).
@@ -25,9 +26,9 @@ from .hopper_parts import (
     PIECES,
     _accumulated,
     _added,
-    _apart,
     _by_column,
     _fetch,
+    _gate,
     _gate_sums,
     _kept,
     _lines,
@@ -40,6 +41,7 @@ from .hopper_parts import (
     _put_gate,
     _put_pairs,
     _put_tokens,
+    _rounded,
     _scaled,
     _slot,
     _spans,
@@ -67,15 +69,21 @@ from .warpgroups import (
 
 
 @gluon.jit
+def _weighed_rows(o, weights, slot, POWER: gl.constexpr, ACC: gl.constexpr):
+    """Weigh what rows read from a state, as the gate does if there is one."""
+    if POWER > 0:
+        o = warpgroup_mma_wait(0, deps=[o])
+        o *= _power(_weigh(weights, slot, AFTER, gl.SliceLayout(1, ACC)), POWER)[:, None]
+    return o
+
+
+@gluon.jit
 def _read_rows(a, R, weights, slot, POWER: gl.constexpr, B: gl.constexpr):
     """Return what rows read from a state, [W, B]."""
     ACC: gl.constexpr = ACC128 if B == 128 else ACC64
     o = gl.zeros([W, B], gl.float32, ACC)
     o = warpgroup_mma(a, R, o, use_acc=False, is_async=True)
-    if POWER > 0:
-        o = warpgroup_mma_wait(0, deps=[o])
-        o *= _power(_weigh(weights, slot, AFTER, gl.SliceLayout(1, ACC)), POWER)[:, None]
-    return o
+    return _weighed_rows(o, weights, slot, POWER, ACC)
 
 
 @gluon.jit
@@ -91,18 +99,19 @@ def _rows(
 
 @gluon.jit
 def _owner_r(
-    qs, vs, gs, ys, copies, tiles, weights, pieces, ends, full, dy_there, dv_there, k_read,
+    qs, ks, vs, gs, ys, copies, tiles, weights, pieces, ends, full, dy_there, dv_there, k_read,
     chunks, zero,
     p_start, ssd, ssv, p_end, sed, sev, D, V, scale, unscale,
     p_dots, p_kept, length, total, earlier,
     HALVES: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, SCALED: gl.constexpr, POWER: gl.constexpr, SUM: gl.constexpr,
-    READ: gl.constexpr,
+    GATE: gl.constexpr, SCALED: gl.constexpr, POWER: gl.constexpr,
+    SUM: gl.constexpr, HELD: gl.constexpr, ALONE: gl.constexpr, READ: gl.constexpr,
     START: gl.constexpr, END: gl.constexpr, DOTS: gl.constexpr, EVERY: gl.constexpr,
 ):  # fmt: skip
     """Own R, [D, V]: make dy and dv."""
     ACC: gl.constexpr = ACC128 if B == 128 else ACC64
     A: gl.constexpr = A128 if B == 128 else A64
+    LATE: gl.constexpr = ALONE or (SUM and POWER == 0)  # else registers would not suffice
     R0 = load_state(p_start, ssv, ssd, V, D, unscale, 0, B, START, True)
     R1 = R0
     copy = copies.index(zero)
@@ -117,15 +126,33 @@ def _owner_r(
         mbarrier.wait(full.index(s), (i // STAGES) & 1)
         fence_async_shared()
         b_q, b_v, b_g, b_y = qs.index(s), vs.index(s), gs.index(s), ys.index(s)
-        _put_pairs(tile, b_v, b_g, weights, slot, True, POWER)
-        fence_async_shared()
-        barrier()
-        dy = _read_rows(b_v, copy.permute((1, 0)), weights, slot, POWER, B)
+        if ALONE:  # both products at once: there are registers
+            a, dy = _pairs(b_v, b_g), gl.zeros([W, B], gl.float32, ACC)
+            dy = warpgroup_mma(b_v, copy.permute((1, 0)), dy, use_acc=False, is_async=True)
+            if POWER > 0:
+                w = _spans(weights, slot, True, POWER)  # while the products run
+                a, dy = warpgroup_mma_wait(1, deps=[a, dy])
+                a *= w
+            else:
+                a, dy = warpgroup_mma_wait(1, deps=[a, dy])
+                a = _masked(a, True)
+            tile.store(a.to(gl.bfloat16))
+            fence_async_shared()
+            barrier()
+            dy = _weighed_rows(dy, weights, slot, POWER, ACC)
+        else:
+            _put_pairs(tile, b_v, b_g, weights, slot, True, POWER)
+            fence_async_shared()
+            barrier()
+            dy = _read_rows(b_v, copy.permute((1, 0)), weights, slot, POWER, B)
         if DOTS:
             d = gl.sum(b_y.load(ACC).to(gl.float32) * dy, 1)
         dy = warpgroup_mma(tile, b_q, dy, is_async=True)
         dy = warpgroup_mma_wait(0, deps=[dy])
-        b_v.store(_scaled(dy, scale, SCALED).to(gl.bfloat16))
+        dy = _scaled(dy, scale, SCALED)
+        if HELD:  # what dy adds to
+            dy += ks.index(s).load(ACC).to(gl.float32)
+        b_v.store(dy.to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(dy_there.index(s), count=1)
         if READ:
@@ -133,7 +160,7 @@ def _owner_r(
                 a = _pairs(b_y, b_q)
                 x = tile.load(ACC64)  # of v and do; while the product runs
                 a = warpgroup_mma_wait(0, deps=[a])
-                x = _apart(x.to(gl.float32), a)
+                x = x.to(gl.float32) * a
                 d += gl.convert_layout(gl.sum(x, 1), d.type.layout)
                 _put_tokens(p_dots + c * W, d * scale, length - c * W)
                 by_query = _by_column(x)
@@ -152,9 +179,11 @@ def _owner_r(
                 R1 = _total(R1, ends, slot, POWER, ACC)
         if READ:
             dv = warpgroup_mma_wait(0, deps=[dv])
-            if SUM:
-                mbarrier.wait(k_read.index(s), (i // STAGES) & 1)
-            b_y.store(_scaled(dv, scale, SCALED).to(gl.bfloat16))
+            left = _scaled(dv, scale, SCALED).to(gl.bfloat16)
+            if not LATE:
+                if SUM:
+                    mbarrier.wait(k_read.index(s), (i // STAGES) & 1)
+                b_y.store(left)
         if POWER > 0:
             x0 = _weighed(x0, pieces, slot, 1, A)
         R0 = warpgroup_mma(x0, b_g, R0, is_async=True)
@@ -162,6 +191,10 @@ def _owner_r(
             if POWER > 0:
                 x1 = _weighed(x1, pieces, slot, 1, A)
             R1 = warpgroup_mma(x1, b_g, R1, is_async=True)
+        if READ and LATE:  # under the product
+            if SUM:
+                mbarrier.wait(k_read.index(s), (i // STAGES) & 1)
+            b_y.store(left)
         if DOTS:
             lines, p, left = _lines(tile), p_dots + c * W, length - c * W
             lines.store(by_query)
@@ -225,15 +258,6 @@ def _add_block(Z, qT, dyT, b_q, b_dy):
 
 
 @gluon.jit
-def _rounded(o, out, scale, SCALED: gl.constexpr, SUM: gl.constexpr):
-    """Return what is stored of half of dk, [64, W]: with SUM, of what R has left there too."""
-    o = _scaled(o, scale, SCALED)
-    if SUM:
-        o += out.load(ACC64).to(gl.float32)
-    return o.to(gl.bfloat16)
-
-
-@gluon.jit
 def _owner_z(
     qs, ks, vs, ys, tiles, crosses, weights, pieces, ends, full, k_full, dy_there, dk_there, k_read,
     chunks, zero,
@@ -281,7 +305,7 @@ def _owner_z(
                 x = tile1.load(ACC64)  # while the product runs
             a = warpgroup_mma_wait(0, deps=[a])
             if DOTS:
-                x = _apart(x.to(gl.float32), a)
+                x = x.to(gl.float32) * a
                 by_query, by_key = gl.sum(x, 1), _by_column(x)
             a = a * w if POWER > 0 else _masked(a, False)
             tile2.store(a.to(gl.bfloat16))
@@ -347,10 +371,11 @@ def _owner_z(
             Z00 = _add_block(Z00, w_q, w_dy, q0, dy0)
             if HALVES == 2:
                 Z01 = _add_block(Z01, w_q, w_dy, q1, dy1)
-                Z00, Z01 = warpgroup_mma_wait(0, deps=[Z00, Z01])
-                w_q = _weighed(qT1, pieces, slot, 0, A64)
-                w_dy = _weighed(dyT1, pieces, slot, 0, A64)
-                Z11 = _add_block(Z11, w_q, w_dy, q1, dy1)
+                if DOTS:
+                    Z00, Z01 = warpgroup_mma_wait(0, deps=[Z00, Z01])
+                w_q1 = _weighed(qT1, pieces, slot, 0, A64)
+                w_dy1 = _weighed(dyT1, pieces, slot, 0, A64)
+                Z11 = _add_block(Z11, w_q1, w_dy1, q1, dy1)
         elif HALVES == 2:
             Z01 = _add_block(Z01, qT0, dyT0, q1, dy1)
             Z11 = _add_block(Z11, qT1, dyT1, q1, dy1)
@@ -361,6 +386,8 @@ def _owner_z(
             _put_tokens(p + total, by_query * scale, left)
         if HALVES == 1:
             Z00 = warpgroup_mma_wait(0, deps=[Z00])
+        elif POWER > 0 and not DOTS:
+            Z00, Z01, Z11 = warpgroup_mma_wait(0, deps=[Z00, Z01, Z11])
         elif POWER > 0:
             Z11 = warpgroup_mma_wait(0, deps=[Z11])
         else:
@@ -395,6 +422,8 @@ def _mover_r(
     FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
 ):  # fmt: skip
     """Load what the owners read; store what they leave in its place."""
+    if GATE == 2:  # of a chunk ahead: behind copies it would wait for them
+        a = _gate(p_gate, sft, (chunks - 1) * W, T)
     for i in range(chunks + STAGES):
         s, turn = i % STAGES, ((i // STAGES) & 1) ^ 1
         row = (chunks - 1 - i) * W
@@ -402,15 +431,17 @@ def _mover_r(
         if i >= STAGES:
             if not SUM:
                 mbarrier.wait(dy_there.index(s), turn)
-                _put(p_dy, vs.index(s), left, T, D, sat, sad, B, FAST, WHOLE_D, ADD)
+                _put(p_dy, vs.index(s), left, T, D, sat, sad, B, FAST, WHOLE_D, ADD and Z)
             mbarrier.wait(dv_there.index(s), turn)
             _put(p_dv, ys.index(s), left, T, V, sbt, sbd, B, FAST, WHOLE_V)
             barrier()
         if i < chunks:
             _fetch(ys.index(s), p_y, row, T, D, syt, syd, B, FAST, WHOLE_D)
             _fetch(gs.index(s), p_g, row, T, V, sgt, sgd, B, FAST, WHOLE_V)
+            if ADD and not Z:
+                _fetch(ks.index(s), p_dy, row, T, D, sat, sad, B, FAST, WHOLE_D)
         if GATE == 2:
-            sums, last = _gate_sums(p_gate, sft, row, T)
+            sums, last = _gate_sums(a)
         if Z and i >= STAGES:
             mbarrier.wait(dk_there.index(s), turn)
             if SUM:
@@ -426,6 +457,8 @@ def _mover_r(
                 _put_gate(weights, pieces, ends, s, sums, last, False, POWER1, POWER2)
             if GATE == 2 or not FAST:
                 mbarrier.arrive(full.index(s), count=1)
+        if GATE == 2:
+            a = _gate(p_gate, sft, row - W, T)
         if Z:
             if i >= STAGES and not SUM:
                 _put(p_dk, ks.index(s), left, T, D, sct, scd, B, FAST, WHOLE_D)
@@ -448,11 +481,13 @@ def _mover_z(
     FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
 ):  # fmt: skip
     """Load what Z alone is made of."""
+    if GATE == 2:
+        a = _gate(p_gate, sft, (chunks - 1) * W, T)
     for i in range(chunks):
         s, turn = i % STAGES, ((i // STAGES) & 1) ^ 1
         row = (chunks - 1 - i) * W
         if GATE == 2:
-            sums, last = _gate_sums(p_gate, sft, row, T)
+            sums, last = _gate_sums(a)
         if i >= STAGES:
             mbarrier.wait(dv_there.index(s), turn)
             mbarrier.wait(dk_there.index(s), turn)
@@ -465,6 +500,8 @@ def _mover_z(
             _put_gate(weights, pieces, ends, s, sums, last, False, POWER1, POWER2)
         if GATE == 2 or not FAST:
             mbarrier.arrive(full.index(s), count=1)
+        if GATE == 2:
+            a = _gate(p_gate, sft, row - W, T)
 
 
 @gluon.jit(
@@ -602,7 +639,7 @@ def reverse_kernel(
 
     chunks = (T + W - 1) // W
     qs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, W, B], TILE)
-    ks = gl.allocate_shared_memory(gl.bfloat16, [STAGES if Z else 1, W, B], TILE)
+    ks = gl.allocate_shared_memory(gl.bfloat16, [STAGES if Z or ADD else 1, W, B], TILE)
     vs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, W, B], TILE)
     gs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, W, B], TILE)
     ys = gl.allocate_shared_memory(gl.bfloat16, [STAGES, W, B], TILE)
@@ -629,10 +666,11 @@ def reverse_kernel(
         gl.warp_specialize(
             [
                 (_owner_r, (
-                    qs, vs, gs, ys, copies, tiles, weights, pieces, ends, full, dy_there, dv_there,
-                    k_read, chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale,
-                    unscale, p_dots2, p_kept2, T, total, earlier,
-                    HALVES, B, STAGES, GATE, SCALED, POWER2, SUM, READ, START2, END2, DOTS, EVERY,
+                    qs, ks, vs, gs, ys, copies, tiles, weights, pieces, ends, full, dy_there,
+                    dv_there, k_read, chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V,
+                    scale, unscale, p_dots2, p_kept2, T, total, earlier,
+                    HALVES, B, STAGES, GATE, SCALED, POWER2, SUM, ADD and not Z, not Z and not DOTS,
+                    READ, START2, END2, DOTS, EVERY,
                 )),
                 (_owner_z, (
                     qs, ks, vs, ys, tiles, crosses, weights, pieces, ends, full, k_full, dy_there,
@@ -655,10 +693,11 @@ def reverse_kernel(
         gl.warp_specialize(
             [
                 (_owner_r, (
-                    qs, vs, gs, ys, copies, tiles, weights, pieces, ends, full, dy_there, dv_there,
-                    k_read, chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale,
-                    unscale, p_dots2, p_kept2, T, total, earlier,
-                    HALVES, B, STAGES, GATE, SCALED, POWER2, SUM, READ, START2, END2, DOTS, EVERY,
+                    qs, ks, vs, gs, ys, copies, tiles, weights, pieces, ends, full, dy_there,
+                    dv_there, k_read, chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V,
+                    scale, unscale, p_dots2, p_kept2, T, total, earlier,
+                    HALVES, B, STAGES, GATE, SCALED, POWER2, SUM, ADD and not Z, not Z and not DOTS,
+                    READ, START2, END2, DOTS, EVERY,
                 )),
                 (_mover_r, (
                     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,

@@ -36,7 +36,7 @@ from . import normalize, rows
 from . import step as one_token
 from .carry import carry, fading
 from .causal import LEAST
-from .gate import gate_kernel, settings
+from .gate import gate_kernel, settings, sum_kernel
 from .launch import (
     Kernel,
     addresses,
@@ -64,9 +64,7 @@ def steps(call: Call, step: Step) -> list[Do]:
     if isinstance(step, GateGradient):
         return _gate_gradient(call, step)
     if isinstance(step, GateSum):
-        log, places = call.request.gate == "log_gate", [call.place(x) for x in step.terms]
-        o, gate = call.place(step.o), call.place(step.gate)
-        return [functools.partial(_gate_sum, log, o, gate, places)]
+        return [_gates_summed(call, step)]
     if isinstance(step, Border):
         pairs = [(call.place(S), call.place(dS)) for S, dS in step.pairs]
         return [functools.partial(_border, call.place(step.o), pairs)]
@@ -183,6 +181,22 @@ def _border(
         S, dS = view(arrays, start), view(arrays, grad)
         assert S is not None
         o += fit(torch, (S * dS).sum((-2, -1), dtype=torch.float64), o.shape)
+
+
+def _gates_summed(call: Call, s: GateSum) -> Do:
+    """Return what does a GateSum: of log gates that lie in order, one for each term, one kernel."""
+    log, places = call.request.gate == "log_gate", [call.place(x) for x in s.terms]
+    o, gate = call.place(s.o), call.place(s.gate)
+    shape = o.layout.shape
+    n, order = math.prod(shape), Layout(shape, whole(shape))
+    same = all(x.layout[:2] == order[:2] for x in (o, gate, *places))
+    if log and n and same and 0 < len(places) <= 3:
+        given = [*places, None, None][:3]
+        return Kernel(
+            sum_kernel, (triton.cdiv(n, 1024),), [*given, gate, o], [0] * 5, n, BLOCK=1024,
+            num_warps=4,
+        )  # fmt: skip
+    return functools.partial(_gate_sum, log, o, gate, places)
 
 
 def _gate_sum(
