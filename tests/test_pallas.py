@@ -251,7 +251,7 @@ def test_a_batch_is_split_by_a_mesh():
 
 
 def test_tokens_before_heads_are_read_where_they_lie():
-    """Under a trace fused kernels take [B, T, H, D] as given: their transposes meet the caller's."""
+    """Under a trace fused kernels take [B, T, H, D] as given: transposes meet the caller's."""
     installed("absl")
     x = jax.ShapeDtypeStruct((2, 70, 4, 128), "bfloat16")
 
