@@ -114,7 +114,9 @@ def keep(
 def _with_number(
     run: Run, decay: float, dtype: Any, arrays: list[Array], addresses: list[int]
 ) -> Any:
-    x = library_of(arrays[0]).number(decay, dtype, arrays[0])
+    library = library_of(arrays[0])
+    x = library.number(decay, dtype, arrays[0])
     arrays.insert(3, x)
-    addresses.insert(3, x.data_ptr())
+    if addresses:
+        addresses.insert(3, library.address(x))
     return run(arrays, addresses)

@@ -121,6 +121,8 @@ def scan(q: Any, k: Any, v: Any, **options: Any) -> Any:
     """
     if compiling():
         return _node("scan")(q, k, v, **filled("scan", DEFAULTS, options))
+    if library_of(q).borrowed:
+        return library_of(q).lent(scan, q, k, v, **options)
     call = again.seen("scan", q, k, v, None, options)
     found = call and again.take(call)
     return (
@@ -183,8 +185,8 @@ def step(q_t: Any, k_t: Any, v_t: Any, state: Any = None, **options: Any) -> Any
         Let the backend update ``state`` in place; it must then not be used again. NumPy, torch and
         Triton do where every field is whole, of the state's own dtype, and shares no memory; for
         NumPy it must also be contiguous and writable, for torch need no gradient. Triton takes
-        packed states too. Elsewhere it changes nothing: under ``jax.jit`` use its
-        ``donate_argnums``.
+        packed states too. Pallas does under a trace, if the traced program may: of a carry of
+        ``lax.scan``, or with ``donate_argnums`` of ``jax.jit``. Elsewhere it changes nothing.
 
     Returns
     -------
@@ -199,6 +201,8 @@ def step(q_t: Any, k_t: Any, v_t: Any, state: Any = None, **options: Any) -> Any
     """
     if compiling():
         return _node("step")(q_t, k_t, v_t, state, **filled("step", STEP, options))
+    if library_of(q_t).borrowed:
+        return library_of(q_t).lent(step, q_t, k_t, v_t, state, **options)
     call = again.seen("step", q_t, k_t, v_t, state, options)
     found = call and again.take(call)
     if found is not None:
@@ -252,6 +256,8 @@ def summarize(q: Any, k: Any, v: Any, **options: Unpack[SegmentOptions]) -> Any:
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
+    if library_of(q).borrowed:
+        return library_of(q).lent(summarize, q, k, v, **options)
     given = filled("summarize", SEGMENT, options)
     ordered(given["mask"], "segments")
     run = _node("summarize") if compiling() else _summarize
@@ -292,6 +298,9 @@ def combine(left: S, right: Any) -> S:
     Unsupported
         ``left`` is a state of the paper's own recurrences, which no segment continues.
     """
+    library = library_of(getattr(right, "rho", None))
+    if library.borrowed:
+        return library.lent(combine, left, right)  # type: ignore[no-any-return]
     run = _node("combine") if compiling() else _combine
     joined: S = run(left, right)
     return joined
@@ -346,6 +355,12 @@ return_state, form, chunk_size, convention, backend
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
+    if library_of(q).borrowed:
+        return library_of(q).lent(vjp, q, k, v, **options)
+    earlier = None if compiling() else again.seen("vjp", q, k, v, None, options)
+    found = earlier and again.take(earlier)
+    if found is not None:
+        return found
     options = filled("vjp", DEFAULTS, options)
     backend = options.pop("backend")
     if compiling():
@@ -353,6 +368,8 @@ return_state, form, chunk_size, convention, backend
         pull = functools.partial(_node("backward"), q, k, v, backend, **options)
     else:
         call = _prepared(q, k, v, backend, **options)
+        if earlier and _kept(earlier, call, options):
+            return again.take(earlier)
         o, state, saved = _forward(call)
         pull = functools.partial(_pull, call)
 
@@ -379,6 +396,20 @@ def _prepared(
     request, inputs, layout = prepare(q, k, v, gradient=True, **options)
     chosen = dispatch.choose(request, backend, autograd=True, node=node)
     return _Call(chosen, request, inputs, layout)
+
+
+def _kept(earlier: again.Seen, call: _Call, options: dict[str, Any]) -> bool:
+    """Keep how such a call of `vjp` is done, and return whether that could be."""
+    chosen, request, inputs, layout = call
+    way = getattr(chosen, "again_vjp", None)
+    if way is None or request.empty:
+        return False
+
+    def pull(inputs: Inputs, *given: Any) -> Gradients:
+        return _pull(_Call(chosen, request, inputs, layout), *given)
+
+    prepare = functools.partial(way, request, inputs, layout, earlier.arrays, pull)
+    return again.keep(earlier, inputs, prepare, options["decay"], options["log_gate"])
 
 
 def _forward(call: _Call) -> tuple[Array, Any, Any]:
@@ -464,6 +495,8 @@ return_state, form, chunk_size, convention, backend
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
+    if library_of(q).borrowed:
+        return library_of(q).lent(explain, q, k, v, **options)  # type: ignore[no-any-return]
     given = filled("explain", DEFAULTS, options)
     backend = given.pop("backend")
     request, _, _ = prepare(q, k, v, **given)

@@ -33,7 +33,8 @@ class Capabilities(NamedTuple):
         The library whose arrays its functions are given: those of others are handed over, without a
         copy, by DLPack. "" where they are given as they come.
     serves : tuple of (str, bool)
-        Pairs (library, on an accelerator?) that ``backend=None`` picks it for.
+        Pairs (library, on an accelerator?) that ``backend=None`` picks it for; see also
+        `Backend.automatic`.
     operators, masks, conventions, gates, forms : tuple of str
         As the arguments of `hla.scan` name them; a gate is "decay" or "log_gate".
     traced : tuple of str
@@ -102,6 +103,8 @@ class Backend(NamedTuple):
         (request) to the plan that `hla.explain` reports, where the generic one is not true.
     empty : callable, optional
         As ``forward``, with nothing computed.
+    automatic : callable
+        (request) to whether ``backend=None`` may pick it for one that it serves; else not there.
     again_step, again_forward, again_backward : callable, optional
         Of what ``step``, ``forward`` or ``backward`` is given, and of the last two also the
         caller's token axis, to None, or to what does such a call of other arrays laid out alike,
@@ -123,6 +126,7 @@ class Backend(NamedTuple):
     machine: Callable[[], Machine]
     plan: Callable[[Request], str] | None
     empty: Callable[..., Any] | None
+    automatic: Callable[[Request], bool]
     again_step: Callable[..., Any] | None
     again_forward: Callable[..., Any] | None
     again_backward: Callable[..., Any] | None
@@ -158,9 +162,15 @@ def refusal(capabilities: Capabilities, request: Request) -> str | None:
     return None
 
 
-def serves(capabilities: Capabilities, library: str, accelerator: bool) -> bool:
-    """Whether ``backend=None`` may pick it for arrays of a library there."""
-    return any(x in (library, ANY) and y == accelerator for x, y in capabilities.serves)
+def serves(backend: Backend, request: Request) -> bool:
+    """Whether ``backend=None`` may pick a backend for a request."""
+    library, pairs = (request.library, ANY), backend.capabilities.serves
+    there = any(x in library and y == request.accelerator for x, y in pairs)
+    return there and backend.automatic(request)
+
+
+def _always(request: Request) -> bool:
+    return True
 
 
 def _among(library: str, libraries: Sequence[str]) -> bool:
@@ -183,7 +193,7 @@ class Fault(Exception):
 
 
 CALLS = ("forward", "backward", "step", "summarize", "unable", "machine", "plan", "empty",
-         "again_step", "again_forward", "again_backward")  # fmt: skip
+         "automatic", "again_step", "again_forward", "again_backward")  # fmt: skip
 KNOWN = {
     "dtypes": ("float16", "bfloat16", "float32", "float64"),
     "operators": OPERATORS,
@@ -226,6 +236,7 @@ def made(name: str, module: Any, *, guarded: bool = False) -> Backend:
             raise Fault(f"its plugin's {n} is {function!r}; expected a function, or none")
     has["step"] = has["step"] or functools.partial(_step, has["forward"])
     has["machine"] = has["machine"] or Machine
+    has["automatic"] = has["automatic"] or _always
     unable = has.pop("unable")
     if guarded:
         _machine(has["machine"])
@@ -265,6 +276,7 @@ def refusing(name: str, reason: str) -> Backend:
         machine=lambda: Machine(reason),
         plan=None,
         empty=None,
+        automatic=_always,
         again_step=None,
         again_forward=None,
         again_backward=None,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from . import backends, contract
-from .backends import RESERVED, load, names
+from .backends import load, names
 from .contract import Machine
 from .core import reference
 from .core.associative import algebra_of
@@ -112,8 +112,8 @@ def _sequence(backend: Any) -> tuple[str, ...]:
 
 
 def _known(name: Any) -> None:
-    if not isinstance(name, str) or name not in (*names(), *RESERVED):
-        known = ", ".join(dict.fromkeys((*names(), *RESERVED)))
+    if not isinstance(name, str) or name not in names():
+        known = ", ".join(names())
         raise ValueError(f"backend is {kind_of(name)}; expected one of {known}, or None")
 
 
@@ -127,9 +127,7 @@ def _pick(
         _known(backend)
         backend = (backend,)
     for name in names() if backend is None else backend:
-        if backend is None and not contract.serves(
-            load(name).capabilities, request.library, request.accelerator
-        ):
+        if backend is None and not contract.serves(load(name), request):
             continue
         why = refusal(name, request)
         if why is None and summarize and load(name).summarize is None:
@@ -142,9 +140,6 @@ def _pick(
 
 def refusal(name: str, request: Request) -> str | None:
     """Why a backend cannot do a request, or None."""
-    if name in RESERVED:
-        why = f"this version of hla has no {name} backend; use backend=None or 'array_api'"
-        return "; ".join([why, *filter(None, [backends.plugins().ignored.get(name)])])
     return formless(request) or load(name).refusal(request)
 
 
@@ -205,7 +200,7 @@ def plan(request: Request) -> str:
 def explain(request: Request, backend: str | Sequence[str] | None) -> Explanation:
     """Describe what would run, and for each other backend the reason why it would not."""
     chosen, reasons = pick(request, backend)
-    for name in (*names(), *RESERVED):
+    for name in names():
         if name != chosen and name not in reasons:
             other = f"{chosen} comes first" if backend is None else "not asked for"
             reasons[name] = refusal(name, request) or other

@@ -4,6 +4,7 @@ Rows follow from the table of backends: a new one, a plugin's too, has rows in e
 """
 
 import functools
+import gc
 import importlib
 import importlib.util
 import itertools
@@ -62,6 +63,25 @@ ROUNDING = {"bfloat16": 1.66e-3, "float16": 2.1e-4}
 # Kernels of the narrow types round intermediates too: so many roundings by operator.
 ROUNDINGS = {"linear": 2.0, "hla2": 3.0, "ahla": 3.0, "hla3": 3.5}
 EXACT = 1e-9  # float64 against the literal sums
+
+
+def pytest_configure(config):
+    """Set filters of warnings that name hla: in pyproject they would import NumPy before this."""
+    config.addinivalue_line("filterwarnings", "error::hla.SlowPathWarning")
+    # A JAX tracer has no device: where JAX has a GPU, it counts as there, also for host arrays.
+    traced = "ignore:running the generic array code .pallas:hla.SlowPathWarning"
+    config.addinivalue_line("filterwarnings", traced)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Collect no garbage among modules and tests, which stay: that took a quarter of the time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def installed(name):

@@ -16,6 +16,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 #define DEVICE inline
+#define UNROLL
 #define __device__
 #define __global__
 #define __shared__
@@ -170,6 +171,17 @@ inline u32 bf16_pair(float low, float high) { return half_up(low) | half_up(high
 inline float of_f16(u16 x) { _Float16 y; memcpy(&y, &x, 2); return (float)y; }
 inline u16 to_f16(float x) { _Float16 y = (_Float16)x; u16 z; memcpy(&z, &y, 2); return z; }
 inline u32 to_tf32(float x) { return x == x ? __float_as_uint(x) + 0x1000 & ~0x1fffu : 0x7fffffff; }
+
+inline float power_of_2(float x) { return exp2f(x); }
+inline u32 block_index() { return blockIdx.x; }
+inline uint4 load16(u32 from) { uint4 x; memcpy(&x, memory + from, 16); return x; }
+inline void store16(u32 to, uint4 x) { memcpy(memory + to, &x, 16); }
+inline float load_float(u32 from) { float x; memcpy(&x, memory + from, 4); return x; }
+inline float2 load_floats(u32 from) { return {load_float(from), load_float(from + 4)}; }
+inline void store_float(u32 to, float x) { memcpy(memory + to, &x, 4); }
+inline void store4(u32 to, u32 x) { memcpy(memory + to, &x, 4); }
+static Meeting named[16];
+inline void threads_sync(int name, int threads) { meet(named[name], threads); }
 
 static void (*entry)();
 static void begin() {

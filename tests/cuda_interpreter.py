@@ -90,6 +90,11 @@ def empty(shape, strides, dtype, card):
     return np.lib.stride_tricks.as_strided(whole, shape, steps)
 
 
+def view(x, shape, strides):
+    steps = [x.itemsize * s for s in strides]
+    return np.lib.stride_tricks.as_strided(x, shape, steps)
+
+
 def dtype(name):
     if name == "bfloat16":
         import ml_dtypes
@@ -102,7 +107,7 @@ def hosted(card):
     """Return the calls of the backend, of a GPU of such a kind."""
     return Library(
         Memory(
-            xp, load, lambda x: card, empty,
+            xp, load, lambda x: card, empty, view,
             lambda value, shape, dtype, card: np.broadcast_to(np.asarray(value, dtype), shape),
             dtype, lambda x: x.ctypes.data,
             lambda card, function: function(),
@@ -112,6 +117,8 @@ def hosted(card):
 
 HOSTED = hosted(CARD)
 forward, backward, step = HOSTED.forward, HOSTED.backward, HOSTED.step
+again_forward, again_backward = HOSTED.again_forward, HOSTED.again_backward
+again_step = HOSTED.steps.again
 
 
 def machine():

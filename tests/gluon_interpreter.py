@@ -15,6 +15,7 @@ compiler places barriers between a partition's own accesses to shared memory).
 
 import functools
 import operator
+import re
 import sys
 import threading
 import types
@@ -822,6 +823,19 @@ def split(x):
     return tuple(Tensor(x.a[..., i], x.dtype) for i in (0, 1))
 
 
+def assembled(text, constraints, args, dtype, **_):
+    """Multiplications and sums of packed bfloat16, each rounded once; no other assembly."""
+    found = {f"${i}": np.asarray(x.a, np.float64) for i, x in enumerate(args, 1)}
+    for line in re.findall(r"[a-z]+\.[^;]+", text):
+        if line.startswith("reg"):
+            continue
+        how = re.fullmatch(r"(?:mul|fma)\.rn\.bf16x2 (\S+), (\S+), (\S+?)(?:, (\S+))?", line)
+        check(how is not None, f"{line} is not interpreted")
+        a, b, c = (found[name] if name else 0.0 for name in how.groups()[1:])
+        found[how[1]] = np.asarray(Tensor(a * b + c, dtype).a, np.float64)
+    return Tensor(found["$0"], dtype)
+
+
 GLUON = {
     "mbarrier.init": mbarrier_init, "mbarrier.wait": mbarrier_wait,
     "mbarrier.arrive": mbarrier_arrive, "mbarrier.expect": mbarrier_expect,
@@ -834,7 +848,7 @@ GLUON = {
     "warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait,
     "warpgroup_mma_init": lambda x: x, "fence_async_shared": fence_async_shared,
     "allocate_shared_memory": allocate_shared_memory, "load": load, "store": store,
-    "arange": arange, "full": full, "where": where,
+    "arange": arange, "full": full, "where": where, "inline_asm_elementwise": assembled,
     "zeros": lambda shape, dtype, layout=None: full(shape, 0, dtype),
     "program_id": lambda axis: scalar(machine.program[int(axis)]),
     "num_programs": lambda axis: scalar(machine.grid[int(axis)]),

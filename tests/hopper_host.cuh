@@ -5,7 +5,6 @@
 #include <map>
 #include <utility>
 
-#define UNROLL
 constexpr int W = 64, PANEL = 8192, LISTS = W * 12;
 
 struct Barrier { int arrivals, left; u32 phase; };
@@ -22,8 +21,8 @@ inline void barrier_arrive_copies(u32 bar) {
     barrier_arrive(bar);
 }
 inline void fence_async() {}
-static Meeting named[16], groups[8];
-inline void group_sync(int name) { meet(named[name], 128); }
+static Meeting groups[8];
+inline void group_sync(int name) { threads_sync(name, 128); }
 template <int N> void registers_more() {}
 template <int N> void registers_less() {}
 
@@ -89,14 +88,6 @@ template <class... D> void products_done(D&...) {
     meet(groups[group], 128);
 }
 template <class A> void unchanged(A&) {}
-
-inline float power_of_2(float x) { return exp2f(x); }
-inline u32 block_index() { return blockIdx.x; }
-inline uint4 load16(u32 from) { uint4 x; memcpy(&x, memory + from, 16); return x; }
-inline void store16(u32 to, uint4 x) { memcpy(memory + to, &x, 16); }
-inline float load_float(u32 from) { float x; memcpy(&x, memory + from, 4); return x; }
-inline float2 load_floats(u32 from) { return {load_float(from), load_float(from + 4)}; }
-inline void store_float(u32 to, float x) { memcpy(memory + to, &x, 4); }
 
 struct Rows { u32 to, x[4]; };
 inline void put_blocks(Rows mine, bool turned) {

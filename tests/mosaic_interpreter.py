@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 MODULES = (
-    "copies", "hopper", "hopper3", "hopper_queries", "hopper_reverse", "hopper_owners",
+    "copies", "hopper", "hopper3", "hopper_queries", "hopper_reverse", "hopper_owners", "token",
     "warpgroups",
 )  # fmt: skip
 
@@ -42,7 +42,7 @@ class Ref:
 
     def __init__(self, x):
         self.x = x
-        self.shape, self.at = x.shape, At(self)
+        self.shape, self.dtype, self.at = x.shape, getattr(x, "dtype", None), At(self)
 
     def __getitem__(self, key):
         return np.array(self.x[index(key)])
@@ -179,7 +179,7 @@ def kernel(order):
     def make(body, *, out_type, scratch_types, grid, num_threads, **_):
         def call(*given):
             made = [np.full(x.shape, np.nan, np.dtype(x.dtype)) for x in out_type]
-            refs = [Ref(np.asarray(x)) for x in (*given, *made)]
+            refs = [x if isinstance(x, Ref) else Ref(np.asarray(x)) for x in (*given, *made)]
             for program in range(grid[0]):
                 machine = Machine([x for x in order if x < num_threads], program)
                 scratch = {n: allocate(machine) for n, allocate in scratch_types.items()}
@@ -285,11 +285,20 @@ def interpreted(monkeypatch, order=(0, 1, 2)):
     """Within, kernels run here; ``order`` is that of who goes first."""
     import importlib
 
+    import jax
+
     nothing = lambda *_, **__: None  # noqa: E731
     names = {
         "pl": SimpleNamespace(
             when=when, ds=Slice, run_state=run_state,
             run_scoped=lambda f, *types: f(*types),
+            kernel=lambda body, *, mesh, **more: kernel(order)(
+                body, scratch_types={}, **vars(mesh), **more
+            ),
+        ),
+        "jax": SimpleNamespace(
+            ShapeDtypeStruct=jax.ShapeDtypeStruct, new_ref=lambda x: Ref(np.array(x)),
+            freeze=lambda ref: ref.x,
         ),
         "lax": SimpleNamespace(
             axis_index=lambda n: LOCAL.machine.program if n == "head" else LOCAL.who,
@@ -318,7 +327,7 @@ def interpreted(monkeypatch, order=(0, 1, 2)):
                 copy_smem_to_gmem=lambda source, to: LOCAL.machine.store(source, to),
                 wait_smem_to_gmem=lambda n, wait_read_only=False: LOCAL.machine.finish(n),
                 CompilerParams=real.CompilerParams, LoweringSemantics=real.LoweringSemantics,
-                Layout=real.Layout,
+                Layout=real.Layout, Mesh=SimpleNamespace,
             )  # fmt: skip
             for key, value in {"plgpu": fake, **names}.items():
                 if hasattr(module, key):

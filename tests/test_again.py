@@ -3,8 +3,9 @@
 import functools
 import itertools
 
+import numpy as np
 import pytest
-from conftest import installed
+from conftest import draw, installed, rows
 from devices import bits, of_torch, per_device
 
 import hla
@@ -226,3 +227,34 @@ def test_no_more_than_some_are_kept(device, kept, monkeypatch):
     for x in (k, k.mT.contiguous().mT, k.flip(0).clone(), k[:, :1]):
         hla.scan(q, x, v, backend=device.backend)
         assert all(len(several) <= 2 for several in kept._kept.values())
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("gate", ["none", "number"])
+@pytest.mark.parametrize("row", rows(("hla2",), ("causal",), ("chunked",)))
+def test_tokens_of_numpy_are_taken_again(row, gate, donate, monkeypatch):
+    """To the bit what a first call gives; arrays of other strides or dtypes are not alike."""
+    again = installed("hla.again")
+    monkeypatch.setattr(again, "_kept", {})
+    options = {"backend": row.backend, "donate": donate}
+    hla.step(*(x[0] for x in draw(6, 3)), backend=[row.backend])  # no array, and not compared
+    assert not again._kept
+    options |= {"decay": 0.5} if gate == "number" else {}
+    q, k, v = draw(6, 3)
+
+    def steps(*arrays):
+        state, found = None, []
+        for q, k, v in zip(*arrays, strict=True):
+            o, state = hla.step(q, k, v, state, **options)
+            found += [o, *(x.copy() for x in state)]
+        return found
+
+    narrow = [x.astype("float32") for x in (q, k, v)]
+    strided = [x.repeat(2, -1)[..., ::2] for x in (q, k, v)]
+    unaligned = [np.ndarray(x.shape, x.dtype, b" " + x.tobytes(), 1) for x in (q, k, v)]
+    for arrays in ((q, k, v), strided, unaligned, narrow, (q, k, v)):
+        with monkeypatch.context() as first:
+            first.setattr(again, "seen", lambda *args: None)
+            want = steps(*arrays)
+        bits(tuple(steps(*arrays)), tuple(want))
+    assert bool(again._kept) == (row.backend != "array_api")

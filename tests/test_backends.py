@@ -24,7 +24,7 @@ def token():
     return dict(zip(("q_t", "k_t", "v_t"), (x[:, 0] for x in draw(H, T)), strict=True))
 
 
-@pytest.mark.parametrize("name", ["triton", "pallas", "cupy", "numba"])
+@pytest.mark.parametrize("name", ["triton", "pallas", "cupy"])
 def test_backends_of_devices_say_why_not_on_numpy_arrays(name):
     for call in (hla.scan, hla.vjp, hla.summarize):
         with pytest.raises(hla.Unsupported, match=rf"(?s){name}.{{10,}}"):

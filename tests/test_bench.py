@@ -116,13 +116,16 @@ def test_the_defaults_name_few_rows_and_named_operators_are_in_every_table():
     assert [(w, c.operator) for w, c in plan if w != "forward"] == [
         ("forward + backward", "hla2"),
         ("step", "hla2"),
+        ("compiled step", "hla2"),
+        *((w, "hla2") for w in workloads.HOST),
     ]
-    assert [c.tokens for _, c in plan[-3:]] == [64, 1024, 16384]
+    assert [c.tokens for _, c in plan[-7:-4]] == [64, 1024, 16384]
+    assert {c for w, c in plan if w in workloads.HOST} == {Case("hla2", 64, 1, 64, "bfloat16")}
     words = "--operator hla3 ahla --operator hla3 --tokens 9"
     named = list(bench._plan(parsed(*words.split())))
     assert [(w, c.operator) for w, c in named] == list(
         itertools.product(WORKLOADS, ["hla3", "ahla"])
-    )
+    ) + [(w, "hla3") for w in ("compiled step", *workloads.HOST)]
 
 
 def test_the_reference_size_can_be_asked_for():
@@ -139,7 +142,7 @@ def test_device_and_library_choose_the_rows(tmp_path):
     assert bench.run(parsed(*words, "--device", "cpu", "--library", "numpy")) == 0
     names = {r["name"] for r in json.loads((tmp_path / "bench.json").read_text())["rows"]}
     assert names == {
-        "numpy/numpy/cpu", "array_api/numpy/cpu", "NumPy chunks", "NumPy tokens"
+        "numpy/numpy/cpu", "array_api/numpy/cpu", "NumPy chunks", "NumPy tokens", "NumPy lines"
     }  # fmt: skip
 
 
@@ -344,6 +347,34 @@ def test_work_is_right_on_every_library(library, workload):
         assert 0 <= workloads.checked(one) <= one.limit < 1e-4
 
 
+def test_a_step_is_compiled_beside_its_lines(monkeypatch):
+    needs("torch")
+    fused = []
+    monkeypatch.setattr("torch.compile", lambda f, **options: fused.append(f) or f)
+    for one in (
+        workloads.work(Target("array_api", "torch"), "compiled step", SMALL),
+        peers.peer("torch lines", "compiled step", SMALL),
+    ):
+        assert workloads.checked(one) < 1e-6
+    assert len(fused) == 2
+    with pytest.raises(NotImplementedError, match="no compiler but its own"):
+        workloads.work(NUMPY, "compiled step", SMALL)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(NotImplementedError, match=r"needs a C\+\+ compiler"):
+        peers.peer("torch lines", "compiled step", SMALL)
+
+
+def test_the_host_s_time_awaits_nothing():
+    needs("torch")
+    target = Target("array_api", "torch")
+    for workload in workloads.HOST:
+        one = workloads.work(target, workload, workloads.CALL)
+        assert 0 <= workloads.checked(one) <= one.limit
+        assert one.run.lib.meter is None
+        assert one.run.lib.wait is not libraries.load("torch", False).wait
+    assert measure.measure_case(workload, workloads.CALL, devices=["cpu"]) == ([], [])
+
+
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_every_sequence_of_a_batch_is_timed_and_checked(workload):
     case = SMALL._replace(batch=3)
@@ -452,7 +483,8 @@ def test_fla_chained_is_the_operator(operator, gate):
             one = peers.peer(name, workload, case, True)
             assert workloads.checked(one) < 2e-6
             out = one.run()
-            assert out[0].shape == ((2, 2, 24) if workload == "step" else (2, 130, 2, 24))
+            step = workload.endswith("step")
+            assert out[0].shape == ((2, 2, 24) if step else (2, 130, 2, 24))
             with pytest.raises(workloads.Wrong):
                 workloads.checked(one._replace(run=lambda out=out: [1.05 * x for x in out]))
     with pytest.raises(NotImplementedError, match="not set up for the gate 'log_gate'"):
@@ -719,6 +751,7 @@ def test_queues_of_calls_less_their_writes(monkeypatch):
 
 @pytest.mark.gpu
 def test_the_meter_on_a_gpu():
+    """Bytes, and times no less than the work takes: a card that others use may take any longer."""
     torch = installed("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device for torch")
@@ -726,10 +759,9 @@ def test_the_meter_on_a_gpu():
     x = torch.ones(1 << 28, device="cuda")
     assert meter.bytes_beyond(lambda: ((x + 1) * 2,)) == x.nbytes
     assert meter.bytes_beyond(lambda: (x + 1,)) == 0
-    times = meter.seconds(lambda: (x + 1,), 0.1)
-    assert len(times) > 3
-    assert 1e11 < 2 * x.nbytes / np.median(times) < 2e13
-    assert np.median(meter.seconds(lambda: torch.cuda._sleep(10**7), 0.1)) > 1e-3
+    times = meter.seconds(lambda: (x + 1,), 0.1)  # how many depends on who else uses the card
+    assert 2 * x.nbytes / min(times) < 2e13  # which no memory does
+    assert min(meter.seconds(lambda: torch.cuda._sleep(10**7), 0.1)) > 1e-3
 
 
 @pytest.mark.gpu

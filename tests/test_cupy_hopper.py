@@ -11,29 +11,37 @@ from conftest import installed
 import hla
 from hla import backends
 from hla.kernels.cupy.launch import Card
+from hla.libraries import exchange, rules
 
 interpreter = importlib.import_module("cuda_interpreter")
 ml_dtypes = installed("ml_dtypes")
 CARD = Card(0, (9, 0), 4, 227 << 10)
+OLDER = {x: Card(0, (8, 0), 4, x << 10) for x in (163, 99)}  # by the KB of shared memory
 pytestmark = pytest.mark.skipif(interpreter.COMPILER is None, reason="there is no g++")
 
 
 @pytest.fixture
 def hopper(monkeypatch):
     """A backend of that name, which records the kernels that it launches."""
-    module = types.ModuleType("hla_hopper_host")
-    calls = interpreter.hosted(CARD)
+    return backend(monkeypatch, CARD)
+
+
+def backend(monkeypatch, card):
+    module = types.ModuleType(f"hla_host_of_{card.shared}")
+    calls = interpreter.hosted(card)
     for name in ("CAPABILITIES", "machine"):
         setattr(module, name, getattr(interpreter, name))
     for name in ("forward", "backward", "step"):
         setattr(module, name, getattr(calls, name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(backends, "TABLE", {"hopper": module.__name__, **backends.TABLE})
+    for cached in (backends.load, exchange.loaded, rules.differentiable):
+        cached.cache_clear()
     interpreter.LAUNCHES.clear()
     return interpreter.LAUNCHES
 
 
-def check(launches, T, D, V, *, gate="none", start=True, **options):
+def check(launches, T, D, V, *, kernel="hopper.cu", gate="none", start=True, **options):
     """Compare a scan and its state with core's, which start from a state too."""
     rng = np.random.default_rng(T)
     given = [rng.standard_normal((2, T, w)) / w**0.5 for w in (D, D, V)]
@@ -53,7 +61,7 @@ def check(launches, T, D, V, *, gate="none", start=True, **options):
         state = hla.scan(*before, backend="array_api", **plain)[1]
         options["initial_state"] = type(state)(*(x.astype(np.float32) for x in state))
     o, end = hla.scan(q, k, v, backend="hopper", **options)
-    assert "hopper.cu" in {name for name, _ in launches}
+    assert kernel in {name for name, _ in launches}
     if start:
         options["initial_state"] = type(state)(
             *(x.astype(np.float64) for x in options["initial_state"])
@@ -80,15 +88,40 @@ def test_two_owners(hopper, case):
     check(hopper, *sizes, operator=operator, **options)
 
 
-ADJOINTS = {  # T, D, V, options
-    "not whole chunks, columns nor 16 bytes": (130, 60, 36, {"scale": 0.5}),
-    "a state, a decay, of 128 keys": (130, 128, 72, {"decay": 0.9, "start": True}),
+ONE_BLOCK = {  # KB of shared memory, then as above
+    "hla2, not whole chunks, columns nor 16 bytes": (163, "hla2", 70, 60, 36, {}),
+    "ahla, chunks of 16, a log gate": (99, "ahla", 50, 33, 65, {"gate": "log_gate"}),
+    "hla3, two blocks a head, a decay": (163, "hla3", 70, 128, 72, {"gate": "decay"}),
 }
+
+
+@pytest.mark.parametrize("case", ONE_BLOCK)
+def test_all_states_in_one_block(monkeypatch, case):
+    shared, operator, *sizes, options = ONE_BLOCK[case]
+    launches = backend(monkeypatch, OLDER[shared])
+    check(launches, *sizes, operator=operator, kernel="fused.cu", **options)
+    used = dict(launches)["fused.cu"]
+    assert used["W"] == (16 if shared == 99 else 32)
+
+
+HLA2 = {"hopper_reverse.cu", "hopper_queries.cu"}
+ADJOINTS = {  # kernels, T, D, V, options
+    "not whole chunks, columns nor 16 bytes": (HLA2, 130, 60, 36, {"scale": 0.5}),
+    "a state, a decay, of 128 keys": (HLA2, 130, 128, 72, {"decay": 0.9, "start": True}),
+    "ahla, a state": (
+        {"hopper_ahla.cu", "hopper_queries.cu"}, 130, 128, 72,
+        {"operator": "ahla", "start": True},
+    ),
+    "ahla, a decay": (HLA2, 130, 64, 36, {"operator": "ahla", "decay": 0.9}),
+    "hla3, a state, a decay": (
+        HLA2, 130, 64, 48, {"operator": "hla3", "decay": 0.9, "start": True}
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ADJOINTS)
 def test_sweeps(hopper, case):
-    T, D, V, options = ADJOINTS[case]
+    kernels, T, D, V, options = ADJOINTS[case]
     options, start = {n: x for n, x in options.items() if n != "start"}, "start" in options
     rng = np.random.default_rng(T)
     given = [rng.standard_normal((2, T, w)) / w**0.5 for w in (D, D, V, V)]
@@ -104,10 +137,10 @@ def test_sweeps(hopper, case):
         return hla.vjp(*inputs, initial_state=first, backend=backend, **options)[1](do)
 
     found = gradients("hopper", narrow, np.float32)
-    assert {"hopper_reverse.cu", "hopper_queries.cu"} <= {name for name, _ in hopper}
+    assert kernels | {"hopper.cu"} == {name for name, _ in hopper} - {"sum.cu", "pass.cu"}
     wanted = gradients("array_api", narrow, np.float64)
     pairs = [(n, getattr(found, n), getattr(wanted, n)) for n in ("dq", "dk", "dv")]
-    if start:
+    if start:  # of fields that o does not depend on they are zeros
         fields = zip(found.dinitial_state, wanted.dinitial_state, strict=True)
         pairs += [(n, x, z) for n, (x, z) in zip(state._fields, fields, strict=True)]
     for name, x, z in pairs:

@@ -462,7 +462,7 @@ def prepared(name, does, gate, more):
     powers = (1, 1 if ones else 2) if gate else (0, 0)
     given = {
         "Z": True, "SUM": False, "ADD": False, "READ": True, "AHLA": False, "ONE": False,
-        "GATE": gate, "POWER1": powers[0], "POWER2": powers[1],
+        "GATE": gate, "SCALED": "START1" in more, "POWER1": powers[0], "POWER2": powers[1],
         "START1": False, "START2": False, "END1": False, "END2": False, "DOTS": False, "EVERY": 0,
         "B": 128, "WHOLE_D": True, "WHOLE_V": True, "FAST": True,
     } | does | more  # fmt: skip

@@ -189,6 +189,53 @@ def test_one_program_serves_the_host_a_gpu_and_a_tpu():
         close(to_numpy(x), to_numpy(y), 1e-5)
 
 
+def test_a_stored_program_of_the_host_and_a_gpu_runs():
+    """Steps too, where a state is updated in its place."""
+    installed("absl")
+    installed("flatbuffers")
+    x = jnp.asarray(draw(2, 1, D=64, V=64)[0][:, 0], "bfloat16")
+
+    def three(x):
+        state = hla.step(x, x, x, backend="pallas")[1]
+        again = functools.partial(hla.step, x, x, x, backend="pallas", donate=True)
+        state, o = jax.lax.scan(lambda s, _: again(s)[::-1], state, length=2)
+        return o, *state
+
+    stored = lowered(three, ["cpu", "cuda"], x).serialize()
+    program = export.deserialize(stored)
+    assert "output_operand_alias" in program.mlir_module()
+    for y, z in zip(program.call(x), three(x), strict=True):
+        close(to_numpy(y), to_numpy(z), 1e-5)
+
+
+def test_a_trace_where_a_hopper_gpu_is_takes_its_kernels_there_alone(monkeypatch):
+    """With backend=None; not where the accelerator is a TPU, another card, or several kinds."""
+    installed("absl")
+    module, x = importlib.import_module("hla.backends.pallas"), jnp.ones((3, 71, 64), "bfloat16")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def programs(*kinds):
+        found = {f"cuda:{i}": kind for i, kind in enumerate(kinds)} | {"TFRT_CPU_0": ""}
+        monkeypatch.setattr(module, "_platforms", lambda: found)
+        traced = jax.jit(lambda x: hla.scan(x, x, x)).trace(x)
+        texts = (traced.lower(lowering_platforms=(n,)).as_text() for n in ("cpu", "cuda"))
+        return ["mosaic_gpu" in text for text in texts]
+
+    assert programs("cuda") == [False, True]
+    assert hla.explain(x, x, x).backend == "array_api"  # on the host
+    state = hla.scan(x, x, x, return_state=True)[1]
+    for donate in (False, True):
+        step = jax.jit(lambda x, s, own=donate: hla.step(x, x, x, s, donate=own))
+        text = step.trace(x[:, 0], state).lower(lowering_platforms=("cuda",)).as_text()
+        assert "mosaic_gpu" in text
+        assert text.count("operand_tuple_indices") == 3 * donate  # S, F and eta where they lie
+    with pytest.warns(hla.SlowPathWarning):
+        assert programs("cuda", "") == programs("tpu") == [False, False]
+    monkeypatch.delenv("HLA_PALLAS_INTERPRET")
+    with pytest.warns(hla.SlowPathWarning, match=r"compute capability 9\.0"):
+        assert programs("") == [False, False]
+
+
 def test_transforms_are_those_of_the_generic_code():
     """A scan over layers with checkpoints, of heads along an axis that vmap adds."""
     q, k, *_ = arrays(9)

@@ -1,5 +1,7 @@
 """Fused kernels in Pallas Mosaic GPU: values on the host, every way of lowering for a GPU."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import installed
@@ -16,7 +18,7 @@ from terms import gates_within_budget  # noqa: E402
 import hla  # noqa: E402
 from hla.arguments import prepare  # noqa: E402
 from hla.device.scan import Runner  # noqa: E402
-from hla.kernels.pallas import hopper, hopper3, hopper_queries, hopper_reverse  # noqa: E402
+from hla.kernels.pallas import hopper, hopper3, hopper_queries, hopper_reverse, token  # noqa: E402
 from hla.kernels.pallas import rows as table  # noqa: E402
 from hla.kernels.pallas import run as plans  # noqa: E402
 
@@ -291,3 +293,35 @@ def test_lowering(name, kind):
         jax.jit(lambda *given: function(p, *given)), platforms=["cuda"], disabled_checks=safe
     )(*([[x] * arrays] if listed else [x] * arrays), gate, *[state] * states, *kept)
     assert "mosaic_gpu" in lowered.mlir_module()
+
+
+@pytest.mark.parametrize(("operator", "gate", "normalize", "D", "donate"), [
+    ("hla2", "decay", False, 128, True), ("ahla", None, True, 64, False),
+    ("hla3", "log_gate", True, 64, True),
+])  # fmt: skip
+def test_a_token(operator, gate, normalize, D, donate, monkeypatch):
+    """Against the core in float64; states of parts of the denominator too."""
+    random = np.random.default_rng(0)
+    q, k, v = (np.abs(random.standard_normal((*BATCH, D))) for _ in "qkv")
+    start = hla.scan(*(random.standard_normal((*BATCH, 9, D)) for _ in "qkv"), operator=operator,
+                     return_state=True)[1]  # fmt: skip
+    gates = {}
+    if gate is not None:
+        g = np.broadcast_to(np.float32([0.9, 0.7]), BATCH)
+        gates = {gate: np.log(g) if gate == "log_gate" else g}
+    options = {"operator": operator, "normalize": normalize, "scale": 0.3}
+    narrow = [x.astype(BF16) for x in (q, k, v)]
+    state = type(start)(*(x.astype(np.float32) for x in start))
+    given = jax.tree.map(jnp.asarray, (narrow, {"initial_state": state} | gates))
+    more = {"return_state": True, "gradient": False} | options
+    request, inputs, _ = prepare(*given[0], one_token=True, **given[1], **more)
+    request = dataclasses.replace(request, donate=donate)
+    inputs = jax.tree.map(np.asarray, inputs)
+    assert token.fits(request)
+    with interpreted(monkeypatch, (0,)):
+        o, found = token.step(request, inputs)
+    state, gates = type(start)(*wide(*state)), dict(zip(gates, wide(*gates.values()), strict=True))
+    want, after = hla.step(*wide(*narrow), state, **gates, **options)
+    assert error(o[..., 0, :], want) < 4e-3
+    for x, y in zip(found, after, strict=True):
+        assert error(x, y) < 2e-6

@@ -21,6 +21,13 @@ def test_every_collected_row_runs_on_some_machine(request):
     assert not [x for x in given.values() if not x.startswith("got empty parameter set")]
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="one process has all cores")
+def test_processes_that_share_the_cores_have_one_thread_of_blas_each():
+    """Its threads spin; how many there are is read when NumPy is imported, once."""
+    pools = installed("threadpoolctl").threadpool_info()
+    assert {x["num_threads"] for x in pools} == {1}
+
+
 def test_a_child_process_has_its_callers_environment(tmp_path, monkeypatch):
     """And the hla that is tested before any other on its path."""
     monkeypatch.chdir(tmp_path)

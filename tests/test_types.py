@@ -52,7 +52,7 @@ def test_signatures_are_the_pinned_ones(name):
 def test_names_in_types_are_those_that_there_are():
     assert get_args(options.Operator) == tuple(programs.CAUSAL) == tuple(programs.PREFIX)
     assert get_args(options.Form) == reference.FORMS
-    assert {*get_args(options.BackendName)} == {*backends.TABLE, *backends.RESERVED}
+    assert {*get_args(options.BackendName)} == {*backends.TABLE}
     for name in (*options.MASKS, *options.CONVENTIONS, *options.FORMS):
         assert f'"{name}"' in hla.scan.__doc__
 

@@ -31,9 +31,9 @@ class BackwardOverPeer(OverPeer):
 
 
 class StepOverPeer(OverPeer):
-    """The same, one token; softmax has T cached keys and values."""
+    """The same, one token; softmax has T cached keys and values, lines are bare array code."""
 
-    params = (tuple(TARGETS), OPERATORS, ("torch SDPA", "NumPy tokens"))
+    params = (tuple(TARGETS), OPERATORS, ("torch SDPA", "NumPy lines", "jnp lines", "torch lines"))
     workload = "step"
 
 

@@ -19,9 +19,9 @@ TABLE = {  # in the order in which they are tried; plugins come before the last
     "triton": "hla.backends.triton",
     "pallas": "hla.backends.pallas",
     "cupy": "hla.backends.cupy",
+    "numba": "hla.backends.numba",
     "array_api": "hla.backends.array_api",
 }
-RESERVED = ("numba",)  # known names, also before they are there
 GROUP = "hla.backends"
 warned: set[str] = set()
 
@@ -45,7 +45,7 @@ def plugins() -> Plugins:
     except Exception as error:  # of any package at all
         _warn(f"no plugins: the entry points here are not readable ({error!r})")
     ignored = {}
-    for name in sorted(points.keys() & {*TABLE, *RESERVED}):
+    for name in sorted(points.keys() & {*TABLE}):
         values = ", ".join(points.pop(name))
         ignored[name] = f"hla has the name {name!r} itself; rename the entry point of {values}"
         _warn(f"a plugin is ignored: {ignored[name]}")

@@ -100,6 +100,23 @@ def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
     return found
 
 
+def again_step(request: Request, inputs: Inputs, donate: bool) -> Any:
+    """Return what does such a `step` of other arrays laid out alike, or None."""
+    return _kernels().steps.again(request, inputs, donate)
+
+
+def again_forward(request: Request, inputs: Inputs, axis: int) -> Any:
+    """Return what does such a `forward` of other arrays laid out alike, or None."""
+    return _kernels().again_forward(request, inputs, axis)
+
+
+def again_backward(
+    request: Request, inputs: Inputs, saved: Any, do: Array | None, dstate: Any, axis: int
+) -> Any:
+    """Return what does such a `backward` of other arrays laid out alike, or None."""
+    return _kernels().again_backward(request, inputs, saved, do, dstate, axis)
+
+
 def summarize(request: Request, inputs: Inputs) -> Any:
     """Return the segment of a whole sequence, by the generic code."""
     return array_api.summarize(request, inputs)

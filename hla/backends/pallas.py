@@ -1,4 +1,4 @@
-"""Pallas for JAX arrays: plans by kernels of Mosaic GPU (Hopper) and of TPUs; by name alone.
+"""Pallas for JAX arrays: plans by kernels of Mosaic GPU (Hopper) and, by name, of TPUs.
 
 Under a trace, which has no device, the platform is chosen where the program is lowered; elsewhere
 than on a GPU or TPU it then runs the kernels' text as plain jnp. On the host Pallas' interpreter
@@ -24,6 +24,7 @@ CAPABILITIES = Capabilities(
     ("float16", "bfloat16", "float32"),
     libraries=("jax",),
     native="jax",
+    serves=(("jax", True),),
     forms=("chunked",),
     traced=("jax",),
     opaque=True,
@@ -89,13 +90,24 @@ def unable(request: Request) -> str | None:
     return f"it runs on {NEEDS}, these arrays are on {where}"
 
 
+def automatic(request: Request) -> bool:
+    """Whether backend=None may pick it: not on TPUs, where it was never timed.
+
+    A trace may end on any accelerator here: these are to be of one kind.
+    """
+    here = {where for name, where in _platforms().items() if "CPU" not in name.upper()}
+    there = here if request.device == "traced" else {_platform(request)}
+    return len(there) == 1 and "tpu" not in there
+
+
 def plan(request: Request) -> str:
     """Say in words how the request is computed."""
     from ..device import plan as plans
     from ..kernels.pallas import run
 
     if _one_token(request):
-        return "one token, by what XLA fuses of the generic code"
+        one = _platform(request) in ("", "cuda") and _in_one_kernel(request)
+        return f"one token, {'in one kernel' if one else 'by what XLA fuses of the generic code'}"
     where = _platform(request) or "cuda"
     tokens = run.segments(request, where)
     found = plans.forward(request, run.limits(request, where), run.fitting(request, where), tokens)
@@ -104,6 +116,15 @@ def plan(request: Request) -> str:
 
 def _one_token(request: Request) -> bool:
     return request.tokens == 1 and not request.gradient
+
+
+def _in_one_kernel(request: Request) -> bool:
+    """Whether Mosaic GPU has a kernel of one token for a request."""
+    if not _mosaic():
+        return False
+    from ..kernels.pallas import token
+
+    return token.fits(request)
 
 
 def _run(name: str, request: Request, *given: Any) -> Any:
@@ -128,12 +149,33 @@ def _run(name: str, request: Request, *given: Any) -> Any:
     return jax.lax.platform_dependent(*given, **on, default=default)
 
 
+def _token(request: Request, inputs: Inputs) -> tuple[Array, Any]:
+    """Return (o, state or None) of one token."""
+    import jax
+
+    def generic(inputs: Inputs) -> tuple[Array, Any]:
+        if request.return_state:
+            return array_api.step(request, inputs, False)
+        return array_api.forward(request, inputs)[:2]
+
+    where = "" if request.device == "traced" else _platform(request)
+    if where in ("host", "tpu") or not _in_one_kernel(request):
+        return generic(inputs)
+    from ..kernels.pallas import lowering, token
+
+    kernel = functools.partial(token.step, request)
+    if where:
+        return kernel(inputs)
+    found: tuple[Array, Any] = jax.lax.platform_dependent(
+        inputs, cuda=lowering.alone("cuda", kernel, generic), default=generic
+    )
+    return found
+
+
 def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
     """Return (o, state, what `backward` needs)."""
-    if _one_token(request) and request.return_state:
-        return *array_api.step(request, inputs, False), ()
     if _one_token(request):
-        return array_api.forward(request, inputs)
+        return *_token(request, inputs), ()
     found: tuple[Array, Any, tuple[Array, ...]] = _run("forward", request, inputs)
     return found
 

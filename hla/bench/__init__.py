@@ -29,7 +29,7 @@ from .measure import (
     memories,
     quartiles,
 )
-from .workloads import DTYPES, GATES, OPERATORS, WORKLOADS, Case
+from .workloads import CALL, COMPILED, DTYPES, GATES, HOST, OPERATORS, WORKLOADS, Case
 
 __all__ = ["add_arguments", "run"]
 SCHEMA = 2  # of bench.json
@@ -168,3 +168,7 @@ def _plan(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
             yield workload, case._replace(operator=operator)
     for tokens in sorted(set(others) - {first}):
         yield "forward", case._replace(operator=operators[0], tokens=tokens)
+    if not args.quick:
+        yield COMPILED, case._replace(operator=operators[0])
+        for workload in HOST:
+            yield workload, CALL._replace(operator=operators[0])

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ class Library(NamedTuple):
     compile: Callable[[Callable[..., Any]], Callable[..., Any]]
     vjp: Callable[[Callable[..., Array]], Callable[..., Arrays]] | None = None
     meter: Meter | None = None
+    fuse: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None  # a compiler by choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +98,14 @@ def _torch(accelerator: bool) -> Library:
     def array(x: Host, dtype: str) -> Array:
         return torch.from_numpy(x).to(device, getattr(torch, dtype))
 
+    def fuse(f: Callable[..., Any]) -> Callable[..., Any]:
+        if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+            raise NotImplementedError("torch.compile needs a C++ compiler")
+        compiled: Callable[..., Any] = torch.compile(f, fullgraph=True)
+        return compiled
+
     meter = Meter(event_seconds, bytes_beyond) if accelerator else None
-    return Library(array, wait, lambda f: f, vjp, meter)
+    return Library(array, wait, lambda f: f, vjp, meter, fuse)
 
 
 def event_seconds(start: Callable[[], Arrays], seconds: float) -> list[float]:

@@ -21,7 +21,7 @@ import hla
 
 from .libraries import Call
 from .peers import PEERS, SOFTMAX, Floor, floor, peer
-from .workloads import Case, Target, Work, Wrong, checked, targets, work
+from .workloads import HOST, Case, Target, Work, Wrong, checked, targets, work
 
 ROOT = str(Path(hla.__file__).parents[1])
 BATCH = 5e-3  # seconds: shorter calls are timed several at once
@@ -102,7 +102,7 @@ def measure_case(
     Parameters
     ----------
     workload : str
-        One of `hla.bench.workloads.WORKLOADS`.
+        One of `hla.bench.workloads.WORKLOADS`, or another that its `work` takes.
     case : Case
         Operator and size.
     before : iterable of Row
@@ -120,6 +120,8 @@ def measure_case(
     skipped: list[Skipped] = []
     for device in devices:
         accelerator = device == "gpu"
+        if workload in HOST and not accelerator:
+            continue  # there a call's own time is the host's
         here = {str(t): t for t in targets() if t.accelerator == accelerator}
         here = {name: t for name, t in here.items() if t.library in libraries}
         prepare = {name: functools.partial(work, t, workload, case) for name, t in here.items()}

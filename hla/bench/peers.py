@@ -21,10 +21,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import hla
+
 from ..core.programs import CAUSAL
 from ..libraries import library_of
 from .libraries import Array, Arrays, Call, Host, load
-from .workloads import DECAY, Case, Work, against_truth, inputs, sample
+from .workloads import (
+    COMPILED,
+    DECAY,
+    HOST,
+    Case,
+    Work,
+    against_truth,
+    awaited,
+    compiler,
+    inputs,
+    sample,
+)
 
 CHUNK = 64
 LIMIT = 0.02  # a peer promises no accuracy: its error is shown, and refused if plainly wrong
@@ -53,7 +66,7 @@ def peer(name: str, workload: str, case: Case, accelerator: bool = False) -> Wor
     ----------
     name : str
         One of `PEERS`.
-    workload : {"forward", "forward + backward", "step"}
+    workload : str
         As for `hla.bench.workloads.work`.
     case : Case
         Operator and size.
@@ -142,8 +155,13 @@ def _softmax(qkv: list[Host], scale: float) -> Host:
 
 
 def _fla(kernel: str, workload: str, case: Case, accelerator: bool) -> Work:
-    """flash-linear-attention: a first-order kernel once a pass, in its own layout (B, T, H, D)."""
-    lib = load("torch", accelerator)
+    """flash-linear-attention: a first-order kernel once a pass, in its own layout (B, T, H, D).
+
+    For the host's time once, whatever the operator.
+    """
+    lib = awaited(load("torch", accelerator), workload)
+    if workload in HOST:
+        workload, case = workload.removeprefix("host "), case._replace(operator="linear")
     if importlib.util.find_spec("fla") is None:
         raise NotImplementedError("fla-core is not installed")
     run_pass = getattr(importlib.import_module("fla.ops.simple_gla"), kernel)
@@ -270,7 +288,7 @@ def _numpy_tokens(workload: str, case: Case, accelerator: bool) -> Work:
     lib = load("numpy", False)
     q, k, v = inputs(case)[:3]
     q = q * np.asarray(case.scale, q.dtype)
-    D, last = case.width, case.tokens - 1
+    D = case.width
 
     def empty() -> tuple[Host, Host]:
         wide = 2 * D if case.operator == "hla3" else D
@@ -286,17 +304,56 @@ def _numpy_tokens(workload: str, case: Case, accelerator: bool) -> Work:
             o[:, :, t] = take(t, states)
         return (o,)
 
-    error = against_truth(workload, case)
-    if workload == "forward":
-        return Work(Call(scan, lib), error, LIMIT)
-    past = empty()
-    for t in range(last):
-        take(t, past)
+    return Work(Call(scan, lib), against_truth(workload, case), LIMIT)
 
-    def step() -> Arrays:
-        return (take(last, (past[0].copy(), past[1].copy())),)
 
-    return Work(Call(step, lib), error, LIMIT)
+def lines(operator: str, q: Array, k: Array, v: Array, state: Arrays) -> Arrays:
+    """Do a step as bare lines of any library, the denominators' states too: (o, *state)."""
+
+    def outer(k: Array, v: Array) -> Array:
+        return k[..., :, None] * v[..., None, :]
+
+    def read(q: Array, S: Array) -> Array:
+        return (q[..., None, :] @ S)[..., 0, :]
+
+    def weight(q: Array, m: Array) -> Array:
+        return (q[..., None, :] @ m[..., :, None])[..., 0]
+
+    if operator == "linear":
+        P, m = state
+        P, m = P + outer(k, v), m + k
+        return read(q, P), P, m
+    if operator == "hla2":
+        S, F, eta = state
+        S = S + outer(k, k)
+        y = read(q, S)
+        F, eta = F + outer(y, v), eta + y
+        return read(q, F), S, F, eta
+    if operator == "ahla":
+        P, m, E, n = state
+        P, m = P + outer(k, v), m + k
+        E, n = E + outer(k, read(q, P)), n + k * weight(q, m)
+        return read(q, E), P, m, E, n
+    S, P, m, F, eta = state
+    S, P, m = S + outer(k, k), P + outer(k, v), m + k
+    y = read(q, S)
+    F, eta = F + outer(y, read(q, P)), eta + y * weight(q, m)
+    return read(q, F), S, P, m, F, eta
+
+
+def _lines(library: str, workload: str, case: Case, accelerator: bool) -> Work:
+    lib, last = load(library, accelerator), case.tokens - 1
+    if case.dtype == "bfloat16":
+        raise NotImplementedError("bare lines are timed in float32 and float64")
+    q, k, v = inputs(case)[:3]
+    q = q * np.asarray(case.scale, q.dtype)
+    options: dict[str, Any] = {"operator": case.operator, "backend": "array_api"}
+    past = (x[:, :, :last] for x in (q, k, v))
+    _, state = hla.scan(*past, return_state=True, **options)
+    token = [lib.array(x[:, :, last], case.dtype) for x in (q, k, v)]
+    given = tuple(lib.array(x, case.dtype) for x in state)
+    step = compiler(lib, workload)(functools.partial(lines, case.operator))
+    return Work(Call(lambda: step(*token, given), lib), against_truth("step", case), LIMIT)
 
 
 def _fla_peer(kernel: str, workloads: tuple[str, ...]) -> Peer:
@@ -306,13 +363,16 @@ def _fla_peer(kernel: str, workloads: tuple[str, ...]) -> Peer:
 BOTH_WAYS = ("forward", "forward + backward")
 PEERS = {
     "torch SDPA": Peer("torch", (*BOTH_WAYS, "step"), (CPU, GPU), _attention),
-    "FLA": _fla_peer("chunk_simple_gla", BOTH_WAYS),
+    "FLA": _fla_peer("chunk_simple_gla", (*BOTH_WAYS, *HOST[:2])),
     "FLA fused": _fla_peer("fused_chunk_simple_gla", ("forward",)),
-    "FLA recurrent": _fla_peer("fused_recurrent_simple_gla", ("step",)),
+    "FLA recurrent": _fla_peer("fused_recurrent_simple_gla", ("step", HOST[2])),
     "jax SDPA": Peer("jax", BOTH_WAYS, (GPU,), _jax_attention),
     "jnp chunks": Peer("jax", BOTH_WAYS, (CPU, GPU), _jnp_chunks),
     "NumPy chunks": Peer("numpy", ("forward",), (CPU,), _numpy_chunks),
-    "NumPy tokens": Peer("numpy", ("forward", "step"), (CPU,), _numpy_tokens),
+    "NumPy tokens": Peer("numpy", ("forward",), (CPU,), _numpy_tokens),
+    "NumPy lines": Peer("numpy", ("step",), (CPU,), functools.partial(_lines, "numpy")),
+    "jnp lines": Peer("jax", ("step",), (CPU,), functools.partial(_lines, "jax")),
+    "torch lines": Peer("torch", ("step", COMPILED), (CPU,), functools.partial(_lines, "torch")),
 }
 
 SOFTMAX = "torch SDPA", "jax SDPA"  # another function than HLA, whose time grows by T squared
@@ -346,7 +406,7 @@ class Floor(NamedTuple):
 
     def seconds(self, workload: str, case: Case, product: float, copy: float) -> float | None:
         """Least time of a workload from the seconds that the two calls took in the same run."""
-        if workload == "step":
+        if workload not in BOTH_WAYS:
             return None
         least = operations(workload, case) / (self.product_operations / product)
         if self.copy is None:

@@ -15,11 +15,15 @@ from .. import tables
 from ..tables import Column
 from .measure import Row, Skipped
 from .peers import PEERS
+from .workloads import CALL, COMPILED, HOST
 
 TIMED = {
     "forward": "the output of hla.scan",
     "forward + backward": "the output and the gradients of q, k and v",
-    "step": "one token; torch SDPA: one query over T cached keys; FLA: a recurrent pass a step",
+    "step": "one token; torch SDPA: one query over T cached keys; FLA: a recurrent pass a step;"
+    " lines: the same by bare array lines, jnp's under jax.jit",
+    COMPILED: "the same, torch under torch.compile",
+    **dict.fromkeys(HOST, "until the call has returned; FLA: one call of it"),
 }
 
 
@@ -61,9 +65,10 @@ def show(console: Console, result: dict[str, Any], rows: list[Row], skipped: lis
     first = result["first"]
     what = _what(first)
     for workload, timed in TIMED.items():
-        some = [r for r in rows if r.workload == workload and r.tokens == first["tokens"]]
+        case = CALL._asdict() if workload in HOST else first
+        some = [r for r in rows if r.workload == workload and r.tokens == case["tokens"]]
         if some:
-            console.print(f"\n{workload}, T = {first['tokens']}, {what}: {timed}")
+            console.print(f"\n{workload}, T = {case['tokens']}, {_what(case)}: {timed}")
             show_times(console, some)
     lengths = sorted({r.tokens for r in rows})
     if len(lengths) > 1:

@@ -22,6 +22,8 @@ from .libraries import Array, Arrays, Call, Host, Library, load, to_host
 
 OPERATORS = ("hla2", "ahla", "hla3", "linear")
 WORKLOADS = ("forward", "forward + backward", "step")
+COMPILED = "compiled step"  # one step, under a compiler that is not the library's only way
+HOST = ("host forward", "host forward + backward", "host step")  # until the call has returned
 DTYPES = {"float32": 4, "float64": 8, "bfloat16": 2}  # float16 overflows without decay
 GATES = ("none", "decay", "log_gate")
 BLOCK, VALUES = 64, 1024  # an error is that of the worst block of so many tokens and values
@@ -55,6 +57,9 @@ class Case(NamedTuple):
     def scale(self) -> float:
         """What q is multiplied by."""
         return float(self.width**-0.5)
+
+
+CALL = Case(tokens=64, heads=1, dtype="bfloat16")  # whose work is less than that to start it
 
 
 class Target(NamedTuple):
@@ -143,7 +148,7 @@ def work(target: Target, workload: str, case: Case) -> Work:
     ----------
     target : Target
         Which backend, on which arrays.
-    workload : {"forward", "forward + backward", "step"}
+    workload : {"forward", "forward + backward", "step"}, `COMPILED` or one of `HOST`
         `hla.scan`; the same and the gradients of q, k and v (torch.autograd, jax.vjp, `hla.vjp`);
         or one `hla.step` from the state after T - 1 tokens. JAX is timed under one jax.jit.
     case : Case
@@ -154,13 +159,14 @@ def work(target: Target, workload: str, case: Case) -> Work:
     NotImplementedError
         The library or the hardware is missing, or the backend refuses (`hla.Unsupported`).
     """
-    lib = load(target.library, target.accelerator)
+    lib = awaited(load(target.library, target.accelerator), workload)
+    workload = workload.removeprefix("host ")
     *qkv, do, gate = inputs(case)
     q, k, v = (lib.array(x, case.dtype) for x in qkv)
     log_gate = lib.array(gate, case.dtype) if case.gate == "log_gate" else None
     options = {**_options(case, log_gate), "backend": target.backend}
-    if workload == "step":
-        return _step(lib, case, (q, k, v), options)
+    if workload in ("step", COMPILED):
+        return _step(compiler(lib, workload), lib, case, (q, k, v), options)
 
     def function(q: Array, k: Array, v: Array) -> Array:
         return hla.scan(q, k, v, **options)
@@ -179,7 +185,23 @@ def work(target: Target, workload: str, case: Case) -> Work:
     return Work(Call(lambda: timed(*arrays), lib), error, _limit(workload, case))
 
 
-def _step(lib: Library, case: Case, arrays: Arrays, options: dict[str, Any]) -> Work:
+def awaited(lib: Library, workload: str) -> Library:
+    """Return a library as it is timed: for the host's time nothing is awaited, nor metered."""
+    return lib._replace(wait=lambda out: out, meter=None) if workload in HOST else lib
+
+
+def compiler(lib: Library, workload: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return what compiles one step; NotImplementedError where none does beside the library's."""
+    if workload != COMPILED:
+        return lib.compile
+    if lib.fuse is None:
+        raise NotImplementedError("no compiler but its own, if any")
+    return lib.fuse
+
+
+def _step(
+    compiled: Callable[..., Any], lib: Library, case: Case, arrays: Arrays, options: dict[str, Any]
+) -> Work:
     past, now = dict(options), dict(options)
     if "log_gate" in options:
         past["log_gate"] = options["log_gate"][..., :-1]
@@ -187,7 +209,7 @@ def _step(lib: Library, case: Case, arrays: Arrays, options: dict[str, Any]) -> 
     q, k, v = (x[..., :-1, :] for x in arrays)
     _, state = hla.scan(q, k, v, return_state=True, **past)
     token = [x[..., -1, :] for x in arrays]
-    timed = lib.compile(lambda q, k, v, state: hla.step(q, k, v, state, **now))
+    timed = compiled(lambda q, k, v, state: hla.step(q, k, v, state, **now))
     error = against_truth("step", case)
     return Work(Call(lambda: timed(*token, state), lib), error, _limit("step", case))
 

@@ -33,9 +33,8 @@ def library_of(x: Array) -> Library:
 
 def _library(x: Array) -> Library:
     if not compat.is_array_api_obj(x):
-        name = type(x).__module__.split(".", 1)[0]  # a device array without a namespace
-        there = name in ADAPTERS and hasattr(type(x), "__cuda_array_interface__")
-        return adapter(name if there else "", None)
+        memory = hasattr(type(x), "__cuda_array_interface__")  # on a device, without a namespace
+        return adapter("numba" if memory else "", None)
     xp = compat.array_namespace(x)
     refused = isinstance(x, np.ma.MaskedArray) or compat.is_dask_array(x)
     if refused or compat.is_pydata_sparse_array(x):

@@ -60,6 +60,7 @@ class Request:
     form: str | None = None
     chunk_size: int | None = None
     tf32: bool = False
+    donate: bool = False  # under a trace, of one token: the given state may be overwritten
     axis: int = -2  # the caller's token axis, where no strides tell the order in memory
 
     def __hash__(self) -> int:

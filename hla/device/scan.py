@@ -16,6 +16,7 @@ from ..core.namespace import expand, sum_to
 from ..core.passes import Shape
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request
+from ..states.packed import STATE_OF
 from . import plan as plans
 from .shapes import saved as saved_names
 from .steps import Buffer, Limits, Plan, Ref, Row, Step
@@ -302,6 +303,25 @@ class Runner:
 
         return again
 
+    def again_forward(self, request: Request, inputs: Inputs, axis: int) -> Again | None:
+        """Return what does such a `forward` of other arrays, or None; see `again`."""
+        if not _full(request, inputs.state):
+            return None
+        return self.again(
+            request, Kind(False, inputs.state is not None), given(request, inputs), axis
+        )
+
+    def again_backward(
+        self, request: Request, inputs: Inputs, saved: Sequence[Array], do: Any, dstate: Any,
+        axis: int,
+    ) -> Again | None:  # fmt: skip
+        """Return what does such a `backward` of the inputs, saved, do and dstate in a row."""
+        if do is None or not (_full(request, inputs.state) and _full(request, dstate)):
+            return None
+        kind = Kind(True, inputs.state is not None, do.dtype, dstate is not None)
+        arrays = [*given(request, inputs), *saved, do, *(dstate or ())]
+        return self.again(request, kind, arrays, axis)
+
     def forward(
         self, request: Request, inputs: Inputs, tokens: int | None = None
     ) -> tuple[Array, Any, tuple[Array, ...]]:
@@ -368,6 +388,16 @@ def given(request: Request, inputs: Inputs) -> list[Array]:
     if request.gate is not None:
         found.append(decay if log_gate is None else log_gate)
     return found if state is None else [*found, *_states(request, state)]
+
+
+def _full(request: Request, state: Any) -> bool:
+    """Whether every field of a state, if there is one, has its full shape."""
+    if state is None:
+        return True
+    if type(state) in STATE_OF:
+        return False
+    full = request.state_shapes()
+    return all(x is not None and tuple(x.shape) == full[n] for n, x in state._asdict().items())
 
 
 def _states(request: Request, state: Any) -> list[Array]:

@@ -75,6 +75,7 @@ class Ops(NamedTuple):
     advanced: Callable[[Array | None, Array | None, Array, Any, Shape, bool], Array]
     read: Callable[[Array, Array | None, Shape], Array]
     weight: Callable[[Array, Array | None, Shape], Array]
+    both: Callable[..., tuple[Array, Array] | None] | None = None
 
 
 def run(request: Request, inputs: Inputs, ops: Ops, donate: bool) -> tuple[Array, Any]:
@@ -87,7 +88,8 @@ def run(request: Request, inputs: Inputs, ops: Ops, donate: bool) -> tuple[Array
     ops : Ops
         ``advanced(S, gate, k, v, shape, donate)`` is gate * S + k * v of its full shape, S and the
         gate None where there are none; ``read(q, S, shape)`` is q' S and ``weight(q, m, shape)``
-        q' m, zeros of None.
+        q' m, zeros of None. ``both(S, gate, q, k, v, shape, donate)``, where there is one, advances
+        a matrix and reads it, or returns None.
     donate : bool
         Whether `updates`, and the fields are whole and in memory of their own.
     """
@@ -102,19 +104,25 @@ def run(request: Request, inputs: Inputs, ops: Ops, donate: bool) -> tuple[Array
     dens: dict[str, Array] = {}  # denominators of every name that has one but v, whose is 1
     for turn in turns(request):
         q, k, v, matrix = x[turn.q], x[turn.k], x[turn.v], turn.matrix
+        both = None
         if turn.first:
             gate = _gate(inputs, turn.power, factors)
-            before[matrix] = given.get(matrix)
-            square = None if gate is None else gate[..., None]
-            pair = k[..., :, None], v[..., None, :]
-            after[matrix] = ops.advanced(before[matrix], square, *pair, turn.shape, donate)
+            before[matrix] = S = given.get(matrix)
+            if ops.both and not turn.strict:
+                both = ops.both(S, gate, q, k, v, turn.shape, donate)
+            if both:
+                after[matrix] = both[0]
+            else:
+                square = None if gate is None else gate[..., None]
+                pair = k[..., :, None], v[..., None, :]
+                after[matrix] = ops.advanced(S, square, *pair, turn.shape, donate)
             if turn.vector:
                 before[turn.vector] = given.get(turn.vector)
                 ones = 1 if turn.v == "v" else dens[turn.v][..., None]
                 own = before[turn.vector], gate, k, ones, turn.vector_shape
                 after[turn.vector] = ops.advanced(*own, donate)
         states = before if turn.strict else after
-        _add(x, turn, ops.read(q, states[matrix], turn.shape))
+        _add(x, turn, both[1] if both else ops.read(q, states[matrix], turn.shape))
         if turn.weighs and turn.vector:
             _add(dens, turn, ops.weight(q, states[turn.vector], turn.vector_shape))
     o = x["o"]

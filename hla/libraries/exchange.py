@@ -59,7 +59,25 @@ def loaded(name: str) -> Backend:
         found = _on_native(native, lambda inputs: backend.step(request, inputs, donate), inputs)
         return found
 
-    return backend._replace(forward=forward, backward=backward, step=step)
+    return backend._replace(
+        forward=forward,
+        backward=backward,
+        step=step,
+        again_step=_of_its_own(native, backend.again_step),
+        again_forward=_of_its_own(native, backend.again_forward),
+        again_backward=_of_its_own(native, backend.again_backward),
+    )
+
+
+def _of_its_own(native: str, again: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """Return what does a call again if its arrays need not be handed over."""
+    if again is None:
+        return None
+
+    def own(request: Request, inputs: Inputs, *more: Any) -> Any:
+        return again(request, inputs, *more) if library_of(inputs.q).name == native else None
+
+    return own
 
 
 def _on_native(native: str, function: Callable[..., Any], inputs: Inputs, *more: Any) -> Any:

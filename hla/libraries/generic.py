@@ -57,6 +57,11 @@ class Generic:
         self.name, self.xp = name, xp
         self._kept: dict[Any, np.ndarray[Any, Any]] = {}
 
+    @property
+    def borrowed(self) -> bool:
+        """Whether another library computes with its arrays."""
+        return False
+
     def device(self, x: Array) -> Any:
         """Device on which to make arrays beside ``x``; None where they follow it by themselves."""
         return compat.device(x)
@@ -179,6 +184,10 @@ class Generic:
         """
         return None
 
+    def address(self, x: Array) -> int:
+        """Return where the memory of an array that `alike` takes starts."""
+        raise NotImplementedError(f"{self.name} does not tell addresses")
+
     def dtype_name(self, x: Array) -> str:
         """Bare name of the dtype."""
         kind: Any = type(x.dtype)
@@ -250,6 +259,10 @@ class Generic:
     def take(self, x: Array) -> Array:
         """Return an array of the memory of ``x``, which another library lends."""
         return self.xp.from_dlpack(x)
+
+    def lent(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a function with arrays of the library that computes with those of this one."""
+        return function(*args, **options)
 
     def stream(self, x: Array) -> int | None:
         """Return the stream on which the caller uses ``x``; None where DLPack orders the work."""

@@ -53,6 +53,8 @@ def step(
     backend: str, node: bool, request: Request, inputs: Inputs, donate: bool
 ) -> tuple[Array, Any]:
     """Return (o, state) of one token, differentiable."""
+    if donate and request.traced:
+        request = dataclasses.replace(request, donate=True)
     o, state, _ = forward(backend, node, request, inputs._replace(state=unpacked(inputs.state)))
     return o, state
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,28 @@ class NumPy(Generic):
         """Return shape and dtype, as long as it is no subclass."""
         return (x.shape, x.dtype) if type(x) is np.ndarray else None
 
+    signature = key
+
+    def alike(self, arrays: Sequence[Array]) -> Callable[[list[Array]], list[int] | None] | None:
+        """Return what gives no address of arrays laid out like these, and None of others."""
+        if any(type(x) is not np.ndarray for x in arrays):
+            return None
+        kinds = [(x.dtype, x.shape, x.strides, x.flags.num) for x in arrays]
+
+        def addresses(found: list[Array]) -> list[int] | None:
+            for x, kind in zip(found, kinds, strict=True):
+                if type(x) is not np.ndarray:
+                    return None
+                if (x.dtype, x.shape, x.strides, x.flags.num) != kind:
+                    return None
+            return []
+
+        return addresses
+
+    def number(self, value: float, dtype: Any, like: Array) -> Array:
+        """Return a number as an array, which is kept and not to be written."""
+        return _number(value, dtype)
+
     def device(self, x: Array) -> Any:
         """Return "cpu"."""
         return "cpu"
@@ -50,6 +74,13 @@ class NumPy(Generic):
     def host_values(self, x: Array) -> np.ndarray[Any, Any] | None:
         """Return it."""
         return np.asarray(x)
+
+
+@functools.lru_cache(maxsize=256)
+def _number(value: float, dtype: Any) -> Array:
+    x = np.asarray(value, dtype)
+    x.flags.writeable = False
+    return x
 
 
 NUMPY = NumPy()

@@ -21,6 +21,10 @@ def differentiable(name: str, library: str, node: bool) -> Any:
     """
     backend, own = loaded(name), named(library)
     opaque = own.wraps(backend.capabilities)
+    if not own.rule and own.again and backend.again_forward:
+        way = importlib.import_module(own.again)
+        more = {f"again_{x}": functools.partial(getattr(way, x), name) for x in ("scan", "vjp")}
+        return SimpleNamespace(**backend._asdict(), **more)
     if not own.rule or not (opaque or (node and backend.empty is not None)):
         return backend
     rule = importlib.import_module(own.rule)

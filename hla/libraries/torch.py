@@ -59,6 +59,11 @@ class Torch(Generic):
         """Return what tells tensors like these, by one question to torch: see `torch_alike`."""
         return alike(arrays)
 
+    def address(self, x: Array) -> int:
+        """Return where its memory starts."""
+        address: int = x.data_ptr()
+        return address
+
     def device(self, x: Array) -> Any:
         """Return its device."""
         return x.device

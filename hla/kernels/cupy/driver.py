@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -21,14 +22,18 @@ _functions: dict[Any, Function] = {}
 _lock = threading.Lock()
 
 
+def options(name: str) -> tuple[str, ...]:
+    """Return options of the compiler beside CuPy's own."""
+    return ("-arch=sm_90a",) if name.startswith("hopper") else ()
+
+
 def load(name: str, constants: Constants, shared: int, card: Card) -> Function:
     """Return a kernel, the only one of its file, on a device: compiled once for its constants."""
     key = name, tuple(constants.items()), shared, card.device
     found = _functions.get(key)
     if found is None:
         with _lock, cupy.cuda.Device(card.device):
-            options = ("-arch=sm_90a",) if name.startswith("hopper") else ()
-            module = cupy.RawModule(code=source(name, constants), options=options)
+            module = cupy.RawModule(code=source(name, constants), options=options(name))
             kernel = module.get_function(f"{name.removesuffix('.cu')}_kernel")
             if shared > 48 << 10:
                 kernel.max_dynamic_shared_size_bytes = shared
@@ -48,9 +53,19 @@ def card_of(index: int) -> Card:
 
 def empty(shape: Shape, strides: Shape, dtype: Any, card: Card) -> Array:
     """Allocate an array with strides, in elements, that leave no gaps."""
-    size = dtype.itemsize
-    memory = cupy.empty(shape, dtype)
-    return cupy.ndarray(shape, dtype, memory.data, tuple(n * size for n in strides))
+    size, steps = _bytes(shape, strides, dtype.itemsize)
+    return cupy.ndarray(shape, dtype, cupy.cuda.alloc(size), steps)
+
+
+def view(x: Array, shape: Shape, strides: Shape) -> Array:
+    """Return an array of the memory of x, of strides in elements."""
+    return cupy.ndarray(shape, x.dtype, x.data, _bytes(shape, strides, x.dtype.itemsize)[1])
+
+
+@functools.lru_cache(maxsize=4096)
+def _bytes(shape: Shape, strides: Shape, size: int) -> tuple[int, Shape]:
+    """Return the bytes of an array without gaps, and its strides in bytes."""
+    return math.prod(shape) * size, tuple(n * size for n in strides)
 
 
 _constants: dict[Any, Array] = {}
@@ -88,7 +103,7 @@ def inside(card: Card, function: Callable[[], Any]) -> Any:
 
 CUPY = Library(
     Memory(
-        xp, load, lambda x: card_of(x.data.device_id), empty, constant, dtype,
+        xp, load, lambda x: card_of(x.data.device_id), empty, view, constant, dtype,
         lambda x: x.data.ptr, inside,
     )
 )  # fmt: skip

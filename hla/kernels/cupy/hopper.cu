@@ -65,6 +65,7 @@ static_assert(U_TAKEN + 8 <= SHARED, "more shared memory than a block is given")
 constexpr int OWNER_REGISTERS = 224, MOVER_REGISTERS = 56;
 
 enum { AT_Q, AT_K, AT_V, AT_Y, AT_U, AT_O, AT_GATE, AT_START, AT_END = AT_START + 3, OPERANDS = AT_END + 3 };
+#include "sweep.cuh"
 #include "owners.cuh"
 
 // ---- The warpgroups

@@ -6,8 +6,10 @@ import functools
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from ...core.passes import Shape, broadcast
+from ...core.programs import Passes
 from ...core.request import Request
 from ...device.rows import kept, masked
 from ...device.scan import Call, heads
@@ -24,14 +26,19 @@ STARTS, ENDS = ("start1", "start2", "start3"), ("end1", "end2", "end3")
 
 def rows(request: Request, card: Card) -> tuple[Row, ...]:
     """Return the fused rows of a request."""
+    found = steps(request) if card.capability == (9, 0) else ()
+    return (Row(NAME.format(request.operator), found, segments=True),) if found else ()
+
+
+def steps(request: Request) -> Passes:
+    """Return the passes that a fused kernel of the forward does of a request, if any."""
     D, V = request.k_shape[-1], request.v_shape[-1]
-    if card.capability != (9, 0) or request.dtype != "bfloat16" or max(D, V) > WIDEST:
+    if request.dtype != "bfloat16" or not 0 < min(D, V) <= max(D, V) <= WIDEST:
         return ()
     count = masked(request) if request.operator in OPERATORS else 0
-    if request.empty or 0 in (D, V) or not count:
+    if request.empty or not count:
         return ()
-    steps = tuple(s for s in request.passes if s.step < count and "|" not in s.out)
-    return (Row(NAME.format(request.operator), steps, segments=True),)
+    return tuple(s for s in request.passes if s.step < count and "|" not in s.out)
 
 
 def operands(operator: str, fused: Fused, gate: str | None) -> dict[str, Ref | None]:
@@ -57,18 +64,26 @@ def kernels(operator: str, load: Load, call: Call, fused: Fused) -> Iterator[Ker
     NotImplementedError
         It adds to what there is, or weighs what it writes.
     """
-    if any(x.add or x.write != 1.0 for x in fused.launches):
-        raise NotImplementedError(f"no fused kernel does {fused}")
-    request, launches = call.request, fused.launches
-    refs = operands(operator, fused, request.gate)
-    dtypes = {n: call.dtypes[x.name] for n, x in refs.items() if x}
-    D, V = (call.place(x).layout.shape[-1] for x in (refs["k"], refs["v"]) if x)
-    fixed = settings(operator, refs, dtypes, D, V, request.gate)
+    refs, dtypes, D, V = given(operator, call, fused)
+    launches = fused.launches
+    fixed = settings(operator, refs, dtypes, D, V, call.request.gate)
     yield from sweeps(
         load, call, "hopper.cu", broadcast(*(x.batch for x in launches)), refs, D, V,
         [x.read for x in launches], launches[0].tokens, fixed,
         tiles=-(-V // HALF) if operator == "hla3" else 1,
     )  # fmt: skip
+
+
+def given(
+    operator: str, call: Call, fused: Fused
+) -> tuple[dict[str, Ref | None], dict[str, Any], int, int]:
+    """Return the operands of a fused step, their dtypes, and the columns of keys and values."""
+    if any(x.add or x.write != 1.0 for x in fused.launches):
+        raise NotImplementedError(f"no fused kernel does {fused}")
+    refs = operands(operator, fused, call.request.gate)
+    dtypes = {n: call.dtypes[x.name] for n, x in refs.items() if x}
+    D, V = (call.place(x).layout.shape[-1] for x in (refs["k"], refs["v"]) if x)
+    return refs, dtypes, D, V
 
 
 def sweeps(
@@ -136,7 +151,7 @@ def constants(
         if address and not (name == "o" and fixed["WIDE"]):
             moves = (address, *(2 * n for n in own[:-1]))
             fast &= own[-1] == 1 and not any(n % 16 for n in moves)
-    return {**fixed, "FAST": int(fast)}, SHARED
+    return {**fixed, "FAST": int(fast)}, fixed.get("SHARED_BYTES", SHARED)
 
 
 KERNELS = {NAME.format(x): functools.partial(kernels, x) for x in OPERATORS}

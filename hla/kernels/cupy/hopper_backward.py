@@ -1,4 +1,4 @@
-"""The adjoints of hla2 and ahla on Hopper in sweeps: rows of the planner, their launches.
+"""The adjoints of hla2, ahla and hla3 on Hopper in sweeps: rows of the planner, their launches.
 
 A gate's gradient, and segments, run by passes.
 """
@@ -9,14 +9,37 @@ from collections.abc import Callable, Iterator
 
 from ...core.programs import adjoint
 from ...core.request import Request
-from ...device.rows import flipped, masked
+from ...device.rows import flipped, masked, matched
 from ...device.scan import Call, Do
-from ...device.steps import Fused, Ref, Row
+from ...device.steps import Fused, Launch, Ref, Row
 from .hopper import GATES, HALF, SHARED, sweeps
 from .launch import WIDEST, Card, Constants, Load, passes
 
-HLA2 = "hla2 on Hopper: dy, dv, dk", "hla2 on Hopper: dq"
-SWEEPS = {"hla2": ((HLA2[0], True), (HLA2[1], False))}  # name, whether last token first
+Sweep = tuple[str, bool, tuple[int, ...]]  # name, whether last token first, of which steps
+SWEEPS: dict[str, tuple[Sweep, ...]] = {
+    "hla2": (
+        ("hla2 on Hopper: dy, dv, dk", True, (0, 1)),
+        ("hla2 on Hopper: dq", False, (0, 1)),
+    ),
+    "ahla": (
+        ("ahla on Hopper: du, dv, dk", True, (0, 1)),
+        ("ahla on Hopper: dq", False, (0, 1)),
+    ),
+    "hla3": (
+        ("hla3 on Hopper: dy, du", True, (2,)),
+        ("hla3 on Hopper: dv, dk", True, (0, 1)),
+        ("hla3 on Hopper: dq of y and u", False, (0, 1)),
+        ("hla3 on Hopper: dq of o", False, (2,)),
+    ),
+}
+
+GATED = SWEEPS | {
+    "ahla": (
+        ("ahla on Hopper: du, dk", True, (1,)),
+        ("ahla on Hopper: dv, dk", True, (0,)),
+        SWEEPS["ahla"][1],
+    ),
+}
 
 
 def rows(request: Request, card: Card) -> tuple[Row, ...]:
@@ -29,10 +52,13 @@ def rows(request: Request, card: Card) -> tuple[Row, ...]:
     if not plain or request.scale == 0 or not 0 < min(D, V) <= max(D, V) <= WIDEST:
         return ()
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
+    alike = request.operator != "hla3" or matched(request)
     return tuple(
-        Row(name, tuple(s for s in back if s.reverse == last), in_place=not last)
-        for name, last in SWEEPS[request.operator]
-    )
+        Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
+            in_place=not last, adds=not last or len(of) == 1)
+        for name, last, of in (GATED if request.gate else SWEEPS)[request.operator]
+        if alike or len(of) == 1
+    )  # fmt: skip
 
 
 def side(D: int, V: int) -> int:
@@ -64,38 +90,107 @@ def reverse(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     dy, dv, _, dk = s.launches
     refs: dict[str, Ref | None] = {
         "q": dy.v[0], "k": dk.q[0], "v": dy.q[0], "do": dv.v[0], "y": dv.q[0],
-        "dy": dy.o[0], "dv": dv.o[0], "dk": dk.o[0], "gate": gate(call),
-        "R": flipped(dv.start[0]), "Z": dk.start[0],
-        "end": flipped(dv.end[0]) if dv.end else None,
+        "dy": dy.o[0], "dv": dv.o[0], "dk": dk.o[0],
     }  # fmt: skip
-    D, V = widths(call)
-    factors = dv.write, 1 / dv.write
-    fixed = settings(call, D, V)
-    yield from sweeps(
-        load, call, "hopper_reverse.cu", dv.batch, refs, D, V, factors, dv.tokens, fixed
-    )
-    if any(dk.end):  # of the two that make up Z the kernel keeps the sum
-        alone = dk.states_alone()
-        yield from passes(load, call, alone)
+    yield from _reverse(load, call, refs, dv, dk, 2)
 
 
-def queries(load: Load, call: Call, s: Fused) -> Iterator[Do]:
-    """Yield the sweep of dq, first token first."""
-    first, second = s.launches
-    ahla = first.v == second.v != second.k  # k in both
-    v, y = (second.k[0], first.k[0]) if ahla else (first.k[0], first.v[0])
-    refs = {
-        "k": second.v[0], "v": v, "do": first.q[0], "y": y, "dy": second.q[0], "dq": first.o[0],
-        "gate": gate(call), "S": second.start[0], "F": first.start[0],
+def one_state(load: Load, call: Call, s: Fused) -> Iterator[Do]:
+    """Yield a sweep of one state: hla3's of dy and du, ahla's of dk and of du or dv."""
+    dk, dx = s.launches
+    refs: dict[str, Ref | None] = {
+        "q": dk.v[0], "k": None, "v": dk.q[0], "do": dk.k[0], "y": dx.q[0],
+        "dk": dk.o[0], "dx": dx.o[0], "none": None,
+    }  # fmt: skip
+    power = 3 if call.request.operator == "hla3" else 1
+    yield from _reverse(load, call, refs, dx, None, power, adds=dk.add)
+
+
+def summed(load: Load, call: Call, s: Fused) -> Iterator[Do]:
+    """Yield hla3's sweep of dv and dk, last token first."""
+    dk, dv, _, more = s.launches
+    refs: dict[str, Ref | None] = {
+        "q": dk.v[0], "k": more.v[0], "v": dk.q[0], "do": dk.k[0], "y": dv.q[0],
+        "none": None, "dv": dv.o[0], "dk": dk.o[0],
+    }  # fmt: skip
+    yield from _reverse(load, call, refs, dv, more, 1)
+
+
+def _reverse(
+    load: Load,
+    call: Call,
+    refs: dict[str, Ref | None],
+    x: Launch,
+    z: Launch | None,
+    power: int,
+    *,
+    adds: bool = False,
+) -> Iterator[Do]:
+    """Yield a sweep by the launches that leave R, of such a power, and Z, if there is one."""
+    refs |= {
+        "gate": gate(call), "R": flipped(x.start[0]), "Z": z and z.start[0],
+        "end": flipped(x.end[0]) if x.end else None,
     }  # fmt: skip
     D, V = widths(call)
-    fixed = settings(call, D, V)
+    own = {"R_POWER": power, "Z": int(z is not None), "ADDS": int(adds)}
+    fixed = {**settings(call, D, V), **own}
     yield from sweeps(
-        load, call, "hopper_queries.cu", first.batch, refs, D, V, (first.read,), first.tokens,
-        {**fixed, "AHLA": int(ahla)}, threads=128 * (side(D, V) // HALF) + 128,
+        load, call, "hopper_reverse.cu", x.batch, refs, D, V, (x.write, 1 / x.write), x.tokens,
+        fixed, threads=384 if z else 256,
+    )  # fmt: skip
+    if z and any(z.end):  # of the two that make up Z the kernel keeps the sum
+        yield from passes(load, call, z.states_alone())
+
+
+def ahla(load: Load, call: Call, s: Fused) -> Iterator[Do]:
+    """Yield ahla's sweep of du, dv and dk, last token first."""
+    dk, du, more, dv = s.launches
+    refs: dict[str, Ref | None] = {
+        "q": du.k[0], "k": du.q[0], "v": more.q[0], "do": du.v[0], "u": dk.q[0],
+        "du": du.o[0], "dv": dv.o[0], "dk": dk.o[0], "gate": gate(call),
+    }  # fmt: skip
+    for name, x in (("R", du), ("Z", dv)):
+        refs |= {name: flipped(x.start[0])}
+    for name, x in (("end R", du), ("end Z", dv)):
+        refs |= {name: flipped(x.end[0]) if x.end else None}
+    D, V = widths(call)
+    yield from sweeps(
+        load, call, "hopper_ahla.cu", du.batch, refs, D, V, (du.write, 1 / du.write), du.tokens,
+        settings(call, D, V),
     )  # fmt: skip
 
 
+def queries(load: Load, call: Call, s: Fused) -> Iterator[Do]:
+    """Yield a sweep of dq, first token first: of two states, or hla3's of o alone."""
+    first, *rest = s.launches
+    second = rest[0] if rest else None
+    refs: dict[str, Ref | None] = {
+        "k": second and second.v[0], "v": first.k[0], "do": first.q[0], "y": first.v[0],
+        "dy": second and second.q[0], "dq": first.o[0], "gate": gate(call),
+        "S": second and second.start[0], "F": first.start[0],
+    }  # fmt: skip
+    ahla = second is not None and first.v == second.v != second.k  # k in both
+    if second and ahla:
+        refs |= {"v": second.k[0], "y": first.k[0]}
+    D, V = widths(call)
+    own = {
+        "AHLA": int(ahla), "F_POWER": POWERS[call.request.operator, second is None],
+        "ONE": int(second is None), "ADDS": int(first.add),
+    }  # fmt: skip
+    yield from sweeps(
+        load, call, "hopper_queries.cu", first.batch, refs, D, V, (first.read,), first.tokens,
+        {**settings(call, D, V), **own}, threads=128 * (side(D, V) // HALF) + 128,
+    )  # fmt: skip
+
+
+# Of F's gate, by the operator and whether F is alone
+POWERS = {("hla2", False): 2, ("ahla", False): 1, ("hla3", False): 1, ("hla3", True): 3}
 KERNELS: dict[str, Callable[[Load, Call, Fused], Iterator[Do]]] = {
-    HLA2[0]: reverse, HLA2[1]: queries,
+    name: kernel
+    for sweeps_of, kernels in (
+        (SWEEPS["hla2"], (reverse, queries)), (SWEEPS["ahla"], (ahla, queries)),
+        (GATED["ahla"], (one_state, one_state, queries)),
+        (SWEEPS["hla3"], (one_state, summed, queries, queries)),
+    )
+    for (name, *_), kernel in zip(sweeps_of, kernels, strict=True)
 }  # fmt: skip

@@ -1,7 +1,9 @@
-// Adjoint of hla2 or ahla on Hopper, first token first: the gradient of q.
+// Adjoint on Hopper, first token first: the gradient of q.
 //
 //     hla2: F = sum y v' (power 2), S = sum k k'    dq = F do + S dy
 //     ahla: F = sum k u', S = sum k v'              dq = F do + S du
+//     hla3: F = sum k v', S = sum k k'              dq = F du + S dy
+//           F = sum y u' (power 3)                  dq += F do
 //
 // A block of threads does a head. Of 128 keys two warpgroups own 64 rows each of F and of S, in
 // float32 registers, so that dq is one accumulator and rounded once; both make the two tiles of pairs.
@@ -13,10 +15,10 @@
 // A gate's weights lie beside a chunk: see hopper.cu; there is one list, which F's power raises.
 //
 // Bytes a token and head, D = V = 128: 6 rows of 256, 0.268 ms for B = 8, T = 4096, H = 16 at 3.0
-// TB/s.
+// TB/s; of F alone 5 rows.
 //
-// Compiled for each AHLA, B (tiles of 64 or 128 keys and values), GATE (0 none, 1 decay, 2 log gate),
-// FAST, WHOLE and SHARED as hopper.cu.
+// Compiled for each AHLA, F_POWER, ONE (there is F alone) and ADDS (to what dq holds), B (tiles of 64
+// or 128 keys and values), GATE (0 none, 1 decay, 2 log gate), FAST, WHOLE and SHARED as hopper.cu.
 #include "ptx.cuh"
 #include "arrays.cuh"
 #include "warpgroup.cuh"
@@ -24,7 +26,7 @@
 #define BD B
 constexpr bool SPLIT = false;
 constexpr int TILE = W * B * 2, TILE_W = W * W * 2, STAGES = 2, OWNERS = B / 64;
-constexpr int GROUPS = 1, POWER = AHLA ? 1 : 2;  // of F
+constexpr int GROUPS = 1, POWER = F_POWER;
 constexpr double POWERS[] = {1};
 
 // Shared memory
@@ -36,14 +38,20 @@ static_assert(STORED + 16 <= SHARED, "more shared memory than a block is given")
 constexpr int OWNER_REGISTERS = 224, MOVER_REGISTERS = 56;
 
 enum { AT_K, AT_V, AT_G, AT_Y, AT_E, AT_DQ, AT_GATE, AT_S, AT_F, OPERANDS };
+#include "sweep.cuh"
 #include "owners.cuh"
+
+// Add the product of 64 columns of rows and a tile of pairs.
+DEVICE void read_pairs(float (&o)[32], u32 rows, u32 tile) {
+    UNROLL for (int i = 0; i < W / 16; i++) multiply<1, 1>(o, rows + i * 2048, tile + i * 2048, true);
+}
 
 // Own rows of F and S from 64 H on.
 template <int H> DEVICE void own(const Sweep &p, u32 base) {
     int chunks = Head(p).chunks();
     float scale = (float)p.factors[0], F[B / 2], S[B / 2];
     load_state(F, p, AT_F, H * 64, p.keys, p.values);
-    load_state(S, p, AT_S, H * 64, p.keys, AHLA ? p.values : p.keys);
+    if (!ONE) load_state(S, p, AT_S, H * 64, p.keys, AHLA ? p.values : p.keys);
     Ring<STAGES> at;
     #pragma unroll 1
     for (int c = 0; c < chunks; c++, at.next()) {
@@ -56,8 +64,8 @@ template <int H> DEVICE void own(const Sweep &p, u32 base) {
         float o[32];
         barrier_wait(base + FULL + 8 * at.i, at.turn);
         fence_async();
-        put_pair<true, POWER>(tile, x, g, weights + UNTIL);
-        make_pairs(tile + TILE_W, z, e, weights + UNTIL, 1 + H);
+        if (!ONE) put_pair(tile + TILE_W, z, e, weights + UNTIL);
+        make_pairs<true, POWER>(tile, x, g, weights + UNTIL, 1 + H);
         u32 a[B / 4];
         UNROLL for (int i = 0; i < B / 4; i++) a[i] = bf16_pair(F[2 * i], F[2 * i + 1]);
         products();
@@ -66,36 +74,41 @@ template <int H> DEVICE void own(const Sweep &p, u32 base) {
             products_begun();
             fade<POWER>(F, end);
             products_done(o);
-            if (POWER > 1) weigh_columns(o, weights + BEFORE);
-        } else {
-            UNROLL for (int i = 0; i < W / 16; i++) multiply<1, 1>(o, l_h + i * 2048, tile + i * 2048, true);
-            UNROLL for (int i = 0; i < W / 16; i++)
-                multiply<1, 1>(o, k_h + i * 2048, tile + TILE_W + i * 2048, true);
+            if (ONE || POWER > 1) weigh_columns<ONE ? POWER : POWER - 1>(o, weights + BEFORE);
+            products();
+        }
+        if (ONE || !GATE) {
+            read_pairs(o, l_h, tile);
+            if (!ONE) read_pairs(o, k_h, tile + TILE_W);
             products_begun();
             products_done(o);
         }
         unchanged(a);
-        UNROLL for (int i = 0; i < B / 4; i++) a[i] = bf16_pair(S[2 * i], S[2 * i + 1]);
-        products();
-        UNROLL for (int i = 0; i < B / 16; i++) multiply<0>(o, a + 4 * i, e + i / 4 * PANEL + i % 4 * 32, true);
-        products_begun();
-        if (GATE) fade(S, end);
-        products_done(o);
-        unchanged(a);
-        if (GATE) {
-            weigh_columns(o, weights + BEFORE);
+        if (!ONE) {
+            UNROLL for (int i = 0; i < B / 4; i++) a[i] = bf16_pair(S[2 * i], S[2 * i + 1]);
             products();
-            UNROLL for (int i = 0; i < W / 16; i++) multiply<1, 1>(o, l_h + i * 2048, tile + i * 2048, true);
-            UNROLL for (int i = 0; i < W / 16; i++)
-                multiply<1, 1>(o, k_h + i * 2048, tile + TILE_W + i * 2048, true);
+            UNROLL for (int i = 0; i < B / 16; i++) multiply<0>(o, a + 4 * i, e + i / 4 * PANEL + i % 4 * 32, true);
             products_begun();
+            if (GATE) fade(S, end);
             products_done(o);
+            unchanged(a);
+            if (GATE) {
+                weigh_columns(o, weights + BEFORE);
+                products();
+                read_pairs(o, l_h, tile);
+                read_pairs(o, k_h, tile + TILE_W);
+                products_begun();
+                products_done(o);
+            }
         }
         barrier_wait(base + STORED + 8 * (c & 1), (c >> 1 & 1) ^ 1);
         UNROLL for (int i = 0; i < 32; i++) o[i] *= scale;
         leave(out, o);
         arrive(base + THERE + 8 * (c & 1));
-        update<POWER>(F, l_h, x, weights + AFTER, S, k_h, z, weights + AFTER);
+        if (ONE)
+            update<POWER>(F, l_h, x, weights + AFTER);
+        else
+            update<POWER>(F, l_h, x, weights + AFTER, S, k_h, z, weights + AFTER);
         arrive(base + FREE + 8 * at.i);
     }
 }
@@ -114,14 +127,14 @@ DEVICE void move(const Sweep &p, u32 base) {
         u32 here = base + at.i * TILE;
         if (c < chunks) {
             barrier_wait(base + FREE + 8 * at.i, at.turn ^ 1);
-            k.load(here + KS, left), e.load(here + ES, left), v.load(here + VS, left);
-            g.load(here + GS, left), y.load(here + YS, left);
-            k.arrive(base + FULL + 8 * at.i);
+            if (!ONE) k.load(here + KS, left), e.load(here + ES, left);
+            v.load(here + VS, left), g.load(here + GS, left), y.load(here + YS, left);
+            v.arrive(base + FULL + 8 * at.i);
             if (GATE == 2) gate.put(base, at.i, (c + 1) * (i64)W, base + FULL + 8 * at.i);
         }
         if (c >= STAGES) {
             barrier_wait(base + THERE + 8 * at.i, at.turn ^ 1);
-            dq.store(base + OUTS + at.i * TILE, left + STAGES * W);
+            dq.store<ADDS>(base + OUTS + at.i * TILE, left + STAGES * W);
             arrive(base + STORED + 8 * at.i);
         }
     }

@@ -62,9 +62,8 @@ class Kernel:
     ) -> None:
         self.load, self.where, self.name, self.constants = load, where, name, constants
         self.grid, self.block, self.rest = (grid,), (threads,), rest
-        self.slots = [-1 if x is None else x.slot for x in operands]  # the last address is none
-        self.offsets = [
-            0 if x is None else x.layout.offset * size
+        self.places = [  # slot and bytes from its address; the last address is none
+            (-1, 0) if x is None else (x.slot, x.layout.offset * size)
             for x, size in zip(operands, sizes, strict=True)
         ]
         self.pack = struct.Struct(f"<{len(operands)}Q").pack
@@ -74,10 +73,7 @@ class Kernel:
 
     def __call__(self, arrays: list[Any], addresses: list[Any], stream: Any) -> None:
         """Launch it on arrays whose addresses are known."""
-        given = [
-            (addresses[slot] or 0) + offset
-            for slot, offset in zip(self.slots, self.offsets, strict=True)
-        ]
+        given = [(addresses[slot] or 0) + offset for slot, offset in self.places]
         if self.function is None:
             constants, self.shared = self.constants(given)
             self.function = self.load(self.name, constants, self.shared, self.where)

@@ -3,13 +3,6 @@
 // A file that includes this has the places of its operands in memory (`OPERANDS`, `AT_GATE`) and of
 // weights in shared memory (`WEIGHTS`, `ENDS`, `GROUPS` of lists a chunk, `POWERS` of the gate).
 
-struct Sweep {
-    u8 *at[OPERANDS];
-    Operand of[OPERANDS];  // of a state rows are values and columns keys
-    double factors[3];
-    i64 tokens, segment, keys, values, heads1, heads2;
-};
-
 constexpr int UNTIL = 0, BEFORE = W * 4, AFTER = W * 8;  // lists of a chunk's weights
 
 // Place in a ring
@@ -33,38 +26,6 @@ DEVICE void begin(u32 bar, int count, int arrivals) {
     UNROLL for (int i = 0; i < count; i++) barrier_init(bar + 8 * i, arrivals);
 }
 
-// Which head a block does, and which segment of it
-struct Head {
-    i64 head[3], segment, first, tokens;  // its first token, and how many there are
-    int tile = 0;                         // of values, where a head has several blocks
-
-    DEVICE Head(const Sweep &p) {
-        i64 i = block_index();
-        if (SPLIT) {
-            int tiles = (int)((p.values + 63) / 64);
-            tile = i % tiles, i /= tiles;
-        }
-        segment = first = 0, tokens = p.tokens;
-        if (p.segment) {
-            i64 segments = (p.tokens + p.segment - 1) / p.segment;
-            segment = i % segments, i /= segments, first = segment * p.segment;
-            tokens = tokens - first < p.segment ? tokens - first : p.segment;
-        }
-        head[2] = i % p.heads2, i /= p.heads2;
-        head[1] = i % p.heads1, head[0] = i / p.heads1;
-    }
-    DEVICE int chunks() const { return (int)((tokens + W - 1) / W); }
-    // Elements from an array's first to the head's at a segment, row and column
-    DEVICE i64 offset(const Operand &x, i64 of_segment, i64 row, i64 column) const {
-        return head[0] * x.head[0] + head[1] * x.head[1] + head[2] * x.head[2] +
-               of_segment * x.segment + row * x.row + column * x.column;
-    }
-    // Whether it is the first of those that share an array, of strides 0
-    DEVICE bool is_first(const Operand &x) const {
-        return (x.head[0] || !head[0]) && (x.head[1] || !head[1]) && (x.head[2] || !head[2]);
-    }
-};
-
 // ---- States: 64 rows of values and BD columns of keys, as products leave them
 
 // Visit this thread's elements of rows from the first on: number, pointer, whether it is there.
@@ -83,15 +44,16 @@ DEVICE void each(T *p, const Operand &x, int first, int rows, int columns, Visit
     }
 }
 
-// Return 64 rows of a first state, zeros where there is none.
+// Return 64 rows of a first state, from a column on, zeros where there is none.
 template <int COUNT>
-DEVICE void load_state(float (&S)[COUNT], const Sweep &p, int operand, int first, i64 rows, i64 columns) {
+DEVICE void load_state(
+    float (&S)[COUNT], const Sweep &p, int operand, int first, i64 rows, i64 columns, int column = 0) {
     UNROLL for (int i = 0; i < COUNT; i++) S[i] = 0.0f;
     if (!p.at[operand]) return;
     Head head(p);
     const Operand &x = p.of[operand];
-    const float *from = (const float *)p.at[operand] + head.offset(x, head.segment, 0, 0);
-    each<COUNT>(from, x, first, (int)rows, (int)columns, [&](int i, const float *at, bool there) {
+    const float *from = (const float *)p.at[operand] + head.offset(x, head.segment, 0, column);
+    each<COUNT>(from, x, first, (int)rows, (int)columns - column, [&](int i, const float *at, bool there) {
         if (there) S[i] = *at;
     });
 }
@@ -99,12 +61,13 @@ DEVICE void load_state(float (&S)[COUNT], const Sweep &p, int operand, int first
 // Store 64 rows of a last state, in the head that is to, and where it is mine.
 template <int COUNT>
 DEVICE void store_state(
-    const float (&S)[COUNT], const Sweep &p, int operand, int first, i64 rows, i64 columns, bool mine) {
+    const float (&S)[COUNT], const Sweep &p, int operand, int first, i64 rows, i64 columns, bool mine,
+    int column = 0) {
     Head head(p);  // once more, else registers would hold it till here
     const Operand &x = p.of[operand];
     if (!p.at[operand] || !head.is_first(x) || !mine) return;
-    float *to = (float *)p.at[operand] + head.offset(x, head.segment, 0, 0);
-    each<COUNT>(to, x, first, (int)rows, (int)columns, [&](int i, float *at, bool there) {
+    float *to = (float *)p.at[operand] + head.offset(x, head.segment, 0, column);
+    each<COUNT>(to, x, first, (int)rows, (int)columns - column, [&](int i, float *at, bool there) {
         if (there) *at = S[i];
     });
 }
@@ -124,7 +87,6 @@ DEVICE void put_weights(u32 base, int slot, int t, double c, double last) {
     }
 }
 
-constexpr double LOG2E = 1.4426950408889634, RESET = -160.0, LEAST = 1e-30;
 
 // Leave those of a decay in a whole chunk and, behind them, in the last one, of so many tokens.
 DEVICE void put_decay(u32 base, double g, int t, int rest) {
@@ -223,20 +185,39 @@ template <int WIDTH, int DIRECTION = 1> struct Copies {
         }
         from += DIRECTION * W * step;
     }
-    DEVICE void store(u32 tile, int rows) {
-        UNROLL for (int j = 0; j < COUNT; j++) {
-            uint4 x = load16(tile + to + j * APART * 128);
-            bool there = row + j * APART < rows;
-            u8 *p = from + j * APART * step;
-            if (FAST) {
-                if (there && (WHOLE || left > 0)) *(uint4 *)p = x;
-            } else if (there) {
-                u32 pair[4] = {x.x, x.y, x.z, x.w};
-                UNROLL for (int i = 0; i < 8; i++)
-                    if (i < left) ((u16 *)p)[i * right] = (u16)(pair[i / 2] >> (i % 2 * 16));
+    // Store rows, or add them to what is there; some at a time, whose sums do not wait for each other.
+    template <bool ADD = false> DEVICE void store(u32 tile, int rows) {
+        constexpr int EACH = ADD ? 4 : 1;
+        UNROLL for (int j = 0; j < COUNT; j += EACH) {
+            uint4 old[EACH];
+            if (ADD) UNROLL for (int e = 0; e < EACH; e++) {
+                bool there = row + (j + e) * APART < rows;
+                const u8 *p = from + (j + e) * APART * step;
+                if (FAST)
+                    old[e] = there && (WHOLE || left > 0) ? *(const uint4 *)p : uint4{0, 0, 0, 0};
+                else
+                    old[e] = gathered((const u16 *)p, there);
+            }
+            UNROLL for (int e = 0; e < EACH; e++) {
+                uint4 x = load16(tile + to + (j + e) * APART * 128);
+                if (ADD) x = sum(x, old[e]);
+                put(from + (j + e) * APART * step, x, row + (j + e) * APART < rows);
             }
         }
         from += DIRECTION * W * step;
+    }
+    DEVICE void put(u8 *p, uint4 x, bool there) const {
+        if (FAST) {
+            if (there && (WHOLE || left > 0)) *(uint4 *)p = x;
+        } else if (there) {
+            u32 pair[4] = {x.x, x.y, x.z, x.w};
+            UNROLL for (int i = 0; i < 8; i++)
+                if (i < left) ((u16 *)p)[i * right] = (u16)(pair[i / 2] >> (i % 2 * 16));
+        }
+    }
+    DEVICE static uint4 sum(uint4 x, uint4 y) { return {sum(x.x, y.x), sum(x.y, y.y), sum(x.z, y.z), sum(x.w, y.w)}; }
+    DEVICE static u32 sum(u32 x, u32 y) {
+        return bf16_pair(of_bf16(x) + of_bf16(y), of_bf16_high(x) + of_bf16_high(y));
     }
     DEVICE uint4 gathered(const u16 *p, bool there) const {
         u32 pair[4] = {};
@@ -255,21 +236,21 @@ template <int WIDTH, int DIRECTION = 1> struct Copies {
 
 // ---- Products of an owner
 
-// Leave 64 rows of a result in shared memory, times a factor; a panel has so many bytes.
-template <int WIDTH, int BYTES = PANEL> DEVICE void put_rows(u32 to, const float (&o)[WIDTH / 2], float factor) {
+// Leave 64 rows of a result in shared memory; a panel has so many bytes.
+template <int WIDTH, int BYTES = PANEL> DEVICE void put_rows(u32 to, const u32 (&o)[WIDTH / 4]) {
     int t = thread_of_group(), lane = t % 32;
     to += (t / 32 * 16 + lane % 16) * 128;
     UNROLL for (int j = 0; j < WIDTH / 8; j += 2) {
-        const float *x = o + 4 * j;
-        u32 y[4];
-        UNROLL for (int i = 0; i < 4; i++) y[i] = bf16_pair(x[2 * i] * factor, x[2 * i + 1] * factor);
         u32 at = to + j / 8 * BYTES + (((j % 8 + lane / 16) ^ lane) % 8) * 16;
-        store_blocks(at, y[0], y[1], y[2], y[3]);
+        store_blocks(at, o[2 * j], o[2 * j + 1], o[2 * j + 2], o[2 * j + 3]);
     }
 }
 
-template <int POWER> DEVICE float raised(float x) {
-    return POWER == 1 ? x : POWER == 2 ? x * x : x * x * x;
+// The same, times a factor.
+template <int WIDTH, int BYTES = PANEL> DEVICE void put_rows(u32 to, const float (&o)[WIDTH / 2], float factor) {
+    u32 packed[WIDTH / 4];
+    UNROLL for (int i = 0; i < WIDTH / 4; i++) packed[i] = bf16_pair(o[2 * i] * factor, o[2 * i + 1] * factor);
+    put_rows<WIDTH, BYTES>(to, packed);
 }
 
 // Return K Q', [64, W].
@@ -371,15 +352,20 @@ DEVICE void leave(u32 made, const float (&o)[32]) {
     leave(made, packed);
 }
 
+// Take 16 tokens of 64 columns of rows in shared memory, as registers feed a product with their transpose.
+DEVICE void take(u32 (&x)[4], u32 rows, int tokens) {
+    int t = thread_of_group(), warp = t / 32, lane = t % 32;
+    u32 from = rows + (lane % 8 + lane / 16 * 8) * 128 + (((warp * 2 + lane / 8 % 2) ^ lane) % 8) * 16;
+    ldmatrix_turned(x, from + tokens * 2048);
+}
+
 // Return 64 values of a chunk as they enter a state, weighed by token.
 template <int POWER = 1> DEVICE void weigh(u32 (&a)[16], u32 x, u32 after) {
-    int t = thread_of_group(), warp = t / 32, lane = t % 32;
-    u32 from = x + (lane % 8 + lane / 16 * 8) * 128 + (((warp * 2 + lane / 8 % 2) ^ lane) % 8) * 16;
     UNROLL for (int i = 0; i < 4; i++) {
         u32 b[4];
-        ldmatrix_turned(b, from + i * 2048);
+        take(b, x, i);
         UNROLL for (int j = 0; j < 4; j++) {
-            float2 w = load_floats(after + (i * 16 + j / 2 * 8 + lane % 4 * 2) * 4);
+            float2 w = load_floats(after + (i * 16 + j / 2 * 8 + threadIdx.x % 4 * 2) * 4);
             w = {raised<POWER>(w.x), raised<POWER>(w.y)};
             a[4 * i + j] = bf16_pair(of_bf16(b[j]) * w.x, of_bf16_high(b[j]) * w.y);
         }
@@ -409,22 +395,25 @@ DEVICE void update(float (&S)[BD / 2], u32 x, u32 k, u32 after, float (&F)[BD / 
     }
 }
 
-// The same of all rows of one state.
-DEVICE void update(float (&S)[2][BD / 2], u32 x, u32 k, u32 after) {
-    update(S[0], x, k, after, S[1], x + PANEL, k, after);
-}
-
-DEVICE void update(float (&S)[1][BD / 2], u32 x, u32 k, u32 after) {
+// The same of one state.
+template <int POWER = 1> DEVICE void update(float (&S)[BD / 2], u32 x, u32 k, u32 after) {
     u32 a[16];
-    if (GATE) weigh(a, x, after);
+    if (GATE) weigh<POWER>(a, x, after);
     products();
     UNROLL for (int i = 0; i < W / 16; i++) {
         if (GATE)
-            multiply<1>(S[0], a + 4 * i, k + i * 2048, true);
+            multiply<1>(S, a + 4 * i, k + i * 2048, true);
         else
-            multiply<1, 1>(S[0], x + i * 2048, k + i * 2048, true);
+            multiply<1, 1>(S, x + i * 2048, k + i * 2048, true);
     }
     products_begun();
-    products_done(S[0]);
+    products_done(S);
     if (GATE) unchanged(a);
+}
+
+DEVICE void update(float (&S)[1][BD / 2], u32 x, u32 k, u32 after) { update(S[0], x, k, after); }
+
+// And of all rows of one state.
+DEVICE void update(float (&S)[2][BD / 2], u32 x, u32 k, u32 after) {
+    update(S[0], x, k, after, S[1], x + PANEL, k, after);
 }

@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator
 from ...core.request import Request
 from ...device.scan import Call, Do
 from ...device.steps import Fused, Row
-from . import hopper, hopper_backward
+from . import fused, hopper, hopper_backward
 from .launch import Card, Load
 
 # By the row's name
 KERNELS: dict[str, Callable[[Load, Call, Fused], Iterator[Do]]] = {
     **hopper.KERNELS,
+    **fused.KERNELS,
     **hopper_backward.KERNELS,
 }
 
 
 def rows(request: Request, card: Card) -> tuple[Row, ...]:
     """Return the fused kernels of a request, of either direction, the best first."""
-    return hopper.rows(request, card) + hopper_backward.rows(request, card)
+    forward = hopper.rows(request, card) or fused.rows(request, card)
+    return forward + hopper_backward.rows(request, card)

@@ -14,7 +14,7 @@ from ...core.passes import Shape
 from ...core.reference import Gradients
 from ...core.request import Inputs, Request
 from ...device.elementwise import elementwise, part
-from ...device.scan import Call, Device, Do, Runner
+from ...device.scan import Again, Call, Device, Do, Runner
 from ...device.steps import (
     Carry,
     Divide,
@@ -45,6 +45,7 @@ class Memory(NamedTuple):
     load: launch.Load
     card: Callable[[Array], launch.Card]  # where an array is
     empty: Callable[[Shape, Shape, Any, Any], Array]  # of a shape, strides in elements, dtype
+    view: Callable[[Array, Shape, Shape], Array]  # of its memory, of such strides
     constant: Callable[[float, Shape, Any, Any], Array]
     dtype: Callable[[str], Any]
     address: Callable[[Array], int]
@@ -78,7 +79,18 @@ def _kernels(memory: Memory, call: Call, step: Step) -> list[Do]:
 
 
 def _by_library(memory: Memory, call: Call, step: Step) -> list[Do]:
-    return [elementwise(memory.xp, call, step, _put)]
+    """Return what does a step in the library's namespace, whose results are written in place."""
+    make = elementwise(memory.xp, call, step, _put)
+    given = {*names(step), *(["gate"] if call.request.gate else [])}
+    seen = [(call.slots[n], *call.layouts[n][:2]) for n in sorted(given)]
+
+    def do(arrays: list[Array], addresses: list[Any], stream: Any) -> None:
+        arrays = list(arrays)  # which may lie as the caller has them
+        for slot, shape, strides in seen:
+            arrays[slot] = memory.view(arrays[slot], shape, strides)
+        make(arrays, addresses, stream)
+
+    return [do]
 
 
 def _of_copies(
@@ -176,12 +188,28 @@ class Library:
         """Return the gradients of `forward`."""
         return self.runner.backward(request, inputs, saved, do, dstate)
 
+    def again_forward(self, request: Request, inputs: Inputs, axis: int) -> Again | None:
+        """Return what does such a `forward` of other arrays; see `Runner.again`."""
+        if request.tokens == 1 and request.return_state and not request.gradient:
+            return None  # has a kernel of its own
+        return self.runner.again_forward(request, inputs, axis)
+
+    def again_backward(
+        self, request: Request, inputs: Inputs, saved: Sequence[Array], do: Any, dstate: Any,
+        axis: int,
+    ) -> Again | None:  # fmt: skip
+        """Return what does such a `backward` of other arrays; see `Runner.again`."""
+        return self.runner.again_backward(request, inputs, saved, do, dstate, axis)
+
     def step(self, request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
         """Return (o, state) of one token; the state may be packed."""
         packed = type(inputs.state) in STATE_OF
+        fits = one_token.fits(request)
+        if fits and (not packed or one_token.packs(request, self.memory.card(inputs.q))):
+            return self.steps.step(request, inputs, donate)
         inputs = inputs._replace(state=unpacked(inputs.state))
-        if one_token.fits(request):
-            o, state = self.steps.step(request, inputs, donate and not packed)
+        if fits:
+            o, state = self.steps.step(request, inputs, False)
         else:
             o, state, _ = self.runner.forward(request, inputs)
         return o, state.pack() if packed else state

@@ -14,7 +14,8 @@ from ...core.request import Inputs, Request
 from ...device.scan import Place, heads
 from ...device.tiles import Layout, strides_like, whole
 from ...device.token import Turn, apart, span, turns, updates
-from .launch import TYPES, Kernel
+from ...states.packed import STATE_OF, packed_shape
+from .launch import TYPES, Card, Kernel
 
 Array = Any
 MATRICES, VECTORS, TURNS, NAMES = 6, 4, 12, 8  # as in step.cu
@@ -27,8 +28,11 @@ class Ready(NamedTuple):
     """A call that only lacks its memory."""
 
     kernels: tuple[Kernel, ...]
+    card: Any
     o: tuple[Shape, Shape]  # shape and strides
-    fields: dict[str, Shape]  # of the state
+    kind: Any  # of the state
+    fields: tuple[tuple[Shape, Shape], ...]
+    wide: Any  # their dtype
     sizes: tuple[int, ...]  # bytes that each given array spans
     owned: bool  # whether the fields could be updated where they lie
 
@@ -48,6 +52,37 @@ def fits(request: Request) -> bool:
     return few and min(request.k_shape[-1], request.v_shape[-1]) > 0 and _width(request) <= WIDEST
 
 
+def packs(request: Request, card: Card) -> bool:
+    """Whether a kernel takes such a token of a packed state: one pass has S, which fits."""
+    passes = turns(request)
+    if all(turn.matrix != "S" for turn in passes):
+        return True
+    one = sum(turn.matrix == "S" for turn in passes) == 1 and not passes[0].strict
+    return one and passes[0].matrix == "S" and _vectors(request) + _bytes(passes[0]) <= card.shared
+
+
+def staged(request: Request, card: Card) -> int:
+    """Return of how many passes states are copied to shared memory, S packed: into half of it."""
+    left, count = card.shared // 2 - _vectors(request), 0
+    for turn in turns(request):
+        left -= _bytes(turn)
+        if not turn.first or (count and left < 0):
+            break
+        count += 1
+    return count
+
+
+def _vectors(request: Request) -> int:
+    """Bytes of shared memory that vectors and sums take."""
+    return 4 * ((NAMES + 8) * _width(request) + NAMES + 8)
+
+
+def _bytes(turn: Turn) -> int:
+    """Bytes of a state, S packed."""
+    rows, columns = turn.shape[-2:]
+    return 4 * (rows * (rows + 1) // 2 if turn.matrix == "S" else rows * columns)
+
+
 def _width(request: Request) -> int:
     return -(-max(request.k_shape[-1], request.v_shape[-1]) // 4) * 4
 
@@ -60,34 +95,70 @@ class Steps:
         self.known: dict[Any, Ready] = {}
 
     def step(self, request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
-        """Return (o, state) of one token, with ``donate`` in the memory of the given state."""
-        memory, kind = self.memory, request.state_type
-        q, k, v, decay, log_gate, state = inputs
-        gate = decay if log_gate is None else log_gate
-        given = [q, k, v, *(() if gate is None else (gate,)), *(state or ())]
-        addresses = [memory.address(x) for x in given]
-        card = memory.card(q)
-        key = request, card, *[x.strides for x in given], *[x.shape for x in given[3:]]
+        """Return (o, state) of one token, with ``donate`` in the memory of the given state.
+
+        The state may be packed; then so is what is returned.
+        """
+        kind, arrays, first = _given(request, inputs)
+        addresses = [self.memory.address(x) for x in arrays]
+        ready = self._found(request, kind, arrays, addresses, gated=first > 3)
+        return self._take(ready, arrays, addresses, first, donate)
+
+    def again(self, request: Request, inputs: Inputs, donate: bool) -> Any:
+        """Return what does such a `step` of other arrays, without a token axis."""
+        kind, arrays, first = _given(request, inputs)
+        if not fits(request) or (
+            kind in STATE_OF and not packs(request, self.memory.card(arrays[0]))
+        ):
+            return None
+        addresses = [self.memory.address(x) for x in arrays]
+        ready = self._found(request, kind, arrays, addresses, gated=first > 3)
+        shape, strides = ready.o
+        flat = (*shape[:-2], shape[-1]), (*strides[:-2], strides[-1])
+        ready = ready._replace(o=flat)
+
+        def run(arrays: list[Array], addresses: list[Any]) -> tuple[Array, Any]:
+            return self._take(ready, arrays, addresses, first, donate)
+
+        return run
+
+    def _found(
+        self, request: Request, kind: Any, arrays: list[Array], addresses: list[int], *, gated: bool
+    ) -> Ready:
+        """Return what does such a call, with a token axis."""
+        card = self.memory.card(arrays[0])
+        key = request, kind, card, *[x.strides for x in arrays], *[x.shape for x in arrays[3:]]
         key += tuple([p & 15 for p in addresses])
         ready = self.known.get(key)
         if ready is None:
             if len(self.known) >= MOST:
                 self.known.clear()
-            ready = self.known[key] = self._ready(request, given, gate is not None, card)
-        o = memory.empty(*ready.o, v.dtype, card)
-        first = len(given) - len(state or ())
-        wide = memory.dtype("float32")
-        inside = donate and ready.owned and apart(tuple(addresses), ready.sizes, first)
-        fields = state if inside else [
-            memory.empty(shape, whole(shape), wide, card) for shape in ready.fields.values()
-        ]  # fmt: skip
-        arrays = [*given, o, *fields]
-        every = [*addresses, *map(memory.address, arrays[len(given) :]), None]
-        memory.inside(card, functools.partial(_launch, ready.kernels, arrays, every))
-        return o, state if inside else kind(*fields)  # type: ignore[misc]
+            ready = self.known[key] = self._ready(request, kind, arrays, gated, card)
+        return ready
 
-    def _ready(self, request: Request, given: list[Array], gated: bool, card: Any) -> Ready:
+    def _take(
+        self, ready: Ready, arrays: list[Array], addresses: list[Any], first: int, donate: bool
+    ) -> tuple[Array, Any]:
+        """Allocate and launch; with ``donate``, where it can be, in the state's memory."""
+        memory, card = self.memory, ready.card
+        state = arrays[first:]
+        inside = donate and ready.owned and apart(tuple(addresses), ready.sizes, first)
+        o = memory.empty(*ready.o, arrays[2].dtype, card)
+        fields = state if inside else [memory.empty(*x, ready.wide, card) for x in ready.fields]
+        arrays += (o, *fields)
+        addresses += [memory.address(o)]
+        addresses += addresses[first:-1] if inside else map(memory.address, fields)
+        addresses.append(None)
+        memory.inside(card, functools.partial(_launch, ready.kernels, arrays, addresses))
+        return o, ready.kind(*fields)
+
+    def _ready(
+        self, request: Request, kind: Any, given: list[Array], gated: bool, card: Any
+    ) -> Ready:
         passes, shapes = turns(request), request.state_shapes()
+        packed = kind in STATE_OF and "S" in shapes
+        if packed:
+            shapes = shapes | {"S": packed_shape(shapes["S"])}
         layouts = [_layout(x) for x in given]
         first, starts = 3 + gated, len(given) > 3 + gated
         batch = broadcast(request.q_shape[:-2], request.k_shape[:-2], request.v_shape[:-2])
@@ -107,20 +178,23 @@ class Steps:
                 return Place(len(given) + 1 + i, Layout(shapes[name], whole(shapes[name])))
             return Place(first + i, _expanded(layouts[first + i], shapes[name])) if starts else None
 
-        for found, most, own in ((matrices, MATRICES, 2), (vectors, VECTORS, 1)):
+        own = {name: 1 if packed and name == "S" else rank(name) for name in names}
+        for found, most in ((matrices, MATRICES), (vectors, VECTORS)):
             for old in (True, False):
-                some = [field(name, old) for name in found]
-                places += [*some, *[None] * (most - len(some))]
-                ranks += [own] * most
+                places += [*(field(name, old) for name in found), *[None] * (most - len(found))]
+                ranks += [*(own[name] for name in found), *[1] * (most - len(found))]
         kinds = [str(x.dtype) for x in given] + [str(given[2].dtype)]
         types = [
             0 if x is None else TYPES[kinds[x.slot]] if x.slot < len(kinds) else TYPES["float32"]
             for x in places
         ]
         sizes = [2 if kind < 2 else 4 for kind in types]
-        words = b"".join(self._turn(turn, passes, matrices, vectors) for turn in passes)
+        words = b"".join(
+            self._turn(turn, passes, matrices, vectors, packed and turn.matrix == "S")
+            for turn in passes
+        )
         words += bytes(struct.calcsize("<13if") * (TURNS - len(passes)))
-        width, kernels = _width(request), []
+        kernels = []
         for counts, strides, heads_of, mine in heads(batch, places, ranks):
             head = b"".join(
                 struct.pack("<6q", *lead, *_walked(x), kind)
@@ -132,13 +206,17 @@ class Steps:
                 request.scale if request.scaled else 1.0, request.eps,
             )  # fmt: skip
             flat = [
-                m + lead[:3] for m, lead in zip(mine[STATES], strides[STATES], strict=True) if m
+                m + lead[:3]
+                for m, lead in zip(mine[STATES], strides[STATES], strict=True)
+                if len(m) == 2
             ]
-            whole_rows = all(m[1] == 1 and not any(x % 4 for x in (m[0], *m[2:])) for m in flat)
+            whole_rows = all(m[0] == 1 for m in mine[STATES] if len(m) == 1)
+            whole_rows &= all(m[1] == 1 and not any(x % 4 for x in (m[0], *m[2:])) for m in flat)
             whole_rows &= max(request.k_shape[-1], request.v_shape[-1]) % 4 == 0
             whole_rows &= min(request.k_shape[-1], request.v_shape[-1]) % 4 == 0
+            whole_rows &= not packed or request.k_shape[-1] % 8 == 0
 
-            constants = functools.partial(_constants, width, whole_rows)
+            constants = functools.partial(_constants, request, card, whole_rows, packed)
             if math.prod(counts):
                 kernels.append(
                     Kernel(
@@ -149,21 +227,36 @@ class Steps:
         alone = math.prod(batch)  # a state that heads share is read by all and written by one
         owned = starts and updates(request)
         for n, x, at in zip(names, given[first:], layouts[first:], strict=False):
-            own = math.prod(shapes[n][: -rank(n)]) == alone
-            owned &= own and tuple(x.shape) == shapes[n] and at.strides == whole(x.shape)
+            each = math.prod(shapes[n][: -own[n]]) == alone
+            owned &= each and tuple(x.shape) == shapes[n] and at.strides == whole(x.shape)
         spans = tuple(
             span(x.shape, x.strides) * given[i].dtype.itemsize for i, x in enumerate(layouts)
         )
-        return Ready(tuple(kernels), (o, lie), shapes, spans, owned)
+        fields = tuple((shape, whole(shape)) for shape in shapes.values())
+        return Ready(
+            tuple(kernels), card, (o, lie), kind, fields,
+            self.memory.dtype("float32"), spans, owned,
+        )  # fmt: skip
 
     @staticmethod
-    def _turn(turn: Turn, passes: Sequence[Turn], matrices: list[str], vectors: list[str]) -> bytes:
+    def _turn(
+        turn: Turn, passes: Sequence[Turn], matrices: list[str], vectors: list[str], packed: bool
+    ) -> bytes:
         number = _names(passes).index
         return struct.pack(
             "<13if", number(turn.q), number(turn.k), number(turn.v), number(turn.out),
             matrices.index(turn.matrix), vectors.index(turn.vector) if turn.vector else -1,
-            turn.power, turn.strict, turn.first, turn.weighs, *turn.shape[-2:], 0, turn.factor,
+            turn.power, turn.strict, turn.first, turn.weighs, *turn.shape[-2:], packed, turn.factor,
         )  # fmt: skip
+
+
+def _given(request: Request, inputs: Inputs) -> tuple[Any, list[Array], int]:
+    """Return the type of the state, all arrays, and how many come before the state's."""
+    q, k, v, decay, log_gate, state = inputs
+    gate = decay if log_gate is None else log_gate
+    arrays = [q, k, v] if gate is None else [q, k, v, gate]
+    kind = request.state_type if state is None else type(state)
+    return kind, [*arrays, *(state or ())], len(arrays)
 
 
 def _launch(kernels: Sequence[Kernel], arrays: list[Array], addresses: list[Any]) -> None:
@@ -171,10 +264,14 @@ def _launch(kernels: Sequence[Kernel], arrays: list[Array], addresses: list[Any]
         kernel(arrays, addresses, None)
 
 
-def _constants(width: int, able: bool, at: Sequence[int]) -> tuple[dict[str, Any], int]:
+def _constants(
+    request: Request, card: Card, able: bool, packed: bool, at: Sequence[int]
+) -> tuple[dict[str, Any], int]:
     """Return macros, rows read four at a time where all are aligned, and bytes of shared memory."""
     able = able and not any(x % 16 for x in at[STATES])
-    return {"WIDTH": width, "WHOLE": int(able)}, 4 * ((NAMES + 8) * width + NAMES + 8)
+    count = 0 if not packed else staged(request, card) if able else 1
+    shared = _vectors(request) + sum(map(_bytes, turns(request)[:count]))
+    return {"WIDTH": _width(request), "WHOLE": int(able), "STAGED": count}, shared
 
 
 def _walked(own: Shape) -> Shape:

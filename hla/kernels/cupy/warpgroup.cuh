@@ -3,8 +3,6 @@
 // A matrix in shared memory has panels of 64 rows of 64 columns, 8 KB, of which row r has its i-th
 // 16 bytes at (i ^ r % 8): as products take it with its columns or its rows as what they sum over.
 
-#define UNROLL _Pragma("unroll")
-
 constexpr int W = 64, PANEL = W * 128;  // tokens in a chunk
 constexpr int LISTS = W * 12;           // bytes of a chunk's weights: three lists
 
@@ -117,53 +115,14 @@ DEVICE void products_done(float (&d)[32], float (&e)[32], float (&f)[32]) {
 }
 DEVICE void products_done(float (&d)[64], float (&e)[64]) { asm volatile(DONE : D64(d), D64(e)::"memory"); }
 
+DEVICE void products_done(float (&d)[32], float (&e)[32], float (&f)[32], float (&g)[32]) {
+    asm volatile(DONE : D32(d), D32(e), D32(f), D32(g)::"memory");
+}
+
 DEVICE void unchanged(u32 (&a)[16]) { asm volatile("" : A16(a)::"memory"); }
 DEVICE void unchanged(u32 (&a)[32]) { asm volatile("" : A32(a)::"memory"); }
 
-// ---- Numbers
-
-DEVICE float power_of_2(float x) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
-}
-
-// The block's number, read each time.
-DEVICE u32 block_index() {
-    u32 r;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(r));
-    return r;
-}
-
-// ---- Shared memory, by 32-bit addresses
-
-DEVICE uint4 load16(u32 from) {
-    uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
-    return x;
-}
-
-DEVICE void store16(u32 to, uint4 x) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z),
-                 "r"(x.w) : "memory");
-}
-
-DEVICE float load_float(u32 from) {
-    float x;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
-    return x;
-}
-
-DEVICE float2 load_floats(u32 from) {
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
-    return x;
-}
-
-DEVICE void store_float(u32 to, float x) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
-}
+// ---- Shared memory
 
 // Four blocks of 8 x 8 at the places of their rows, a row by each lane; transposed.
 DEVICE void store_blocks(u32 to, u32 a, u32 b, u32 c, u32 d) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,28 @@ from ...device.token import Ops, run, updates
 Array = Any  # of NumPy
 
 
-def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
+def step(
+    request: Request, inputs: Inputs, donate: bool, ops: Ops | None = None
+) -> tuple[Array, Any]:
     """Return (o, state) of one token; with ``donate`` in the memory of the given state."""
     given = {} if inputs.state is None else inputs.state._asdict()
     donate = donate and updates(request) and _owned(given, inputs, request.state_shapes())
-    return run(request, inputs, OPS, donate)
+    return run(request, inputs, ops or OPS, donate)
+
+
+def again(step: Callable[..., Any], request: Request, inputs: Inputs, donate: bool) -> Any:
+    """Return what does ``step`` of other arrays laid out alike (`contract.Backend.again_step`)."""
+    gate, begins, kind = request.gate, inputs.state is None, type(inputs.state)
+
+    def run(arrays: list[Array], addresses: list[int]) -> tuple[Array, Any]:
+        q, k, v, *rest = arrays
+        gates = {gate: rest.pop(0)} if gate else {}
+        state = None if begins else kind(*rest)
+        given = Inputs(q[..., None, :], k[..., None, :], v[..., None, :], None, None, state)
+        o, new = step(request, given._replace(**gates), donate)
+        return o[..., 0, :], new
+
+    return run
 
 
 def _owned(given: dict[str, Array], inputs: Inputs, shapes: Mapping[str, Shape]) -> bool:

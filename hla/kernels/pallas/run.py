@@ -100,7 +100,7 @@ def launched(call: Call, launch: Launch, take: Take, gate: Gate) -> Made:
         given.k.shape[-1], given.v.shape[-1], bool(s.q), s.strict, s.reverse,
         given.gate is not None, read, write, s.dots is not None,
         PERIOD // W if s.states else 0, start is not None, end is not None,
-        multiplied(call.request, given.k.dtype == jnp.bfloat16),
+        multiplied(call.request, given),
         "bfloat16" if dtype == jnp.bfloat16 and not s.add else "float32",
     )  # fmt: skip
     found: Any = sweeps(call.where)(p, batch, given)
@@ -121,11 +121,15 @@ def launched(call: Call, launch: Launch, take: Take, gate: Gate) -> Made:
     return made
 
 
-def multiplied(request: Request, narrow: bool) -> str:
-    """Return the dtype of what is multiplied, ``narrow`` of bfloat16."""
-    if narrow:
-        return "bfloat16"
-    return "float32" if request.dtype == "bfloat16" else request.dtype
+def multiplied(request: Request, given: Operands) -> str:
+    """Return the dtype of what is multiplied.
+
+    With float16 an intermediate keeps its digits, as a sum of products with it may cancel: it has
+    more planes. With bfloat16 it does if it is what is kept in the state.
+    """
+    kept = (given.k,) if request.dtype == "bfloat16" else (given.q, given.k, given.v)
+    narrow = all(x is None or x.dtype == request.dtype for x in kept)
+    return request.dtype if narrow else "float32"
 
 
 def added(s: Launch, take: Take, o: Array) -> Array:

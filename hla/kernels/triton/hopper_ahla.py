@@ -23,13 +23,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_parts import (
+    PIECES,
     _fetch,
     _gate_sums,
     _operand,
     _power,
     _put,
     _put_decay,
+    _put_gate,
     _put_pairs,
+    _scaled,
     _slot,
     _total,
     _weigh,
@@ -42,7 +45,6 @@ from .warpgroups import (
     ACC64,
     ACC128,
     AFTER,
-    BEFORE,
     LIST,
     LISTS,
     TILE,
@@ -50,17 +52,16 @@ from .warpgroups import (
     barrier,
     barriers,
     load_state,
-    put_weights,
     store_half,
 )
 
 
 @gluon.jit
 def _owner_1(
-    qs, ks, gs, us, copies, tiles, weights, ends, full, du_there, part_there, chunks, zero,
+    qs, ks, gs, us, copies, tiles, weights, pieces, ends, full, du_there, part_there, chunks, zero,
     p_start, ssd, ssv, p_end, sed, sev, D, V, scale, unscale,
     HALVES: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, POWER: gl.constexpr, READ: gl.constexpr,
+    GATE: gl.constexpr, SCALED: gl.constexpr, POWER: gl.constexpr, READ: gl.constexpr,
     START: gl.constexpr, END: gl.constexpr,
 ):  # fmt: skip
     """Own R1, [D, V]: make du, and the part of dk that is of u."""
@@ -86,16 +87,17 @@ def _owner_1(
         _put_pairs(tile1, b_k, b_q, weights, slot, True, POWER)
         fence_async_shared()
         barrier()
-        du = (_rows(b_k, copy, tile1, b_g, weights, slot, POWER, B) * scale).to(gl.bfloat16)
+        du = _rows(b_k, copy, tile1, b_g, weights, slot, POWER, B)
+        du = _scaled(du, scale, SCALED).to(gl.bfloat16)
         qT = b_q.permute((1, 0))
         if POWER > 0:
             R0 = _total(R0, ends, slot, POWER, ACC)
-            x = _weighed(qT.slice(0, 64, 0), weights, slot, BEFORE, POWER, A)
+            x = _weighed(qT.slice(0, 64, 0), pieces, slot, 0, A)
             R0 = warpgroup_mma(x, b_g, R0, is_async=True)
             if HALVES == 2:  # one after the other, else registers would not suffice
                 R0 = warpgroup_mma_wait(0, deps=[R0])
                 R1 = _total(R1, ends, slot, POWER, ACC)
-                x1 = _weighed(qT.slice(64, 64, 0), weights, slot, BEFORE, POWER, A)
+                x1 = _weighed(qT.slice(64, 64, 0), pieces, slot, 0, A)
                 R1 = warpgroup_mma(x1, b_g, R1, is_async=True)
         else:
             R0 = warpgroup_mma(qT.slice(0, 64, 0), b_g, R0, is_async=True)
@@ -110,7 +112,7 @@ def _owner_1(
         mbarrier.arrive(du_there.index(s), count=1)
         if READ:
             dk = _rows(b_u, copy.permute((1, 0)), tile2, b_q, weights, slot, POWER, B)
-            b_u.store((dk * scale).to(gl.bfloat16))
+            b_u.store(_scaled(dk, scale, SCALED).to(gl.bfloat16))
         copy.slice(0, 64, 0).store(R0.to(gl.bfloat16))
         if HALVES == 2:
             copy.slice(64, 64, 0).store(R1.to(gl.bfloat16))
@@ -184,10 +186,11 @@ def _leave(
 
 @gluon.jit
 def _owner_2(
-    qs, ks, vs, gs, us, tiles, weights, ends, full, du_there, part_there, done, chunks, zero,
+    qs, ks, vs, gs, us, tiles, weights, pieces, ends, full, du_there, part_there, done,
+    chunks, zero,
     p_start, ssd, ssv, p_end, sed, sev, D, V, scale, unscale,
-    HALVES: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, POWER: gl.constexpr,
-    READ: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
+    HALVES: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, SCALED: gl.constexpr,
+    POWER: gl.constexpr, READ: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
 ):  # fmt: skip
     """Own R2, [D, V], in blocks: make dv, and dk of its part and that of R1."""
     R00 = load_state(p_start, ssv, ssd, V, D, unscale, 0, 64, START, True)
@@ -212,25 +215,25 @@ def _owner_2(
             barrier()
             o = _dk(R00, R01, vT, qT0, tile, weights, slot, HALVES, POWER)
             mbarrier.wait(part_there.index(s), (i // STAGES) & 1)
-            outT.slice(0, 64, 0).store(_rounded(o, outT.slice(0, 64, 0), scale, True))
+            outT.slice(0, 64, 0).store(_rounded(o, outT.slice(0, 64, 0), scale, SCALED, True))
             if HALVES == 2:
                 qT1 = qT.slice(64, 64, 0)
                 o = _dk(R10, R11, vT, qT1, tile, weights, slot, HALVES, POWER)
-                outT.slice(64, 64, 0).store(_rounded(o, outT.slice(64, 64, 0), scale, True))
+                outT.slice(64, 64, 0).store(_rounded(o, outT.slice(64, 64, 0), scale, SCALED, True))
             _put_pairs(tile, b_k, b_q, weights, slot, True, POWER)
             o = _dv(R00, R10, one, b_k, b_v, tile, du0, weights, slot, HALVES, POWER)
-            dv0 = (o * scale).to(gl.bfloat16)
+            dv0 = _scaled(o, scale, SCALED).to(gl.bfloat16)
             if HALVES == 2:
                 du1 = b_du.slice(64, 64, 1)
                 o = _dv(R01, R11, one, b_k, b_v, tile, du1, weights, slot, HALVES, POWER)
-                b_v.slice(64, 64, 1).store((o * scale).to(gl.bfloat16))
+                b_v.slice(64, 64, 1).store(_scaled(o, scale, SCALED).to(gl.bfloat16))
             b_v.slice(0, 64, 1).store(dv0)
         else:
             mbarrier.wait(part_there.index(s), (i // STAGES) & 1)
         x = qT0
         if POWER > 0:
             R00 = _total(R00, ends, slot, POWER, ACC64)
-            x = _weighed(qT0, weights, slot, BEFORE, POWER, A64)
+            x = _weighed(qT0, pieces, slot, 1, A64)
         R00 = warpgroup_mma(x, du0, R00, is_async=True)
         if HALVES == 2:
             du1 = b_du.slice(64, 64, 1)
@@ -242,7 +245,7 @@ def _owner_2(
                 R00, R01 = warpgroup_mma_wait(0, deps=[R00, R01])
                 R10 = _total(R10, ends, slot, POWER, ACC64)
                 R11 = _total(R11, ends, slot, POWER, ACC64)
-                x1 = _weighed(x1, weights, slot, BEFORE, POWER, A64)
+                x1 = _weighed(x1, pieces, slot, 1, A64)
             R10 = warpgroup_mma(x1, du0, R10, is_async=True)
             R11 = warpgroup_mma(x1, du1, R11, is_async=True)
             R00, R01, R10, R11 = warpgroup_mma_wait(0, deps=[R00, R01, R10, R11])
@@ -257,10 +260,11 @@ def _owner_2(
 
 @gluon.jit
 def _mover(
-    p_q, p_k, p_v, p_g, p_u, p_du, p_dv, p_dk, p_gate, qs, ks, vs, gs, us, weights, ends,
+    p_q, p_k, p_v, p_g, p_u, p_du, p_dv, p_dk, p_gate, qs, ks, vs, gs, us, weights, pieces, ends,
     full, du_there, done, chunks, T, D, V,
     sqt, sqd, skt, skd, svt, svd, sgt, sgd, sut, sud, sat, sad, sbt, sbd, sct, scd, sft,
     READ: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
+    POWER1: gl.constexpr, POWER2: gl.constexpr,
     FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
 ):  # fmt: skip
     """Load what the owners read; store what they leave in its place."""
@@ -294,7 +298,7 @@ def _mover(
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
             if GATE == 2:
                 sums, last = _gate_sums(p_gate, sft, row, T)
-                put_weights(weights, ends, s, sums, last)
+                _put_gate(weights, pieces, ends, s, sums, last, False, POWER1, POWER2)
             if GATE == 2 or not FAST:
                 mbarrier.arrive(full.index(s), count=1)
 
@@ -345,6 +349,7 @@ def ahla_kernel(
     sct: gl.constexpr,
     scd: gl.constexpr,
     GATE: gl.constexpr,  # 0 none, 1 decay, 2 log_gate
+    SCALED: gl.constexpr,  # scale is not 1
     READ: gl.constexpr,  # du, dv and dk are asked, not R2 alone
     POWER1: gl.constexpr,  # of R1
     POWER2: gl.constexpr,  # of R2
@@ -419,32 +424,33 @@ def ahla_kernel(
     tiles = gl.allocate_shared_memory(gl.bfloat16, [3, W, W], TILE)
     SLOTS: gl.constexpr = STAGES if GATE == 2 else 2
     weights = gl.allocate_shared_memory(gl.float32, [SLOTS * LISTS, W], LIST)
+    pieces = gl.allocate_shared_memory(gl.bfloat16, [SLOTS * PIECES, W], LIST)
     ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
     ALONE: gl.constexpr = 0 if GATE == 2 or not FAST else 1
     LOADS: gl.constexpr = 128 if FAST else 0  # a copy arrives with each of the mover's threads
     full = barriers(STAGES, LOADS + (1 - ALONE))
     du_there, part_there, done = barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 1)
     if GATE == 1:
-        _put_decay(weights, ends, p_gate, T, chunks)
+        _put_decay(weights, pieces, ends, p_gate, T, chunks, False, POWER1, POWER2)
     fence_async_shared()
     barrier()
     gl.warp_specialize(
         [
             (_owner_1, (
-                qs, ks, gs, us, copies, tiles, weights, ends, full, du_there, part_there,
+                qs, ks, gs, us, copies, tiles, weights, pieces, ends, full, du_there, part_there,
                 chunks, T >> 31, p_start1, ssd, ssv, p_end1, sed, sev, D, V, scale, unscale,
-                HALVES, B, STAGES, GATE, POWER1, READ, START1, END1,
+                HALVES, B, STAGES, GATE, SCALED, POWER1, READ, START1, END1,
             )),
             (_owner_2, (
-                qs, ks, vs, gs, us, tiles, weights, ends, full, du_there, part_there, done,
+                qs, ks, vs, gs, us, tiles, weights, pieces, ends, full, du_there, part_there, done,
                 chunks, T >> 31, p_start2, szd, szv, p_end2, swd, swv, D, V, scale, unscale,
-                HALVES, STAGES, GATE, POWER2, READ, START2, END2,
+                HALVES, STAGES, GATE, SCALED, POWER2, READ, START2, END2,
             )),
             (_mover, (
                 p_q, p_k, p_v, p_g, p_u, p_du, p_dv, p_dk, p_gate, qs, ks, vs, gs, us,
-                weights, ends, full, du_there, done, chunks, T, D, V,
+                weights, pieces, ends, full, du_there, done, chunks, T, D, V,
                 sqt, sqd, skt, skd, svt, svd, sgt, sgd, sut, sud, sat, sad, sbt, sbd, sct, scd,
-                sft, READ, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
+                sft, READ, B, STAGES, GATE, POWER1, POWER2, FAST, WHOLE_D, WHOLE_V,
             )),
         ],
         [4, 4],

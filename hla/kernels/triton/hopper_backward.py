@@ -166,8 +166,9 @@ def launched(
                 function, (math.prod(counts) * parts,), first, sizes,
                 *numbers, T, tokens or None, D, V, *counts[-2:],
                 *(n // 8 if fast else n for n in lead), *after,
-                **steps, GATE=gated, **does, POWER1=power1, POWER2=power2, **states, B=B,
-                WHOLE_D=D == B, WHOLE_V=V == B, FAST=fast, num_warps=4,
+                **steps, GATE=gated, SCALED=numbers[0] != 1.0, **does,
+                POWER1=power1, POWER2=power2, **states, B=B, WHOLE_D=D == B,
+                WHOLE_V=V == B, FAST=fast, num_warps=4,
             )
             for fast in ((True, False) if fits else (False,))
         ]  # fmt: skip

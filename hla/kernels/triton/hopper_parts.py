@@ -27,6 +27,10 @@ from .warpgroups import (
 )
 
 NEVER = gl.constexpr(float("-inf"))  # log2 of the weight of a pair that is none
+PIECES = gl.constexpr(4)  # lists of a chunk in bfloat16: two of what each state is written by
+
+# x times a weight of two pieces, rounded once; two numbers a register
+WEIGHED = gl.constexpr("{ .reg .b32 t; mul.rn.bf16x2 t, $1, $3; fma.rn.bf16x2 $0, $1, $2, t; }")
 NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # by later versions
 
 # Rows of float32 in shared memory, eight apart in other banks, and by half a column a thread
@@ -52,14 +56,43 @@ def _weigh(weights, slot, row: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _put_decay(weights, ends, p_gate, T, chunks):
+def _put_pieces(pieces, at, w):
+    """Leave a list of weights as the sum of two in bfloat16."""
+    high = w.to(gl.bfloat16)
+    pieces.index(at).store(high)
+    pieces.index(at + 1).store((w - high.to(gl.float32)).to(gl.bfloat16))
+
+
+@gluon.jit
+def _put_gate(
+    weights, pieces, ends, at, c, last,
+    LATE: gl.constexpr, POWER1: gl.constexpr, POWER2: gl.constexpr,
+):  # fmt: skip
+    """Leave the weights of a chunk by the sums of its gate in base 2, [W] and the last, float64.
+
+    States are written by what comes after a token or, not ``LATE``, by what came before.
+    """
+    put_weights(weights, ends, at, c, last)
+    w = gl.exp2((last - c if LATE else c).to(gl.float32))
+    if POWER1 > 0:
+        _put_pieces(pieces, at * PIECES, _power(w, POWER1))
+    _put_pieces(pieces, at * PIECES + 2, _power(w, POWER2))
+
+
+@gluon.jit
+def _put_decay(
+    weights, pieces, ends, p_gate, T, chunks,
+    LATE: gl.constexpr, POWER1: gl.constexpr, POWER2: gl.constexpr,
+):  # fmt: skip
     """Leave the weights of a decay: of a whole chunk, and of the last one."""
     g = gl.load(p_gate).to(gl.float64)
     log_g = gl.log(gl.where(g < LEAST, LEAST, g)) * LOG2E  # not maximum: a NaN stays
     t = gl.arange(0, W, layout=TOKENS)
     rest = T - (chunks - 1) * W
-    put_weights(weights, ends, 0, (t + 1) * log_g, W * log_g)
-    put_weights(weights, ends, 1, gl.where(t < rest, t + 1, rest) * log_g, rest * log_g)
+    c, last = (t + 1) * log_g, W * log_g
+    _put_gate(weights, pieces, ends, 0, c, last, LATE, POWER1, POWER2)
+    c, last = gl.where(t < rest, t + 1, rest) * log_g, rest * log_g
+    _put_gate(weights, pieces, ends, 1, c, last, LATE, POWER1, POWER2)
 
 
 @gluon.jit
@@ -175,10 +208,21 @@ def _operand(S):
 
 
 @gluon.jit
-def _weighed(x, weights, slot, ROW: gl.constexpr, POWER: gl.constexpr, A: gl.constexpr):
-    """Return a transposed operand as the gate weighs its tokens, [64, W]."""
-    w = _power(_weigh(weights, slot, ROW, gl.SliceLayout(0, A)), POWER)
-    return (x.load(A).to(gl.float32) * w[None, :]).to(gl.bfloat16)
+def _weighed(x, pieces, slot, STATE: gl.constexpr, A: gl.constexpr):
+    """Return a transposed operand as the gate weighs its tokens for a state, [64, W]."""
+    at = slot * PIECES + 2 * STATE
+    high = pieces.index(at).load(gl.SliceLayout(0, A))[None, :]
+    low = pieces.index(at + 1).load(gl.SliceLayout(0, A))[None, :]
+    given = [x.load(A), high, low]
+    return gl.inline_asm_elementwise(
+        WEIGHED, "=r,r,r,r", given, dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def _scaled(x, scale, SCALED: gl.constexpr):
+    """Return x times a factor, if it is not 1."""
+    return x * scale if SCALED else x
 
 
 @gluon.jit

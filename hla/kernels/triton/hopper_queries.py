@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_parts import (
     COLUMNS,
+    PIECES,
     _accumulated,
     _added,
     _by_column,
@@ -32,7 +33,9 @@ from .hopper_parts import (
     _power,
     _put,
     _put_decay,
+    _put_gate,
     _put_tokens,
+    _scaled,
     _slot,
     _spans,
     _state_at,
@@ -45,7 +48,6 @@ from .warpgroups import (
     A128,
     ACC64,
     ACC128,
-    AFTER,
     BEFORE,
     LIST,
     LISTS,
@@ -54,7 +56,6 @@ from .warpgroups import (
     barrier,
     barriers,
     load_state,
-    put_weights,
 )
 
 
@@ -70,11 +71,11 @@ def _met(p, p_kept, n, S, H: gl.constexpr, B: gl.constexpr, UPPER: gl.constexpr)
 
 @gluon.jit
 def _owner_f(
-    ks, vs, gs, ys, es, outs, tiles, weights, ends, full, free, there, stored, chunks, zero,
+    ks, vs, gs, ys, es, outs, tiles, weights, pieces, ends, full, free, there, stored, chunks, zero,
     p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
     p_dots1, p_dots2, p_kept1, p_kept2, p_met1, p_met2, length, total, earlier,
     H: gl.constexpr, AHLA: gl.constexpr, ONE: gl.constexpr,
-    B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr,
+    B: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, SCALED: gl.constexpr,
     POWER1: gl.constexpr, POWER2: gl.constexpr, START1: gl.constexpr, START2: gl.constexpr,
     DOTS: gl.constexpr, EVERY: gl.constexpr,
 ):  # fmt: skip
@@ -143,7 +144,7 @@ def _owner_f(
             if not ONE:
                 o = warpgroup_mma(kT, tile1, o, is_async=True)
             F = _total(F, ends, slot, POWER2, ACC)  # while the products run
-            w_y = _weighed(yT, weights, slot, AFTER, POWER2, A)
+            w_y = _weighed(yT, pieces, slot, 1, A)
             o = warpgroup_mma_wait(0, deps=[o])
             F = warpgroup_mma(w_y, b_x, F, is_async=True)
         else:
@@ -158,11 +159,11 @@ def _owner_f(
                 S = warpgroup_mma(kT, b_z, S, is_async=True)
         if not DOTS:
             mbarrier.wait(stored.index(h), ((c // 2) & 1) ^ 1)
-        out.store((o * scale).to(gl.bfloat16))
+        out.store(_scaled(o, scale, SCALED).to(gl.bfloat16))
         mbarrier.arrive(there.index(h), count=1)
         if POWER1 > 0 and not ONE:
             S = _total(S, ends, slot, POWER1, ACC)
-            w_k = _weighed(kT, weights, slot, AFTER, POWER1, A)
+            w_k = _weighed(kT, pieces, slot, 0, A)
             S = warpgroup_mma(w_k, b_z, S, is_async=True)
         if DOTS:
             lines2, at, left = _lines(tile2), H * total + c * W, length - c * W
@@ -191,11 +192,12 @@ def _owner_f(
 
 @gluon.jit
 def _mover_f(
-    p_k, p_v, p_g, p_y, p_e, p_dq, p_q, p_gate, ks, vs, gs, ys, es, outs, weights, ends,
+    p_k, p_v, p_g, p_y, p_e, p_dq, p_q, p_gate, ks, vs, gs, ys, es, outs, weights, pieces, ends,
     full, free, there, stored, chunks, T, D, V,
     skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sqt, sqd, sft,
     AHLA: gl.constexpr, ONE: gl.constexpr, ADD: gl.constexpr, B: gl.constexpr,
-    STAGES: gl.constexpr, GATE: gl.constexpr, FAST: gl.constexpr,
+    STAGES: gl.constexpr, GATE: gl.constexpr, POWER1: gl.constexpr, POWER2: gl.constexpr,
+    FAST: gl.constexpr,
     WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr, DOTS: gl.constexpr,
 ):  # fmt: skip
     """Load what the owners read; store dq, which with ``DOTS`` they leave in the place of q."""
@@ -229,7 +231,7 @@ def _mover_f(
             if GATE == 2:
                 if DOTS and not FAST:  # else registers would not suffice
                     sums, last = _gate_sums(p_gate, sft, row, T)
-                put_weights(weights, ends, s, sums, last)
+                _put_gate(weights, pieces, ends, s, sums, last, True, POWER1, POWER2)
             if GATE == 2 or not FAST:
                 mbarrier.arrive(full.index(s), count=1)
         if not DOTS and c >= STAGES:
@@ -279,6 +281,7 @@ def queries_kernel(
     sqt: gl.constexpr,
     sqd: gl.constexpr,
     GATE: gl.constexpr,  # 0 none, 1 decay, 2 log_gate
+    SCALED: gl.constexpr,  # scale is not 1
     AHLA: gl.constexpr,  # u and du come as y and dy, and S, F are P, E
     ONE: gl.constexpr,  # of hla3: F alone, without k and dy
     ADD: gl.constexpr,  # to what dq holds
@@ -361,6 +364,7 @@ def queries_kernel(
     tiles = gl.allocate_shared_memory(gl.bfloat16, [2 * HALVES, W, W], TILE)
     SLOTS: gl.constexpr = STAGES if GATE == 2 else 2
     weights = gl.allocate_shared_memory(gl.float32, [SLOTS * LISTS, W], LIST)
+    pieces = gl.allocate_shared_memory(gl.bfloat16, [SLOTS * PIECES, W], LIST)
     ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
     ALONE: gl.constexpr = 0 if GATE == 2 or not FAST else 1
     LOADS: gl.constexpr = 128 if FAST else 0  # a copy arrives with each of the mover's threads
@@ -368,29 +372,31 @@ def queries_kernel(
     there, stored = barriers(2, HALVES), barriers(2, 1)
     MOVER: gl.constexpr = 32 if DOTS else 40  # registers; the first owner has what is left
     if GATE == 1:
-        _put_decay(weights, ends, p_gate, T, chunks)
+        _put_decay(weights, pieces, ends, p_gate, T, chunks, True, POWER1, POWER2)
     fence_async_shared()
     barrier()
     if HALVES == 2:
         gl.warp_specialize(
             [
                 (_owner_f, (
-                    ks, vs, gs, ys, es, outs, tiles, weights, ends, full, free, there, stored,
-                    chunks, T >> 31, p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
+                    ks, vs, gs, ys, es, outs, tiles, weights, pieces, ends, full, free, there,
+                    stored, chunks, T >> 31, p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
                     p_dots1, p_dots2, p_kept1, p_kept2, p_met1, p_met2, T, total, earlier,
-                    0, AHLA, ONE, B, STAGES, GATE, POWER1, POWER2, START1, START2, DOTS, EVERY,
+                    0, AHLA, ONE, B, STAGES, GATE, SCALED, POWER1, POWER2, START1, START2, DOTS,
+                    EVERY,
                 )),
                 (_owner_f, (
-                    ks, vs, gs, ys, es, outs, tiles, weights, ends, full, free, there, stored,
-                    chunks, T >> 31, p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
+                    ks, vs, gs, ys, es, outs, tiles, weights, pieces, ends, full, free, there,
+                    stored, chunks, T >> 31, p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
                     p_dots1, p_dots2, p_kept1, p_kept2, p_met1, p_met2, T, total, earlier,
-                    1, AHLA, ONE, B, STAGES, GATE, POWER1, POWER2, START1, START2, DOTS, EVERY,
+                    1, AHLA, ONE, B, STAGES, GATE, SCALED, POWER1, POWER2, START1, START2, DOTS,
+                    EVERY,
                 )),
                 (_mover_f, (
                     p_k, p_v, p_g, p_y, p_e, p_dq, p_q, p_gate, ks, vs, gs, ys, es, outs,
-                    weights, ends, full, free, there, stored, chunks, T, D, V,
+                    weights, pieces, ends, full, free, there, stored, chunks, T, D, V,
                     skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sqt, sqd, sft,
-                    AHLA, ONE, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V, DOTS,
+                    AHLA, ONE, ADD, B, STAGES, GATE, POWER1, POWER2, FAST, WHOLE_D, WHOLE_V, DOTS,
                 )),
             ],
             [4, 4],
@@ -400,16 +406,17 @@ def queries_kernel(
         gl.warp_specialize(
             [
                 (_owner_f, (
-                    ks, vs, gs, ys, es, outs, tiles, weights, ends, full, free, there, stored,
-                    chunks, T >> 31, p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
+                    ks, vs, gs, ys, es, outs, tiles, weights, pieces, ends, full, free, there,
+                    stored, chunks, T >> 31, p_start1, szd, sze, p_start2, ssd, ssv, D, V, scale,
                     p_dots1, p_dots2, p_kept1, p_kept2, p_met1, p_met2, T, total, earlier,
-                    0, AHLA, ONE, B, STAGES, GATE, POWER1, POWER2, START1, START2, DOTS, EVERY,
+                    0, AHLA, ONE, B, STAGES, GATE, SCALED, POWER1, POWER2, START1, START2, DOTS,
+                    EVERY,
                 )),
                 (_mover_f, (
                     p_k, p_v, p_g, p_y, p_e, p_dq, p_q, p_gate, ks, vs, gs, ys, es, outs,
-                    weights, ends, full, free, there, stored, chunks, T, D, V,
+                    weights, pieces, ends, full, free, there, stored, chunks, T, D, V,
                     skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sqt, sqd, sft,
-                    AHLA, ONE, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V, DOTS,
+                    AHLA, ONE, ADD, B, STAGES, GATE, POWER1, POWER2, FAST, WHOLE_D, WHOLE_V, DOTS,
                 )),
             ],
             [4],

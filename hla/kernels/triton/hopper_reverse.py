@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_parts import (
+    PIECES,
     _accumulated,
     _added,
     _apart,
@@ -36,8 +37,10 @@ from .hopper_parts import (
     _power,
     _put,
     _put_decay,
+    _put_gate,
     _put_pairs,
     _put_tokens,
+    _scaled,
     _slot,
     _spans,
     _state_at,
@@ -51,7 +54,6 @@ from .warpgroups import (
     ACC64,
     ACC128,
     AFTER,
-    BEFORE,
     LIST,
     LISTS,
     TILE,
@@ -59,7 +61,6 @@ from .warpgroups import (
     barrier,
     barriers,
     load_state,
-    put_weights,
     store_half,
 )
 
@@ -89,11 +90,13 @@ def _rows(
 
 @gluon.jit
 def _owner_r(
-    qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there, k_read, chunks, zero,
+    qs, vs, gs, ys, copies, tiles, weights, pieces, ends, full, dy_there, dv_there, k_read,
+    chunks, zero,
     p_start, ssd, ssv, p_end, sed, sev, D, V, scale, unscale,
     p_dots, p_kept, length, total, earlier,
     HALVES: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, POWER: gl.constexpr, SUM: gl.constexpr, READ: gl.constexpr,
+    GATE: gl.constexpr, SCALED: gl.constexpr, POWER: gl.constexpr, SUM: gl.constexpr,
+    READ: gl.constexpr,
     START: gl.constexpr, END: gl.constexpr, DOTS: gl.constexpr, EVERY: gl.constexpr,
 ):  # fmt: skip
     """Own R, [D, V]: make dy and dv."""
@@ -121,7 +124,7 @@ def _owner_r(
             d = gl.sum(b_y.load(ACC).to(gl.float32) * dy, 1)
         dy = warpgroup_mma(tile, b_q, dy, is_async=True)
         dy = warpgroup_mma_wait(0, deps=[dy])
-        b_v.store((dy * scale).to(gl.bfloat16))
+        b_v.store(_scaled(dy, scale, SCALED).to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(dy_there.index(s), count=1)
         if READ:
@@ -150,13 +153,13 @@ def _owner_r(
             dv = warpgroup_mma_wait(0, deps=[dv])
             if SUM:
                 mbarrier.wait(k_read.index(s), (i // STAGES) & 1)
-            b_y.store((dv * scale).to(gl.bfloat16))
+            b_y.store(_scaled(dv, scale, SCALED).to(gl.bfloat16))
         if POWER > 0:
-            x0 = _weighed(x0, weights, slot, BEFORE, POWER, A)
+            x0 = _weighed(x0, pieces, slot, 1, A)
         R0 = warpgroup_mma(x0, b_g, R0, is_async=True)
         if HALVES == 2:
             if POWER > 0:
-                x1 = _weighed(x1, weights, slot, BEFORE, POWER, A)
+                x1 = _weighed(x1, pieces, slot, 1, A)
             R1 = warpgroup_mma(x1, b_g, R1, is_async=True)
         if DOTS:
             lines, p, left = _lines(tile), p_dots + c * W, length - c * W
@@ -221,9 +224,9 @@ def _add_block(Z, qT, dyT, b_q, b_dy):
 
 
 @gluon.jit
-def _rounded(o, out, scale, SUM: gl.constexpr):
+def _rounded(o, out, scale, SCALED: gl.constexpr, SUM: gl.constexpr):
     """Return what is stored of half of dk, [64, W]: with SUM, of what R has left there too."""
-    o *= scale
+    o = _scaled(o, scale, SCALED)
     if SUM:
         o += out.load(ACC64).to(gl.float32)
     return o.to(gl.bfloat16)
@@ -231,13 +234,13 @@ def _rounded(o, out, scale, SUM: gl.constexpr):
 
 @gluon.jit
 def _owner_z(
-    qs, ks, vs, ys, tiles, crosses, weights, ends, full, k_full, dy_there, dk_there, k_read,
+    qs, ks, vs, ys, tiles, crosses, weights, pieces, ends, full, k_full, dy_there, dk_there, k_read,
     chunks, zero,
     p_start, ss0, ss1, p_end, se0, se1, D, scale, unscale,
     p_dots, p_kept, length, total, earlier,
-    HALVES: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, POWER: gl.constexpr,
-    SUM: gl.constexpr, READ: gl.constexpr, START: gl.constexpr, END: gl.constexpr,
-    DOTS: gl.constexpr, EVERY: gl.constexpr,
+    HALVES: gl.constexpr, STAGES: gl.constexpr, GATE: gl.constexpr, SCALED: gl.constexpr,
+    POWER: gl.constexpr, SUM: gl.constexpr, READ: gl.constexpr,
+    START: gl.constexpr, END: gl.constexpr, DOTS: gl.constexpr, EVERY: gl.constexpr,
 ):  # fmt: skip
     """Own Z, [D, D], symmetric: of its four blocks three; make dk."""
     Z00 = _block(p_start, ss0, ss1, D, unscale, 0, 0, START)
@@ -301,7 +304,7 @@ def _owner_z(
                 mbarrier.arrive(k_read.index(s), count=1)
             if SUM:
                 mbarrier.wait(dy_there.index(s), (i // STAGES) & 1)
-            dk0 = _rounded(o, outT.slice(0, 64, 0), scale, SUM)
+            dk0 = _rounded(o, outT.slice(0, 64, 0), scale, SCALED, SUM)
         elif POWER > 0:
             Z00 = _total(Z00, ends, slot, POWER, ACC64)
             if HALVES == 2:
@@ -330,7 +333,7 @@ def _owner_z(
                 Z00, o = warpgroup_mma_wait(0, deps=[Z00, o])
                 if SUM:
                     mbarrier.arrive(k_read.index(s), count=1)
-                dk1 = _rounded(o, outT.slice(64, 64, 0), scale, SUM)
+                dk1 = _rounded(o, outT.slice(64, 64, 0), scale, SCALED, SUM)
                 outT.slice(64, 64, 0).store(dk1)
                 outT.slice(0, 64, 0).store(dk0)
             else:
@@ -338,14 +341,14 @@ def _owner_z(
         elif READ:
             outT.store(dk0)
         if POWER > 0:  # half by half, else registers would not suffice
-            w_q = _weighed(qT0, weights, slot, BEFORE, POWER, A64)
-            w_dy = _weighed(dyT0, weights, slot, BEFORE, POWER, A64)
+            w_q = _weighed(qT0, pieces, slot, 0, A64)
+            w_dy = _weighed(dyT0, pieces, slot, 0, A64)
             Z00 = _add_block(Z00, w_q, w_dy, q0, dy0)
             if HALVES == 2:
                 Z01 = _add_block(Z01, w_q, w_dy, q1, dy1)
                 Z00, Z01 = warpgroup_mma_wait(0, deps=[Z00, Z01])
-                w_q = _weighed(qT1, weights, slot, BEFORE, POWER, A64)
-                w_dy = _weighed(dyT1, weights, slot, BEFORE, POWER, A64)
+                w_q = _weighed(qT1, pieces, slot, 0, A64)
+                w_dy = _weighed(dyT1, pieces, slot, 0, A64)
                 Z11 = _add_block(Z11, w_q, w_dy, q1, dy1)
         elif HALVES == 2:
             Z01 = _add_block(Z01, qT0, dyT0, q1, dy1)
@@ -383,11 +386,12 @@ def _owner_z(
 
 @gluon.jit
 def _mover_r(
-    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys, weights, ends,
+    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys, weights, pieces, ends,
     full, k_full, dy_there, dv_there, dk_there, chunks, T, D, V,
     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd, sft,
     Z: gl.constexpr, SUM: gl.constexpr, ADD: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
+    GATE: gl.constexpr, POWER1: gl.constexpr, POWER2: gl.constexpr,
+    FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
 ):  # fmt: skip
     """Load what the owners read; store what they leave in its place."""
     for i in range(chunks + STAGES):
@@ -418,7 +422,7 @@ def _mover_r(
             if FAST:
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
             if GATE == 2:
-                put_weights(weights, ends, s, sums, last)
+                _put_gate(weights, pieces, ends, s, sums, last, False, POWER1, POWER2)
             if GATE == 2 or not FAST:
                 mbarrier.arrive(full.index(s), count=1)
         if Z:
@@ -435,11 +439,12 @@ def _mover_r(
 
 @gluon.jit
 def _mover_z(
-    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys, weights, ends,
+    p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys, weights, pieces, ends,
     full, k_full, dy_there, dv_there, dk_there, chunks, T, D, V,
     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd, sft,
     Z: gl.constexpr, SUM: gl.constexpr, ADD: gl.constexpr, B: gl.constexpr, STAGES: gl.constexpr,
-    GATE: gl.constexpr, FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
+    GATE: gl.constexpr, POWER1: gl.constexpr, POWER2: gl.constexpr,
+    FAST: gl.constexpr, WHOLE_D: gl.constexpr, WHOLE_V: gl.constexpr,
 ):  # fmt: skip
     """Load what Z alone is made of."""
     for i in range(chunks):
@@ -456,7 +461,7 @@ def _mover_z(
         if FAST:
             async_copy.mbarrier_arrive(full.index(s), increment_count=False)
         if GATE == 2:
-            put_weights(weights, ends, s, sums, last)
+            _put_gate(weights, pieces, ends, s, sums, last, False, POWER1, POWER2)
         if GATE == 2 or not FAST:
             mbarrier.arrive(full.index(s), count=1)
 
@@ -508,6 +513,7 @@ def reverse_kernel(
     sct: gl.constexpr,
     scd: gl.constexpr,
     GATE: gl.constexpr,  # 0 none, 1 decay, 2 log_gate
+    SCALED: gl.constexpr,  # scale is not 1
     Z: gl.constexpr,  # there is Z, which makes dk
     SUM: gl.constexpr,  # of hla3: dk adds to dy, of keys that come as y; Z is of dy that comes as k
     ADD: gl.constexpr,  # dy is added to what is there
@@ -604,6 +610,7 @@ def reverse_kernel(
     crosses = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], TILE)
     SLOTS: gl.constexpr = STAGES if GATE == 2 else 2
     weights = gl.allocate_shared_memory(gl.float32, [SLOTS * LISTS, W], LIST)
+    pieces = gl.allocate_shared_memory(gl.bfloat16, [SLOTS * PIECES, W], LIST)
     ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
     ALONE: gl.constexpr = 0 if GATE == 2 or not FAST else 1
     LOADS: gl.constexpr = 128 if FAST else 0  # a copy arrives with each of the mover's threads
@@ -613,29 +620,30 @@ def reverse_kernel(
     k_read = barriers(STAGES, 1)
     MOVER: gl.constexpr = 40 if DOTS else 48  # registers; the first owner has what is left
     if GATE == 1:
-        _put_decay(weights, ends, p_gate, T, chunks)
+        _put_decay(weights, pieces, ends, p_gate, T, chunks, False, POWER1, POWER2)
     fence_async_shared()
     barrier()
     if Z:
         gl.warp_specialize(
             [
                 (_owner_r, (
-                    qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there,
+                    qs, vs, gs, ys, copies, tiles, weights, pieces, ends, full, dy_there, dv_there,
                     k_read, chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale,
                     unscale, p_dots2, p_kept2, T, total, earlier,
-                    HALVES, B, STAGES, GATE, POWER2, SUM, READ, START2, END2, DOTS, EVERY,
+                    HALVES, B, STAGES, GATE, SCALED, POWER2, SUM, READ, START2, END2, DOTS, EVERY,
                 )),
                 (_owner_z, (
-                    qs, ks, vs, ys, tiles, crosses, weights, ends, full, k_full, dy_there,
+                    qs, ks, vs, ys, tiles, crosses, weights, pieces, ends, full, k_full, dy_there,
                     dk_there, k_read, chunks, T >> 31, p_start1, szd, sze, p_end1, swd, swe, D,
                     scale, unscale, p_dots1, p_kept1, T, total, earlier,
-                    HALVES, STAGES, GATE, POWER1, SUM, READ, START1, END1, DOTS, EVERY,
+                    HALVES, STAGES, GATE, SCALED, POWER1, SUM, READ, START1, END1, DOTS, EVERY,
                 )),
                 (_mover_r if READ else _mover_z, (
                     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,
-                    weights, ends, full, k_full, dy_there, dv_there, dk_there, chunks, T, D, V,
+                    weights, pieces, ends, full, k_full, dy_there, dv_there, dk_there, chunks,
+                    T, D, V,
                     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd,
-                    sft, Z, SUM, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
+                    sft, Z, SUM, ADD, B, STAGES, GATE, POWER1, POWER2, FAST, WHOLE_D, WHOLE_V,
                 )),
             ],
             [4, 4],
@@ -645,16 +653,17 @@ def reverse_kernel(
         gl.warp_specialize(
             [
                 (_owner_r, (
-                    qs, vs, gs, ys, copies, tiles, weights, ends, full, dy_there, dv_there,
+                    qs, vs, gs, ys, copies, tiles, weights, pieces, ends, full, dy_there, dv_there,
                     k_read, chunks, T >> 31, p_start2, ssd, ssv, p_end2, sed, sev, D, V, scale,
                     unscale, p_dots2, p_kept2, T, total, earlier,
-                    HALVES, B, STAGES, GATE, POWER2, SUM, READ, START2, END2, DOTS, EVERY,
+                    HALVES, B, STAGES, GATE, SCALED, POWER2, SUM, READ, START2, END2, DOTS, EVERY,
                 )),
                 (_mover_r, (
                     p_q, p_k, p_v, p_g, p_y, p_dy, p_dv, p_dk, p_gate, qs, ks, vs, gs, ys,
-                    weights, ends, full, k_full, dy_there, dv_there, dk_there, chunks, T, D, V,
+                    weights, pieces, ends, full, k_full, dy_there, dv_there, dk_there, chunks,
+                    T, D, V,
                     sqt, sqd, skt, skd, svt, svd, sgt, sgd, syt, syd, sat, sad, sbt, sbd, sct, scd,
-                    sft, Z, SUM, ADD, B, STAGES, GATE, FAST, WHOLE_D, WHOLE_V,
+                    sft, Z, SUM, ADD, B, STAGES, GATE, POWER1, POWER2, FAST, WHOLE_D, WHOLE_V,
                 )),
             ],
             [4],

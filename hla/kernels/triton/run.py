@@ -15,7 +15,7 @@ from ...core.reference import Gradients
 from ...core.request import Inputs, Request
 from ...device.elementwise import fit
 from ...device.plan import dtype_of
-from ...device.scan import Again, Call, Device, Do, Kind, Place, Ready, Runner, given
+from ...device.scan import Again, Call, Device, Do, Place, Ready, Runner
 from ...device.shapes import shapes
 from ...device.steps import (
     Border,
@@ -254,37 +254,18 @@ def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Any, Any]:
 
 def again_forward(request: Request, inputs: Inputs, axis: int) -> Again | None:
     """Return what does such a `forward` of other tensors; see `Runner.again`."""
-    if not _full(request, inputs.state):
-        return None
     if request.tokens == 1 and request.return_state and not request.gradient:
         return None  # has a kernel of its own
-    kind = Kind(False, inputs.state is not None)
-    return RUNNER.again(request, kind, given(request, inputs), axis)
+    return RUNNER.again_forward(request, inputs, axis)
 
 
 def again_backward(
     request: Request, inputs: Inputs, saved: Sequence[Any], do: Any, dstate: Any, axis: int
 ) -> Again | None:
     """Return what does such a `backward` of the inputs, what is saved, do and dstate in a row."""
-    if not (_full(request, inputs.state) and _full(request, dstate)):
+    if do is not None and request.dtype == "bfloat16" and do.dtype is not torch.bfloat16:
         return None
-    if do is None or (request.dtype == "bfloat16" and do.dtype is not torch.bfloat16):
-        return None
-    kind = Kind(True, inputs.state is not None, do.dtype, dstate is not None)
-    arrays = [*given(request, inputs), *saved, do]
-    if dstate is not None:
-        arrays += dstate
-    return RUNNER.again(request, kind, arrays, axis)
-
-
-def _full(request: Request, state: Any) -> bool:
-    """Whether every field of a state, if there is one, has its full shape."""
-    if state is None:
-        return True
-    if type(state) in STATE_OF:
-        return False
-    full = request.state_shapes()
-    return all(x is not None and x.shape == full[n] for n, x in state._asdict().items())
+    return RUNNER.again_backward(request, inputs, saved, do, dstate, axis)
 
 
 def backward(
