@@ -303,13 +303,20 @@ def test_a_batch_is_split_by_a_mesh():
 
 
 def test_tokens_before_heads_are_read_where_they_lie():
-    """Under a trace a fused kernel takes [B, T, H, D] as given: its transpose meets theirs."""
+    """Under a trace fused kernels take [B, T, H, D] as given: transposes meet the caller's."""
     installed("absl")
     x = jax.ShapeDtypeStruct((2, 70, 4, 128), "bfloat16")
-    run = jax.jit(lambda q, k, v: hla.scan(q, k, v, axis=-3, backend="pallas"))
-    text = run.trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
-    (kernel,) = [line for line in text.splitlines() if "mosaic_gpu" in line]
-    assert kernel.count("tensor<2x72x4x128xbf16>") == 4  # q, k, v, o: rows come in eights
+
+    def run(q, k, v, do):
+        o, pulled = jax.vjp(lambda *x: hla.scan(*x, axis=-3, backend="pallas"), q, k, v)
+        return o, pulled(do)
+
+    text = jax.jit(run).trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    kernels = [line for line in text.splitlines() if "mosaic_gpu" in line]
+    rows = "tensor<2x72x4x128xbf16>"  # rows come in eights
+    # q, k, v to o, y; these, do and y to dy, dv, dk; k, v, do, y, dy to dq
+    assert [x.count(rows) for x in kernels] == [5, 8, 6]
+    assert not any("2x4x72x128" in x for x in kernels)
 
 
 def test_a_symbol_for_a_size_is_refused():

@@ -102,8 +102,7 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
     batch, *dots = take(s.o).shape[:-1], take(s.reads), take(s.writes)
     c, w = (xp.sum(x, axis=-2) if x.shape[-2] > 1 else x[..., 0, :] for x in dots)
     T = c.shape[-1]
-    d, query, *rest = (w[..., i * T : (i + 1) * T] for i in range(w.shape[-1] // T))
-    key = rest[0] if rest else xp.zeros_like(d)  # else it is in d
+    d, query = w[..., :T], w[..., T:]  # d with what its pairs sum to by key
     a = take(s.gate)
     if gate.decay is not None:
         a = xp.broadcast_to(xp.log(xp.where(a < LEAST, LEAST, a))[..., None], (*batch, T))
@@ -115,7 +114,7 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
         x = xp.concat([xp.broadcast_to(x, (*batch, T)), none], axis=-1)
         return xp.reshape(x, (*batch, periods, s.period // s.chunk, s.chunk))
 
-    c, d, query, key, a, valid = map(chunks, (c, s.factor * d, query, key, a, valid))
+    c, d, query, a, valid = map(chunks, (c, d, query, a, valid))
     B = (xp.zeros(batch, dtype=c.dtype) if s.border is None else take(s.border))[..., None]
     if s.met is not None:
         B = xp.concat([B, xp.sum(take(s.met), axis=-1)], axis=-1)
@@ -126,7 +125,7 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
     per = s.period // s.chunk
     count = [-(-min(T - i * s.period, s.period) // s.chunk) for i in range(periods)]
     after = xp.concat([B[..., 1:], xp.zeros((*batch, 1), dtype=B.dtype)], axis=-1)
-    read, written = xp.sum(c, axis=-1), xp.sum(d if rest else d - query, axis=-1)
+    read, written = xp.sum(c, axis=-1), xp.sum(d - query, axis=-1)
     kept = xp.exp(s.power * xp.sum(a, axis=-1)) >= FORGOTTEN
 
     def passed(B: Array, i: int) -> Array:
@@ -146,7 +145,7 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
         B = into + written[..., i]
         through.append(into + xp.where(late > 0, missing * late, xp.zeros_like(B)))
     behind = xp.cumulative_sum(c + query, axis=-1) - (0 if s.strict else c + query)
-    ahead = xp.cumulative_sum(d + key, axis=-1) - d - key
+    ahead = xp.cumulative_sum(d, axis=-1) - d
     G = (xp.stack(through, axis=-1) + read)[..., None] - behind + ahead
     G = s.power * G * valid
     if gate.log_gate is None:

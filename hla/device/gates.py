@@ -88,10 +88,10 @@ class GateTerms:
             term.period = math.gcd(b.tokens, parts.period)
             period, tiles = term.period, parts.writes if s.reverse else parts.reads
         dtype = "float32" if b.request.dtype == "bfloat16" else "float64"
-        shape = (*batch, tiles, T * ((2 if parts else 3) if s.reverse else 1))
+        shape = (*batch, tiles, T * (2 if s.reverse else 1))
         dots = b.temporary("dots", shape, dtype=dtype, like="")
         term.dots[s.reverse].append(dots)
-        term.factor = 0.5 if symmetric else term.factor  # of what is written for k and v alike
+        term.factor = 0.5 if symmetric else term.factor  # of a state for k and v alike
         term.parts = parts
         found = {"x": Ref(s.dot), "dots": dots, "chunk": term.chunk(limits, b.request.gate)}
         if b.tokens % period:
@@ -158,7 +158,7 @@ class GateTerms:
         dots = term.dots
         exact = b.buffers[dots[False][0].name].dtype
         reads = one("dots", (*batch, 1, T), exact, dots[False])
-        writes = one("dots", (*batch, 1, (2 if term.parts else 3) * T), exact, dots[True])
+        writes = one("dots", (*batch, 1, 2 * T), exact, dots[True])
         b.shape["gate"] = (*b.request.gate_batch, *((T,) if log else ()))
         gate = one("gate", (*batch, *((T,) if log else ())), b.wide, [Ref("gate")])
         border = None

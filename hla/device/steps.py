@@ -58,13 +58,13 @@ class Launch(NamedTuple):
     With ``x`` there is one value, and the launch also leaves the parts of the gate's gradient
     (derivations 5), in chunks of ``chunk`` tokens. ``dots`` (*batch, tiles, T) is sum_v o x
     of what o reads from the state before its chunk, read * a_t q_t S; its tiles count as their sum.
-    A reverse launch has (*batch, tiles, 3 T): behind it, of read * write * L (q_t.k_j) (v_j.x_t)
-    over the pairs of a chunk but those of a token with itself, each token's sum as j and then as t
-    (a symmetric launch: of its own two operands, not the exchanged ones). ``states`` (*batch, N, V,
-    D) takes the transposed states before every period of tokens but the first. In a fused row with
-    `Parts` a reverse launch has (*batch, tiles, 2 T), the first and second added, and the third;
-    states are as its kernels have them; its forward launches take <S, R> (*batch, N, parts) of them
-    and the states, which sum up, to ``met`` instead.
+    A reverse launch has (*batch, tiles, 2 T): of read * write * L (q_t.k_j) (v_j.x_t) over the
+    pairs of a chunk but those of a token with itself it adds each token's sum as t, and behind are
+    those as j (a symmetric launch: half of what o reads, which is of both its operands, and pairs
+    of its own two, not of the exchanged ones). ``states`` (*batch, N, V, D) takes the transposed
+    states before every period of tokens but the first. In a fused row with `Parts` states are as
+    its kernels have them; its forward launches take <S, R> (*batch, N, parts) of them and the
+    states, which sum up, to ``met`` instead.
     """
 
     q: tuple[Ref, ...]  # a part, or two (the second of few columns)
@@ -142,9 +142,9 @@ class GateGradient(NamedTuple):
     """Gradient of the log gate by one pass (*batch, T), of a decay its sum over each period.
 
     From what the launches of dq and dv leave: ``reads`` (*batch, tiles, T) and ``writes`` (*batch,
-    tiles, 3 T or 2 T) are their dots, S and R the states and their gradients before the later
-    periods or ``met`` their products, ``border`` <S, R> at the first token. ``factor`` is that of
-    what is written and of R; with ``ends`` no gradient comes from after the last token.
+    tiles, 2 T) are their dots, S and R the states and their gradients before the later periods or
+    ``met`` their products, ``border`` <S, R> at the first token. ``factor`` is that of R; with
+    ``ends`` no gradient comes from after the last token.
     """
 
     o: Ref

@@ -42,12 +42,14 @@ def chunk(xp, s, gate, cut, q, k, v, S):
     return o, state, into, pairs
 
 
-def dotted(xp, tile, x, v, into, pairs):
-    """Parts of the gate's gradient, (tiles, W) each: read, and of pairs by key and by query."""
+def dotted(xp, s, tile, x, v, into, pairs):
+    """Parts of the gate's gradient, (tiles, W) each: read, with pairs by query, and by key."""
     found, apart = [], pairs * (1 - np.eye(x.shape[-2]))
     for cut in (slice(at, at + tile) for at in range(0, x.shape[-1], tile)):
         reads, M = (into * x)[..., cut], apart * (x[..., cut] @ v[..., cut].mT)
-        found.append((xp.sum(reads, axis=-1), xp.sum(M, axis=-2), xp.sum(M, axis=-1)))
+        read = xp.sum(reads, axis=-1) * (0.5 if s.symmetric else 1.0)
+        by_query, by_key = xp.sum(M, axis=-1), xp.sum(M, axis=-2)
+        found.append((read + by_query, by_key) if s.reverse else (read,))
     return [xp.stack(rows, axis=-2) for rows in zip(*found, strict=True)]
 
 
@@ -61,7 +63,7 @@ def sweep(xp, s, limits, gate, q, k, v, x, starts):
             qc, kc, vc, xc = (y[..., cut, :] for y in (q, k, v, x))
             o, S, into, pairs = chunk(xp, s, gate, cut, qc, kc, vc, S)
             outs.append(o)
-            dots.append(dotted(xp, limits.tile, xc, vc, into, pairs)[: 3 if s.reverse else 1])
+            dots.append(dotted(xp, s, limits.tile, xc, vc, into, pairs))
             if c and c % limits.period == 0:
                 kept.append((S if s.reverse else before).mT)
         ends.append(S)

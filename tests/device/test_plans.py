@@ -360,7 +360,7 @@ def test_what_a_period_misses_is_added_along_the_way():
     """Each token reads 1 of the first state, and all reads are too large by e."""
     T, e, gate = 16, 0.01, np.zeros((1, 16))
     arrays = {
-        "o": gate, "reads": np.full((1, 1, T), 1 + e), "writes": np.zeros((1, 1, 3 * T)),
+        "o": gate, "reads": np.full((1, 1, T), 1 + e), "writes": np.zeros((1, 1, 2 * T)),
         "gate": gate, "border": np.array([16.0]), "S": np.full((1, 1, 1, 1), 8.0),
         "R": np.ones((1, 1, 1, 1)),
     }  # fmt: skip

@@ -85,26 +85,24 @@ extern "C" __global__ void __launch_bounds__(PERIOD, 1) gate_kernel(const __grid
     if (part > 0 && p.at[STATE]) B = crossing(p, head * (parts - 1) + part - 1, shared);
     if (part < parts - 1 && p.at[STATE]) after = crossing(p, head * (parts - 1) + part, shared);
 
-    double c = 0., d = 0., query = 0., key = 0., a = 0.;
+    double c = 0., d = 0., query = 0., a = 0.;  // d with what pairs sum to by key
     if (there) {
         for (i64 n = 0; n < p.reads; n++)
             c += number(p.at[READS], (head * p.reads + n) * T + t, p.type[READS]);
         for (i64 n = 0; n < p.writes; n++) {
-            const i64 at = (head * p.writes + n) * 3 * T + t;
+            const i64 at = (head * p.writes + n) * 2 * T + t;
             d += number(p.at[WRITES], at, p.type[WRITES]);
             query += number(p.at[WRITES], at + T, p.type[WRITES]);
-            key += number(p.at[WRITES], at + 2 * T, p.type[WRITES]);
         }
-        d *= p.factor;
         a = number(p.at[GATE], p.log ? head * T + t : head, p.type[GATE]);
         if (!p.log) a = log(a < 1e-30 ? 1e-30 : a);
     }
     double read, sum_c, written, sum_d, upto, sum_a;
     in_chunk(a, upto, sum_a, shared);
     in_chunk(c + query, read, upto, shared);
-    in_chunk(d + key, written, upto, shared);
+    in_chunk(d, written, upto, shared);
     in_chunk(c, upto, sum_c, shared);
-    in_chunk(d, upto, sum_d, shared);
+    in_chunk(d - query, upto, sum_d, shared);  // of its own pairs both sums are the same
     if (i_t == 0) {
         of_chunk[i] = sum_c, of_chunk[CHUNKS + i] = sum_d;
         of_chunk[2 * CHUNKS + i] = exp(sum_a * p.power) < 5.9604644775390625e-08 ? 0. : 1.;
@@ -123,13 +121,13 @@ extern "C" __global__ void __launch_bounds__(PERIOD, 1) gate_kernel(const __grid
     const double through = E + (i + 0.5 > begin ? missing * (i + 0.5 - begin) : 0.);
     if (p.log) {
         const double ahead = p.strict ? read : read - (c + query);
-        const double G = through + sum_c - ahead + written - (d + key);
+        const double G = through + sum_c - ahead + written - d;
         if (there) put(p.at[O], head * T + t, (int)p.type[O], G * p.power);
         return;
     }
     const double n = rest - i * W < 0 ? 0. : rest - i * W > W ? (double)W : (double)(rest - i * W);
     const double last = p.strict ? i_t - 1 : i_t;  // the last gate that a read has met
-    double crossed = (last + 1) * c + (n - 1 - i_t) * d + last * query - i_t * key;
+    double crossed = (last + 1) * c + (n - 1 - i_t) * d - (n - 1 - last) * query;
     if (!there) crossed = 0.;
     if (i_t == 0) crossed += n * through;
     const double all = summed(crossed, shared);

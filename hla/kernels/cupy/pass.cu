@@ -373,18 +373,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
         }
     };
 
-    auto leave_sums = [&](int chunk, int which) {  // 0 of what is read, 1 of pairs by key, 2 by query
+    auto leave_sums = [&](int chunk) {  // of what is read, with that of pairs by query, and by key
         const i64 row = rows_of(chunk);
         for (int t = threadIdx.x; t < W && t < tokens_of(row); t += THREADS) {
-            Dot all = 0;
-            if (which == 0)
-                for (int n = 0; n < WARPS; n++) all += sums[((chunk & 1) * WARPS + n) * W + t];
-            else
-                for (int n = 0; n < BLOCKS; n++)
-                    if (which == 1 ? legal_blocks(n, t / 16) : legal_blocks(t / 16, n))
-                        all += sums[(2 * WARPS + ((chunk & 1) * 2 + which - 1) * BLOCKS + n) * W + t];
+            const Dot* pairs = sums + (2 * WARPS + (chunk & 1) * 2 * BLOCKS) * W + t;
+            Dot read = 0, by_key = 0;
+            for (int n = 0; n < WARPS; n++) read += sums[((chunk & 1) * WARPS + n) * W + t];
+            if (BOTH) read *= (Dot).5;  // it is of both operands
+            if (DOTS == 2)
+                for (int n = 0; n < BLOCKS; n++) {
+                    if (legal_blocks(n, t / 16)) by_key += pairs[n * W];
+                    if (legal_blocks(t / 16, n)) read += pairs[(BLOCKS + n) * W];
+                }
             u8* to = start_of(p, SUMS, head, 0, first + row + t, 0);
-            put(to, tile * p.of[SUMS].segment + which * p.tokens, (int)p.of[SUMS].type, all);
+            const i64 at = tile * p.of[SUMS].segment;
+            put(to, at, (int)p.of[SUMS].type, read);
+            if (DOTS == 2) put(to, at + p.tokens, (int)p.of[SUMS].type, by_key);
         }
     };
 
@@ -404,8 +408,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
         __syncthreads();  // this chunk is there and its pairs, the next one too; nobody reads the last
         if (c + STAGES - 1 < chunks) fetch_chunk(c + STAGES - 1);
         copies_commit();
-        if (DOTS == 2) leave_sums(c, 1), leave_sums(c, 2);
-        if (DOTS && c > 0) leave_sums(c - 1, 0);
+        if (DOTS && c > 0) leave_sums(c - 1);
         const Element* q = stages + c % STAGES * STAGE;
         const Element *k = q + AT_K, *v = V_IS_K ? k + v0 : q + AT_V, *x = q + AT_X;
         const i64 row = rows_of(c);
@@ -508,7 +511,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
     }
     if (DOTS && chunks) {
         __syncthreads();
-        leave_sums(chunks - 1, 0);
+        leave_sums(chunks - 1);
     }
     if (p.at[END]) {  // of the heads that share a state, those along a stride of 0, the first writes it
         const Operand& x = p.of[END];

@@ -45,7 +45,7 @@ class Work(NamedTuple):
     @property
     def sums(self) -> int:
         """Sums a token that the gate's gradient is made of."""
-        return (3 if self.reverse else 1) if self.dots else 0
+        return (2 if self.reverse else 1) if self.dots else 0
 
 
 class Tiles(Protocol):
@@ -109,7 +109,7 @@ def chunk(m: Tiles, p: Work, q: Any, k: Any, v: Any, x: Any, S: Array) -> Chunk:
             sums = (m.sum(into * p.read * m.values(x, turned=True), 0),)
         if p.dots and p.reverse:
             M = jnp.where(early != late, A * p.read * m.product(v, x), 0.0)
-            sums += (m.sum(M, 1), m.sum(M, 0))
+            sums = sums[0] + m.sum(M, 0), m.sum(M, 1)
         o = m.outer(v, m.stored("A", A), into)
         o = o if p.read == 1 else o * p.read
     if p.gated or p.write != 1:

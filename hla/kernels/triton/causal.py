@@ -311,7 +311,7 @@ def pass_kernel(
         p_x += i_0 * sx0 + i_1 * sx1 + i_2 * sx2 + t64[:, None] * sxt + v64[None, :] * sxd
         i_row = i_head.to(tl.int64) * tiles + i_v
         T64 = T.to(tl.int64)
-        p_dots += i_row * (3 * T64 if PAIRS else T64) + t64
+        p_dots += i_row * (2 * T64 if PAIRS else T64) + t64
     if EVERY:
         p_states += i_head.to(tl.int64) * sa0 + i_v.to(tl.int64) * BV * ROW
     if GATE != 0:
@@ -443,7 +443,7 @@ def pass_kernel(
                 M = tl.where(m_apart, tl.fma(pairs * read, M, 0.0), 0.0)  # [W query, W key]
                 M = M.to(p_dots.dtype.element_ty)  # float64: both sums are of the same products
                 tl.store(p_dots + T64 + row64, tl.sum(M, 1), mask=m_t)
-                tl.store(p_dots + 2 * T64 + row64, tl.sum(M, 0), mask=m_t)
+                by_key = tl.sum(M, 0)
             b_o = _product(_row_operand(S, OPERAND, PRECISION), b_q, PRECISION)
             if BC:
                 b_o = _add_product(b_o, _operand(Sc, OPERAND, PRECISION), b_qc, PRECISION)
@@ -452,8 +452,12 @@ def pass_kernel(
             if DOT:
                 # Products rounded before they are added: fused with the add of another lane's
                 # they would leave the lanes of a row with different sums, and all store theirs.
-                dots = tl.fma(b_o * read, tl.trans(b_x).to(tl.float32), 0.0)  # [BV, W]
-                tl.store(p_dots + row64, tl.sum(dots, 0), mask=m_t)
+                own = read * 0.5 if BOTH else read  # b_o is of both its operands
+                dots = tl.fma(b_o * own, tl.trans(b_x).to(tl.float32), 0.0)  # [BV, W]
+                dots = tl.sum(dots, 0).to(p_dots.dtype.element_ty)
+                if PAIRS:
+                    dots += by_key
+                tl.store(p_dots + row64, dots, mask=m_t)
             b_o = _read(b_o, a_v, A, UPDATE, PRECISION)
             if BOTH:
                 B = _product(b_v, b_q, PRECISION)

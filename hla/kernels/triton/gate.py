@@ -75,15 +75,13 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     ENDS: tl.constexpr,  # no gradient comes from after the last token
     LEAST: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     READS: tl.constexpr, WRITES: tl.constexpr, MET: tl.constexpr,
-    ADDED: tl.constexpr,  # d + w and r are there, not d, r and w
 ):  # fmt: skip
     """Write the gradient of the log gate, or its sum, over one period of one head.
 
-    Of arrays that lie in order: c (*batch, READS, T), d, r and w (*batch, WRITES, 3 T) or d + w and
-    r (*batch, WRITES, 2 T), the gate (*batch, T) or a decay (*batch), <S, R> at the first token
-    (*batch) or None for 0, and S (*batch, N, D, V) and R (*batch, N, V, D), states and their
-    gradients at the N later periods, or their products (*batch, N, MET), or None. READS, WRITES and
-    MET count terms of sums.
+    Of arrays that lie in order: c (*batch, READS, T), d + w and r (*batch, WRITES, 2 T), the gate
+    (*batch, T) or a decay (*batch), <S, R> at the first token (*batch) or None for 0, and S
+    (*batch, N, D, V) and R (*batch, N, V, D), states and their gradients at the N later periods, or
+    their products (*batch, N, MET), or None. READS, WRITES and MET count terms of sums.
     """
     parts = tl.cdiv(T, PERIOD)
     part, head = tl.program_id(0) % parts, (tl.program_id(0) // parts).to(tl.int64)
@@ -108,25 +106,20 @@ def gate_kernel(  # type: ignore[no-untyped-def]
         g = tl.load(p_gate + head).to(tl.float64)
         log_g = tl.log(tl.where(g < LEAST, LEAST, g))
     p_reads += head * READS * T
-    ROWS: tl.constexpr = 2 if ADDED else 3
-    p_writes += head * ROWS * WRITES * T
+    p_writes += head * 2 * WRITES * T
     first, T64 = part.to(tl.int64) * PERIOD, T.to(tl.int64)
     i, i_t = tl.arange(0, PERIOD // W), tl.arange(0, W)
     t = first + (i * W)[:, None] + i_t[None, :]  # [chunks, W]
     m = t < T
     c = _summed(p_reads, t, m, T64, READS)
-    d = _summed(p_writes, t, m, ROWS * T64, WRITES) * factor
-    query = _summed(p_writes + T64, t, m, ROWS * T64, WRITES)
-    key = tl.zeros_like(d)
-    if not ADDED:
-        key = _summed(p_writes + 2 * T64, t, m, ROWS * T64, WRITES)
+    d = _summed(p_writes, t, m, 2 * T64, WRITES)  # with w
+    query = _summed(p_writes + T64, t, m, 2 * T64, WRITES)
     a = tl.load(p_gate + t, mask=m, other=0.0).to(tl.float64) if LOG else tl.where(m, log_g, 0.0)
 
     # What crosses a chunk, and what is missing at the border behind.
     kept = tl.where(tl.exp(tl.sum(a, 1) * power) < FORGOTTEN, 0.0, 1.0).to(tl.float64)
-    sum_c, sum_d = tl.sum(c, 1), tl.sum(d, 1)
-    if ADDED:  # what the chunk's own pairs are is the same by query and by key
-        sum_d -= tl.sum(query, 1)
+    # What the chunk's own pairs sum to is the same by query and by key.
+    sum_c, sum_d = tl.sum(c, 1), tl.sum(d, 1) - tl.sum(query, 1)
     by, plus = tl.associative_scan((kept, sum_d - kept * sum_c), 0, _then)
     behind = by * B + plus
     E = kept * (behind - sum_d)
@@ -142,12 +135,12 @@ def gate_kernel(  # type: ignore[no-untyped-def]
         ahead = tl.cumsum(c + query, 1)  # a strict pass reads before the token's own gate
         if not STRICT:
             ahead -= c + query
-        G = (through + sum_c)[:, None] - ahead + tl.cumsum(d + key, 1) - d - key
+        G = (through + sum_c)[:, None] - ahead + tl.cumsum(d, 1) - d
         tl.store(p_o + head * T + t, (G * power).to(tl.float32), mask=m)
     else:
         n = tl.maximum(tl.minimum(T - first - i * W, W), 0)
         upto = (i_t - 1 if STRICT else i_t)[None, :]  # the last gate that a read has met
-        crossed = (upto + 1) * c + upto * query - i_t[None, :] * (d + key)
+        crossed = (upto + 1) * c + upto * query - i_t[None, :] * d
         whole = tl.sum(tl.sum(crossed, 1) + (n - 1) * sum_d + n * through, 0)
         tl.store(p_o + head * parts + part, whole * power)
 
@@ -177,7 +170,6 @@ def settings(
     reads: int = 1,
     writes: int = 1,
     met: int = 1,
-    added: bool = False,
 ) -> dict[str, Any]:
     """Return the constants and settings of a launch, of one program a head and period.
 
@@ -194,12 +186,10 @@ def settings(
     period, chunk : int
         Tokens in each.
     reads, writes, met : int
-        Terms of which c, of which d, r and w, and of which <S, R> is the sum: powers of two.
-    added : bool
-        Whether d + w and r are there, not d, r and w.
+        Terms of which c, of which d + w and r, and of which <S, R> is the sum: powers of two.
     """
     return {
         "PERIOD": period, "W": chunk, "LOG": log, "STRICT": strict, "ENDS": ends, "LEAST": least,
-        "BD": 64, "BV": 64, "READS": reads, "WRITES": writes, "MET": met, "ADDED": added,
+        "BD": 64, "BV": 64, "READS": reads, "WRITES": writes, "MET": met,
         "num_warps": 4,
     }  # fmt: skip

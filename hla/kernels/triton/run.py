@@ -145,12 +145,12 @@ def _gate_gradient(call: Call, s: GateGradient) -> list[Do]:
     places = [None if x is None else call.place(x) for x in given]
     T, gate = call.request.tokens, call.place(s.gate)
     *batch, reads, _ = call.place(s.reads).layout.shape
-    heads, (writes, width) = math.prod(batch), call.place(s.writes).layout.shape[-2:]
+    heads, writes = math.prod(batch), call.place(s.writes).layout.shape[-2]
     D, V = (1, 1) if s.S is None else call.place(s.S).layout.shape[-2:]
     options = settings(
         strict=s.strict, log=call.request.gate == "log_gate", ends=s.ends, least=LEAST.value,
         period=s.period, chunk=s.chunk, reads=reads, writes=writes,
-        met=1 if s.met is None else call.place(s.met).layout.shape[-1], added=width == 2 * T,
+        met=1 if s.met is None else call.place(s.met).layout.shape[-1],
     )  # fmt: skip
     shape, strides, _ = gate.layout
     order = whole(shape)
