@@ -18,6 +18,7 @@ Namespace = Any
 Library = Any  # one object of `hla.libraries` for each; arrays are arguments, so it serves all
 
 # The adapter of each library by its name, from name and namespace; of any other by "".
+MEMORY = "memory"  # of those that are memory of a device and have no namespace
 ADAPTERS: dict[str, Callable[[str, Namespace], Library]] = {}
 
 
@@ -34,7 +35,7 @@ def library_of(x: Array) -> Library:
 def _library(x: Array) -> Library:
     if not compat.is_array_api_obj(x):
         memory = hasattr(type(x), "__cuda_array_interface__")  # on a device, without a namespace
-        return adapter("numba" if memory else "", None)
+        return adapter(MEMORY if memory else "", None)
     xp = compat.array_namespace(x)
     refused = isinstance(x, np.ma.MaskedArray) or compat.is_dask_array(x)
     if refused or compat.is_pydata_sparse_array(x):

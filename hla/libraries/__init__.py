@@ -10,7 +10,7 @@ from ..core import namespace
 from ..core.namespace import Array
 from .generic import Generic
 from .generic import compiling as compiling
-from .numba import Numba
+from .numba import NUMBA
 
 
 # By import statements, which torch's compiler runs where it reads a call of theirs.
@@ -38,13 +38,18 @@ def _cupy(*_: Any) -> Generic:
     return CUPY
 
 
+def _numba(*_: Any) -> Generic:
+    return NUMBA
+
+
 namespace.ADAPTERS |= {
     "": functools.cache(Generic),
     "numpy": _numpy,
     "torch": _torch,
     "jax": _jax,
     "cupy": _cupy,
-    "numba": functools.cache(Numba),
+    "numba": _numba,
+    namespace.MEMORY: _numba,
 }
 NODES: dict[str, Callable[..., Any]] = {}  # what a compiler takes as one node of its graph
 

@@ -122,3 +122,6 @@ def _borrower() -> Borrower | None:
             read = functools.partial(torch.as_tensor, device="cuda")
             return Borrower(namespace.adapter("torch", None), read)
     return None
+
+
+NUMBA = Numba("numba", None)
