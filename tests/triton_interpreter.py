@@ -1,9 +1,11 @@
 """Triton's interpreter, which spends most of its time on types: it makes each of them once.
 
-What is remembered is what Triton itself made; fields that it does not have here fail.
+What is remembered is what Triton itself made; fields that it does not have here fail. A program
+costs by its operations, not by their elements: kernels of many small programs have larger ones.
 """
 
 import functools
+import importlib
 
 from triton.language import core
 from triton.runtime import interpreter
@@ -12,6 +14,7 @@ from triton.runtime import interpreter
 @functools.cache
 def hasten():
     """Patch the interpreter: to rewrite a function once a launch, and to make a type once."""
+    importlib.import_module("hla.kernels.triton.carry").E *= 16
     patch, known = interpreter._patch_lang, interpreter.InterpretedFunction.rewritten_fn
     interpreter._patch_lang = lambda fn: None if fn in known else patch(fn)  # no inner call does
     interpreter._get_np_dtype = numpy_dtypes(interpreter._get_np_dtype)
