@@ -146,3 +146,17 @@ def test_sweeps(hopper, case):
     for name, x, z in pairs:
         x, z = x.astype(np.float64), z.astype(np.float64)
         assert np.linalg.norm(x - z) <= 6e-3 * np.linalg.norm(z), name
+
+
+@pytest.mark.parametrize("operator", ["hla2", "hla3"])
+def test_gradients_of_heads_that_share_keys(hopper, operator):
+    """They are summed in float32, which the sweeps do not leave: passes do."""
+    rng, heads, options = np.random.default_rng(1), (2, 1, 1), {"operator": operator, "scale": 0.25}
+    arrays = [rng.standard_normal((n, 66, 16)).astype(ml_dtypes.bfloat16) for n in heads]
+    do = rng.standard_normal((2, 66, 16)).astype(ml_dtypes.bfloat16)
+    found = hla.vjp(*arrays, backend="hopper", **options)[1](do)
+    exact = [x.astype(np.float64) for x in (*arrays, do)]
+    wanted = hla.vjp(*exact[:3], backend="array_api", **options)[1](exact[3])
+    for name in ("dq", "dk", "dv"):
+        x, z = getattr(found, name).astype(np.float64), getattr(wanted, name)
+        assert np.linalg.norm(x - z) <= 6e-3 * np.linalg.norm(z), name

@@ -441,7 +441,7 @@ KERNELS = [  # kernel, what it does, gate, what differs
     *((name, {}, 0, {"FAST": False, "WHOLE_D": False}) for name in ("reverse", "queries")),
     *((name, {"AHLA": False}, gate, DOTS) for name in ("reverse", "queries") for gate in (1, 2)),
     ("queries", {"AHLA": True}, 2, DOTS),
-    ("reverse", {"SUM": True}, 2, DOTS),
+    ("reverse", {"SUM": True}, 2, DOTS), ("reverse", {"SUM": True}, 2, SEGMENT | DOTS),
     ("queries", {}, 2, {"FAST": False, "WHOLE_D": False} | DOTS),
     *((name, {}, 2, SEGMENT | DOTS) for name in ("reverse", "queries")),
     *((name, {}, gate, SEGMENT) for name in ("reverse", "queries") for gate in (0, 2)),

@@ -1,15 +1,17 @@
 """The adjoints of hla2, ahla and hla3 on Hopper in sweeps: rows of the planner, their launches.
 
-A gate's gradient, and segments, run by passes.
+A gate's gradient, segments, and heads that share keys or values, whose gradients are summed in
+float32, run by passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from ...core.passes import broadcast
 from ...core.programs import adjoint
 from ...core.request import Request
-from ...device.rows import flipped, masked, matched
+from ...device.rows import flipped, masked
 from ...device.scan import Call, Do
 from ...device.steps import Fused, Launch, Ref, Row
 from .hopper import GATES, HALF, SHARED, sweeps
@@ -51,13 +53,15 @@ def rows(request: Request, card: Card) -> tuple[Row, ...]:
     plain = plain and masked(request) == len(request.program.steps)
     if not plain or request.scale == 0 or not 0 < min(D, V) <= max(D, V) <= WIDEST:
         return ()
+    shapes = request.q_shape, request.k_shape, request.v_shape
+    every = broadcast(*(x[:-2] for x in shapes), request.gate_batch)
+    if any(x[:-2] != every for x in shapes):  # sweeps leave bfloat16 alone
+        return ()
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
-    alike = request.operator != "hla3" or matched(request)
     return tuple(
         Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
             in_place=not last, adds=not last or len(of) == 1)
         for name, last, of in (GATED if request.gate else SWEEPS)[request.operator]
-        if alike or len(of) == 1
     )  # fmt: skip
 
 

@@ -74,9 +74,10 @@ def _put_gate(
     """
     put_weights(weights, ends, at, c, last)
     w = gl.exp2((last - c if LATE else c).to(gl.float32))
-    if POWER1 > 0:
-        _put_pieces(pieces, at * PIECES, _power(w, POWER1))
-    _put_pieces(pieces, at * PIECES + 2, _power(w, POWER2))
+    N: gl.constexpr = pieces.shape[0] // 2  # lists of a chunk, fewer where both powers are one
+    if POWER1 > 0 and N == PIECES:
+        _put_pieces(pieces, at * N, _power(w, POWER1))
+    _put_pieces(pieces, at * N + N - 2, _power(w, POWER2))
 
 
 @gluon.jit
@@ -216,7 +217,8 @@ def _operand(S):
 @gluon.jit
 def _weighed(x, pieces, slot, STATE: gl.constexpr, A: gl.constexpr):
     """Return a transposed operand as the gate weighs its tokens for a state, [64, W]."""
-    at = slot * PIECES + 2 * STATE
+    N: gl.constexpr = pieces.shape[0] // 2
+    at = slot * N + (2 * STATE if N == PIECES else 0)
     high = pieces.index(at).load(gl.SliceLayout(0, A))[None, :]
     low = pieces.index(at + 1).load(gl.SliceLayout(0, A))[None, :]
     given = [x.load(A), high, low]

@@ -648,7 +648,8 @@ def reverse_kernel(
     crosses = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], TILE)
     SLOTS: gl.constexpr = STAGES if GATE == 2 else 2
     weights = gl.allocate_shared_memory(gl.float32, [SLOTS * LISTS, W], LIST)
-    pieces = gl.allocate_shared_memory(gl.bfloat16, [SLOTS * PIECES, W], LIST)
+    LISTED: gl.constexpr = PIECES // 2 if POWER1 == POWER2 else PIECES
+    pieces = gl.allocate_shared_memory(gl.bfloat16, [SLOTS * LISTED, W], LIST)
     ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
     ALONE: gl.constexpr = 0 if GATE == 2 or not FAST else 1
     LOADS: gl.constexpr = 128 if FAST else 0  # a copy arrives with each of the mover's threads
