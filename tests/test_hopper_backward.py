@@ -345,8 +345,10 @@ def test_gradients_of_last_states(kernels, gate):
     refs = {states.get(n, n): Ref(n) for n in names[:-1]}
     refs |= {"left": None, "gate": Ref("gate") if gate else None}
     refs |= dict.fromkeys(("dots1", "dots2", "kept1", "kept2"))
+    flags = False, True, 1.0, 1.0, False, False, None, None, None
+    whole = Launch((), (), (), (), (), (), 1, *flags, (H,), (H,))
     for do in hopper_backward.launched(
-        call, kernel, (H,), refs, "qkvgyabc", (1.0, 1.0), (1, 2), 0,
+        call, kernel, (H,), refs, "qkvgyabc", (1.0, 1.0), (1, 2), whole,
         {"Z": True, "SUM": False, "ADD": False, "READ": True, "START1": True, "START2": True,
          "END1": False, "END2": True, "DOTS": False, "EVERY": 0},
     ):  # fmt: skip

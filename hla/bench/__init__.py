@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--operator", nargs="+", action="extend", choices=OPERATORS, metavar="NAME",
         help=f"what to time in every table: {names} (default: all of them forward, and hla2"
         " backward and one token; with --quick: hla2)")  # fmt: skip
+    every = (*WORKLOADS, COMPILED, *HOST)
+    add("--workload", nargs="+", action="extend", choices=every, metavar="NAME",
+        help=f"the tables: {', '.join(map(repr, every))} (default: all)")  # fmt: skip
     add("--tokens", nargs="+", action="extend", type=at_least(1), metavar="T",
         help="lengths: the first for the tables, all for the growth of the first operator"
         " (default: 4096 64 1024 16384, where 64 is the time of a call rather than of its"
@@ -152,6 +155,13 @@ def _stop(message: str) -> int:
 
 
 def _plan(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
+    """Those workloads that are asked for."""
+    for workload, case in _every(args):
+        if not args.workload or workload in args.workload:
+            yield workload, case
+
+
+def _every(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
     """Every workload and operator at the first length, then the first operator at the others."""
     operators = tuple(dict.fromkeys(args.operator or OPERATORS[: 1 if args.quick else None]))
     first, *others = args.tokens or ((256, 64) if args.quick else (4096, 64, 1024, 16384))
@@ -168,7 +178,7 @@ def _plan(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
             yield workload, case._replace(operator=operator)
     for tokens in sorted(set(others) - {first}):
         yield "forward", case._replace(operator=operators[0], tokens=tokens)
-    if not args.quick:
+    if not args.quick or args.workload:
         yield COMPILED, case._replace(operator=operators[0])
         for workload in HOST:
             yield workload, CALL._replace(operator=operators[0])

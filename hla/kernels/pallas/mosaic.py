@@ -25,6 +25,7 @@ from ...core.passes import Shape
 from .chunk import ROWS, TOTAL, W, Work, chunk
 from .sweep import OWN, Found, Operands, entry, weights_of
 from .warpgroups import places
+from .warpgroups import turned as transposed
 
 Array = Any
 V = 64  # values of a program
@@ -35,11 +36,6 @@ NARROW = plgpu.TilingTransform((8, 64)), SWIZZLE
 WIDE = plgpu.TilingTransform((8, 32)), SWIZZLE
 WGMMA = plgpu.Layout.WGMMA
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED
-
-
-def turned(ref: Any) -> Any:
-    """Return the transpose of a matrix in shared memory."""
-    return plgpu.transpose_ref(ref, (1, 0))
 
 
 def split(x: Array, planes: int) -> list[Array]:
@@ -73,7 +69,7 @@ class Tiles:
 
     def product(self, a: list[Any], b: list[Any]) -> Array:
         """Return a b'."""
-        return self.summed(a, [turned(x) for x in b])
+        return self.summed(a, [transposed(x) for x in b])
 
     def outer(self, a: list[Any], b: list[Any], to: Array) -> Array:
         """Return ``to`` + a' b.
@@ -81,7 +77,7 @@ class Tiles:
         A tensor core's sum is cut, not rounded, at every 16 products. Of several planes it begins
         with nothing, as what is lost of a state would add up over all chunks.
         """
-        a = [turned(x) for x in a]
+        a = [transposed(x) for x in a]
         if self.count > 1:
             return to + self.summed(a, b)
         return pl.run_state(lambda to: plgpu.wgmma(to, a[0], b[0]))(plgpu.ACC.init(to))
@@ -113,7 +109,7 @@ class Tiles:
         found = None
         for ref in reversed(x):
             if turned:
-                plane = plgpu.load(plgpu.transpose_ref(ref, (1, 0)), (), layout=TURNED)
+                plane = plgpu.load(transposed(ref), (), layout=TURNED)
                 plane = plgpu.layout_cast(plane, WGMMA)
             else:
                 plane = plgpu.load(ref, (), layout=WGMMA)
@@ -300,7 +296,7 @@ def _kernel(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if narrow:
                 o = plgpu.layout_cast(found.o.astype(jnp.bfloat16), TURNED)
-                turned(r["os"])[...] = o
+                transposed(r["os"])[...] = o
             else:
                 r["os"][...] = found.o
             plgpu.commit_smem()
