@@ -121,13 +121,13 @@ def scan(q: Any, k: Any, v: Any, **options: Any) -> Any:
     """
     if compiling():
         return _node("scan")(q, k, v, **filled("scan", DEFAULTS, options))
-    if library_of(q).borrowed:
-        return library_of(q).lent(scan, q, k, v, **options)
     call = again.seen("scan", q, k, v, None, options)
     found = call and again.take(call)
-    return (
-        _scan(q, k, v, call=call, **filled("scan", DEFAULTS, options)) if found is None else found
-    )
+    if found is not None:
+        return found
+    if library_of(q).borrowed:
+        return library_of(q).lent(scan, q, k, v, **options)
+    return _scan(q, k, v, call=call, **filled("scan", DEFAULTS, options))
 
 
 def _node(name: str) -> Any:
@@ -202,12 +202,12 @@ def step(q_t: Any, k_t: Any, v_t: Any, state: Any = None, **options: Any) -> Any
     """
     if compiling():
         return _node("step")(q_t, k_t, v_t, state, **filled("step", STEP, options))
-    if library_of(q_t).borrowed:
-        return library_of(q_t).lent(step, q_t, k_t, v_t, state, **options)
     call = again.seen("step", q_t, k_t, v_t, state, options)
     found = call and again.take(call)
     if found is not None:
         return found
+    if library_of(q_t).borrowed:
+        return library_of(q_t).lent(step, q_t, k_t, v_t, state, **options)
     return _step(q_t, k_t, v_t, state, call=call, **filled("step", STEP, options))
 
 
@@ -356,12 +356,12 @@ return_state, form, chunk_size, convention, backend
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
-    if library_of(q).borrowed:
-        return library_of(q).lent(vjp, q, k, v, **options)
     earlier = None if compiling() else again.seen("vjp", q, k, v, None, options)
     found = earlier and again.take(earlier)
     if found is not None:
         return found
+    if library_of(q).borrowed:
+        return library_of(q).lent(vjp, q, k, v, **options)
     options = filled("vjp", DEFAULTS, options)
     backend = options.pop("backend")
     if compiling():

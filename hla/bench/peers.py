@@ -16,7 +16,7 @@ import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ import hla
 
 from ..core.programs import CAUSAL
 from ..libraries import library_of
-from .libraries import Array, Arrays, Call, Host, load
+from .libraries import Array, Arrays, Call, Host, Library, load
 from .workloads import (
     COMPILED,
     DECAY,
@@ -89,6 +89,23 @@ def peer(name: str, workload: str, case: Case, accelerator: bool = False) -> Wor
     return chosen.prepare(workload, case, accelerator)
 
 
+def _compiled(
+    workload: str,
+    lib: Library,
+    function: Callable[..., Array],
+    arrays: Sequence[Array],
+    error: Callable[[Arrays], float],
+) -> Work:
+    """Return a function of q, k and v, or with its gradients of do too, as the library compiles."""
+    q, k, v, do = arrays
+    if workload == "forward":
+        forward = lib.compile(lambda q, k, v: (function(q, k, v),))
+        return Work(Call(lambda: forward(q, k, v), lib), error, LIMIT)
+    assert lib.vjp is not None
+    back = lib.compile(lib.vjp(function))
+    return Work(Call(lambda: back(q, k, v, do), lib), error, LIMIT)
+
+
 def _attention(workload: str, case: Case, accelerator: bool) -> Work:
     """Torch's causal softmax attention: another function, the one that HLA would replace.
 
@@ -105,11 +122,7 @@ def _attention(workload: str, case: Case, accelerator: bool) -> Work:
     if workload == "step":
         token = q[..., -1:, :]
         return Work(Call(lambda: (softmax(token, k, v),), lib), error, LIMIT)
-    if workload == "forward":
-        return Work(Call(lambda: (causal(q, k, v),), lib), error, LIMIT)
-    assert lib.vjp is not None
-    back = lib.vjp(causal)
-    return Work(Call(lambda: back(q, k, v, do), lib), error, LIMIT)
+    return _compiled(workload, lib, causal, (q, k, v, do), error)
 
 
 def _jax_attention(workload: str, case: Case, accelerator: bool) -> Work:
@@ -128,12 +141,7 @@ def _jax_attention(workload: str, case: Case, accelerator: bool) -> Work:
     def error(got: Arrays) -> float:
         return _softmax_error(case, (got[0].swapaxes(1, 2),))
 
-    if workload == "forward":
-        forward = lib.compile(lambda q, k, v: (causal(q, k, v),))
-        return Work(Call(lambda: forward(q, k, v), lib), error, LIMIT)
-    assert lib.vjp is not None
-    back = lib.compile(lib.vjp(causal))
-    return Work(Call(lambda: back(q, k, v, do), lib), error, LIMIT)
+    return _compiled(workload, lib, causal, (q, k, v, do), error)
 
 
 def _softmax_error(case: Case, got: Arrays) -> float:
@@ -199,11 +207,7 @@ def _fla(kernel: str, workload: str, case: Case, accelerator: bool) -> Work:
     def error(got: Arrays) -> float:
         return truth(tuple(x.swapaxes(1, 2) for x in got))
 
-    if workload == "forward":
-        return Work(Call(lambda: chain(q, k, v)[:1], lib), error, LIMIT)
-    assert lib.vjp is not None
-    back = lib.vjp(lambda q, k, v: chain(q, k, v)[0])
-    return Work(Call(lambda: back(q, k, v, do), lib), error, LIMIT)
+    return _compiled(workload, lib, lambda q, k, v: chain(q, k, v)[0], (q, k, v, do), error)
 
 
 def chunked(xp: Any, operator: str, q: Array, k: Array, v: Array) -> Array:
@@ -250,12 +254,7 @@ def _jnp_chunks(workload: str, case: Case, accelerator: bool) -> Work:
         return o.astype(v.dtype)
 
     error = against_truth(workload, case)
-    if workload == "forward":
-        forward = lib.compile(lambda q, k, v: (function(q, k, v),))
-        return Work(Call(lambda: forward(q, k, v), lib), error, LIMIT)
-    assert lib.vjp is not None
-    back = lib.compile(lib.vjp(function))
-    return Work(Call(lambda: back(q, k, v, do), lib), error, LIMIT)
+    return _compiled(workload, lib, function, (q, k, v, do), error)
 
 
 def advance(operator: str, states: tuple[Host, Host], q: Host, k: Host, v: Host) -> Host:

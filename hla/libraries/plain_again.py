@@ -11,11 +11,9 @@ from typing import Any, NamedTuple
 from ..core.namespace import Array
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request
-from . import library_of
+from . import library_of, prepared
 from .exchange import loaded
-
-Run = Callable[[list[Array], list[int]], Any]
-SEVERAL = 8  # layouts of the gradients given to one kind of calls
+from .prepared import Pulls, Run
 
 
 def scan(
@@ -32,7 +30,7 @@ def scan(
     arrays : sequence of array
         As the caller gave them: q, k, v, the gate and the fields of the state.
     """
-    forward = _forward(backend, request, inputs, layout, arrays)
+    forward = prepared.forward(backend, request, inputs, layout, arrays)
     kind: Any = request.state_type if request.return_state else None
     if forward is None or kind is None:
         return forward and (lambda arrays, addresses: forward(arrays, addresses)[0])
@@ -57,7 +55,7 @@ def vjp(
 
     ``pull(inputs, o, saved, do, dstate)`` is the way of a gradient that is like no earlier one.
     """
-    forward = _forward(backend, request, inputs, layout, arrays)
+    forward = prepared.forward(backend, request, inputs, layout, arrays)
     if forward is None:
         return None
     kind: Any = request.state_type if request.return_state else None
@@ -78,21 +76,6 @@ def vjp(
     return run
 
 
-def _forward(
-    backend: str, request: Request, inputs: Inputs, layout: Any, arrays: Sequence[Array]
-) -> Run | None:
-    module, state = loaded(backend), inputs.state or ()
-    if module.again_forward is None or module.again_backward is None:
-        return None
-    if any(x is not y for x, y in zip(state, arrays[len(arrays) - len(state) :], strict=True)):
-        return None  # it was unpacked
-    found: Run | None = module.again_forward(request, inputs, layout.axis)
-    return found
-
-
-Pulls = dict[int, list[tuple[Callable[[list[Array]], list[int] | None], Run]]]
-
-
 class Call(NamedTuple):
     """One call, and how gradients of its kind are pulled back, by the number of arrays."""
 
@@ -109,33 +92,18 @@ def _again(call: Call, do: Array | None, dstate: Any) -> Gradients | None:
     ends = () if dstate is None else dstate
     if not isinstance(ends, tuple) or (ends and type(ends) is not call.request.state_type):
         return None
-    arrays = [*call.arrays, *call.saved, do, *ends]
-    for addresses_of, pull in call.pulls.get(len(arrays), ()):
-        addresses = addresses_of(arrays)
-        if addresses is not None:
-            found: Gradients = pull(arrays, addresses)
-            return found
-    return None
+    found: Gradients | None = prepared.pulled(call.pulls, [*call.arrays, *call.saved, do, *ends])
+    return found
 
 
 def _anew(
     call: Call, pull: Callable[..., Gradients], o: Array, do: Array | None, dstate: Any
 ) -> Gradients:
     """Pull back after all checks, and prepare for more gradients like these."""
-    _, request, layout, arrays, saved, _ = call
-    q, k, v = map(layout.tokens_in, arrays[:3])
-    rest, decay, log_gate, state = list(arrays[3:]), None, None, None
-    if request.gate == "decay":
-        decay = rest.pop(0)
-    elif request.gate == "log_gate":
-        log_gate = layout.gate_in(rest.pop(0), request.tokens)
-    if rest:
-        kind: Any = request.state_type
-        state = kind(*rest)
-    inputs = Inputs(q, k, v, decay, log_gate, state)
-    found = pull(inputs, o, saved, do, dstate)
+    inputs = prepared.inputs_of(call.request, call.layout, call.arrays)
+    found = pull(inputs, o, call.saved, do, dstate)
     ends = () if dstate is None else dstate
-    wide = request.accumulate
+    wide = call.request.accumulate
     if do is not None and all(x is not None and str(x.dtype) == wide for x in ends):
         _prepare(call, inputs, do, dstate)
     return found
@@ -147,22 +115,17 @@ def _prepare(call: Call, inputs: Inputs, do: Array, dstate: Any) -> None:
     every = [*arrays, *saved, do, *(dstate or ())]
     addresses_of = library_of(do).alike(every)
     way: Any = loaded(backend).again_backward
-    prepared = addresses_of and way(
-        request, inputs, saved, layout.tokens_in(do), dstate, layout.axis
-    )
-    if addresses_of is None or prepared is None:
+    back = addresses_of and way(request, inputs, saved, layout.tokens_in(do), dstate, layout.axis)
+    if addresses_of is None or back is None:
         return
     kind: Any = request.state_type
 
     def pull(arrays: list[Array], addresses: list[int]) -> Gradients:
-        dq, dk, dv, *rest = prepared(arrays, addresses)
+        dq, dk, dv, *rest = back(arrays, addresses)
         gate = rest.pop(0) if request.gate_given else None
         state = kind(*rest) if rest else None
         if gate is None or request.gate == "decay":
             return Gradients(dq, dk, dv, gate, None, state)
         return Gradients(dq, dk, dv, None, layout.gate_out(gate), state)
 
-    ways = pulls.setdefault(len(every), [])
-    if len(ways) >= SEVERAL:
-        ways.clear()
-    ways.append((addresses_of, pull))
+    prepared.keep(pulls, len(every), addresses_of, pull)

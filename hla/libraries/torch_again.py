@@ -6,19 +6,18 @@ call is one node of autograd, without any for views of what it is given and retu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.request import Inputs, Request
+from . import prepared
 from .exchange import loaded
+from .prepared import Pulls, Run
 from .torch_alike import alike
 from .torch_rule import backward, keeping
-
-Run = Callable[[list[Tensor], list[int]], Any]
-SEVERAL = 8  # layouts of the gradients given to one kind of calls
 
 
 def scan(
@@ -35,15 +34,10 @@ def scan(
     tensors : sequence of Tensor
         As the caller gave them: q, k, v, the gate and the fields of the state.
     """
-    module, state = loaded(backend), inputs.state or ()
-    if module.again_forward is None or module.again_backward is None:
-        return None
-    if any(x is not y for x, y in zip(state, tensors[len(tensors) - len(state) :], strict=True)):
-        return None  # it was unpacked
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if learns:
         request = keeping(request, inputs)
-    forward = module.again_forward(request, inputs, layout.axis)
+    forward = prepared.forward(backend, request, inputs, layout, tensors)
     if forward is None:
         return None
     kind: Any = request.state_type if request.return_state else None
@@ -65,7 +59,7 @@ class Call(NamedTuple):
     layout: Any  # takes arrays from the caller's layout, and back
     forward: Run
     results: int
-    pulls: dict[int, list[tuple[Callable[[list[Tensor]], list[int] | None], Run]]]
+    pulls: Pulls
 
 
 class Node(torch.autograd.Function):  # type: ignore[misc]
@@ -86,10 +80,9 @@ class Node(torch.autograd.Function):  # type: ignore[misc]
         call, tensors = ctx.call, ctx.saved_tensors  # read once
         if grads[0] is not None and not torch.is_grad_enabled():
             arrays = [*tensors, *(x for x in grads if x is not None)]
-            for addresses_of, pull in call.pulls.get(len(arrays), ()):
-                addresses = addresses_of(arrays)
-                if addresses is not None:
-                    return (None, None, *pull(arrays, addresses))
+            found = prepared.pulled(call.pulls, arrays)
+            if found is not None:
+                return (None, None, *found)
         return (None, None, *_pull(call, tensors[: ctx.given], tensors[ctx.given :], grads))
 
 
@@ -99,21 +92,13 @@ def _pull(
     """Return the gradients of all tensors, differentiable, and prepare for more such calls."""
     _, request, layout, *_ = call
     kind: Any = request.state_type
-    q, k, v = map(layout.tokens_in, tensors[:3])
-    rest, decay, log_gate, state = list(tensors[3:]), None, None, None
-    if request.gate == "decay":
-        decay = rest.pop(0)
-    elif request.gate == "log_gate":
-        log_gate = layout.gate_in(rest.pop(0), request.tokens)
-    if rest:
-        state = kind(*rest)
-    inputs = Inputs(q, k, v, decay, log_gate, state)
+    inputs = prepared.inputs_of(request, layout, tensors)
     do, *ends = grads
     do, dstate = None if do is None else layout.tokens_in(do), None
     if any(x is not None for x in ends):
         full, dtype = request.state_shapes(), getattr(torch, request.accumulate)
         dstate = kind(*(
-            q.new_zeros(full[n], dtype=dtype) if x is None else x
+            tensors[0].new_zeros(full[n], dtype=dtype) if x is None else x
             for n, x in zip(kind._fields, ends, strict=True)
         ))  # fmt: skip
     found = backward(call.backend, False, request, inputs, saved, do, dstate)
@@ -141,21 +126,16 @@ def _prepare(
     """Keep what pulls back such gradients, of arrays as they come."""
     addresses_of, request = alike(arrays), call.request
     way: Any = loaded(call.backend).again_backward
-    prepared = (
-        None if addresses_of is None else way(request, inputs, saved, do, dstate, call.layout.axis)
-    )
-    if addresses_of is None or prepared is None:
+    back = addresses_of and way(request, inputs, saved, do, dstate, call.layout.axis)
+    if addresses_of is None or back is None:
         return
 
     def pull(arrays: list[Tensor], addresses: list[int]) -> Sequence[Tensor | None]:
-        found: list[Tensor | None] = prepared(arrays, addresses)
+        found: list[Tensor | None] = back(arrays, addresses)
         if request.gate == "log_gate" and request.gate_given:
             found[3:4] = _of_gate(call, None, found[3])
         elif request.gate and not request.gate_given:
             found.insert(3, None)
         return found
 
-    ways = call.pulls.setdefault(len(arrays), [])
-    if len(ways) >= SEVERAL:
-        ways.clear()
-    ways.append((addresses_of, pull))
+    prepared.keep(call.pulls, len(arrays), addresses_of, pull)
