@@ -65,6 +65,11 @@ def test_kernels_fit_the_shared_memory_of_a_card(shared):
             assert kernels(dtype, D=D, card=card, operator="hla2", **gate)
 
 
+def test_explain_says_where_kernels_were_not_timed():
+    assert not launch.untimed(CARD._replace(capability=(9, 0)))
+    assert launch.untimed(CARD).endswith("not timed, for compute capability 8.0")
+
+
 ALONE = """
 import sys, hla
 from hla.kernels.cupy import driver  # imports CuPy

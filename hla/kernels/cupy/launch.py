@@ -25,6 +25,7 @@ CHUNK = 32  # tokens; of 64 hla2 took 0.63 ms instead of 0.54 (B8 T4096 H16 D128
 FEW = 16  # tokens that are multiplied exactly: their one or two terms can cancel to the roundings
 PERIOD = 256  # tokens between the states that are kept for a gate's gradient
 WIDEST = 128  # columns of a state
+TIMED = (9, 0)  # the compute capability on which kernels were timed
 PAD = 8  # elements behind a row in shared memory, as in block.cuh
 TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "float64": 3}  # as block.cuh counts them
 Constants = Mapping[str, Any]
@@ -95,6 +96,12 @@ def limits(request: Request, card: Card) -> Limits:
     able = (narrow or half) and max(request.k_shape[-1], request.v_shape[-1]) <= values
     both = (None, "decay", "log_gate") if able else ()  # of one tile of values alone
     return Limits(keys, -1, 0, 0, symmetric=both, tile=values, chunk=CHUNK, period=PERIOD)
+
+
+def untimed(card: Card) -> str:
+    """Say that kernels were compiled for such a GPU and not timed on it, or ""."""
+    at = ".".join(map(str, card.capability))
+    return "" if card.capability == TIMED else f"; compiled, not timed, for compute capability {at}"
 
 
 def segments(request: Request, card: Card) -> int:
