@@ -95,14 +95,7 @@ def test_another_device_than_the_current_one(gpu):
         np.testing.assert_array_equal(gpu.asnumpy(o), want)
 
 
-TINY = [
-    ("linear", "q"),
-    ("linear", "k"),
-    ("linear", "v"),
-    ("hla2", "v"),
-    ("ahla", "v"),
-    ("hla3", "v"),
-]
+TINY = [*(("linear", n) for n in "qkv"), *((n, "v") for n in ("hla2", "ahla", "hla3"))]
 
 
 @pytest.mark.parametrize(("operator", "small"), TINY)
