@@ -4,15 +4,14 @@
 //     ahla: u = pass(q, k, v)   o = pass(q, k, u)
 //     hla3: y = pass(q, k, k)   u = pass(q, k, v)   o = pass^3(q, y, u)
 //
-// The states are held transposed, S' (V, D) in float32 registers: a warp has 32 rows of one, of tiles of 64
-// keys 16, so that each scheduler has two warps. Warps of the first part make y (of ahla u), those of the
-// middle one hla3's u, those of the last part o, one chunk later: y and u pass between them in shared
-// memory. Of hla3 a block has 64 values, and S anew. A chunk of W tokens, of keys K and values X of each
-// pass, in blocks of 16 x 16 (block.cuh):
+// The states are held transposed, S' (V, D) in float32 registers: a warp has 32 rows of one. Warps of the
+// first part make y (of ahla u), those of the middle one hla3's u, those of the last part o, one chunk
+// later: y and u pass between them in shared memory. Of hla3 a block has 64 values, and S anew. A chunk of W
+// tokens, of keys K and values X of each pass, in blocks of 16 x 16 (block.cuh):
 //
 //     P = lower(Q K')  [W, W]    O = Q S + P X  [W, V]    S' = S' + X' K  [V, D]
 //
-// Every block that is read from shared memory serves a warp's rows of blocks, two or one. A part's
+// Every block that is read from shared memory serves two products, of a warp's two rows of blocks. A part's
 // P is made by its warps before they read their states, and read after a barrier of that part; ahla's
 // serves both, hla3's first that of y and u. There is one barrier of all threads a chunk. Chunks are copied
 // STAGES - 2 ahead by cp.async; rows of no whole 16 bytes element by element.
@@ -23,8 +22,8 @@
 // T = 4096, H = 16 at 3.0 TB/s. Of a chunk of 32 a warp does about 152 products of 16 x 8 x 16 and reads 55
 // times 512 bytes: 128 chunks take 0.14 ms of the matrix units and 0.13 ms of shared memory. One H100 took
 // 0.266 ms for hla2 (67% of its bytes' time), 0.224 for ahla (80%), 0.500 for hla3, 0.126 for hla2 with
-// D = V = 64 by four warps; chunks of 16 tokens 0.31. 727 instructions a warp and chunk; what is left is
-// latency: a scheduler has two warps.
+// D = V = 64; chunks of 16 tokens 0.31. 727 instructions a warp and chunk; what is left is latency: a
+// scheduler has two warps.
 //
 // Compiled for each OPERATOR (1 ahla, 2 hla2, 3 hla3), B (tiles of 64 or 128 keys and values), GATE (0 none,
 // 1 decay, 2 log gate), READ (o is requested, not the states alone) and WIDE (in float32), KEEP (y, or u of
@@ -37,8 +36,7 @@
 
 constexpr bool AHLA = OPERATOR == 1, HLA3 = OPERATOR == 3, SPLIT = HLA3;
 constexpr int BV = HLA3 ? 64 : B, KEYS = B / 16, BLOCKS = W / 16;
-constexpr int M = B / 64, OWN = 16 * M;  // blocks and rows of a state that a warp has
-constexpr int FIRST = B / OWN, MIDDLE = HLA3 ? 64 / OWN : 0, LAST = BV / OWN, THREADS = 32 * (FIRST + MIDDLE + LAST);
+constexpr int FIRST = B / 32, MIDDLE = HLA3 ? 2 : 0, LAST = BV / 32, THREADS = 32 * (FIRST + MIDDLE + LAST);
 constexpr int PITCH = (B + PAD) * 2, TILE = W * PITCH, PITCH_P = (W + PAD) * 2, TILE_P = W * PITCH_P;
 constexpr int WEIGHER = FIRST - 1;  // the warp that makes weights
 
@@ -181,7 +179,7 @@ DEVICE Block weighed(const Block &b, float2 w, float2 w8) {
             bf16_pair(of_bf16(b.x[3]) * w8.x, of_bf16_high(b.x[3]) * w8.y)};
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, M == 1 && !HLA3 ? 2 : 1) fused_kernel(const __grid_constant__ Sweep p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __grid_constant__ Sweep p) {
     extern __shared__ __align__(128) u8 memory[];
     const u32 base = shared_address(memory);
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same in a warp, which it shows
@@ -195,18 +193,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, M == 1 && !HLA3 ? 2 : 1) f
     const int chunks = head.chunks(), T = (int)head.tokens, D = (int)p.keys, V = (int)p.values;
     const int v0 = head.tile * 64;
     const int pass = HLA3 ? first ? 0 : late ? 2 : 1 : late;
-    const int rows = first && !AHLA ? D : V, row0 = (first ? 0 : v0) + rank * OWN;
+    const int rows = first && !AHLA ? D : V, row0 = (first ? 0 : v0) + rank * 32;
 
-    Sum S[M][KEYS];  // S', of rows from row0 on
+    Sum S[2][KEYS];  // S', of rows from row0 on
     auto each = [&](const Head &head, int operand, auto &&visit) {
         const Operand &x = p.of[operand];
         float *at = (float *)p.at[operand] + head.offset(x, head.segment, 0, 0);
-        UNROLL for (int m = 0; m < M; m++) UNROLL for (int d = 0; d < KEYS; d++) UNROLL for (int i = 0; i < 8; i++) {
+        UNROLL for (int m = 0; m < 2; m++) UNROLL for (int d = 0; d < KEYS; d++) UNROLL for (int i = 0; i < 8; i++) {
             int row = row0 + 16 * m + g + (i >> 1 & 1) * 8, column = 16 * d + j + (i & 1) + (i >> 2) * 8;
             if (row < rows && column < D) visit(at + row * x.row + column * x.column, S[m][d].x[i]);
         }
     };
-    UNROLL for (int m = 0; m < M; m++) UNROLL for (int d = 0; d < KEYS; d++) S[m][d].clear();
+    UNROLL for (int m = 0; m < 2; m++) UNROLL for (int d = 0; d < KEYS; d++) S[m][d].clear();
     if (p.at[AT_START + pass]) each(head, AT_START + pass, [](const float *at, float &x) { x = *at; });
 
     Copies<B> q(p, AT_Q, head, D, 0), k(p, AT_K, head, D, 0);
@@ -221,22 +219,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, M == 1 && !HLA3 ? 2 : 1) f
     };
     UNROLL for (int i = 0; i < STAGES - 2; i++) fetch(i, i);
 
-    // What a warp makes, OWN columns of rows, goes from shared memory to where it is stored.
+    // What a warp makes, 32 columns of rows, goes from shared memory to where it is stored.
     const int made_operand = first ? AT_Y : late ? AT_O : AT_U;
     const bool stores = first ? KEEP && head.is_first(p.of[AT_Y]) && head.tile == 0
                         : late ? READ && !WIDE
                                : KEEP_U && head.is_first(p.of[AT_U]);
     const Operand &x_o = p.of[made_operand];
-    constexpr int PIECES = OWN / 8;  // of 16 bytes in a row
-    const int in_piece = lane % PIECES * 8, left = rows - row0 - in_piece;
-    u8 *to = p.at[made_operand] + head.offset(x_o, 0, head.first + lane / PIECES, row0 + in_piece) * 2;
+    const int in_piece = lane % 4 * 8, left = rows - row0 - in_piece;
+    u8 *to = p.at[made_operand] + head.offset(x_o, 0, head.first + lane / 4, row0 + in_piece) * 2;
     const float scale = (float)p.factors[pass];
 
     // Places in a tile of this lane's rows, of blocks as they are and turned
     const u32 straight = (lane & 15) * PITCH + (lane >> 4) * 16;
     const u32 turned = ((lane & 7) + (lane >> 4) * 8) * PITCH + (lane >> 3 & 1) * 16;
     const u32 pairs_at = (lane & 15) * PITCH_P + (lane >> 4) * 16;
-    const u32 own_columns = rank * OWN * 2, written = g * PITCH + own_columns + j * 2;
+    const u32 own_columns = rank * 64, written = g * PITCH + own_columns + j * 2;
 
     // Leave so many blocks of P in a row of blocks, from one on.
     auto make_pairs = [&](u32 q_0, u32 k_0, u32 tile, u32 lists, int t, int first_s, auto count) {
@@ -303,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, M == 1 && !HLA3 ? 2 : 1) f
         auto make_own_pairs = [&](auto warps) {
             const u32 q_0 = stage + straight, k_0 = keys + turned;
             if (decltype(warps)::value >= BLOCKS * (BLOCKS + 1) / 2) {
-                const int pair = HLA3 && first && rank > 1 ? 5 - rank : rank;  // a scheduler has as many
+                const int pair = HLA3 && rank > 1 ? 5 - rank : rank;  // a scheduler has as many
                 if (pair < BLOCKS * (BLOCKS + 1) / 2)
                     make_pairs(q_0, k_0, tile, lists, pair > 0, pair > 1, Number<1>());
             } else if (rank == 0) {
@@ -313,20 +310,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, M == 1 && !HLA3 ? 2 : 1) f
             }
         };
         if (first) make_own_pairs(Number<FIRST>());
-        Sum o[BLOCKS][M];
+        Sum o[BLOCKS][2];
         if (READ || !late) {
-            UNROLL for (int t = 0; t < BLOCKS; t++) UNROLL for (int m = 0; m < M; m++) o[t][m].clear();
+            UNROLL for (int t = 0; t < BLOCKS; t++) o[t][0].clear(), o[t][1].clear();
             UNROLL for (int d = 0; d < KEYS; d++) {
-                Block s[M];
-                UNROLL for (int m = 0; m < M; m++) s[m] = block_of(S[m][d]);
+                const Block s0 = block_of(S[0][d]), s1 = block_of(S[1][d]);
                 UNROLL for (int t = 0; t < BLOCKS; t++) {
                     const Block a = block_at(stage + straight + t * 16 * PITCH + d * 32);
-                    UNROLL for (int m = 0; m < M; m++) multiply(o[t][m], a, s[m]);
+                    multiply(o[t][0], a, s0);
+                    multiply(o[t][1], a, s1);
                 }
             }
             if (GATE) UNROLL for (int t = 0; t < BLOCKS; t++) UNROLL for (int r = 0; r < 2; r++) {
                 const float w = raise(load_float(lists + BEFORE + (16 * t + g + 8 * r) * 4));
-                UNROLL for (int m = 0; m < M; m++) UNROLL for (int i = 0; i < 4; i++)
+                UNROLL for (int m = 0; m < 2; m++) UNROLL for (int i = 0; i < 4; i++)
                     o[t][m].x[(i >> 1) * 4 + 2 * r + (i & 1)] *= w;
             }
             if (late && !AHLA) make_own_pairs(Number<LAST>());
@@ -336,47 +333,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, M == 1 && !HLA3 ? 2 : 1) f
         }
 
         if (!READ && late) fetch_next(c);
-        Block b[M][BLOCKS];
-        UNROLL for (int m = 0; m < M; m++) UNROLL for (int s = 0; s < BLOCKS; s++)
+        Block b[2][BLOCKS];
+        UNROLL for (int m = 0; m < 2; m++) UNROLL for (int s = 0; s < BLOCKS; s++)
             b[m][s] = block_turned(values + turned + s * 16 * PITCH + own_columns + m * 32);
         if (READ || !late) UNROLL for (int t = 0; t < BLOCKS; t++) UNROLL for (int s = 0; s <= t; s++) {
             const Block a = block_at(tile + pairs_at + t * 16 * PITCH_P + s * 32);
-            UNROLL for (int m = 0; m < M; m++) multiply(o[t][m], a, b[m][s]);
+            multiply(o[t][0], a, b[0][s]);
+            multiply(o[t][1], a, b[1][s]);
         }
         if (GATE) {
             UNROLL for (int s = 0; s < BLOCKS; s++) {
                 float2 w = load_floats(lists + AFTER + (16 * s + j) * 4);
                 float2 w8 = load_floats(lists + AFTER + (16 * s + j + 8) * 4);
                 w = {raise(w.x), raise(w.y)}, w8 = {raise(w8.x), raise(w8.y)};
-                UNROLL for (int m = 0; m < M; m++) b[m][s] = weighed(b[m][s], w, w8);
+                b[0][s] = weighed(b[0][s], w, w8), b[1][s] = weighed(b[1][s], w, w8);
             }
             const float total = raise(load_float(lists + WHOLE_CHUNK));
-            UNROLL for (int m = 0; m < M; m++) UNROLL for (int d = 0; d < KEYS; d++) UNROLL for (int i = 0; i < 8; i++)
+            UNROLL for (int m = 0; m < 2; m++) UNROLL for (int d = 0; d < KEYS; d++) UNROLL for (int i = 0; i < 8; i++)
                 S[m][d].x[i] *= total;
         }
         UNROLL for (int d = 0; d < KEYS; d++) UNROLL for (int s = 0; s < BLOCKS; s++) {
             const Block a = second_turned(keys + straight + s * 16 * PITCH + d * 32);
-            UNROLL for (int m = 0; m < M; m++) multiply(S[m][d], b[m][s], a);
+            multiply(S[0][d], b[0][s], a);
+            multiply(S[1][d], b[1][s], a);
         }
 
         if (!READ && late) continue;
         if (WIDE && late) {
             float *at = (float *)p.at[AT_O] + head.offset(x_o, 0, head.first + chunk * W + g, row0 + j);
-            UNROLL for (int t = 0; t < BLOCKS; t++) UNROLL for (int m = 0; m < M; m++) UNROLL for (int i = 0; i < 8; i++) {
+            UNROLL for (int t = 0; t < BLOCKS; t++) UNROLL for (int m = 0; m < 2; m++) UNROLL for (int i = 0; i < 8; i++) {
                 int down = 16 * t + (i >> 1 & 1) * 8, along = 16 * m + (i & 1) + (i >> 2) * 8;
                 if (chunk * W + g + down < T && row0 + j + along < rows)
                     at[down * x_o.row + along * x_o.column] = o[t][m].x[i] * scale;
             }
             continue;
         }
-        UNROLL for (int t = 0; t < BLOCKS; t++) UNROLL for (int m = 0; m < M; m++) UNROLL for (int i = 0; i < 8; i += 2)
+        UNROLL for (int t = 0; t < BLOCKS; t++) UNROLL for (int m = 0; m < 2; m++) UNROLL for (int i = 0; i < 8; i += 2)
             store4(made + written + (16 * t + (i >> 1 & 1) * 8) * PITCH + m * 32 + (i >> 2) * 16,
                    bf16_pair(o[t][m].x[i] * scale, o[t][m].x[i + 1] * scale));
         if (!stores) continue;
         __syncwarp();
-        const int n = T - chunk * W - lane / PIECES;
-        UNROLL for (int i = 0; i < W; i += 32 / PIECES) {
-            const uint4 x = load16(made + (lane / PIECES + i) * PITCH + own_columns + in_piece * 2);
+        const int n = T - chunk * W - lane / 4;
+        UNROLL for (int i = 0; i < W; i += 8) {
+            const uint4 x = load16(made + (lane / 4 + i) * PITCH + own_columns + in_piece * 2);
             u8 *at = to + ((i64)chunk * W + i) * x_o.row * 2;
             if (i >= n) continue;
             if (!FAST)

@@ -43,7 +43,7 @@ def kernels(operator: str, load: Load, call: Call, fused: Fused) -> Iterator[Ker
     found = hopper.settings(operator, refs, dtypes, D, V, call.request.gate)
     fixed = settings(operator, found, D, V, call.where)
     B, hla3 = fixed["B"], operator == "hla3"
-    warps = 12 if hla3 and B == HALF else 8
+    warps = B // 32 + (4 if hla3 else B // 32)
     yield from hopper.sweeps(
         load, call, "fused.cu", broadcast(*(x.batch for x in launches)), refs, D, V,
         [x.read for x in launches], launches[0].tokens, fixed, threads=32 * warps,

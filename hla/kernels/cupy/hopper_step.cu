@@ -86,8 +86,8 @@ DEVICE void rows_of(
         float y[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            y[i] = g * of[i] + key * mate[i];
-            sum[i] += query * y[i];
+            y[i] = advanced(g, of[i], key, mate[i]);
+            sum[i] = fmaf(query, y[i], sum[i]);
         }
         *place = float4{y[0], y[1], y[2], y[3]};
     }
@@ -109,9 +109,9 @@ DEVICE void triangle(
         for (int i = 0; i < 4; i++) {
             const int c = lane + 32 * i;
             if (at > c || c >= turn.columns) continue;
-            const float y = g * place[c] + key * k_c[i];
-            own[r] += q_c[i] * y;
-            sum[i] += at < c ? query * y : 0.f;
+            const float y = advanced(g, place[c], key, k_c[i]);
+            own[r] = fmaf(q_c[i], y, own[r]);
+            sum[i] = at < c ? fmaf(query, y, sum[i]) : sum[i];
             place[c] = y;
         }
     }
@@ -140,7 +140,7 @@ DEVICE Token token_of(const Step& p, i64 index) {
     return x;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) hopper_step_kernel(const __grid_constant__ Step p) {
+extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS) hopper_step_kernel(const __grid_constant__ Step p) {
     extern __shared__ __align__(128) u8 memory[];
     const Room room = room_at(memory + SLOTS * SLOT);
     const u32 places = shared_address(memory), full = places + SLOTS * SLOT + ROOM, done = full + 8 * SLOTS;
@@ -212,8 +212,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) hopper_step_kernel
             }
             float weight = 0.f;
             if (weighs) {
-                const float y = g * m + k[threadIdx.x] * room.dens[turn.v];
-                weight = q[threadIdx.x] * y;
+                const float y = advanced(g, m, k[threadIdx.x], room.dens[turn.v]);
+                weight = fmaf(q[threadIdx.x], y, 0.f);
                 const Field& to = p.of[NEW_VECTOR + turn.vector];
                 ((float*)base(p, head, NEW_VECTOR + turn.vector))[threadIdx.x * to.row] = y;
             }

@@ -56,10 +56,10 @@ DEVICE void triangle(
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int c = c0 + 32 * i;
-                    const float y = turn.first ? g * x[r][i] + key * k_c[i] : x[r][i];
+                    const float y = turn.first ? advanced(g, x[r][i], key, k_c[i]) : x[r][i];
                     const float read = turn.strict ? x[r][i] : y;
-                    own[r] += row <= c ? q_c[i] * read : 0.f;
-                    sum[i] += row < c ? query * read : 0.f;
+                    own[r] = row <= c ? fmaf(q_c[i], read, own[r]) : own[r];
+                    sum[i] = row < c ? fmaf(query, read, sum[i]) : sum[i];
                     if (writes && row <= c && c < D) at[32 * i * to] = y;
                 }
             }
@@ -145,8 +145,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const 
                     float y[4];
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        y[i] = turn.first ? g * x[r][i] + key * mate[i] : x[r][i];
-                        sum[i] += query * (turn.strict ? x[r][i] : y[i]);
+                        y[i] = turn.first ? advanced(g, x[r][i], key, mate[i]) : x[r][i];
+                        sum[i] = fmaf(query, turn.strict ? x[r][i] : y[i], sum[i]);
                     }
                     if (!writes) continue;
                     float* at = made + row * to.row + c * to.column;
@@ -172,8 +172,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const 
             const bool writes = turn.first && first(NEW_VECTOR + turn.vector);
             for (int d = threadIdx.x; d < turn.rows; d += THREADS) {
                 const float x = p.at[was] ? m[d * p.of[was].row] : 0.f;
-                const float y = turn.first ? g * x + k[d] * w : x;
-                weight += q[d] * (turn.strict ? x : y);
+                const float y = turn.first ? advanced(g, x, k[d], w) : x;
+                weight = fmaf(q[d], turn.strict ? x : y, weight);
                 if (writes) to[d * p.of[NEW_VECTOR + turn.vector].row] = y;
             }
         }

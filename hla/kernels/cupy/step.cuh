@@ -40,6 +40,9 @@ DEVICE double log_gate(const Step& p, const Head& head) {
     return p.log ? g : log(g);
 }
 
+// An element of a state behind a token: to the same bits in every kernel.
+DEVICE float advanced(float g, float x, float key, float value) { return fmaf(g, x, key * value); }
+
 struct Room {  // in shared memory
     float *vectors, *parts, *dens, *weights;  // (NAMES, WIDTH), (WARPS, WIDTH), of each name, of each warp
 };

@@ -21,7 +21,7 @@ Array = Any
 MATRICES, VECTORS, TURNS, NAMES = 6, 4, 12, 8  # as in step.cu
 WIDEST = 512  # keys or values
 BULK = 128  # keys or values of states that are copied in bulk
-ROWS, PLACES = 32, 192 << 10  # rows of a piece of them, bytes of shared memory for pieces
+ROWS, PLACES = 32, 192 << 10  # rows of a piece of them; bytes of a multiprocessor for pieces
 MOST_PLACES = 64
 STATES = slice(5, 5 + 2 * MATRICES)  # among a kernel's operands
 MOST = 4096  # calls that are kept ready
@@ -181,13 +181,14 @@ class Steps:
         width, kernels = _width(request), []
         bulk = owned and aligned and card.capability == (9, 0)
         bulk = bulk and _in_bulk(request, passes, packed)
+        each_has = 2 if packed or width <= 64 else 1  # blocks of a multiprocessor
         for counts, strides, heads_of, mine in heads(batch, places, ranks):
             head = b"".join(
                 struct.pack("<6q", *lead, *_walked(x), kind)
                 for lead, x, kind in zip(strides, mine, types, strict=True)
             )
             count = math.prod(counts)
-            blocks = min(count, card.processors) if bulk else count
+            blocks = min(count, each_has * card.processors) if bulk else count
             rest = struct.pack(
                 "<10q2d", len(passes), request.k_shape[-1], request.v_shape[-1], count,
                 blocks, *counts[-2:],
@@ -206,7 +207,7 @@ class Steps:
 
             constants = functools.partial(_constants, width, whole_rows, packed)
             if bulk:
-                constants = functools.partial(_places, width)
+                constants = functools.partial(_places, width, each_has)
             if count:
                 kernels.append(
                     Kernel(
@@ -266,12 +267,12 @@ def _in_bulk(request: Request, passes: Sequence[Turn], packed: bool) -> bool:
     return plain and max(D, V) <= BULK and not (D % (8 if packed else 4) or V % 4)
 
 
-def _places(width: int, at: Sequence[int]) -> tuple[dict[str, Any], int]:
+def _places(width: int, blocks: int, at: Sequence[int]) -> tuple[dict[str, Any], int]:
     """Return macros and bytes of shared memory where states are copied in bulk."""
     each = ROWS * width * 4
-    places = min(MOST_PLACES, PLACES // each)
+    places = min(MOST_PLACES, PLACES // blocks // each)
     room = 4 * ((NAMES + 8) * width + NAMES + 8)
-    return {"WIDTH": width, "SLOTS": places}, places * (each + 16) + room
+    return {"WIDTH": width, "SLOTS": places, "BLOCKS": blocks}, places * (each + 16) + room
 
 
 def _walked(own: Shape) -> Shape:
