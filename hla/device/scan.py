@@ -71,6 +71,7 @@ class Device(NamedTuple):
     )
     rows: Callable[[Request, Any], tuple[Row, ...]] = lambda request, where: ()  # that fit it
     segments: Callable[[Request, Any], int] = lambda request, where: 0  # tokens of one; 0: whole
+    prepare: Callable[[Ready, list[Any]], None] = lambda ready, addresses: None  # at first
 
 
 def heads(
@@ -272,7 +273,9 @@ class Runner:
                 self.ready.clear()
             given = dict(zip(kind.names(request), arrays, strict=True))
             plan = kind.plan(device, request, device.where(arrays[0]))
-            ready = self.ready[key] = Ready(device, plan, request, given)
+            ready = Ready(device, plan, request, given)
+            device.prepare(ready, addresses)
+            self.ready[key] = ready
         return ready
 
     def again(self, request: Request, kind: Kind, arrays: list[Array], axis: int) -> Again | None:

@@ -9,6 +9,7 @@ import functools
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,14 +73,30 @@ class Kernel:
         self.function: Function | None = None
         self.shared = 0
 
+    def given(self, addresses: Sequence[Any]) -> list[int]:
+        """Return where its operands lie."""
+        return [(addresses[slot] or 0) + offset for slot, offset in self.places]
+
     def __call__(self, arrays: list[Any], addresses: list[Any], stream: Any) -> None:
         """Launch it on arrays whose addresses are known."""
-        given = [(addresses[slot] or 0) + offset for slot, offset in self.places]
+        given = self.given(addresses)
         if self.function is None:
             constants, self.shared = self.constants(given)
             self.function = self.load(self.name, constants, self.shared, self.where)
         argument = np.frombuffer(self.pack(*given) + self.rest, dtype=self.kind)
         self.function(self.grid, self.block, (argument,), shared_mem=self.shared)
+
+
+def load_all(kernels: Iterable[Kernel], addresses: Sequence[Any]) -> None:
+    """Load kernels, those that are to be compiled side by side."""
+    found = {}
+    for x in kernels:
+        constants, shared = x.constants(x.given(addresses))
+        found[x.name, *constants.items(), shared] = x.load, (x.name, constants, shared, x.where)
+    if len(found) > 1:
+        with ThreadPoolExecutor(len(found)) as pool:
+            for done in [pool.submit(load, *text) for load, text in found.values()]:
+                done.result()
 
 
 def operand(strides: Sequence[int], dtype: Any) -> bytes:
