@@ -12,8 +12,11 @@
 // Barriers of a place: ``full``, its bytes are there; ``done``, all warps have changed it.
 //
 // Bytes a head of hla2, D = V = 128: 2 x 2 x 64 KB, packed 2 x (33 + 64) KB. 1024 heads: 268 and 204 MB,
-// 0.094 and 0.071 ms at the 2.85 TB/s of an H100 that multiplies in place; of its 132 blocks none has
-// more than 8 heads, 3% more than a share.
+// 0.094 and 0.071 ms at the 2.85 TB/s of an H100 that multiplies in place; of its 132 multiprocessors
+// none has more than 8 heads, 3% more than a share. One took 0.0959 ms, and packed, where warps have more
+// to do for a byte, 0.0753 by two blocks a multiprocessor with half the places each (0.0793 by one; rows by
+// two 0.0981), in a run in which Triton's kernels took 0.0978 and 0.0869. Slower: lines that stay in the
+// second-level cache (0.102 and 0.091), pieces of 16 rows (0.100 and 0.102). One sequence of 16 heads 0.0090.
 #include "ptx.cuh"
 #include "warpgroup.cuh"
 #include "arrays.cuh"

@@ -9,10 +9,10 @@
 // the rows of its upper triangle one behind the other: what lies above the diagonal counts for its
 // row and for its column.
 //
-// Bytes a head of hla2, D = V = 128: 2 x 2 x 64 KB. 1024 heads: 268 MB, 0.089 ms at 3.0 TB/s;
-// one H100 takes 0.099. Packed 2 x (33 + 64) KB: 204 MB, 0.068 ms; 0.092 with F prefetched to L2, which
-// was slower in the variants timed both ways, so it is left out. Slower too: S and F copied to shared
-// memory at once (0.101; rows so 0.141).
+// Bytes a head of hla2, D = V = 128: 2 x 2 x 64 KB. 1024 heads: 268 MB, 0.094 ms at 2.85 TB/s;
+// one H100 takes 0.100. Packed 2 x (33 + 64) KB: 204 MB, 0.071 ms; 0.0873. Slower: F prefetched to the
+// second-level cache, and S and F copied to shared memory at once (0.101; rows so 0.141). On Hopper
+// hopper_step.cu takes the states that are whole.
 #include "ptx.cuh"
 #include "arrays.cuh"
 #include "step.cuh"
