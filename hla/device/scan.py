@@ -71,7 +71,9 @@ class Device(NamedTuple):
     )
     rows: Callable[[Request, Any], tuple[Row, ...]] = lambda request, where: ()  # that fit it
     segments: Callable[[Request, Any], int] = lambda request, where: 0  # tokens of one; 0: whole
-    prepare: Callable[[Ready, list[Any]], None] = lambda ready, addresses: None  # at first
+    begin: Callable[[Ready, Sequence[Array], list[Any]], None] = (
+        lambda ready, arrays, addresses: None  # before the first run of a plan
+    )
 
 
 def heads(
@@ -273,9 +275,8 @@ class Runner:
                 self.ready.clear()
             given = dict(zip(kind.names(request), arrays, strict=True))
             plan = kind.plan(device, request, device.where(arrays[0]))
-            ready = Ready(device, plan, request, given)
-            device.prepare(ready, addresses)
-            self.ready[key] = ready
+            ready = self.ready[key] = Ready(device, plan, request, given)
+            device.begin(ready, arrays, addresses)
         return ready
 
     def again(self, request: Request, kind: Kind, arrays: list[Array], axis: int) -> Again | None:

@@ -151,7 +151,7 @@ def device(memory: Memory) -> Device:
         size = x.dtype.itemsize
         return Layout(tuple(x.shape), tuple(s // size for s in x.strides))
 
-    def prepare(ready: Ready, addresses: list[Any]) -> None:
+    def begin(ready: Ready, arrays: Sequence[Array], addresses: list[Any]) -> None:
         """Load a plan's kernels; what it will allocate begins at whole 16 bytes."""
         every = [x for turn in ready.turns for x in turn.do if isinstance(x, launch.Kernel)]
         launch.load_all(every, [*addresses, *[ALIGNED] * ready.more, None])
@@ -169,7 +169,7 @@ def device(memory: Memory) -> Device:
         addresses=lambda arrays: [address(x) for x in arrays],
         address=address,
         alike=alike,
-        prepare=prepare,
+        begin=begin,
         run=lambda ready, arrays, addresses: memory.inside(
             ready.call.where, lambda: ready(arrays, addresses, None)
         ),
