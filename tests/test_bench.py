@@ -767,6 +767,19 @@ def test_the_meter_on_a_gpu():
 
 
 @pytest.mark.gpu
+def test_the_meter_of_cupy_on_a_gpu():
+    """As torch's: bytes that the call gives back before it ends count, results do not."""
+    cupy = installed("cupy")
+    if not cupy.cuda.is_available():
+        pytest.skip("no CUDA device for CuPy")
+    meter = libraries.load("cupy", True).meter
+    x = cupy.ones(1 << 28, "float32")
+    assert meter.bytes_beyond(lambda: ((x + 1) * 2,)) == x.nbytes
+    assert meter.bytes_beyond(lambda: (x + 1,)) == 0
+    assert 2 * x.nbytes / min(meter.seconds(lambda: (x + 1,), 0.1)) < 2e13  # which no memory does
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_a_gpu_has_its_rows_and_peers(workload):
     torch = installed("torch")
