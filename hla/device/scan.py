@@ -71,6 +71,9 @@ class Device(NamedTuple):
     )
     rows: Callable[[Request, Any], tuple[Row, ...]] = lambda request, where: ()  # that fit it
     segments: Callable[[Request, Any], int] = lambda request, where: 0  # tokens of one; 0: whole
+    begin: Callable[[Ready, Sequence[Array], list[Any]], None] = (
+        lambda ready, arrays, addresses: None  # before the first run of a plan
+    )
 
 
 def heads(
@@ -273,6 +276,7 @@ class Runner:
             given = dict(zip(kind.names(request), arrays, strict=True))
             plan = kind.plan(device, request, device.where(arrays[0]))
             ready = self.ready[key] = Ready(device, plan, request, given)
+            device.begin(ready, arrays, addresses)
         return ready
 
     def again(self, request: Request, kind: Kind, arrays: list[Array], axis: int) -> Again | None:
