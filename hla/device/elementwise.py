@@ -97,7 +97,8 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
 
     What crosses a chunk's start is carried from the border before a period, is gone where a chunk's
     gate leaves nothing, and what is missing at the border behind is added along the way:
-    differences, which lose digits, are taken of no more than the chunks of a period.
+    differences, which lose digits, are taken of no more than the chunks of a period. No rounded
+    product is an addend: a compiler might round it or not, as the shape has it.
     """
     batch, *dots = take(s.o).shape[:-1], take(s.reads), take(s.writes)
     c, w = (xp.sum(x, axis=-2) if x.shape[-2] > 1 else x[..., 0, :] for x in dots)
@@ -139,15 +140,17 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
     known = xp.asarray([s.ends or i < periods - 1 for i in range(periods)])
     each = (after - carried) / (xp.asarray(count, dtype=B.dtype) - begin)
     missing = xp.where(known, each, xp.zeros_like(B))
-    through = []
+    through, share = [], xp.zeros_like(B)  # of what is missing, by the middle of a chunk
     for i in range(per):
-        into, late = passed(B, i), i + 0.5 - begin
+        into = passed(B, i)
         B = into + written[..., i]
-        through.append(into + xp.where(late > 0, missing * late, xp.zeros_like(B)))
+        share = share + missing if i else 0.5 * missing
+        share = xp.where(i + 0.5 > begin, share, xp.zeros_like(B))
+        through.append(into + share)
     behind = xp.cumulative_sum(c + query, axis=-1) - (0 if s.strict else c + query)
     ahead = xp.cumulative_sum(d, axis=-1) - d
     G = (xp.stack(through, axis=-1) + read)[..., None] - behind + ahead
-    G = s.power * G * valid
+    G = sum([G] * s.power) * valid
     if gate.log_gate is None:
         return [(s.o, xp.sum(G, axis=(-2, -1)))]
     return [(s.o, xp.reshape(G, (*batch, periods * s.period))[..., :T])]

@@ -22,6 +22,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, math, vector
 
 from ...device.elementwise import LEAST
+from .ordered import ordered
 
 Array = Any
 W = 64  # tokens in a chunk
@@ -406,6 +407,6 @@ def listed(gate: Array, kind: str, tokens: int) -> Array:
         a = gate.astype(F32) * LOG2E
         a = jnp.where(a < RESET, RESET, a)  # not maximum: a NaN stays
         a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, chunks * W - tokens)])
-        c = jnp.cumsum(a.reshape(*a.shape[:-1], chunks, W), axis=-1)
+        c = ordered.cumulative_sum(a.reshape(*a.shape[:-1], chunks, W))
     lists = jnp.stack([c, jnp.exp2(c[..., -1:] - c)], axis=-2)
     return lists.reshape(*lists.shape[:-3], -1, W)
