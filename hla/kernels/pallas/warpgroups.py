@@ -97,6 +97,14 @@ def loaded(ref: Any, layout: Any, *, optimized: bool = True) -> Array:
     return plgpu.load(ref, *WHOLE, layout=layout, optimized=optimized)
 
 
+def leave(ref: Any, x: Array) -> None:
+    """Store registers to memory, also by half sectors, which JAX 0.12 must be told."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
+
+
 def put_turned(ref: Any, x: Array) -> None:
     """Leave the transpose of x, [64, W], in columns of a tile of W rows."""
     turned(ref)[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
