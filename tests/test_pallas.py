@@ -319,6 +319,33 @@ def test_tokens_before_heads_are_read_where_they_lie():
     assert not any("2x4x72x128" in x for x in kernels)
 
 
+def test_a_step_for_a_gpu_here(monkeypatch):
+    """Its kernels are compiled side by side, and sums between them are written out.
+
+    XLA orders a reduction by the shape of all heads: the bits of one would depend on the others.
+    """
+    installed("absl")
+    beside, lowering = (installed(f"hla.kernels.pallas.{x}") for x in ("beside", "lowering"))
+    begun = []
+    monkeypatch.setattr(lowering, "_hopper", lambda: "card")
+    monkeypatch.setattr(beside, "_compile", lambda x, on: begun.append((x["kernel_hash"], on)))
+    monkeypatch.setattr(beside, "_begun", {})
+    x, g = jax.ShapeDtypeStruct((2, 70, 64), "bfloat16"), jax.ShapeDtypeStruct((2,), "float32")
+
+    def run(q, k, v, g, do):
+        o, pulled = jax.vjp(lambda *x: hla.scan(*x[:3], decay=x[3], backend="pallas"), q, k, v, g)
+        return o, pulled(do)
+
+    text = jax.jit(run).trace(x, x, x, g, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == len(set(begun)) == len(begun) == 3
+    assert {device for _, device in begun} == {"card"}
+    assert not any(name in text for name in ("stablehlo.reduce", "chlo.scan"))
+    ordered = importlib.import_module("hla.kernels.pallas.ordered").ordered
+    x = np.arange(1, 8, dtype=np.float32).reshape(1, 7)
+    close(to_numpy(ordered.sum(x, (0, 1))), x.sum(), 0)
+    close(to_numpy(ordered.cumulative_sum(x)), x.cumsum(1), 0)
+
+
 def test_a_symbol_for_a_size_is_refused():
     T = export.symbolic_shape("T")[0]
     given = jax.ShapeDtypeStruct((2, T, 8), "float32")
