@@ -168,7 +168,7 @@ def test_other_kernels_compile(arch):
         one = built("step.cu", {"WIDTH": 128, "WHOLE": 1, "PACKED": packed}, arch)
         assert one.spills <= 40 * packed
         assert one.registers <= 128
-    fixed = {"TOTAL": "double", "W": 32, "PERIOD": 256}
+    fixed = {"TOTAL": "double", "GATE": 1, "W": 64, "PERIOD": 1024}
     for name in ("sum", "divide", "fading", "carry", "gate"):
         assert built(f"{name}.cu", fixed, arch).spills == 0, name
 

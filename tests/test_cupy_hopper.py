@@ -7,9 +7,12 @@ import types
 import numpy as np
 import pytest
 from conftest import installed
+from devices import Device, inputs_of
+from devices import check as within_the_budget
 
 import hla
 from hla import backends
+from hla.kernels.cupy import hopper_backward
 from hla.kernels.cupy.launch import Card
 from hla.libraries import exchange, rules
 
@@ -146,6 +149,26 @@ def test_sweeps(hopper, case):
     for name, x, z in pairs:
         x, z = x.astype(np.float64), z.astype(np.float64)
         assert np.linalg.norm(x - z) <= 6e-3 * np.linalg.norm(z), name
+
+
+GATED = {  # operator, gate, T, D, V
+    "hla2, a log gate": ("hla2", "resets", 200, 72, 128),
+    "ahla, a decay": ("ahla", "per_head", 130, 64, 36),
+    "hla3, a log gate": ("hla3", "resets", 130, 24, 40),
+}
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_gradients_of_a_gate(hopper, monkeypatch, case):
+    """Sweeps leave what they are made of, states before each period of one chunk too."""
+    operator, gate, T, D, V = GATED[case]
+    monkeypatch.setattr(hopper_backward, "PERIOD", 64)
+    device = Device("hopper", "numpy", "cpu", ("bfloat16",))
+    inputs = inputs_of(T, gate, "bfloat16", D=D, V=V)
+    options = {"operator": operator, "scale": 0.25}
+    within_the_budget(device, inputs, options, "bfloat16")
+    names = {name for name, _ in hopper}
+    assert names == {"hopper.cu", "hopper_reverse.cu", "hopper_queries.cu", "gate.cu", "sum.cu"}
 
 
 @pytest.mark.parametrize("operator", ["hla2", "hla3"])

@@ -55,13 +55,14 @@ def ordered(x: Place) -> bool:
 
 def gate_gradient(load: Load, call: Call, s: GateGradient) -> Iterator[Kernel]:
     """Return the kernel of a GateGradient, of a gate that lies in order."""
-    places, sizes, types = typed(call, (s.reads, s.writes, s.gate, s.border, s.S, s.R, s.o))
+    places, sizes, types = typed(call, (s.reads, s.writes, s.gate, s.border, s.S, s.R, s.met, s.o))
     *batch, reads, _ = call.place(s.reads).layout.shape
     writes, T = call.place(s.writes).layout.shape[-2], call.request.tokens
     D, V = (1, 1) if s.S is None else call.place(s.S).layout.shape[-2:]
     log = call.request.gate == "log_gate"
-    words = struct.pack("<7q", *types)
-    words += struct.pack("<8q", T, D, V, log, s.strict, s.ends, reads, writes)
+    met = 1 if s.met is None else call.place(s.met).layout.shape[-1]
+    words = struct.pack("<8q", *types)
+    words += struct.pack("<9q", T, D, V, log, s.strict, s.ends, reads, writes, met)
     words += struct.pack("<2d", s.power, s.factor)
     constants = {"W": s.chunk, "PERIOD": s.period}
     if grid := math.prod(batch) * -(-T // s.period):

@@ -7,16 +7,17 @@
 //
 // where c_t is read from earlier chunks, d_j is written to later ones, r_t and w_j sum the chunk's own
 // pairs by query and by key, and B and E are what crosses its start and what crosses all of it. B is
-// <S, R>, the state and its gradient, at both borders of every period: from the first it is carried on,
-// and what is then missing at the second is added along the way. E is 0 in a chunk whose gate leaves
-// nothing. For a decay the sum of G over all tokens is needed. Sums in float64, in a fixed order.
+// <S, R>, the state and its gradient, at both borders of every period (fused rows leave parts of it):
+// from the first it is carried on, and what is then missing at the second is added along the way. E is
+// 0 in a chunk whose gate leaves nothing. For a decay the sum of G over all tokens is needed. Sums in
+// float64, in a fixed order.
 #include "ptx.cuh"
 #include "arrays.cuh"
 
-enum { READS, WRITES, GATE, BORDER, STATE, GRADIENT, O, OPERANDS };
+enum { READS, WRITES, GATE, BORDER, STATE, GRADIENT, MET, O, OPERANDS };
 struct Gate {
     u8* at[OPERANDS];  // arrays in order (*batch, ...)
-    i64 type[OPERANDS], tokens, keys, values, log, strict, ends, reads, writes;
+    i64 type[OPERANDS], tokens, keys, values, log, strict, ends, reads, writes, met;
     double power, factor;
 };
 constexpr int CHUNKS = PERIOD / W;
@@ -59,8 +60,13 @@ DEVICE void in_chunk(double x, double& upto, double& all, double* shared) {
     upto += before;
 }
 
-// <S, R> of (D, V) and (V, D).
+// <S, R>, of whose parts it is the sum, or of (D, V) and (V, D).
 DEVICE double crossing(const Gate& p, i64 at, double* shared) {
+    if (p.at[MET]) {
+        double sum = 0.;
+        for (i64 i = 0; i < p.met; i++) sum += number(p.at[MET], at * p.met + i, p.type[MET]);
+        return sum;
+    }
     const i64 size = p.keys * p.values;
     double sum = 0.;
     for (i64 i = threadIdx.x; i < size; i += PERIOD) {
@@ -82,8 +88,9 @@ extern "C" __global__ void __launch_bounds__(PERIOD, 1) gate_kernel(const __grid
     const bool there = t < T;
     double B = 0., after = 0.;
     if (part == 0 && p.at[BORDER]) B = number(p.at[BORDER], head, p.type[BORDER]);
-    if (part > 0 && p.at[STATE]) B = crossing(p, head * (parts - 1) + part - 1, shared);
-    if (part < parts - 1 && p.at[STATE]) after = crossing(p, head * (parts - 1) + part, shared);
+    const bool states = p.at[STATE] || p.at[MET];
+    if (part > 0 && states) B = crossing(p, head * (parts - 1) + part - 1, shared);
+    if (part < parts - 1 && states) after = crossing(p, head * (parts - 1) + part, shared);
 
     double c = 0., d = 0., query = 0., a = 0.;  // d with what pairs sum to by key
     if (there) {

@@ -1,7 +1,7 @@
 """The adjoints of hla2, ahla and hla3 on Hopper in sweeps: rows of the planner, their launches.
 
-A gate's gradient, segments, and heads that share keys or values, whose gradients are summed in
-float32, run by passes.
+For a gate's gradient they also leave sums by token, and states at periods' starts (`dots.cuh`).
+Segments, and heads that share keys or values, whose gradients are summed in float32, run by passes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from ...core.passes import broadcast
 from ...core.programs import adjoint
 from ...core.request import Request
-from ...device.rows import flipped, masked
+from ...device.rows import flipped, gate_parts, masked
 from ...device.scan import Call, Do
-from ...device.steps import Fused, Launch, Ref, Row
+from ...device.steps import Fused, Launch, Parts, Ref, Row
 from .hopper import GATES, HALF, SHARED, sweeps
 from .launch import WIDEST, Card, Constants, Load, passes
 
@@ -35,6 +35,7 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
     ),
 }
 
+CHUNK, PERIOD = 64, 1024  # tokens by which dots count, and between the states that are kept
 GATED = SWEEPS | {
     "ahla": (
         ("ahla on Hopper: du, dk", True, (1,)),
@@ -49,7 +50,7 @@ def rows(request: Request, card: Card) -> tuple[Row, ...]:
     D, V = request.k_shape[-1], request.v_shape[-1]
     if card.capability != (9, 0) or request.dtype != "bfloat16" or request.operator not in SWEEPS:
         return ()
-    plain = not (request.normalize or request.empty or (request.gate and request.gate_given))
+    plain = not (request.normalize or request.empty)
     plain = plain and masked(request) == len(request.program.steps)
     if not plain or request.scale == 0 or not 0 < min(D, V) <= max(D, V) <= WIDEST:
         return ()
@@ -57,10 +58,12 @@ def rows(request: Request, card: Card) -> tuple[Row, ...]:
     every = broadcast(*(x[:-2] for x in shapes), request.gate_batch)
     if any(x[:-2] != every for x in shapes):  # sweeps leave bfloat16 alone
         return ()
+    B = side(D, V)
+    parts = gate_parts(request, Parts(CHUNK, PERIOD, B // HALF, 1, side=B, met=B // 16))
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     return tuple(
         Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
-            in_place=not last, adds=not last or len(of) == 1)
+            parts=parts, in_place=not last, adds=not last or len(of) == 1)
         for name, last, of in (GATED if request.gate else SWEEPS)[request.operator]
     )  # fmt: skip
 
@@ -70,12 +73,12 @@ def side(D: int, V: int) -> int:
     return HALF if max(D, V) <= HALF else WIDEST
 
 
-def settings(call: Call, D: int, V: int) -> Constants:
-    """Return the constants of a sweep but the one that alignment decides."""
+def settings(call: Call, D: int, V: int, x: Launch) -> Constants:
+    """Return the constants of a sweep but the one that alignment decides, by a launch of it."""
     B = side(D, V)
     return {
         "B": B, "GATE": GATES.index(call.request.gate), "WHOLE": int(D == V == B),
-        "SHARED": SHARED, "WIDE": 0,
+        "SHARED": SHARED, "WIDE": 0, "DOTS": int(x.dots is not None), "EVERY": PERIOD // CHUNK,
     }  # fmt: skip
 
 
@@ -134,10 +137,11 @@ def _reverse(
     refs |= {
         "gate": gate(call), "R": flipped(x.start[0]), "Z": z and z.start[0],
         "end": flipped(x.end[0]) if x.end else None,
+        "dots R": x.dots, "dots Z": z and z.dots, "kept R": x.states, "kept Z": z and z.states,
     }  # fmt: skip
     D, V = widths(call)
     own = {"R_POWER": power, "Z": int(z is not None), "ADDS": int(adds)}
-    fixed = {**settings(call, D, V), **own}
+    fixed = {**settings(call, D, V, x), **own}
     yield from sweeps(
         load, call, "hopper_reverse.cu", x.batch, refs, D, V, (x.write, 1 / x.write), x.tokens,
         fixed, threads=384 if z else 256,
@@ -160,7 +164,7 @@ def ahla(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     D, V = widths(call)
     yield from sweeps(
         load, call, "hopper_ahla.cu", du.batch, refs, D, V, (du.write, 1 / du.write), du.tokens,
-        settings(call, D, V),
+        settings(call, D, V, du),
     )  # fmt: skip
 
 
@@ -170,8 +174,11 @@ def queries(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     second = rest[0] if rest else None
     refs: dict[str, Ref | None] = {
         "k": second and second.v[0], "v": first.k[0], "do": first.q[0], "y": first.v[0],
-        "dy": second and second.q[0], "dq": first.o[0], "gate": gate(call),
+        "dy": second and second.q[0], "dq": first.o[0], "q": first.x, "gate": gate(call),
         "S": second and second.start[0], "F": first.start[0],
+        "dots F": first.dots, "dots S": second and second.dots,
+        "kept F": first.kept, "kept S": second and second.kept,
+        "met F": first.met, "met S": second and second.met,
     }  # fmt: skip
     ahla = second is not None and first.v == second.v != second.k  # k in both
     if second and ahla:
@@ -183,7 +190,7 @@ def queries(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     }  # fmt: skip
     yield from sweeps(
         load, call, "hopper_queries.cu", first.batch, refs, D, V, (first.read,), first.tokens,
-        {**settings(call, D, V), **own}, threads=128 * (side(D, V) // HALF) + 128,
+        {**settings(call, D, V, first), **own}, threads=128 * (side(D, V) // HALF) + 128,
     )  # fmt: skip
 
 

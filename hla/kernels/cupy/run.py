@@ -21,6 +21,7 @@ from ...device.steps import (
     Fading,
     Fused,
     GateGradient,
+    GateSum,
     Launch,
     Ref,
     Step,
@@ -58,6 +59,8 @@ def steps(memory: Memory, call: Call, step: Step) -> Iterable[Do]:
         return rows.KERNELS[step.row](memory.load, call, step)
     if isinstance(step, GateGradient) and not between.ordered(call.place(step.gate)):
         return [_of_copies(memory, call, step, [step.gate.name], _kernels)]
+    if isinstance(step, GateSum) and not launch.summable(call, step):
+        return [_by_library(memory, call, step)]
     if type(step) in KERNELS:
         return _kernels(memory, call, step)
     narrow = [n for n in sorted(names(step)) if str(call.dtypes[n]) in NARROW]
@@ -69,6 +72,7 @@ KERNELS: dict[type, Callable[[launch.Load, Call, Any], Iterator[launch.Kernel]]]
     Sum: launch.total,
     Divide: between.divide,
     GateGradient: between.gate_gradient,
+    GateSum: launch.gate_sum,
     Fading: between.fading,
     Carry: between.carry,
 }
