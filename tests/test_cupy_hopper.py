@@ -171,13 +171,16 @@ def test_gradients_of_a_gate(hopper, monkeypatch, case):
     assert names == {"hopper.cu", "hopper_reverse.cu", "hopper_queries.cu", "gate.cu", "sum.cu"}
 
 
-@pytest.mark.parametrize("operator", ["hla2", "hla3"])
+@pytest.mark.parametrize("operator", ["ahla", "hla3"])
 def test_gradients_of_heads_that_share_keys(hopper, operator):
-    """They are summed in float32, which the sweeps do not leave: passes do."""
+    """They are summed in float32, which the sweeps leave."""
     rng, heads, options = np.random.default_rng(1), (2, 1, 1), {"operator": operator, "scale": 0.25}
+    options |= {"decay": 0.9} if operator == "ahla" else {}
     arrays = [rng.standard_normal((n, 66, 16)).astype(ml_dtypes.bfloat16) for n in heads]
     do = rng.standard_normal((2, 66, 16)).astype(ml_dtypes.bfloat16)
     found = hla.vjp(*arrays, backend="hopper", **options)[1](do)
+    swept = {"ahla": 3, "hla3": 4}[operator]
+    assert [n[:7] for n, _ in hopper].count("hopper_") == swept
     exact = [x.astype(np.float64) for x in (*arrays, do)]
     wanted = hla.vjp(*exact[:3], backend="array_api", **options)[1](exact[3])
     for name in ("dq", "dk", "dv"):

@@ -1,17 +1,16 @@
 """The adjoints of hla2, ahla and hla3 on Hopper in sweeps: rows of the planner, their launches.
 
 For a gate's gradient they also leave sums by token, and states at periods' starts (`dots.cuh`).
-Segments, and heads that share keys or values, whose gradients are summed in float32, run by passes.
+Gradients that heads share are left in float32, to be summed. Segments run by passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-from ...core.passes import broadcast
 from ...core.programs import adjoint
 from ...core.request import Request
-from ...device.rows import flipped, gate_parts, masked
+from ...device.rows import flipped, gate_parts, masked, matched
 from ...device.scan import Call, Do
 from ...device.steps import Fused, Launch, Parts, Ref, Row
 from .hopper import GATES, HALF, SHARED, sweeps
@@ -54,10 +53,7 @@ def rows(request: Request, card: Card) -> tuple[Row, ...]:
     plain = plain and masked(request) == len(request.program.steps)
     if not plain or request.scale == 0 or not 0 < min(D, V) <= max(D, V) <= WIDEST:
         return ()
-    shapes = request.q_shape, request.k_shape, request.v_shape
-    every = broadcast(*(x[:-2] for x in shapes), request.gate_batch)
-    if any(x[:-2] != every for x in shapes):  # sweeps leave bfloat16 alone
-        return ()
+    alike = request.operator != "hla3" or matched(request)
     B = side(D, V)
     parts = gate_parts(request, Parts(CHUNK, PERIOD, B // HALF, 1, side=B, met=B // 16))
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
@@ -65,6 +61,7 @@ def rows(request: Request, card: Card) -> tuple[Row, ...]:
         Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
             parts=parts, in_place=not last, adds=not last or len(of) == 1)
         for name, last, of in (GATED if request.gate else SWEEPS)[request.operator]
+        if alike or len(of) == 1
     )  # fmt: skip
 
 
@@ -87,6 +84,12 @@ def gate(call: Call) -> Ref | None:
     return Ref("gate") if call.request.gate else None
 
 
+def bytes_of(call: Call, refs: Mapping[str, Ref | None], *results: str) -> Constants:
+    """Return the bytes of an element of each result, 2 of one that there is not."""
+    given = ((n, refs[n]) for n in results)
+    return {f"{n.upper()}_BYTES": call.dtypes[x.name].itemsize if x else 2 for n, x in given}
+
+
 def widths(call: Call) -> tuple[int, int]:
     """Return the columns of keys and of values."""
     return call.request.k_shape[-1], call.request.v_shape[-1]
@@ -107,7 +110,7 @@ def one_state(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     dk, dx = s.launches
     refs: dict[str, Ref | None] = {
         "q": dk.v[0], "k": None, "v": dk.q[0], "do": dk.k[0], "y": dx.q[0],
-        "dk": dk.o[0], "dx": dx.o[0], "none": None,
+        "dy": dk.o[0], "dv": dx.o[0], "dk": None,
     }  # fmt: skip
     power = 3 if call.request.operator == "hla3" else 1
     yield from _reverse(load, call, refs, dx, None, power, adds=dk.add)
@@ -118,7 +121,7 @@ def summed(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     dk, dv, _, more = s.launches
     refs: dict[str, Ref | None] = {
         "q": dk.v[0], "k": more.v[0], "v": dk.q[0], "do": dk.k[0], "y": dv.q[0],
-        "none": None, "dv": dv.o[0], "dk": dk.o[0],
+        "dy": None, "dv": dv.o[0], "dk": dk.o[0],
     }  # fmt: skip
     yield from _reverse(load, call, refs, dv, more, 1)
 
@@ -141,7 +144,7 @@ def _reverse(
     }  # fmt: skip
     D, V = widths(call)
     own = {"R_POWER": power, "Z": int(z is not None), "ADDS": int(adds)}
-    fixed = {**settings(call, D, V, x), **own}
+    fixed = {**settings(call, D, V, x), **own, **bytes_of(call, refs, "dy", "dv", "dk")}
     yield from sweeps(
         load, call, "hopper_reverse.cu", x.batch, refs, D, V, (x.write, 1 / x.write), x.tokens,
         fixed, threads=384 if z else 256,
@@ -164,7 +167,7 @@ def ahla(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     D, V = widths(call)
     yield from sweeps(
         load, call, "hopper_ahla.cu", du.batch, refs, D, V, (du.write, 1 / du.write), du.tokens,
-        settings(call, D, V, du),
+        {**settings(call, D, V, du), **bytes_of(call, refs, "du", "dv", "dk")},
     )  # fmt: skip
 
 
@@ -190,7 +193,8 @@ def queries(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     }  # fmt: skip
     yield from sweeps(
         load, call, "hopper_queries.cu", first.batch, refs, D, V, (first.read,), first.tokens,
-        {**settings(call, D, V, first), **own}, threads=128 * (side(D, V) // HALF) + 128,
+        {**settings(call, D, V, first), **own, **bytes_of(call, refs, "dq")},
+        threads=128 * (side(D, V) // HALF) + 128,
     )  # fmt: skip
 
 

@@ -19,7 +19,8 @@
 // to add to, 0.276 of F alone, which reads what it adds to.
 //
 // Compiled for each AHLA, F_POWER, ONE (there is F alone) and ADDS (to what dq holds), B (tiles of 64
-// or 128 keys and values), GATE (0 none, 1 decay, 2 log gate), FAST, WHOLE and SHARED as hopper.cu.
+// or 128 keys and values), GATE (0 none, 1 decay, 2 log gate), DOTS (also leaves what a gate's gradient is
+// made of), the bytes of an element of dq, FAST, WHOLE and SHARED as hopper.cu.
 #include "ptx.cuh"
 #include "arrays.cuh"
 #include "warpgroup.cuh"
@@ -158,7 +159,8 @@ DEVICE void move(const Sweep &p, u32 base) {
     Head head(p);
     int T = (int)head.tokens, chunks = head.chunks(), D = (int)p.keys, V = (int)p.values;
     Copies<B> k(p, AT_K, head, D), v(p, AT_V, head, V), g(p, AT_G, head, V), y(p, AT_Y, head, AHLA ? V : D);
-    Copies<B> e(p, AT_E, head, AHLA ? V : D), dq(p, AT_DQ, head, D), q(p, AT_Q, head, D);
+    Copies<B> e(p, AT_E, head, AHLA ? V : D), q(p, AT_Q, head, D);
+    Copies<B, 1, DQ_BYTES> dq(p, AT_DQ, head, D);
     LogGate gate(p, head, 0);
     Ring<STAGES> at;
     #pragma unroll 1

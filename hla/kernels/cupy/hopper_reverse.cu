@@ -25,8 +25,8 @@
 // one H100 took 0.391 (92%). hla3's sweeps have 6 and 7 rows, 0.268 and 0.313 ms: 0.282 (95%) and 0.338 (93%).
 //
 // Compiled for each R_POWER, Z (whether there is that state), ADDS (dy, here dk, to what is there), B
-// (tiles of 64 or 128 keys and values), GATE (0 none, 1 decay, 2 log gate), FAST, WHOLE and SHARED as
-// hopper.cu.
+// (tiles of 64 or 128 keys and values), GATE (0 none, 1 decay, 2 log gate), DOTS (also leaves what a
+// gate's gradient is made of), the bytes of each result's elements, FAST, WHOLE and SHARED as hopper.cu.
 #include "ptx.cuh"
 #include "arrays.cuh"
 #include "warpgroup.cuh"
@@ -263,7 +263,10 @@ DEVICE void move(const Sweep &p, u32 base) {
     Head head(p);
     int T = (int)head.tokens, chunks = head.chunks(), D = (int)p.keys, V = (int)p.values;
     Copies<B, -1> q(p, AT_Q, head, D), k(p, AT_K, head, D), v(p, AT_V, head, V), g(p, AT_G, head, V);
-    Copies<B, -1> y(p, AT_Y, head, D), dy(p, AT_DY, head, D), dv(p, AT_DV, head, V), dk(p, AT_DK, head, D);
+    Copies<B, -1> y(p, AT_Y, head, D);
+    Copies<B, -1, DY_BYTES> dy(p, AT_DY, head, D);
+    Copies<B, -1, DV_BYTES> dv(p, AT_DV, head, V);
+    Copies<B, -1, DK_BYTES> dk(p, AT_DK, head, D);
     LogGate gate(p, head, (chunks - 1) * (i64)W);
     Ring<STAGES> at;
     #pragma unroll 1

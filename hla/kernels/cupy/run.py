@@ -59,9 +59,8 @@ def steps(memory: Memory, call: Call, step: Step) -> Iterable[Do]:
         return rows.KERNELS[step.row](memory.load, call, step)
     if isinstance(step, GateGradient) and not between.ordered(call.place(step.gate)):
         return [_of_copies(memory, call, step, [step.gate.name], _kernels)]
-    if isinstance(step, GateSum) and not launch.summable(call, step):
-        return [_by_library(memory, call, step)]
-    if type(step) in KERNELS:
+    able = not isinstance(step, GateSum) or launch.summable(call, step)
+    if able and type(step) in KERNELS:
         return _kernels(memory, call, step)
     narrow = [n for n in sorted(names(step)) if str(call.dtypes[n]) in NARROW]
     return [_of_copies(memory, call, step, narrow, _by_library)]
