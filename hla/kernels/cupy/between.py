@@ -67,7 +67,7 @@ def gate_gradient(load: Load, call: Call, s: GateGradient) -> Iterator[Kernel]:
     constants = {"W": s.chunk, "PERIOD": s.period}
     if grid := math.prod(batch) * -(-T // s.period):
         yield Kernel(
-            load, call.where, "gate.cu", grid, s.period, places, sizes, words,
+            load, call.where, "gate.cu", grid, 32 * s.period // s.chunk, places, sizes, words,
             lambda addresses: (constants, 8 * (32 + 3 * s.period // s.chunk)),
         )  # fmt: skip
 
