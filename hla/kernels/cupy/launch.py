@@ -284,7 +284,7 @@ def _sum(
     sizes = [*(d.itemsize for *_, d in terms), *[0] * (TERMS - len(terms))]
     sizes += [0 if kind is None else kind.itemsize, dtype.itemsize]
     exact = str(dtype) == "float64" or number == 1  # a decay's terms are
-    constants = {"TOTAL": "double" if exact else "float", "GATE": number}
+    constants = {"TOTAL": "double" if exact else "float", "GATE_KIND": number}
     return Kernel(
         load, call.where, "sum.cu", -(-count // 256), 256, places, sizes, words,
         lambda addresses: (constants, 0),

@@ -3,7 +3,7 @@
 // A term is walked by the axes of o (stride 0 where it is broadcast), then by up to two of its own
 // that are summed, in order. Sums in float32, of float64 results in float64. No terms: zeros.
 //
-// GATE: of gradients of the gate's logarithm; 1, a decay, by which it is divided; 2, a log gate, 0 where it
+// GATE_KIND: of gradients of the gate's logarithm; 1, a decay, by which it is divided; 2, a log gate, 0 where it
 // is -inf.
 #include "ptx.cuh"
 #include "arrays.cuh"
@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(256) sum_kernel(const __grid_consta
         i64 place = i % p.sizes[axis];
         i /= p.sizes[axis];
         to += place * p.strides[axis];
-        if (GATE) of_gate += place * p.gate[axis];
+        if (GATE_KIND) of_gate += place * p.gate[axis];
 #pragma unroll
         for (int n = 0; n < MOST; n++) from[n] += place * p.term[n].strides[axis];
     }
@@ -47,9 +47,9 @@ extern "C" __global__ void __launch_bounds__(256) sum_kernel(const __grid_consta
             }
         total += (TOTAL)x.factor * sum;
     }
-    if (GATE) {
+    if (GATE_KIND) {
         const float gate = get(p.at[MOST], of_gate, (int)p.gate_type);
-        if (GATE == 1) total /= gate < 1e-30f ? 1e-30f : gate;  // a NaN stays
+        if (GATE_KIND == 1) total /= gate < 1e-30f ? 1e-30f : gate;  // a NaN stays
         else if (gate == __uint_as_float(0xff800000u)) total = 0;
     }
     put(p.at[MOST + 1], to, (int)p.type, total);
