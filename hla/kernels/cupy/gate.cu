@@ -14,13 +14,27 @@
 #include "ptx.cuh"
 #include "arrays.cuh"
 
+constexpr int AXES = 8;
 enum { READS, WRITES, GATE, BORDER, STATE, GRADIENT, MET, O, OPERANDS };
 struct Gate {
-    u8* at[OPERANDS];  // arrays in order (*batch, ...)
+    u8* at[OPERANDS];  // arrays in order (*batch, ...), but for the gate
     i64 type[OPERANDS], tokens, keys, values, log, strict, ends, reads, writes, met;
     double power, factor;
+    i64 sizes[AXES], strides[AXES], step;  // of the gate: axes of the batch, tokens
 };
 constexpr int CHUNKS = PERIOD / W, EACH = W / 32, THREADS = PERIOD / EACH;  // a lane has so many tokens
+
+// Elements from the gate's first to a head's.
+DEVICE i64 of_gate(const Gate& p, i64 head) {
+    i64 at = 0;
+#pragma unroll
+    for (int axis = AXES - 1; axis >= 0; axis--) {
+        if (p.sizes[axis] == 1) continue;
+        at += head % p.sizes[axis] * p.strides[axis];
+        head /= p.sizes[axis];
+    }
+    return at;
+}
 
 DEVICE double number(const u8* p, i64 at, i64 type) {
     return type == 3 ? ((const double*)p)[at] : (double)get(p, at, (int)type);
@@ -92,6 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gate_kernel(const __grid_c
     if (part > 0 && states) B = crossing(p, head * (parts - 1) + part - 1, shared);
     if (part < parts - 1 && states) after = crossing(p, head * (parts - 1) + part, shared);
 
+    const i64 gate = of_gate(p, head);
     double c[EACH] = {}, d[EACH] = {}, query[EACH] = {}, a[EACH] = {};  // d with what pairs sum to by key
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
@@ -103,14 +118,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) gate_kernel(const __grid_c
             d[e] += number(p.at[WRITES], at, p.type[WRITES]);
             query[e] += number(p.at[WRITES], at + T, p.type[WRITES]);
         }
-        if (p.log) a[e] = number(p.at[GATE], head * T + t + e, p.type[GATE]);
+        if (p.log) a[e] = number(p.at[GATE], gate + (t + e) * p.step, p.type[GATE]);
     }
     // Of its own pairs both sums are the same.
     const double sum_c = in_chunk(c), sum_d = in_chunk(d) - in_chunk(query);
     double sum_a = p.log ? in_chunk(a) : 0.;
     if (i_t == 0) {
         if (!p.log) {
-            const double g = number(p.at[GATE], head, p.type[GATE]);
+            const double g = number(p.at[GATE], gate, p.type[GATE]);
             sum_a = (double)left * log(g < 1e-30 ? 1e-30 : g);
         }
         of_chunk[i] = sum_c, of_chunk[CHUNKS + i] = sum_d;
