@@ -14,9 +14,13 @@
 //
 // A gate's weights lie beside a chunk: see hopper.cu; there is one list, which F's power raises.
 //
+// With DOTS q is read too, and dq left in its place. For a gate's gradient (gate.cu) each owner leaves c = q .
+// (F do), weighed, and of q . (S dy) the same, of its columns; and of its rows before each period the
+// products with what the reverse sweep has kept there.
+//
 // Bytes a token and head, D = V = 128: 6 rows of 256, 0.268 ms for B = 8, T = 4096, H = 16 at 3.0 TB/s;
 // one H100 took 0.281 for hla2 (95%), 0.298 for ahla. hla3's have 5 rows, 0.224 ms: 0.232 without a result
-// to add to, 0.276 of F alone, which reads what it adds to.
+// to add to, 0.276 of F alone, which reads what it adds to. With DOTS 7 rows, 0.313 ms: 0.50 and 0.47.
 //
 // Compiled for each AHLA, F_POWER, ONE (there is F alone) and ADDS (to what dq holds), B (tiles of 64
 // or 128 keys and values), GATE (0 none, 1 decay, 2 log gate), DOTS (also leaves what a gate's gradient is

@@ -21,8 +21,14 @@
 // A gate's weights lie beside a chunk: see hopper.cu. Here states are read by the weights of what is
 // left of a chunk, and written by those of what came before; there is one list, raised by the power.
 //
+// With DOTS the owners leave for a gate's gradient (gate.cu) d = y . (R v) and d = k . (Z k) / 2, to which
+// the products of the two tiles of pairs that each makes are added by key; their sums by query lie behind.
+// In both a token with itself is, and cancels. What warps sum by column meets in lines of shared memory:
+// those of R two by two, as there is not memory for more. Before each period R and Z are kept.
+//
 // Bytes a token and head, D = V = 128: 8 rows of 256, 0.358 ms for B = 8, T = 4096, H = 16 at 3.0 TB/s;
 // one H100 took 0.391 (92%). hla3's sweeps have 6 and 7 rows, 0.268 and 0.313 ms: 0.282 (95%) and 0.338 (93%).
+// With DOTS the owners' work takes longer than bytes: hla2 0.60 with a log gate, 0.59 with a decay.
 //
 // Compiled for each R_POWER, Z (whether there is that state), ADDS (dy, here dk, to what is there), B
 // (tiles of 64 or 128 keys and values), GATE (0 none, 1 decay, 2 log gate), DOTS (also leaves what a
