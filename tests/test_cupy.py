@@ -95,7 +95,7 @@ def test_cupy_alone():
 
 
 LOG, DECAY = {"log_gate": -0.1}, {"decay": 0.9}  # numbers, which have no gradient
-HOPPER = [("hla2", {}), ("ahla", {}), ("ahla", DECAY), ("hla3", LOG)]
+HOPPER = [("hla2", {}), ("hla2", GATE), ("ahla", {}), ("ahla", DECAY), ("hla3", GATE)]
 SPILLS = {"hopper.cu": 0, "hopper_ahla.cu": 136}  # bytes; of others below
 ONE_BLOCK = {  # architecture, KB of shared memory, operator, gate; bytes of spills
     "hla2": ("sm_80", 163, "hla2", {}, 16),
@@ -128,7 +128,7 @@ def test_kernels_of_hopper_compile(row):
     assert "hopper.cu" in {name for name, _ in found}
     for name, constants in found:
         one = built(name, constants, "sm_90a")
-        assert one.spills <= SPILLS.get(name, 96 if gate else 32), name
+        assert one.spills <= SPILLS.get(name, 112 if gate else 32), name
         assert not {*one.remarks} - {"C7517", "C7519"}, name
         threads = 384 if dict(constants).get("Z", 1) else 256
         assert one.registers <= (65536 // threads) // 8 * 8, name  # of which owners then take more
@@ -168,7 +168,7 @@ def test_other_kernels_compile(arch):
         one = built("step.cu", {"WIDTH": 128, "WHOLE": 1, "PACKED": packed}, arch)
         assert one.spills <= 40 * packed
         assert one.registers <= 128
-    fixed = {"TOTAL": "double", "W": 32, "PERIOD": 256}
+    fixed = {"TOTAL": "double", "GATE_KIND": 1, "W": 64, "PERIOD": 1024}
     for name in ("sum", "divide", "fading", "carry", "gate"):
         assert built(f"{name}.cu", fixed, arch).spills == 0, name
 
