@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import cuda_interpreter
 import numpy as np
@@ -34,11 +35,17 @@ def hosted(monkeypatch):
 
 def kernels(dtype, T=300, D=128, card=CARD, **options):
     """Files and constants of the launches of a call and of its gradients."""
+    return list(loads(dtype, T, D, card, **options))
+
+
+def loads(dtype, T, D, card, **options):
+    """The same, and of each whether it is loaded by the caller's thread, as often as it is."""
     found = {}
 
     def load(name, constants, shared, card):
         assert shared <= card.shared
-        found[name, tuple(constants.items())] = None
+        here = threading.current_thread() is threading.main_thread()
+        found.setdefault((name, tuple(constants.items())), []).append(here)
         return lambda *args, **kwargs: None
 
     memory = HOSTED.memory._replace(load=load, card=lambda x: card)
@@ -49,7 +56,16 @@ def kernels(dtype, T=300, D=128, card=CARD, **options):
     _, _, saved = library.forward(request, inputs)
     with np.errstate(all="ignore"):
         library.backward(request, inputs, saved, do, None)
-    return list(found)
+    return found
+
+
+def test_a_plans_kernels_are_loaded_side_by_side():
+    """As they then are when they run."""
+    card = CARD._replace(capability=(9, 0))
+    found = loads("bfloat16", 300, 128, card, operator="hla3")
+    sweeps = [here for (name, _), here in found.items() if name != "hopper.cu"]
+    assert len(sweeps) == 4
+    assert all(here[0] is False and here[1:] for here in sweeps)
 
 
 GATE = {"log_gate": np.zeros((2, 300), np.float32)}
@@ -63,6 +79,11 @@ def test_kernels_fit_the_shared_memory_of_a_card(shared):
         for D in (16, 64, 128, 200):
             card = CARD._replace(shared=shared << 10)
             assert kernels(dtype, D=D, card=card, operator="hla2", **gate)
+
+
+def test_explain_says_where_kernels_were_not_timed():
+    assert not launch.untimed(CARD._replace(capability=(9, 0)))
+    assert launch.untimed(CARD).endswith("not timed, for compute capability 8.0")
 
 
 ALONE = """
@@ -164,6 +185,9 @@ def test_passes_compile(row):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_other_kernels_compile(arch):
     """One token, two blocks a multiprocessor; what goes on between passes."""
+    if arch == "sm_90":
+        fixed = {"WIDTH": 128, "SLOTS": 6, "BLOCKS": 2}
+        assert built("hopper_step.cu", fixed, "sm_90a").spills == 0
     for packed in (0, 1):
         one = built("step.cu", {"WIDTH": 128, "WHOLE": 1, "PACKED": packed}, arch)
         assert one.spills <= 40 * packed

@@ -186,3 +186,38 @@ def test_gradients_of_heads_that_share_keys(hopper, operator):
     for name in ("dq", "dk", "dv"):
         x, z = getattr(found, name).astype(np.float64), getattr(wanted, name)
         assert np.linalg.norm(x - z) <= 6e-3 * np.linalg.norm(z), name
+
+
+def aligned(x):
+    found = interpreter.empty(x.shape, tuple(n // 4 for n in x.strides), x.dtype, None)
+    found[...] = x
+    return found
+
+
+TOKENS = {  # operator, D, V, packed, in place
+    "hla2, packed": ("hla2", 72, 36, True, True),
+    "hla3, rows of more heads than blocks": ("hla3", 36, 64, False, False),
+}
+
+
+@pytest.mark.parametrize("case", TOKENS)
+def test_states_in_bulk(monkeypatch, case):
+    """To the bits of the other kernel of one token, where it may in the states' own memory."""
+    operator, D, V, packed, donate = TOKENS[case]
+    rng = np.random.default_rng(D)
+    token = [rng.standard_normal((6, w)).astype(ml_dtypes.bfloat16) for w in (D, D, V)]
+    before = [rng.standard_normal((6, 3, w)) for w in (D, D, V)]
+    _, state = hla.scan(*before, operator=operator, return_state=True)
+    state = state.pack() if packed else state
+    options = {"operator": operator, "decay": 0.9, "scale": 0.25, "donate": donate}
+    found = []
+    for card, kernel in ((CARD, "hopper_step.cu"), (OLDER[163], "step.cu")):
+        own = type(state)(*(aligned(x.astype(np.float32)) for x in state))
+        with monkeypatch.context() as patched:
+            launches = backend(patched, card)
+            o, new = hla.step(*token, own, backend="hopper", **options)
+        assert {name for name, _ in launches} == {kernel}
+        assert all((x is y) == donate for x, y in zip(new, own, strict=True))
+        found.append((o, *new))
+    for x, y in zip(*found, strict=True):
+        np.testing.assert_array_equal(x, y)

@@ -9,6 +9,7 @@ import functools
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ CHUNK = 32  # tokens; of 64 hla2 took 0.63 ms instead of 0.54 (B8 T4096 H16 D128
 FEW = 16  # tokens that are multiplied exactly: their one or two terms can cancel to the roundings
 PERIOD = 256  # tokens between the states that are kept for a gate's gradient
 WIDEST = 128  # columns of a state
+TIMED = (9, 0)  # the compute capability on which kernels were timed
 PAD = 8  # elements behind a row in shared memory, as in block.cuh
 TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "float64": 3}  # as block.cuh counts them
 Constants = Mapping[str, Any]
@@ -72,14 +74,30 @@ class Kernel:
         self.function: Function | None = None
         self.shared = 0
 
+    def given(self, addresses: Sequence[Any]) -> list[int]:
+        """Return where its operands lie."""
+        return [(addresses[slot] or 0) + offset for slot, offset in self.places]
+
     def __call__(self, arrays: list[Any], addresses: list[Any], stream: Any) -> None:
         """Launch it on arrays whose addresses are known."""
-        given = [(addresses[slot] or 0) + offset for slot, offset in self.places]
+        given = self.given(addresses)
         if self.function is None:
             constants, self.shared = self.constants(given)
             self.function = self.load(self.name, constants, self.shared, self.where)
         argument = np.frombuffer(self.pack(*given) + self.rest, dtype=self.kind)
         self.function(self.grid, self.block, (argument,), shared_mem=self.shared)
+
+
+def load_all(kernels: Iterable[Kernel], addresses: Sequence[Any]) -> None:
+    """Load kernels, those that are to be compiled side by side."""
+    found = {}
+    for x in kernels:
+        constants, shared = x.constants(x.given(addresses))
+        found[x.name, *constants.items(), shared] = x.load, (x.name, constants, shared, x.where)
+    if len(found) > 1:
+        with ThreadPoolExecutor(len(found)) as pool:
+            for done in [pool.submit(load, *text) for load, text in found.values()]:
+                done.result()
 
 
 def operand(strides: Sequence[int], dtype: Any) -> bytes:
@@ -96,6 +114,12 @@ def limits(request: Request, card: Card) -> Limits:
     able = (narrow or half) and max(request.k_shape[-1], request.v_shape[-1]) <= values
     both = (None, "decay", "log_gate") if able else ()  # of one tile of values alone
     return Limits(keys, -1, 0, 0, symmetric=both, tile=values, chunk=CHUNK, period=PERIOD)
+
+
+def untimed(card: Card) -> str:
+    """Say that kernels were compiled for such a GPU and not timed on it, or ""."""
+    at = ".".join(map(str, card.capability))
+    return "" if card.capability == TIMED else f"; compiled, not timed, for compute capability {at}"
 
 
 def segments(request: Request, card: Card) -> int:
@@ -227,7 +251,7 @@ def memory(c: Constants) -> int:
     total += tall * (4 if c["ADD"] or c["TYPE_O"] == 2 else 2) if read else 0
     total += 3 * (6 * W + 4) * 4 if c["GATED"] else 0
     warps = c["BV"] // 16 if c["BV"] > 64 else 4
-    rows = (0, 2 * warps, 2 * warps + 4 * W // 16)[c["DOTS"]]
+    rows = (0, 2 * warps, 2 * warps + 6 * W // 16)[c["DOTS"]]
     return int(total + rows * W * (4 if c["SUM_TYPE"] == "float" else 8))
 
 

@@ -14,7 +14,7 @@ from ...core.passes import Shape
 from ...core.reference import Gradients
 from ...core.request import Inputs, Request
 from ...device.elementwise import elementwise, part
-from ...device.scan import Again, Call, Device, Do, Runner
+from ...device.scan import Again, Call, Device, Do, Ready, Runner
 from ...device.steps import (
     Carry,
     Divide,
@@ -37,6 +37,7 @@ from . import step as one_token
 
 Array = Any
 NARROW = ("bfloat16", "float16")
+ALIGNED = 256  # an address, as pools give it
 
 
 class Memory(NamedTuple):
@@ -145,6 +146,11 @@ def device(memory: Memory) -> Device:
         size = x.dtype.itemsize
         return Layout(tuple(x.shape), tuple(s // size for s in x.strides))
 
+    def begin(ready: Ready, arrays: Sequence[Array], addresses: list[Any]) -> None:
+        """Load a plan's kernels; what it will allocate begins at whole 16 bytes."""
+        every = [x for turn in ready.turns for x in turn.do if isinstance(x, launch.Kernel)]
+        launch.load_all(every, [*addresses, *[ALIGNED] * ready.more, None])
+
     return Device(
         steps=functools.partial(steps, memory),
         limits=launch.limits,
@@ -158,6 +164,7 @@ def device(memory: Memory) -> Device:
         addresses=lambda arrays: [address(x) for x in arrays],
         address=address,
         alike=alike,
+        begin=begin,
         run=lambda ready, arrays, addresses: memory.inside(
             ready.call.where, lambda: ready(arrays, addresses, None)
         ),
