@@ -50,9 +50,14 @@ class Device(NamedTuple):
         return self.place == "cpu"
 
     @property
+    def traces(self) -> bool:
+        """Whether each class of calls is a program of its own, which takes seconds to compile."""
+        return self.library == "jax"
+
+    @property
     def compiles(self) -> bool:
-        """Whether it is interpreted and yet compiles every call, which takes seconds."""
-        return self.interpreted and self.library == "jax"
+        """Whether it is interpreted and yet compiles every call."""
+        return self.interpreted and self.traces
 
     @property
     def dtype(self) -> str:

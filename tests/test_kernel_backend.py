@@ -466,7 +466,12 @@ def test_heads_are_independent_to_the_bit(device, operator, mask):
             same(host(x), host(y)[which])
 
 
-@per_device("operator, mask, gate", [(*x, g) for x in ORDERED for g in ("none", "log_gate")])
+@per_device(
+    "operator, mask, gate",
+    lambda device: [
+        (*x, g) for x in (KINDS if device.traces else ORDERED) for g in ("none", "log_gate")
+    ],
+)
 def test_the_future_changes_no_earlier_bit(device, operator, mask, gate):
     T = W + 9
     inputs = device.inputs(T)
@@ -561,7 +566,7 @@ def test_exact_integers(device, operator, mask, dtype, D, T, density, V):
         (*x, dtype)
         for dtype in (device.dtypes if device.interpreted else [device.dtype])
         for x in CALLS_IN_ORDER
-        if dtype == device.dtype or x[1] == "causal"
+        if x[1] == "causal" or (dtype == device.dtype and not device.traces)
     ],
 )
 def test_split_anywhere_and_continue(device, operator, mask, gate, dtype):
@@ -725,7 +730,14 @@ FULL = [
 ]
 
 
-@per_device("operator, mask, gate, D, state", FULL, where=accelerated)
+def full(device):
+    """All widths, with a state and without; traced without one of one gate."""
+    if not device.traces:
+        return FULL
+    return [x for x in FULL if x[4] or x[1:3] == ("causal", "resets")]
+
+
+@per_device("operator, mask, gate, D, state", full, where=accelerated)
 def test_within_the_budget_where_the_device_is_full(device, operator, mask, gate, D, state):
     """More heads than multiprocessors: loads and products of many chunks overlap.
 
