@@ -117,7 +117,7 @@ def test_shard_map(jax):
             specs = [jax.tree.map(heads, x) for x in (args, want)]
             return jax.shard_map(function, mesh=m, in_specs=specs[0], out_specs=specs[1])(*args)
 
-        for options in CASES:
+        for options in CASES[1:]:  # those that have loops
             f = functools.partial(everything, **options)
             jax.eval_shape(functools.partial(sharded, f), q, q, v, {"log_gate": gate}, None)
 
