@@ -136,9 +136,10 @@ def test_the_reference_size_can_be_asked_for():
     assert case.shape == (8, 16, 4096, 128)
 
 
-def test_device_and_library_choose_the_rows(tmp_path):
+def test_device_and_library_choose_the_rows(tmp_path, monkeypatch):
     needs("rich")
     needs("matplotlib")
+    monkeypatch.setattr(bench, "import_seconds", lambda repeats: [0.1])
     words = ("--quick", "--tokens", "20", "--commit", "abc", "--out", str(tmp_path))
     assert bench.run(parsed(*words, "--device", "cpu", "--library", "numpy")) == 0
     names = {r["name"] for r in json.loads((tmp_path / "bench.json").read_text())["rows"]}

@@ -281,11 +281,13 @@ def flat(found):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("gate", "axis"), [("number", -2), ("resets", -3)])
-def test_calls_like_an_earlier_one(kept, monkeypatch, gate, axis):
+@pytest.mark.parametrize(
+    ("operator", "gate", "axis"), [("hla2", "number", -2), ("linear", "resets", -3)]
+)
+def test_calls_like_an_earlier_one(kept, monkeypatch, operator, gate, axis):
     """To the bit, and laid out as, what a first call gives; states are given and returned."""
     inputs = inputs_of(20, gate if gate != "number" else "none", "float32", D=16, V=16)
-    options = {"operator": "hla2", "axis": axis, "backend": NAME, "return_state": True}
+    options = {"operator": operator, "axis": axis, "backend": NAME, "return_state": True}
     given = {n: HOST.array(x) for n, x in inputs.items()}
     if axis == -3:
         for n in given.keys() & {"q", "k", "v", "log_gate"}:
