@@ -116,7 +116,7 @@ def test_cupy_alone():
 
 
 LOG, DECAY = {"log_gate": -0.1}, {"decay": 0.9}  # numbers, which have no gradient
-HOPPER = [("hla2", {}), ("ahla", {}), ("ahla", DECAY), ("hla3", LOG)]
+HOPPER = [("hla2", {}), ("hla2", GATE), ("ahla", {}), ("ahla", DECAY), ("hla3", GATE)]
 SPILLS = {"hopper.cu": 0, "hopper_ahla.cu": 136}  # bytes; of others below
 ONE_BLOCK = {  # architecture, KB of shared memory, operator, gate; bytes of spills
     "hla2": ("sm_80", 163, "hla2", {}, 16),
@@ -149,7 +149,7 @@ def test_kernels_of_hopper_compile(row):
     assert "hopper.cu" in {name for name, _ in found}
     for name, constants in found:
         one = built(name, constants, "sm_90a")
-        assert one.spills <= SPILLS.get(name, 96 if gate else 32), name
+        assert one.spills <= SPILLS.get(name, 112 if gate else 32), name
         assert not {*one.remarks} - {"C7517", "C7519"}, name
         threads = 384 if dict(constants).get("Z", 1) else 256
         assert one.registers <= (65536 // threads) // 8 * 8, name  # of which owners then take more
@@ -192,7 +192,7 @@ def test_other_kernels_compile(arch):
         one = built("step.cu", {"WIDTH": 128, "WHOLE": 1, "PACKED": packed}, arch)
         assert one.spills <= 40 * packed
         assert one.registers <= 128
-    fixed = {"TOTAL": "double", "W": 32, "PERIOD": 256}
+    fixed = {"TOTAL": "double", "GATE_KIND": 1, "W": 64, "PERIOD": 1024}
     for name in ("sum", "divide", "fading", "carry", "gate"):
         assert built(f"{name}.cu", fixed, arch).spills == 0, name
 
@@ -281,11 +281,13 @@ def flat(found):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("gate", "axis"), [("number", -2), ("resets", -3)])
-def test_calls_like_an_earlier_one(kept, monkeypatch, gate, axis):
+@pytest.mark.parametrize(
+    ("operator", "gate", "axis"), [("hla2", "number", -2), ("linear", "resets", -3)]
+)
+def test_calls_like_an_earlier_one(kept, monkeypatch, operator, gate, axis):
     """To the bit, and laid out as, what a first call gives; states are given and returned."""
     inputs = inputs_of(20, gate if gate != "number" else "none", "float32", D=16, V=16)
-    options = {"operator": "hla2", "axis": axis, "backend": NAME, "return_state": True}
+    options = {"operator": operator, "axis": axis, "backend": NAME, "return_state": True}
     given = {n: HOST.array(x) for n, x in inputs.items()}
     if axis == -3:
         for n in given.keys() & {"q", "k", "v", "log_gate"}:

@@ -7,9 +7,12 @@ import types
 import numpy as np
 import pytest
 from conftest import installed
+from devices import Device, inputs_of
+from devices import check as within_the_budget
 
 import hla
 from hla import backends
+from hla.kernels.cupy import hopper_backward
 from hla.kernels.cupy.launch import Card
 from hla.libraries import exchange, rules
 
@@ -148,13 +151,36 @@ def test_sweeps(hopper, case):
         assert np.linalg.norm(x - z) <= 6e-3 * np.linalg.norm(z), name
 
 
-@pytest.mark.parametrize("operator", ["hla2", "hla3"])
+GATED = {  # operator, gate, T, D, V
+    "hla2, a log gate": ("hla2", "resets", 200, 72, 128),
+    "ahla, a decay": ("ahla", "per_head", 130, 64, 36),
+    "hla3, a log gate": ("hla3", "resets", 130, 24, 40),
+}
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_gradients_of_a_gate(hopper, monkeypatch, case):
+    """Sweeps leave what they are made of, states before each period of one chunk too."""
+    operator, gate, T, D, V = GATED[case]
+    monkeypatch.setattr(hopper_backward, "PERIOD", 64)
+    device = Device("hopper", "numpy", "cpu", ("bfloat16",))
+    inputs = inputs_of(T, gate, "bfloat16", D=D, V=V)
+    options = {"operator": operator, "scale": 0.25}
+    within_the_budget(device, inputs, options, "bfloat16")
+    names = {name for name, _ in hopper}
+    assert names == {"hopper.cu", "hopper_reverse.cu", "hopper_queries.cu", "gate.cu", "sum.cu"}
+
+
+@pytest.mark.parametrize("operator", ["ahla", "hla3"])
 def test_gradients_of_heads_that_share_keys(hopper, operator):
-    """They are summed in float32, which the sweeps do not leave: passes do."""
+    """They are summed in float32, which the sweeps leave."""
     rng, heads, options = np.random.default_rng(1), (2, 1, 1), {"operator": operator, "scale": 0.25}
+    options |= {"decay": 0.9} if operator == "ahla" else {}
     arrays = [rng.standard_normal((n, 66, 16)).astype(ml_dtypes.bfloat16) for n in heads]
     do = rng.standard_normal((2, 66, 16)).astype(ml_dtypes.bfloat16)
     found = hla.vjp(*arrays, backend="hopper", **options)[1](do)
+    swept = {"ahla": 3, "hla3": 4}[operator]
+    assert [n[:7] for n, _ in hopper].count("hopper_") == swept
     exact = [x.astype(np.float64) for x in (*arrays, do)]
     wanted = hla.vjp(*exact[:3], backend="array_api", **options)[1](exact[3])
     for name in ("dq", "dk", "dv"):

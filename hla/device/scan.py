@@ -275,8 +275,9 @@ class Runner:
                 self.ready.clear()
             given = dict(zip(kind.names(request), arrays, strict=True))
             plan = kind.plan(device, request, device.where(arrays[0]))
-            ready = self.ready[key] = Ready(device, plan, request, given)
+            ready = Ready(device, plan, request, given)
             device.begin(ready, arrays, addresses)
+            self.ready[key] = ready
         return ready
 
     def again(self, request: Request, kind: Kind, arrays: list[Array], axis: int) -> Again | None:

@@ -21,6 +21,7 @@ from ...device.steps import (
     Fading,
     Fused,
     GateGradient,
+    GateSum,
     Launch,
     Ref,
     Step,
@@ -57,12 +58,11 @@ def steps(memory: Memory, call: Call, step: Step) -> Iterable[Do]:
     """Return what does a step."""
     if isinstance(step, Fused):
         return rows.KERNELS[step.row](memory.load, call, step)
-    if isinstance(step, GateGradient) and not between.ordered(call.place(step.gate)):
-        return [_of_copies(memory, call, step, [step.gate.name], _kernels)]
-    if type(step) in KERNELS:
+    able = not isinstance(step, GateSum) or launch.summable(call, step)
+    if able and type(step) in KERNELS:
         return _kernels(memory, call, step)
     narrow = [n for n in sorted(names(step)) if str(call.dtypes[n]) in NARROW]
-    return [_of_copies(memory, call, step, narrow, _by_library)]
+    return [_of_copies(memory, call, step, narrow)]
 
 
 KERNELS: dict[type, Callable[[launch.Load, Call, Any], Iterator[launch.Kernel]]] = {
@@ -70,6 +70,7 @@ KERNELS: dict[type, Callable[[launch.Load, Call, Any], Iterator[launch.Kernel]]]
     Sum: launch.total,
     Divide: between.divide,
     GateGradient: between.gate_gradient,
+    GateSum: launch.gate_sum,
     Fading: between.fading,
     Carry: between.carry,
 }
@@ -94,14 +95,8 @@ def _by_library(memory: Memory, call: Call, step: Step) -> list[Do]:
     return [do]
 
 
-def _of_copies(
-    memory: Memory,
-    call: Call,
-    step: Step,
-    copied: Sequence[str],
-    make: Callable[[Memory, Call, Step], list[Do]],
-) -> Do:
-    """Return what does a step on copies of arrays, float32 and in order, which are copied back."""
+def _of_copies(memory: Memory, call: Call, step: Step, copied: Sequence[str]) -> Do:
+    """Return what does a step in the library's namespace on float32 copies, copied back."""
     wide, count = memory.dtype("float32"), len(call.slots)
     here = {f"{n}#": count + i for i, n in enumerate(copied)}
     shapes = [call.layouts[n].shape for n in copied]
@@ -121,7 +116,7 @@ def _of_copies(
         found = (Sum(Ref(n + to), ((1.0, Ref(n + of)),)) for n in which)
         return [x for s in found for x in launch.total(memory.load, both, s)]
 
-    doing = copies("#", "", copied) + make(memory, alone, step)
+    doing = copies("#", "", copied) + _by_library(memory, alone, step)
     doing += copies("", "#", sorted(written(step).intersection(copied)))
 
     def do(arrays: list[Array], addresses: list[Any], stream: Any) -> None:
