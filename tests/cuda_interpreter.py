@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 
 import array_api_compat.numpy as xp
 import numpy as np
@@ -38,9 +39,12 @@ def _folder():
 
 def compile_into(built, *arguments):
     command = [COMPILER, "-std=c++17", "-O0", "-w", "-fPIC", "-fno-strict-aliasing"]
-    part = f"{built}.{os.getpid()}"
+    part = f"{built}.{os.getpid()}.{threading.get_ident()}"
     subprocess.run([*command, "-U_FORTIFY_SOURCE", *arguments, "-o", part], check=True)
     os.replace(part, built)
+
+
+_first = threading.Lock()  # kernels of a plan are compiled side by side
 
 
 @functools.cache
@@ -57,6 +61,8 @@ def _headers():
 def _library(name, constants, card):
     """The C function (grid, threads, argument) of a kernel."""
     here = pathlib.Path(__file__).parent
+    with _first:
+        headers = _headers()
     text = source(name, dict(constants), {n: (here / x).read_text() for n, x in TWINS.items()})
     kind = re.search(r"\w+_kernel\(const __grid_constant__ (\w+) p\)", text)[1]
     kernel = f"{name.removesuffix('.cu')}_kernel"
@@ -73,7 +79,7 @@ extern "C" int size() {{ return sizeof(argument); }}
     built = at.with_suffix(".so")
     if not built.exists():
         at.with_suffix(".cpp").write_text(text)
-        compile_into(built, "-shared", "-include", _headers(), at.with_suffix(".cpp"))
+        compile_into(built, "-shared", "-include", headers, at.with_suffix(".cpp"))
     return ctypes.CDLL(str(built))
 
 
