@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 
 import array_api_compat.numpy as xp
 import numpy as np
@@ -27,6 +28,7 @@ CAPABILITIES = Capabilities(
     ("float16", "bfloat16", "float32"), libraries=("numpy",), forms=("chunked",), packed=True
 )
 COMPILER = shutil.which("g++")
+HEADERS = threading.Lock()
 TWINS = {"ptx.cuh": "cuda_host.cuh", "warpgroup.cuh": "hopper_host.cuh"}  # of included files
 
 
@@ -38,7 +40,7 @@ def _folder():
 
 def compile_into(built, *arguments):
     command = [COMPILER, "-std=c++17", "-O0", "-w", "-fPIC", "-fno-strict-aliasing"]
-    part = f"{built}.{os.getpid()}"
+    part = f"{built}.{os.getpid()}.{threading.get_ident()}"  # kernels are loaded side by side
     subprocess.run([*command, "-U_FORTIFY_SOURCE", *arguments, "-o", part], check=True)
     os.replace(part, built)
 
@@ -73,7 +75,9 @@ extern "C" int size() {{ return sizeof(argument); }}
     built = at.with_suffix(".so")
     if not built.exists():
         at.with_suffix(".cpp").write_text(text)
-        compile_into(built, "-shared", "-include", _headers(), at.with_suffix(".cpp"))
+        with HEADERS:
+            headers = _headers()
+        compile_into(built, "-shared", "-include", headers, at.with_suffix(".cpp"))
     return ctypes.CDLL(str(built))
 
 
