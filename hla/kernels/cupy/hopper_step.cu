@@ -13,10 +13,11 @@
 //
 // Bytes a head of hla2, D = V = 128: 2 x 2 x 64 KB, packed 2 x (33 + 64) KB. 1024 heads: 268 and 204 MB,
 // 0.094 and 0.071 ms at the 2.85 TB/s of an H100 that multiplies in place; of its 132 multiprocessors
-// none has more than 8 heads, 3% more than a share. One took 0.0959 ms, and packed, where warps have more
-// to do for a byte, 0.0753 by two blocks a multiprocessor with half the places each (0.0793 by one; rows by
-// two 0.0981), in a run in which Triton's kernels took 0.0978 and 0.0869. Slower: lines that stay in the
-// second-level cache (0.102 and 0.091), pieces of 16 rows (0.100 and 0.102). One sequence of 16 heads 0.0090.
+// none has more than 8 heads, 3% more than a share. One took 0.0961 ms (95% of that), and packed, where
+// warps have more to do for a byte, 0.0750 (98%) by two blocks a multiprocessor with half the places each
+// (0.0793 by one; rows by two 0.0981), in a run in which Triton's kernels took 0.0978 and 0.0867. ahla 0.0962,
+// packed hla3 0.1224; 64 wide, from the second-level cache, 0.0276 and packed 0.0279. Slower: lines that stay
+// in that cache (0.102 and 0.091), pieces of 16 rows (0.100 and 0.102). 16 heads alone take 0.0091.
 #include "ptx.cuh"
 #include "warpgroup.cuh"
 #include "arrays.cuh"
