@@ -20,6 +20,12 @@ OLDER = {x: Card(0, (8, 0), 4, x << 10) for x in (163, 99)}  # by the KB of shar
 pytestmark = pytest.mark.skipif(interpreter.COMPILER is None, reason="there is no g++")
 
 
+def some(cases, *chosen):
+    """Cases of which those chosen run always, the others, as g++ compiles each, with -m aot."""
+    return [x if i in chosen else pytest.param(x, marks=pytest.mark.aot)
+            for i, x in enumerate(cases)]  # fmt: skip
+
+
 @pytest.fixture
 def hopper(monkeypatch):
     """A backend of that name, which records the kernels that it launches."""
@@ -80,7 +86,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some(CASES, 1, 3))
 def test_two_owners(hopper, case):
     operator, *sizes, options = CASES[case]
     if "normalize" in options:
@@ -95,7 +101,7 @@ ONE_BLOCK = {  # KB of shared memory, then as above
 }
 
 
-@pytest.mark.parametrize("case", ONE_BLOCK)
+@pytest.mark.parametrize("case", some(ONE_BLOCK, 0))
 def test_all_states_in_one_block(monkeypatch, case):
     shared, operator, *sizes, options = ONE_BLOCK[case]
     launches = backend(monkeypatch, OLDER[shared])
@@ -119,7 +125,7 @@ ADJOINTS = {  # kernels, T, D, V, options
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ADJOINTS)
+@pytest.mark.parametrize("case", some(ADJOINTS, 2, 4))
 def test_sweeps(hopper, case):
     kernels, T, D, V, options = ADJOINTS[case]
     options, start = {n: x for n, x in options.items() if n != "start"}, "start" in options
@@ -148,7 +154,7 @@ def test_sweeps(hopper, case):
         assert np.linalg.norm(x - z) <= 6e-3 * np.linalg.norm(z), name
 
 
-@pytest.mark.parametrize("operator", ["hla2", "hla3"])
+@pytest.mark.parametrize("operator", some(["hla2", "hla3"], 0))
 def test_gradients_of_heads_that_share_keys(hopper, operator):
     """They are summed in float32, which the sweeps do not leave: passes do."""
     rng, heads, options = np.random.default_rng(1), (2, 1, 1), {"operator": operator, "scale": 0.25}
