@@ -204,10 +204,10 @@ class Arrays(Generic):
         return x if strided else ordered(x)
 
     def stream(self, x: Array) -> int | None:
-        """Return the current stream."""
+        """Return the current stream, as other libraries number it."""
         from ..kernels.numba import streams
 
-        return streams.current()
+        return 0 if streams.current() == streams.DEFAULT else streams.current()
 
     def on_stream(self, stream: int) -> AbstractContextManager[Any]:
         """Context in which a stream is the current one."""

@@ -132,12 +132,28 @@ def card_of(device: int) -> Card:
     return Card(device, at, fact("MULTIPROCESSOR_COUNT"), shared)
 
 
+def name_of(device: int) -> str:
+    """Return the name of a device."""
+    cuda = driver()
+    done(cuda.cuInit(0))
+    name: bytes = done(cuda.cuDeviceGetName(80, done(cuda.cuDeviceGet(device))))
+    return name.rstrip(b"\0").decode()
+
+
+def here() -> int:
+    """Return the number of the current device."""
+    if package.SIMULATED:
+        return 0
+    error, found = driver().cuCtxGetDevice()
+    return 0 if error else int(found)
+
+
 def inside(device: int, function: Callable[[], Any]) -> Any:
     """Call a function with a device as the current one."""
     if package.SIMULATED:
         return function()
-    error, current = driver().cuCtxGetDevice()
-    if not error and int(current) == device:
+    error, found = driver().cuCtxGetDevice()
+    if not error and int(found) == device:
         return function()
     with package.cuda.gpus[device]:
         return function()

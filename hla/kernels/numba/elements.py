@@ -27,7 +27,9 @@ exp, log, sqrt = (np.exp, np.log, np.sqrt) if package.SIMULATED else (math.exp, 
 def _elements() -> tuple[Any, Any]:
     """Return the functions that read and write an element of an array, by elements.cu."""
     if package.SIMULATED:
-        return package.read, package.write
+        from . import simulated
+
+        return simulated.read, simulated.write
     text = (
         importlib.resources.files(__package__).joinpath("elements.cu").read_text(encoding="utf-8")
     )

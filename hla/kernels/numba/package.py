@@ -5,11 +5,9 @@ In numba-cuda's simulator (NUMBA_ENABLE_CUDASIM=1) a device's memory is the host
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
 import os
-from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -29,6 +27,8 @@ def installed() -> str:
 
 def version() -> str:
     """Return name and release of what is used."""
+    from importlib import metadata
+
     return f"{installed()} {metadata.version(installed())}"
 
 
@@ -48,21 +48,3 @@ def dtype_of(name: str) -> Any:
 
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
-
-
-def _kind(type: int) -> Any:
-    return dtype_of(("bfloat16", "float16", "float32", "float64", "bool", "int64")[type])
-
-
-def read(address: int, at: int, type: int) -> Any:
-    """Read an element in the simulator."""
-    kind = _kind(type)
-    memory = (ctypes.c_char * kind.itemsize).from_address(address + at * kind.itemsize)
-    return np.frombuffer(memory, kind)[0].astype(np.float64)
-
-
-def write(address: int, at: int, type: int, x: Any) -> None:
-    """Write an element in the simulator."""
-    kind = _kind(type)
-    memory = (ctypes.c_char * kind.itemsize).from_address(address + at * kind.itemsize)
-    np.frombuffer(memory, kind)[...] = np.float64(x).astype(kind)

@@ -21,7 +21,7 @@ def asarray(x: Any, *, dtype: Any = None, device: int | None = None, copy: bool 
         return astype(x, dtype or x.dtype, copy=copy)
     x = np.asarray(x, dtype)
     x = np.ascontiguousarray(x.astype(np.int64) if x.dtype.kind in "iu" else x).reshape(x.shape)
-    found = made(x.shape, x.dtype, device or 0)
+    found = made(x.shape, x.dtype, blocks.here() if device is None else device)
     blocks.upload(found.address, found.device, x)
     return found
 
@@ -33,7 +33,7 @@ def astype(x: Array, dtype: Any, *, copy: bool = True) -> Array:
 
 def full(shape: Any, value: float, *, dtype: Any = None, device: int | None = None) -> Array:
     """Return one number, broadcast: it takes the memory of one."""
-    found = made((), dtype or _default(value), device or 0)
+    found = made((), dtype or _default(value), blocks.here() if device is None else device)
     loops.apply("copy", found, None, number=value)
     return found.broadcast((shape,) if isinstance(shape, int) else tuple(shape))
 
@@ -70,7 +70,7 @@ def ones_like(x: Array, *, dtype: Any = None) -> Array:
 
 def empty(shape: Sequence[int], *, dtype: Any = None, device: int | None = None) -> Array:
     """Return an array of nothing in particular."""
-    return made(shape, dtype or dtype_of("float64"), device or 0)
+    return made(shape, dtype or dtype_of("float64"), blocks.here() if device is None else device)
 
 
 def arange(
