@@ -22,6 +22,7 @@ if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not any(
 ):  # no GPU: interpreters stand in; they are chosen by what is set at their first import
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("HLA_PALLAS_INTERPRET", "1")
+    os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX leaves the GPU some memory
 if "PYTEST_XDIST_WORKER" in os.environ:  # the test processes share the cores: no threads that spin
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -1,12 +1,8 @@
 """What Numba adds to the rows of its backend: a cache that may be missing, memory as it comes."""
 
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from conftest import draw, environment, installed
+from conftest import draw, installed
 
 import hla
 
@@ -43,13 +39,3 @@ def test_shared_heads_are_read_where_they_lie(shared):
         grads = pull(np.moveaxis(want[0], 1, 2))
         for x, y in zip(grads[:3], want[1](want[0])[:3], strict=True):
             np.testing.assert_allclose(np.moveaxis(x, 2, 1), y, rtol=1e-9, atol=1e-9)
-
-
-def test_device_arrays_in_the_simulator():
-    """The tests of numba_simulated: the simulator must be chosen before Numba is imported."""
-    file = pathlib.Path(__file__).with_name("numba_simulated.py")
-    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", str(file)]
-    run = subprocess.run(
-        command, env=environment(NUMBA_ENABLE_CUDASIM="1"), capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout[-3000:]

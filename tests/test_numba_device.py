@@ -1,0 +1,111 @@
+"""Numba's kernels without a GPU: their text in Numba's simulator, and compiled ahead of time."""
+
+import importlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import environment, installed, numpy_dtype
+from devices import Device, check, inputs_of, state_of
+
+from hla import backends
+from hla.arguments import prepare
+from hla.kernels.cupy import run
+from hla.libraries import exchange, rules
+
+installed("numba")
+simulator = importlib.import_module("numba_simulator")
+device = sys.modules["hla.kernels.numba.device"]
+HOST = Device(simulator.NAME, "numpy", "cpu", simulator.CAPABILITIES.dtypes)
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """The kernels as a backend of NumPy arrays."""
+    caches = backends.load, exchange.loaded, rules.differentiable
+    monkeypatch.setattr(backends, "TABLE", {simulator.NAME: "numba_simulator", **backends.TABLE})
+    simulator.LAUNCHES.clear()
+    yield
+    assert simulator.LAUNCHES
+    for cached in caches:
+        cached.cache_clear()
+
+
+CASES = [  # operator, dtype, gate, T, D, V
+    ("linear", "float32", "per_head", 34, 12, 9),
+    ("hla2", "bfloat16", "resets", 34, 16, 16),
+]
+
+
+@pytest.mark.parametrize(("operator", "dtype", "gate", "T", "D", "V"), CASES)
+def test_values(simulated, operator, dtype, gate, T, D, V):
+    """Output, state, every gradient: several chunks, a short last one, a first state."""
+    options = {"operator": operator, "scale": 0.25}
+    inputs = inputs_of(T, gate, dtype, D=D, V=V)
+    inputs["initial_state"] = state_of(options, gate, D=D, V=V)
+    check(HOST, inputs, options | {"return_state": True}, dtype)
+
+
+def test_quotients_of_shared_heads(simulated):
+    """Keys that heads share, in rows that are no whole 16 bytes, and an output divided."""
+    size = {"D": 17, "V": 9, "positive": True}
+    inputs = inputs_of(3, **size) | {"k": inputs_of(3, heads=1, **size)["k"]}
+    check(HOST, inputs, {"operator": "linear", "normalize": True, "eps": 1e3}, "float32")
+
+
+COMPILE = """
+import sys
+from hla.kernels.numba import build, device
+name, constants, arch = eval(sys.argv[1])
+code = build.machine_code(device.TEXTS[name], dict(constants), arch, "-Xptxas=-v")
+"""
+
+
+def built(name, constants, arch):
+    """Registers and bytes of spills of a kernel, compiled in a process without the simulator."""
+    for needed in ("numba_cuda", "cuda.bindings"):
+        installed(needed)
+    command = [sys.executable, "-c", COMPILE, repr((name, constants, arch))]
+    given = environment(NUMBA_ENABLE_CUDASIM="0")
+    done = subprocess.run(command, capture_output=True, text=True, env=given)
+    if "not be found" in done.stderr:
+        pytest.skip(f"a part of CUDA's compiler is not installed: {done.stderr[-200:]}")
+    assert not done.returncode, done.stderr
+    kernel = done.stdout.split("Compiling entry function")[-1]
+    spills = [int(x) for x in re.findall(r"(\d+) bytes spill stores", kernel)]
+    return int(re.search(r"Used (\d+) registers", kernel)[1]), max(spills, default=0)
+
+
+def kernels(dtype, **options):
+    """Names and constants of the launches of a call and of its gradients."""
+    found = {}
+
+    def load(name, constants, shared, card):
+        assert shared <= card.shared
+        found[name, tuple(constants.items())] = None
+        return lambda *args, **kwargs: None
+
+    library = run.Library(simulator.SIMULATED.memory._replace(load=load), device.KERNELS)
+    q, k, v, do = np.zeros((4, 2, 300, 128), numpy_dtype(dtype))
+    given = {"decay": None, "log_gate": None, "scale": 1.0} | options
+    request, inputs, _ = prepare(q, k, v, **given, gradient=True)
+    _, _, saved = library.forward(request, inputs)
+    with np.errstate(all="ignore"):
+        library.backward(request, inputs, saved, do, None)
+    return list(found)
+
+
+GATE = {"log_gate": np.zeros((2, 300), np.float32)}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("arch", [(8, 0), (9, 0)])
+@pytest.mark.parametrize(("dtype", "gate"), [("bfloat16", {}), ("bfloat16", GATE), ("float32", {})])
+def test_passes_compile(arch, dtype, gate):
+    """States are held in registers, all of 128 columns, and nothing is spilled."""
+    found = [x for x in kernels(dtype, operator="linear", **gate) if x[0] == "pass.cu"]
+    for name, constants in found:
+        registers, spills = built(name, constants, arch)
+        assert (registers <= 255, spills) == (True, 0), constants
