@@ -9,6 +9,9 @@ import pytest
 from conftest import draw, installed
 
 import hla
+from hla import dispatch
+from hla.backends import numba as backend
+from hla.kernels.cupy import run as cupy_run
 from hla.kernels.numba import blocks, dlpack, package, streams
 from hla.libraries import numba as adapter
 
@@ -16,6 +19,7 @@ installed("numba")
 if not package.SIMULATED:
     pytest.skip("the rows of a GPU have them there", allow_module_level=True)
 cuda, xp = package.cuda, importlib.import_module("hla.kernels.numba.standard").xp
+device, run = (importlib.import_module(f"hla.kernels.numba.{x}") for x in ("device", "run"))
 Device = type(cuda.to_device(np.ones(1)))
 
 
@@ -76,6 +80,29 @@ def test_every_call_takes_and_gives_device_arrays(operator, mask, gate):
         token = tuple(x[:, 0] for x in given)
         stepped = hla.step(*on_device(token), on_device(state), backend="array_api", **device)
         same(stepped, hla.step(*token, state, backend="array_api", **options))
+
+
+def test_the_kernels_are_chosen_for_them(monkeypatch):
+    """And are given their memory: a plan with steps between its launches, a call like another."""
+    simulator = importlib.import_module("numba_simulator")
+    monkeypatch.setattr(backend, "_missing", lambda: "")
+    memory = run.NUMBA.memory._replace(load=simulator.load)
+    monkeypatch.setattr(backend, "_device", lambda: cupy_run.Library(memory, device.KERNELS))
+    dispatch._pick.cache_clear()
+    given, decay = draw(2, 5, D=3, V=4), np.array([0.9, 0.5])
+    options = {"operator": "linear", "axis": -2, "return_state": True}
+    want, pull = hla.vjp(*given, decay=decay, backend="array_api", **options)
+    narrow = [on_device(x.astype(np.float32)) for x in (*given, decay)]
+    assert hla.explain(*narrow[:3], operator="linear").backend == "numba"
+    for _ in range(2):
+        found, pulled = hla.vjp(*narrow[:3], decay=narrow[3], **options)
+        grads = pulled(*on_device(tuple(x.astype(np.float32) for x in (want[0],))), None)
+        for x, y in zip(
+            (found[0], *found[1], *grads[:4]), (want[0], *want[1], *pull(want[0])[:4]), strict=True
+        ):
+            np.testing.assert_allclose(x.copy_to_host(), y, rtol=2e-5, atol=2e-5)
+    assert len(simulator.LAUNCHES) > 4
+    dispatch._pick.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -6,17 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 from ...core.passes import Shape
-from ..cupy.launch import Card
+from ..cupy.launch import Card, Constants, Function
 from ..cupy.run import Library, Memory
 from . import blocks, streams
 from .array import Array, made
 from .device import KERNELS
-from .driver import load
 from .package import dtype_of
 from .standard import xp
 
 CONSTANTS = 256  # that are kept
 _constants: dict[Any, Array] = {}
+
+
+def load(name: str, constants: Constants, shared: int, card: Card) -> Function:
+    """Return a kernel on a device, compiled once for its constants."""
+    from . import driver
+
+    return driver.load(name, constants, shared, card)
 
 
 def empty(shape: Shape, strides: Shape, dtype: Any, card: Card) -> Array:
