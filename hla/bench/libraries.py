@@ -237,13 +237,17 @@ def _cupy(accelerator: bool) -> Library:
 
 
 def _numba(accelerator: bool) -> Library:
-    cuda = importlib.import_module("hla.kernels.numba.package").cuda
+    from ..kernels.numba import package
+
+    if not package.installed() or package.SIMULATED or not package.cuda.is_available():
+        raise NotImplementedError("Numba sees no accelerator")
+    cuda = package.cuda
 
     def array(x: Host, dtype: str) -> Array:
         return cuda.to_device(np.ascontiguousarray(_numpy(False).array(x, dtype)))
 
     def wait(out: Arrays) -> Arrays:
-        cuda.default_stream().synchronize()
+        cuda.synchronize()
         return out
 
     return Library(array, wait, lambda f: f)

@@ -8,10 +8,10 @@ from ...device.steps import Carry, Divide, Launch, Sum
 from ..cupy import between as launches
 from ..cupy import launch
 from ..cupy.run import Kernels
-from . import between, causal
+from . import between, causal, elements
 from .instructions import Text
 
-TEXTS: dict[str, Text] = {"pass.cu": causal.TEXT, **between.KERNELS}
+TEXTS: dict[str, Text] = {"pass.cu": causal.TEXT, **between.KERNELS, **elements.KERNELS}
 STEPS: dict[type, Any] = {
     Launch: launch.passes, Sum: launch.total, Divide: launches.divide, Carry: launches.carry,
 }  # fmt: skip

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from . import blocks, package, streams
-from .elements import AXES, CODE, elementwise, picked, products, running
-from .package import cuda
+from . import blocks, elements, package, simulated
+from .elements import AXES, CODE
 
 Array = Any
 THREADS, BLOCKS = 128, 1 << 14
@@ -23,19 +23,37 @@ TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "float64": 3, "bool": 4, "in
 NONE = (0, -1, *(0,) * AXES)  # the operand that is the call's number
 
 
-def launch(kernel: Any, device: int, count: int, *args: Any) -> None:
+def launch(name: str, device: int, count: int, *args: Any) -> None:
     """Launch a kernel of so many elements on the current stream."""
-    grid: tuple[Any, ...] = (1, 1)
-    if not package.SIMULATED:
-        grid = min(-(-count // THREADS), BLOCKS), THREADS, stream_of(streams.current())
-    if count:
-        blocks.inside(device, lambda: kernel[grid](*args))
+    if not count:
+        return
+    text = elements.KERNELS[name]
+    if package.SIMULATED:
+        simulated.launch(text, *args)
+        return
+    words = [x for y in args for x in (y if isinstance(y, tuple) else (y,))]
+    argument = np.frombuffer(struct_of(name).pack(*words), np.uint8)
+    grid = (min(-(-count // THREADS), BLOCKS),)
+    blocks.inside(
+        device, lambda: function(name, device)(grid, (THREADS,), (argument,), shared_mem=0)
+    )
 
 
-@functools.lru_cache(maxsize=256)
-def stream_of(stream: int) -> Any:
-    """Return Numba's object of a stream."""
-    return cuda.external_stream(stream)
+@functools.cache
+def struct_of(name: str) -> struct.Struct:
+    """Return how the arguments of a kernel lie in memory."""
+    kinds = elements.KERNELS[name].arguments
+    return struct.Struct(
+        "<" + "".join("q" if x is int else "d" if x is float else f"{x}q" for x in kinds)
+    )
+
+
+@functools.cache
+def function(name: str, device: int) -> Any:
+    """Return a kernel on a device."""
+    from . import driver
+
+    return driver.load(name, {}, 0, blocks.card_of(device))
 
 
 def steps(x: Array | None, rank: int) -> tuple[int, ...]:
@@ -89,7 +107,7 @@ def apply(op: str, o: Array, *given: Array, number: float = 0.0) -> None:
         at = [sum(p * x[1 + i] for p, x in zip(place, outer, strict=True)) for i in range(4)]
         words = [operand(x, s, i) for x, s, i in zip(every, strides, at, strict=True)]
         inside = math.prod(sizes)
-        launch(elementwise, o.device, inside, CODE[op], inside, float(number), sizes, *words)
+        launch("elementwise", o.device, inside, CODE[op], inside, float(number), sizes, *words)
 
 
 def add_up(o: Array, a: Array, b: Array | None, last: int, make: Any) -> None:
@@ -116,10 +134,8 @@ def add_up(o: Array, a: Array, b: Array | None, last: int, make: Any) -> None:
     words = [operand(x, s) for x, s in zip((to, a, b), strides, strict=True)]
     count = math.prod(kept)
     if count:
-        launch(
-            products, o.device, count * parts, count, length, parts, sizes, lengths, *words, *each,
-            own[-1] if parts > 1 else 0,
-        )  # fmt: skip
+        numbers, step = (count, length, parts, sizes, lengths), own[-1] if parts > 1 else 0
+        launch("products", o.device, count * parts, *numbers, *words, *each, step)
     if parts > 1:
         add_up(o, to, None, 1, make)
     return None
@@ -136,7 +152,7 @@ def run_up(o: Array, a: Array, axis: int) -> None:
     count = math.prod(sizes)
     if math.prod(a.shape):
         step_o, step_a = (x[axis] for x in sides)
-        launch(running, o.device, count, count, a.shape[axis], sizes, *words, step_o, step_a)
+        launch("running", o.device, count, count, a.shape[axis], sizes, *words, step_o, step_a)
 
 
 def pick(o: Array, a: Array, places: Array) -> None:
@@ -146,4 +162,4 @@ def pick(o: Array, a: Array, places: Array) -> None:
     sizes, *strides = columns(axes, 3)
     words = [operand(x, s) for x, s in zip((o, a, places), strides, strict=True)]
     count = math.prod(sizes)
-    launch(picked, o.device, count, count, sizes, *words, lead[-1])
+    launch("picked", o.device, count, count, sizes, *words, lead[-1])
