@@ -114,8 +114,11 @@ def homes(name) -> tuple[str, ...]:
 def of_a_device(name) -> tuple[str, ...]:
     """Libraries of the accelerators that a backend has kernels for.
 
-    Kernels have their own chunks, and round what they hand on to a narrow dtype.
+    Kernels have their own chunks, and round what they hand on to a narrow dtype. None of a backend
+    that does its rows on the host.
     """
+    if any(x != ANY and not accelerated for x, accelerated in serves(name)):
+        return ()
     found = tuple(x for x, accelerated in serves(name) if accelerated and x != ANY)
     return found or tuple(filter(None, [native(name)]))
 
@@ -262,6 +265,14 @@ def load(name, place="cpu") -> Library:
         strict = type(xp.asarray(0.0))
         return Library(
             name, lambda x, d: xp.asarray(np.asarray(x), dtype=getattr(xp, d)), to_numpy, strict
+        )
+    if name == "numba":  # the arrays that its device arrays become in a call
+        own = importlib.import_module("hla.kernels.numba.standard")
+        return Library(
+            name,
+            lambda x, d: own.asarray(np.asarray(x, numpy_dtype(d))),
+            lambda x: x.host().astype(float),
+            own.Array,
         )
     return Library(
         name, lambda x, d: xp.asarray(x, dtype=d), lambda x: xp.asnumpy(x).astype(float), xp.ndarray

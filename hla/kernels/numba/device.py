@@ -9,10 +9,12 @@ from ..cupy import between as launches
 from ..cupy import fused as forward
 from ..cupy import launch
 from ..cupy.run import Kernels
-from . import between, causal, fused
+from . import between, causal, elements, fused
 from .instructions import Text
 
-TEXTS: dict[str, Text] = {"pass.cu": causal.TEXT, "fused.cu": fused.TEXT, **between.KERNELS}
+TEXTS: dict[str, Text] = {
+    "pass.cu": causal.TEXT, "fused.cu": fused.TEXT, **between.KERNELS, **elements.KERNELS,
+}  # fmt: skip
 STEPS: dict[type, Any] = {
     Launch: launch.passes, Sum: launch.total, Divide: launches.divide, Carry: launches.carry,
 }  # fmt: skip
