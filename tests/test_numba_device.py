@@ -13,7 +13,7 @@ from devices import Device, check, host, inputs_of, state_of
 import hla
 from hla import backends
 from hla.arguments import prepare
-from hla.kernels.cupy import run
+from hla.kernels.cupy import launch, run
 from hla.libraries import exchange, rules
 
 installed("numba")
@@ -50,6 +50,19 @@ def test_fused_forward(simulated, operator, gate, T):
     for x, y in zip((o, *state), (want, *expected), strict=True):
         x, y = (z if z.ndim > 2 else z[..., None] for z in (host(x), y))  # of a denominator
         within_budget(x, y, "bfloat16", D=18, T=T, operator=operator)
+
+
+def test_segments(simulated, monkeypatch):
+    """Three segments, the last one short: their gates are summed, and their states carried."""
+    monkeypatch.setattr(launch, "segments", lambda request, card: 32)
+    monkeypatch.setattr(
+        simulator, "forward", run.Library(simulator.SIMULATED.memory, device.KERNELS).forward
+    )
+    inputs = inputs_of(70, "per_head", D=12, V=9)
+    want = hla.scan(**inputs, operator="linear", backend="array_api")
+    o = hla.scan(**HOST.arrays(inputs, "float32"), operator="linear", backend=simulator.NAME)
+    assert {"fading.cu", "carry.cu"} <= {name for name, _ in simulator.LAUNCHES}
+    within_budget(host(o), want, "float32", D=12)
 
 
 CASES = [  # operator, dtype, gate, T, D, V
