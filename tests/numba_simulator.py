@@ -107,13 +107,24 @@ class Twin:
         return self._rounded(x)
 
     def weighed(self, *given):
-        *x, at = given
-        floats = self.shared(KINDS[2], count=-1)
-        return self._rounded(np.array(x, np.float32) * floats[at + COLUMN[self.lane()]])
+        weights, x = np.array(given[:4], np.float32), np.array(given[4:], np.float32)
+        return self._rounded(x * weights[ROWS // 4 * 2 + ROWS % 2])
 
-    def scaled(self, *given):
-        *x, by = given
-        return self._rounded(np.array(x, np.float32) * by)
+    @staticmethod
+    def power_of_2(x):
+        with np.errstate(over="ignore"):
+            return np.exp2(np.float32(x))
+
+    def threads_sync(self, name, threads):
+        thread = threading.current_thread()
+        with LOCK:
+            if not hasattr(thread._manager, "barriers"):
+                thread._manager.barriers = {}
+            barriers = thread._manager.barriers
+            if name not in barriers:
+                barriers[name] = threading.Barrier(threads)
+        assert barriers[name].parties == threads
+        barriers[name].wait(WAIT)
 
     def value(self, at):
         return self.shared(self.kind, at * self.kind.itemsize)[0].astype(np.float32)

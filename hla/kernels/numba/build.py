@@ -63,7 +63,9 @@ def folder() -> pathlib.Path:
 def sources() -> tuple[str, ...]:
     """Return every text that a kernel is made of."""
     here = importlib.resources.files(__package__)
-    names = ("between.py", "causal.py", "elements.py", "instructions.py", "build.py")
+    names = (
+        "between.py", "causal.py", "elements.py", "fused.py", "instructions.py", "build.py",
+    )  # fmt: skip
     return (*(here.joinpath(x).read_text(encoding="utf-8") for x in names), source({}))
 
 

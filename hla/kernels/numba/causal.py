@@ -104,7 +104,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     """Return the kernel of a pass with such constants, which calls the instructions ``t``."""
     f32, f64, i32, i64, dot, device = t.f32, t.f64, t.i32, t.i64, t.dot, t.device
     load, load_turned, second, second_turned = t.load, t.load_turned, t.second, t.second_turned
-    multiply, block_of, weighed, scaled = t.multiply, t.block_of, t.weighed, t.scaled
+    multiply, block_of, weighed = t.multiply, t.block_of, t.weighed
     value, put_value, put_pair, put_out, out = t.value, t.put_value, t.put_pair, t.put_out, t.out
     copy16, widen8, leave16, get, put = t.copy16, t.widen8, t.leave16, t.get, t.put
     copies_commit, copies_wait, syncwarp = t.copies_commit, t.copies_wait, t.syncwarp
@@ -393,7 +393,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
             put_block(more, of.row, of.column, of.type, down, right, *eight(S, d))
 
     @device
-    def update(S, O, floats, v, pitch_v, k, pitch, P, w, mine, write):
+    def update(S, O, floats, v, pitch_v, k, pitch, P, w, mine, j, write):
         """Add P v to o, and weighed v' k to S', of 16 tokens after 16."""
         for s in range(BLOCKS):
             b = load_turned(v + 16 * s * pitch_v + mine, pitch_v)
@@ -403,9 +403,10 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                         a = load(P + 16 * t * PITCH_P + 16 * s, PITCH_P)
                         put_eight(O, t, multiply(*(eight(O, t) + a + b)))
             if GATED:
-                b = weighed(*b, w + FADE + 16 * s)
+                n = w + FADE + 16 * s + j
+                b = weighed(floats[n], floats[n + 1], floats[n + 8], floats[n + 9], *b)
             elif WRITE:
-                b = scaled(*b, f32(write))
+                b = weighed(f32(write), f32(write), f32(write), f32(write), *b)
             for d in range(KEYS):
                 a = second_turned(k + 16 * s * pitch + 16 * d, pitch)
                 put_eight(S, d, multiply(*(eight(S, d) + b + a)))
@@ -528,9 +529,9 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                     for i in range(8 * KEYS):
                         S[i] *= total
                 P = AT_PAIRS + (c & 1) * SQUARES * SQUARE
-                update(S, O, floats, t_v, PITCH_OF_V, t_k, PITCH, P, w, mine, write)
+                update(S, O, floats, t_v, PITCH_OF_V, t_k, PITCH, P, w, mine, j, write)
                 if BOTH:  # the same with k and v exchanged
-                    update(S, O, floats, t_k, PITCH, t_v, PITCH_OF_V, P + SQUARE, w, mine, write)
+                    update(S, O, floats, t_k, PITCH, t_v, PITCH_OF_V, P + SQUARE, w, mine, j, write)
             if KEEP and kept and REVERSE:
                 where = address(at.states, states, head, period, none, none)
                 put_states(S, where, states, mine, v0, values, keys)

@@ -6,13 +6,16 @@ from typing import Any
 
 from ...device.steps import Carry, Divide, Launch, Sum
 from ..cupy import between as launches
+from ..cupy import fused as forward
 from ..cupy import launch
 from ..cupy.run import Kernels
-from . import between, causal, elements
+from . import between, causal, elements, fused
 from .instructions import Text
 
-TEXTS: dict[str, Text] = {"pass.cu": causal.TEXT, **between.KERNELS, **elements.KERNELS}
+TEXTS: dict[str, Text] = {
+    "pass.cu": causal.TEXT, "fused.cu": fused.TEXT, **between.KERNELS, **elements.KERNELS,
+}  # fmt: skip
 STEPS: dict[type, Any] = {
     Launch: launch.passes, Sum: launch.total, Divide: launches.divide, Carry: launches.carry,
 }  # fmt: skip
-KERNELS = Kernels(STEPS, lambda request, card: (), {}, token=False)
+KERNELS = Kernels(STEPS, forward.rows, forward.KERNELS, token=False)

@@ -48,10 +48,21 @@ CALL(multiply, Sum* r, FLOATS, WORDS_OF(a), WORDS_OF(b)) {  // c + a b'
     return *r = c, 0;
 }
 CALL(block_of, Block* r, FLOATS) { return *r = block_of(SUM), 0; }
-CALL(weighed, Block* r, WORDS_OF(a), int list) {  // columns times a list of floats
-    return *r = weighed(BLOCK(a), (const float*)memory + list), 0;
+CALL(weighed, Block* r, float w0, float w1, float w8, float w9, WORDS_OF(a)) {  // a lane's columns
+#if NARROW
+    return *r = {bf16_pair(of_bf16(a0) * w0, of_bf16_high(a0) * w1),
+                 bf16_pair(of_bf16(a1) * w0, of_bf16_high(a1) * w1),
+                 bf16_pair(of_bf16(a2) * w8, of_bf16_high(a2) * w9),
+                 bf16_pair(of_bf16(a3) * w8, of_bf16_high(a3) * w9)}, 0;
+#else
+    const Block a = BLOCK(a);
+    const float w[4] = {w0, w1, w8, w9};
+    UNROLL for (int i = 0; i < 8; i++) r->put(i, a.get(i) * w[i / 4 * 2 + (i >> 1 & 1)]);
+    return 0;
+#endif
 }
-CALL(scaled, Block* r, WORDS_OF(a), float by) { return *r = scaled(BLOCK(a), by), 0; }
+CALL(power_of_2, float* r, float x) { return *r = power_of_2(x), 0; }
+CALL(threads_sync, int* r, int name, int threads) { return threads_sync(name, threads), *r = 0; }
 CALL(value, float* r, int at) { return *r = value(*TILE(at)), 0; }
 CALL(put_value, int* r, int at, float x) { return *(Element*)TILE(at) = element(x), *r = 0; }
 CALL(put_pair, int* r, int at, float x, float y) { return put_pair((Element*)TILE(at), x, y), *r = 0; }

@@ -52,7 +52,8 @@ class Instructions:
         for name, signature in {
             "load": at, "load_turned": at, "second": at, "second_turned": at,
             "multiply": sums(*[f32] * 8, *[u32] * (2 * words)), "block_of": block(*[f32] * 8),
-            "weighed": block(*[u32] * words, i32), "scaled": block(*[u32] * words, f32),
+            "weighed": block(*[f32] * 4, *[u32] * words), "power_of_2": f32(f32),
+            "threads_sync": i32(i32, i32),
             "value": f32(i32), "put_value": i32(i32, f32), "put_pair": i32(i32, f32, f32),
             "copy16": i32(i32, i64, i32), "widen8": i32(i32, i64, i64, i32),
             "copies_commit": i32(), "copies_wait": i32(i32), "syncwarp": i32(),
