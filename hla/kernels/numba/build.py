@@ -63,10 +63,8 @@ def folder() -> pathlib.Path:
 def sources() -> tuple[str, ...]:
     """Return every text that a kernel is made of."""
     here = importlib.resources.files(__package__)
-    names = (
-        "between.py", "causal.py", "elements.py", "fused.py", "instructions.py", "build.py",
-    )  # fmt: skip
-    return (*(here.joinpath(x).read_text(encoding="utf-8") for x in names), source({}))
+    names = ("between", "causal", "elements", "fused", "instructions", "build")
+    return (*(here.joinpath(f"{x}.py").read_text(encoding="utf-8") for x in names), source({}))
 
 
 @functools.cache
