@@ -271,7 +271,7 @@ def load(name, place="cpu") -> Library:
         return Library(
             name,
             lambda x, d: own.asarray(np.asarray(x, numpy_dtype(d))),
-            lambda x: x.host().astype(float),
+            lambda x: x.get().astype(float),
             own.Array,
         )
     return Library(

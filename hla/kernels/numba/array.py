@@ -139,7 +139,7 @@ class Array:
         else:
             loops.apply("copy", to, None, number=value)
 
-    def host(self) -> np.ndarray[Any, Any]:
+    def get(self) -> np.ndarray[Any, Any]:
         """Return the values, once the current stream has come to them."""
         x = ordered(self)
         found = np.empty(x.shape, x.dtype)
@@ -147,10 +147,10 @@ class Array:
         return found
 
     def __float__(self) -> float:
-        return float(self.host())
+        return float(self.get())
 
     def __bool__(self) -> bool:
-        return bool(self.host())
+        return bool(self.get())
 
     def __repr__(self) -> str:
         return f"Array(shape={self.shape}, dtype={self.dtype}, device={self.device})"
