@@ -237,8 +237,9 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     def make_own_pairs(floats, q, k, tile, lists, rank, warps, power, lane):
         """Leave this warp's share of P, of a part of so many warps."""
         if warps >= TRIANGLE:
-            if rank < TRIANGLE:
-                t, s = 1 if rank > 0 else 0, 1 if rank > 1 else 0
+            pair = 5 - rank if HLA3 and rank > 1 else rank  # a scheduler has as many
+            if pair < TRIANGLE:
+                t, s = 1 if pair > 0 else 0, 1 if pair > 1 else 0
                 make_one(floats, q, k, tile, lists, t, s, power, lane)
         elif rank == 0:
             make_row(floats, q, k, tile, lists, BLOCKS - 1, 0, power, lane)
