@@ -226,7 +226,7 @@ def memory(c: Constants) -> int:
     total += tall * (4 if c["ADD"] or c["TYPE_O"] == 2 else 2) if read else 0
     total += 3 * (6 * W + 4) * 4 if c["GATED"] else 0
     warps = c["BV"] // 16 if c["BV"] > 64 else 4
-    rows = (0, 2 * warps, 2 * warps + 4 * W // 16)[c["DOTS"]]
+    rows = (0, 2 * warps, 2 * warps + 6 * W // 16)[c["DOTS"]]
     return int(total + rows * W * (4 if c["SUM_TYPE"] == "float" else 8))
 
 

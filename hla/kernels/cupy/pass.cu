@@ -167,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
     Element* pairs = stages + STAGES * STAGE;
     Out* outs = (Out*)(pairs + (PAIRS ? 2 * SQUARES * W * PITCH_P : 0));
     Weights* weights = (Weights*)(outs + (READ ? W * PITCH_V : 0));
-    Dot* sums = (Dot*)(weights + (GATED ? 3 : 0));  // reads (2, WARPS, W), pairs (2, by key and query)
+    Dot* sums = (Dot*)(weights + (GATED ? 3 : 0));  // reads (2, WARPS, W), pairs (3, by key and query)
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, j = 2 * (lane & 3);
     i64 head[3], index = blockIdx.x, segment = 0;
@@ -308,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
                     if (BOTH) put_pair(at + W * PITCH_P, M.x[4 * h + 2 * r], M.x[4 * h + 2 * r + 1]);
                 }
             if (DOTS == 2) {
-                Dot* own = sums + (2 * WARPS + (chunk & 1) * 2 * BLOCKS) * W;
+                Dot* own = sums + (2 * WARPS + chunk % 3 * 2 * BLOCKS) * W;
                 Dot *keyed = own + (t0 / 16) * W + s0, *queried = own + (BLOCKS + s0 / 16) * W + t0;
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
@@ -376,7 +376,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pass_kernel(const __grid_c
     auto leave_sums = [&](int chunk) {  // of what is read, with that of pairs by query, and by key
         const i64 row = rows_of(chunk);
         for (int t = threadIdx.x; t < W && t < tokens_of(row); t += THREADS) {
-            const Dot* pairs = sums + (2 * WARPS + (chunk & 1) * 2 * BLOCKS) * W + t;
+            const Dot* pairs = sums + (2 * WARPS + chunk % 3 * 2 * BLOCKS) * W + t;
             Dot read = 0, by_key = 0;
             for (int n = 0; n < WARPS; n++) read += sums[((chunk & 1) * WARPS + n) * W + t];
             if (BOTH) read *= (Dot).5;  // it is of both operands

@@ -134,7 +134,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     AT_WEIGHTS = (AT_OUT + (W * PITCH_V * OUT_SIZE if READ else 0)) // 4
     COLUMN, INTO, FADE, TOTAL, NUMBERS = 2 * W, 4 * W, 5 * W, 6 * W, 6 * W + 4
     AT_SUMS = (AT_WEIGHTS + (3 * NUMBERS if GATED else 0)) * 4 // (4 if dot is f32 else 8)
-    PAIR_SUMS = AT_SUMS + 2 * WARPS * W  # reads (2, WARPS, W), then of pairs (2, by key and query)
+    PAIR_SUMS = AT_SUMS + 2 * WARPS * W  # reads (2, WARPS, W), then of pairs (3, by key and query)
     STATE, SUMS, ZEROS = 8 * KEYS, 8 * BLOCKS, (f32(0),) * 8
 
     @device
@@ -270,7 +270,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
             x += across(x, 8)
             x += across(x, 16)
         if first:
-            sums[PAIR_SUMS + (((chunk & 1) * 2 + by) * BLOCKS + other) * W + at] = x
+            sums[PAIR_SUMS + ((chunk % 3 * 2 + by) * BLOCKS + other) * W + at] = x
 
     @device
     def pair_up(chunk, floats, sums, warp, lane, strict, read, write, tile):
@@ -373,7 +373,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
             if BOTH:
                 read *= dot(0.5)  # it is of both operands
             if DOTS == 2:
-                pairs = PAIR_SUMS + (chunk & 1) * 2 * BLOCKS * W + t
+                pairs = PAIR_SUMS + chunk % 3 * 2 * BLOCKS * W + t
                 for b in range(BLOCKS):
                     if legal_blocks(b, t // 16):
                         by_key += sums[pairs + b * W]

@@ -41,7 +41,7 @@ class Instructions:
     """The functions of instructions.cu, for the constants of one kernel."""
 
     f32, f64, i32, i64, u32 = f32, f64, i32, i64, u32
-    device = staticmethod(functools.partial(cuda.jit, device=True, inline="always"))
+    device = staticmethod(functools.partial(cuda.jit, device=True))
 
     def __init__(self, constants: Constants) -> None:
         constants = {**DEFAULTS, **constants}
