@@ -85,7 +85,7 @@ def unable(request: Request) -> str | None:
     """Return why no device here takes ``request``, or None."""
     if not request.accelerator:
         if request.library == "numpy":
-            return None if importlib.util.find_spec("numba") else "numba is not installed"
+            return None
         return f"it runs on NVIDIA GPUs, these arrays are on {request.device}"
     if _missing():
         return _missing()
@@ -177,13 +177,12 @@ def summarize(request: Request, inputs: Inputs) -> Any:
 @functools.cache
 def machine() -> Machine:
     """Describe what it finds here; Numba is not imported for the host alone."""
-    host = importlib.util.find_spec("numba") is not None
-    if not (host or package.installed()):
+    if importlib.util.find_spec("numba") is None:
         return Machine('numba is not installed; pip install ".[numba]" in a checkout of hla')
-    version = f"numba {metadata.version('numba')}" if host else ""
+    version = f"numba {metadata.version('numba')}"
     if not package.installed() or package.SIMULATED:
         return Machine(device="cpu", version=version)
-    version = ", ".join(filter(None, [version, package.version()]))
+    version += f", {package.version()}"
     if _missing():
         return Machine(device="cpu", version=version)
     from ..kernels.numba import blocks

@@ -170,7 +170,7 @@ class Arrays(Generic):
 
     def device_name(self, x: Array) -> str:
         """Return the device as torch and JAX name it."""
-        return f"cuda:{x.device}"
+        return "Numba's simulator" if package.SIMULATED else f"cuda:{x.device}"
 
     def number(self, value: float, dtype: Any, like: Array) -> Array:
         """Return a number, kept on each stream."""
@@ -182,8 +182,8 @@ class Arrays(Generic):
         return self._numbers[key]
 
     def on_accelerator(self, x: Array) -> bool:
-        """Return True."""
-        return True
+        """Return True but in the simulator."""
+        return not package.SIMULATED
 
     def host_values(self, x: Array) -> np.ndarray[Any, Any] | None:
         """Return None: reading would wait for the device."""

@@ -1,6 +1,6 @@
-"""Numba's compiler for GPUs, whichever is installed: numba-cuda, or its successor numba-cuda-mlir.
+"""Numba's compiler for GPUs, numba-cuda, where it is installed.
 
-In numba-cuda's simulator (NUMBA_ENABLE_CUDASIM=1) a device's memory is the host's.
+In its simulator (NUMBA_ENABLE_CUDASIM=1) a device's memory is the host's.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-MODULES = {"numba-cuda": "numba.cuda", "numba-cuda-mlir": "numba_cuda_mlir.cuda"}
-SIMULATOR = {"numba": "numba.cuda"}  # Numba has it by itself
 
 
 @functools.cache
 def installed() -> str:
-    """Return the first package that is installed, "" for none."""
-    names = SIMULATOR if SIMULATED else MODULES
-    return next((x for x in names if find_spec(x.replace("-", "_"))), "")
+    """Return the package that compiles for GPUs, "" for none; Numba has the simulator by itself."""
+    name = "numba" if SIMULATED else "numba-cuda"
+    return name if find_spec("numba") and find_spec(name.replace("-", "_")) else ""
 
 
 def version() -> str:
@@ -34,8 +32,7 @@ def version() -> str:
 
 def __getattr__(name: str) -> Any:
     if name == "cuda":
-        module = (SIMULATOR if SIMULATED else MODULES)[installed()]
-        globals()["cuda"] = found = importlib.import_module(module)
+        globals()["cuda"] = found = importlib.import_module("numba.cuda")
         return found
     raise AttributeError(name)
 
