@@ -30,8 +30,8 @@ class Capabilities(NamedTuple):
     libraries : tuple of str
         Array libraries whose arrays it takes; ("any",) for every one.
     native : str
-        The library whose arrays its functions are given: those of others are handed over, without a
-        copy, by DLPack. "" where they are given as they come.
+        The library whose arrays its functions are given: those of others but NumPy are handed over,
+        without a copy, by DLPack. "" where they are given as they come.
     serves : tuple of (str, bool)
         Pairs (library, on an accelerator?) that ``backend=None`` picks it for; see also
         `Backend.automatic`.
@@ -61,6 +61,10 @@ class Capabilities(NamedTuple):
     opaque: bool = False
     gradients: bool = True
     packed: bool = False
+
+    def hands_over(self, library: str) -> bool:
+        """Whether arrays of a library become those of the native one."""
+        return self.native not in ("", library) and library != "numpy"
 
 
 class Machine(NamedTuple):

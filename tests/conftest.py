@@ -22,6 +22,7 @@ if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not any(
 ):  # no GPU: interpreters stand in; they are chosen by what is set at their first import
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("HLA_PALLAS_INTERPRET", "1")
+    os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # programs run a few times
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX leaves the GPU some memory
 if "PYTEST_XDIST_WORKER" in os.environ:  # the test processes share the cores: no threads that spin
@@ -114,8 +115,11 @@ def homes(name) -> tuple[str, ...]:
 def of_a_device(name) -> tuple[str, ...]:
     """Libraries of the accelerators that a backend has kernels for.
 
-    Kernels have their own chunks, and round what they hand on to a narrow dtype.
+    Kernels have their own chunks, and round what they hand on to a narrow dtype. None of a backend
+    that does its rows on the host.
     """
+    if any(x != ANY and not accelerated for x, accelerated in serves(name)):
+        return ()
     found = tuple(x for x, accelerated in serves(name) if accelerated and x != ANY)
     return found or tuple(filter(None, [native(name)]))
 
@@ -262,6 +266,14 @@ def load(name, place="cpu") -> Library:
         strict = type(xp.asarray(0.0))
         return Library(
             name, lambda x, d: xp.asarray(np.asarray(x), dtype=getattr(xp, d)), to_numpy, strict
+        )
+    if name == "numba":  # the arrays that its device arrays become in a call
+        own = importlib.import_module("hla.kernels.numba.standard")
+        return Library(
+            name,
+            lambda x, d: own.asarray(np.asarray(x, numpy_dtype(d))),
+            lambda x: x.get().astype(float),
+            own.Array,
         )
     return Library(
         name, lambda x, d: xp.asarray(x, dtype=d), lambda x: xp.asnumpy(x).astype(float), xp.ndarray

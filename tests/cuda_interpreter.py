@@ -28,6 +28,7 @@ CAPABILITIES = Capabilities(
     ("float16", "bfloat16", "float32"), libraries=("numpy",), forms=("chunked",), packed=True
 )
 COMPILER = shutil.which("g++")
+HEADERS = threading.Lock()
 TWINS = {"ptx.cuh": "cuda_host.cuh", "warpgroup.cuh": "hopper_host.cuh"}  # of included files
 
 
@@ -39,12 +40,9 @@ def _folder():
 
 def compile_into(built, *arguments):
     command = [COMPILER, "-std=c++17", "-O0", "-w", "-fPIC", "-fno-strict-aliasing"]
-    part = f"{built}.{os.getpid()}.{threading.get_ident()}"
+    part = f"{built}.{os.getpid()}.{threading.get_ident()}"  # kernels are loaded side by side
     subprocess.run([*command, "-U_FORTIFY_SOURCE", *arguments, "-o", part], check=True)
     os.replace(part, built)
-
-
-_first = threading.Lock()  # kernels of a plan are compiled side by side
 
 
 @functools.cache
@@ -61,8 +59,6 @@ def _headers():
 def _library(name, constants, card):
     """The C function (grid, threads, argument) of a kernel."""
     here = pathlib.Path(__file__).parent
-    with _first:
-        headers = _headers()
     text = source(name, dict(constants), {n: (here / x).read_text() for n, x in TWINS.items()})
     kind = re.search(r"\w+_kernel\(const __grid_constant__ (\w+) p\)", text)[1]
     kernel = f"{name.removesuffix('.cu')}_kernel"
@@ -79,6 +75,8 @@ extern "C" int size() {{ return sizeof(argument); }}
     built = at.with_suffix(".so")
     if not built.exists():
         at.with_suffix(".cpp").write_text(text)
+        with HEADERS:
+            headers = _headers()
         compile_into(built, "-shared", "-include", headers, at.with_suffix(".cpp"))
     return ctypes.CDLL(str(built))
 

@@ -105,13 +105,18 @@ class Device(NamedTuple):
         return o, state, *pullback(do, state)[:5]
 
 
+def has_numba(entry) -> bool:
+    """Whether it is Numba with a GPU: it does its other rows on the host."""
+    return entry.name == "numba" and entry.device not in ("", "cpu")
+
+
 @functools.cache
 def devices() -> tuple[Device, ...]:
     """Every kernel backend that runs here; one that is installed and broken fails."""
     found = tuple(
         Device(entry.name, library, place(entry.name, library), entry.dtypes)
         for entry in hla.available()
-        for library in of_a_device(entry.name)
+        for library in ("numba",) * has_numba(entry) or of_a_device(entry.name)
         if usable(entry)
     )
     if any(device.backend == "triton" and device.interpreted for device in found):

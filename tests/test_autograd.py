@@ -145,6 +145,7 @@ def test_jax_grad_is_vjp(quick_jax, row: Row, gate):
     agree(found, want)
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(("row", "gate"), JAX[:1])  # a decay: test_jax has its hessian at 0
 def test_jax_first_and_second_derivatives(quick_jax, row: Row, gate):
     """check_grads forward; forward and reverse over reverse against differences of grad."""

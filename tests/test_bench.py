@@ -873,6 +873,7 @@ def classes():
 KINDS = ("time_", "timeraw_", "peakmem_", "track_")
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("kind", list(classes()))
 def test_every_benchmark_runs(kind):
     """As `asv check` and one run would; only what is not installed may refuse."""

@@ -270,6 +270,7 @@ def test_shapes_are_told_from_the_request(batches):
                     assert y is None or (x.shape, x.dtype) == (y.shape, y.dtype)
 
 
+@pytest.mark.aot
 def test_the_first_call_of_a_process_may_be_compiled():
     """The compiler reads how the library of an array is found: by what it can run."""
     code = """

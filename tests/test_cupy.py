@@ -149,7 +149,8 @@ def test_kernels_of_hopper_compile(row):
     assert "hopper.cu" in {name for name, _ in found}
     for name, constants in found:
         one = built(name, constants, "sm_90a")
-        assert one.spills <= SPILLS.get(name, 112 if gate else 32), name
+        most = 108 if dict(constants).get("DOTS") else 96 if gate else 32
+        assert one.spills <= SPILLS.get(name, most), name
         assert not {*one.remarks} - {"C7517", "C7519"}, name
         threads = 384 if dict(constants).get("Z", 1) else 256
         assert one.registers <= (65536 // threads) // 8 * 8, name  # of which owners then take more

@@ -23,6 +23,12 @@ OLDER = {x: Card(0, (8, 0), 4, x << 10) for x in (163, 99)}  # by the KB of shar
 pytestmark = pytest.mark.skipif(interpreter.COMPILER is None, reason="there is no g++")
 
 
+def some(cases, *chosen):
+    """Cases of which those chosen run always, the others, as g++ compiles each, with -m aot."""
+    return [x if i in chosen else pytest.param(x, marks=pytest.mark.aot)
+            for i, x in enumerate(cases)]  # fmt: skip
+
+
 @pytest.fixture
 def hopper(monkeypatch):
     """A backend of that name, which records the kernels that it launches."""
@@ -83,7 +89,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some(CASES, 1, 3))
 def test_two_owners(hopper, case):
     operator, *sizes, options = CASES[case]
     if "normalize" in options:
@@ -98,7 +104,7 @@ ONE_BLOCK = {  # KB of shared memory, then as above
 }
 
 
-@pytest.mark.parametrize("case", ONE_BLOCK)
+@pytest.mark.parametrize("case", some(ONE_BLOCK, 0))
 def test_all_states_in_one_block(monkeypatch, case):
     shared, operator, *sizes, options = ONE_BLOCK[case]
     launches = backend(monkeypatch, OLDER[shared])
@@ -122,7 +128,7 @@ ADJOINTS = {  # kernels, T, D, V, options
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ADJOINTS)
+@pytest.mark.parametrize("case", some(ADJOINTS, 2, 4))
 def test_sweeps(hopper, case):
     kernels, T, D, V, options = ADJOINTS[case]
     options, start = {n: x for n, x in options.items() if n != "start"}, "start" in options
@@ -158,7 +164,7 @@ GATED = {  # operator, gate, T, D, V
 }
 
 
-@pytest.mark.parametrize("case", GATED)
+@pytest.mark.parametrize("case", some(GATED, 0))
 def test_gradients_of_a_gate(hopper, monkeypatch, case):
     """Sweeps leave what they are made of, states before each period of one chunk too."""
     operator, gate, T, D, V = GATED[case]
@@ -171,7 +177,7 @@ def test_gradients_of_a_gate(hopper, monkeypatch, case):
     assert names == {"hopper.cu", "hopper_reverse.cu", "hopper_queries.cu", "gate.cu", "sum.cu"}
 
 
-@pytest.mark.parametrize("operator", ["ahla", "hla3"])
+@pytest.mark.parametrize("operator", some(["ahla", "hla3"], 0))
 def test_gradients_of_heads_that_share_keys(hopper, operator):
     """They are summed in float32, which the sweeps leave."""
     rng, heads, options = np.random.default_rng(1), (2, 1, 1), {"operator": operator, "scale": 0.25}

@@ -106,6 +106,7 @@ def test_a_mesh_keeps_its_devices(jax):
     """)
 
 
+@pytest.mark.aot
 def test_shard_map(jax):
     """As without it, with JAX's checks of what varies; a gradient has the type of its input."""
     on_four_devices("""

@@ -155,6 +155,7 @@ def test_a_mapped_axis_may_be_anywhere(opaque):
         alike(scan("opaque", axes), scan("array_api", axes))
 
 
+@pytest.mark.aot
 def test_second_derivatives_are_the_generic_codes(opaque):
     jax = installed("jax")
     given, options = arrays_of("hla2")

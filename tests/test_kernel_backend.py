@@ -96,6 +96,7 @@ def programs():
 PROGRAM_ROWS = list(programs())
 CAUSAL = [(o, "causal", g, "exact", "plain") for o in OPERATORS for g in GATES]  # of each a sample
 CAUSAL[2], CAUSAL[8] = (*CAUSAL[2][:4], "normalize"), (*CAUSAL[8][:4], "stateful")
+CAUSAL.append(("hla2", "causal", "per_head", "paper", "stateful"))  # which has a strict pass
 
 
 @per_device(

@@ -145,7 +145,7 @@ def test_weights_keep_their_digits_whatever_the_gate():
     same(ones[4:], np.ones((ROWS - 4, W)))
 
 
-@pytest.mark.parametrize("gate", ["decay", "log_gate"])
+@pytest.mark.parametrize("gate", ["decay", pytest.param("log_gate", marks=pytest.mark.aot)])
 def test_segments_are_the_whole(gate):
     """A segment is a batch entry of a launch, the last one short; gradients too."""
     q, k, v, a = (x[:1] for x in arrays(600))
@@ -276,6 +276,7 @@ def test_a_mesh_of_devices_lowers():
         assert "custom_call" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.aot
 def test_a_batch_is_split_by_a_mesh():
     """Each device does its part, by the partitioner or by types; what is shared is summed."""
     on_four_devices("""

@@ -5,6 +5,8 @@ test_kernels.
 """
 
 import contextlib
+import itertools
+import math
 import subprocess
 import sys
 import textwrap
@@ -357,3 +359,45 @@ def test_kernels_of_a_plan_are_compiled_together(monkeypatch):
         assert torch.equal(x, q[1])
         assert rest == [torch.bfloat16, None, 7]
         assert (grid, options, within) == ((4, 1, 1), {"W": 64, "num_warps": 4}, 1)
+
+
+@per_device(where=interpreted)
+def test_quick_operations_are_tritons_own(device):
+    """Of the interpreter: of blocks and scalars, of two sizes, of Python's numbers; overflow."""
+    from triton import language as tl
+    from triton.runtime.interpreter import TensorHandle, interpreter_semantic
+    from triton_interpreter import ARITHMETIC, COMPARISONS
+
+    kinds = {tl.int32: np.int32, tl.int64: np.int64, tl.float16: np.float16, tl.float32: np.float32}
+
+    def operand(kind, shape):
+        x = np.arange(-3, 5).astype(kinds[kind])[: math.prod(shape)].reshape(shape or 1)
+        return tl.tensor(TensorHandle(x, kind), tl.block_type(kind, [*shape]) if shape else kind)
+
+    own, count = type(interpreter_semantic), 0
+    for name in (*ARITHMETIC, *COMPARISONS):
+        quick = getattr(own, name)
+        slow = quick
+        while hasattr(slow, "__wrapped__"):
+            slow = slow.__wrapped__
+        more = (True,) if name in ("add", "sub", "mul") else ()
+        for kind, shape in itertools.product(kinds, ((), (8,), (2, 4), (8, 1))):
+            x = operand(kind, shape)
+            others = [
+                operand(z, y)
+                for z in kinds
+                for y in ((), (4,), (1, 8), shape)
+                if () in (y, shape) or (shape, y) in (((2, 4), (4,)), ((8, 1), (1, 8)), (y, y))
+            ]
+            for y in (*others, 3, 2.5):
+                for pair in ((x, y), (y, x)):
+                    got, want = (f(interpreter_semantic, *pair, *more) for f in (quick, slow))
+                    assert got.type == want.type
+                    assert got.dtype == want.dtype
+                    assert got.handle.data.dtype == want.handle.data.dtype
+                    np.testing.assert_array_equal(got.handle.data, want.handle.data)
+                    count += 1
+    assert count > 1000
+    large = tl.tensor(TensorHandle(np.array([2**30], np.int32), tl.int32), tl.int32)
+    with pytest.raises(AssertionError, match="overflow"):
+        interpreter_semantic.mul(large, 2, True)

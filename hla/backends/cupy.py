@@ -14,7 +14,7 @@ from . import array_api
 
 CAPABILITIES = Capabilities(
     ("float16", "bfloat16", "float32"),
-    libraries=("cupy", "torch", "jax"),
+    libraries=("cupy", "torch", "jax", "numba"),
     native="cupy",
     serves=(("cupy", True),),
     forms=("chunked",),

@@ -18,7 +18,7 @@ from . import array_api
 
 CAPABILITIES = Capabilities(
     ("float16", "bfloat16", "float32"),
-    libraries=("torch", "cupy", "jax"),
+    libraries=("torch", "cupy", "jax", "numba"),
     native="torch",
     serves=(("torch", True),),
     forms=("chunked",),

@@ -282,11 +282,29 @@ def _cupy_beyond(start: Callable[[], Arrays]) -> int:
     return int(peak.most - sum(x.nbytes for x in results))
 
 
+def _numba(accelerator: bool) -> Library:
+    from ..kernels.numba import package
+
+    if not package.installed() or package.SIMULATED or not package.cuda.is_available():
+        raise NotImplementedError("Numba sees no accelerator")
+    cuda = package.cuda
+
+    def array(x: Host, dtype: str) -> Array:
+        return cuda.to_device(np.ascontiguousarray(_numpy(False).array(x, dtype)))
+
+    def wait(out: Arrays) -> Arrays:
+        cuda.synchronize()
+        return out
+
+    return Library(array, wait, lambda f: f)
+
+
 ADAPTERS: dict[str, Callable[[bool], Library]] = {
     "numpy": _numpy,
     "torch": _torch,
     "jax": _jax,
     "cupy": _cupy,
+    "numba": _numba,
 }
 
 
@@ -294,6 +312,8 @@ def to_host(x: Array) -> Host:
     """Bring any library's array to NumPy in float64."""
     if hasattr(x, "detach"):
         x = x.detach().cpu().double()
+    elif hasattr(x, "copy_to_host"):
+        x = x.copy_to_host()
     elif hasattr(x, "get"):
         x = x.get()
     return np.asarray(x).astype(np.float64)

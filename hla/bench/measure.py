@@ -29,7 +29,7 @@ LONG = 1.0  # seconds: such a call needs no warm-up of its own
 SPIN = 0.2  # seconds after which BLAS's idle threads have let go of their cores
 SLOW = 5.0  # seconds that one call may be expected to take; a longer one is left out
 DEVICES = ("cpu", "gpu")
-LIBRARIES = ("numpy", "torch", "jax", "cupy")
+LIBRARIES = ("numpy", "torch", "jax", "cupy", "numba")
 MEMORY = """
 import json, sys
 from hla.bench.measure import memory_beyond

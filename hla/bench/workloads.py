@@ -91,7 +91,7 @@ def targets() -> tuple[Target, ...]:
     One that is taken by name alone is timed on an accelerator, with the arrays of its own library.
     """
     homes = [(name, False) for name in ("numpy", "torch", "jax")]
-    homes += [(name, True) for name in ("torch", "jax", "cupy")]
+    homes += [(name, True) for name in ("torch", "jax", "cupy", "numba")]
     found = []
     for name in backends.names():
         backend = backends.load(name).capabilities

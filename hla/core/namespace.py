@@ -33,6 +33,8 @@ def library_of(x: Array) -> Library:
 
 
 def _library(x: Array) -> Library:
+    if hasattr(type(x), "__cuda_ndarray__"):  # Numba's, in its simulator too
+        return adapter(MEMORY, None)
     if not compat.is_array_api_obj(x):
         memory = hasattr(type(x), "__cuda_array_interface__")  # on a device, without a namespace
         return adapter(MEMORY if memory else "", None)

@@ -104,20 +104,23 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
     c, w = (xp.sum(x, axis=-2) if x.shape[-2] > 1 else x[..., 0, :] for x in dots)
     T = c.shape[-1]
     d, query = w[..., :T], w[..., T:]  # d with what its pairs sum to by key
-    a = take(s.gate)
-    if gate.decay is not None:
-        a = xp.broadcast_to(xp.log(xp.where(a < LEAST, LEAST, a))[..., None], (*batch, T))
-    periods = -(-T // s.period)
+    periods, per = -(-T // s.period), s.period // s.chunk
     valid = xp.ones(c.shape, dtype=c.dtype)
 
     def chunks(x: Array) -> Array:
         none = xp.zeros((*batch, periods * s.period - T), dtype=x.dtype)
         x = xp.concat([xp.broadcast_to(x, (*batch, T)), none], axis=-1)
-        return xp.reshape(x, (*batch, periods, s.period // s.chunk, s.chunk))
+        return xp.reshape(x, (*batch, periods, per, s.chunk))
 
-    sums = xp.cumulative_sum(xp.stack([chunks(x) for x in (c, query, d, a)]), axis=-1)
-    own_c, own_query, own_d, log = (sums[i, ..., -1] for i in range(4))
     c, d, query, valid = map(chunks, (c, d, query, valid))
+    read, written = xp.sum(xp.stack([c, d - query]), axis=-1)
+    a = take(s.gate)
+    if gate.decay is None:
+        log = xp.sum(chunks(a), axis=-1)
+    else:
+        lengths = [max(0, min(s.chunk, T - i * s.chunk)) for i in range(periods * per)]
+        lengths = xp.reshape(xp.asarray(lengths, dtype=a.dtype), (periods, per))
+        log = xp.log(xp.where(a < LEAST, LEAST, a))[..., None, None] * lengths
     B = (xp.zeros(batch, dtype=c.dtype) if s.border is None else take(s.border))[..., None]
     if s.met is not None:
         B = xp.concat([B, xp.sum(take(s.met), axis=-1)], axis=-1)
@@ -125,10 +128,8 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
         later = xp.sum(take(s.S) * take(s.R).mT, axis=(-2, -1))
         B = xp.concat([B, s.factor * later], axis=-1)
     # What is missing at the border behind a period, and from which chunk on it came to miss.
-    per = s.period // s.chunk
     count = [-(-min(T - i * s.period, s.period) // s.chunk) for i in range(periods)]
     after = xp.concat([B[..., 1:], xp.zeros((*batch, 1), dtype=B.dtype)], axis=-1)
-    read, written = own_c, own_d - own_query
     kept = xp.exp(s.power * log) >= FORGOTTEN
 
     def passed(B: Array, i: int) -> Array:
@@ -149,9 +150,9 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
         share = share + missing if i else 0.5 * missing
         share = xp.where(i + 0.5 > begin, share, xp.zeros_like(B))
         through.append(into + share)
-    behind = sums[0] + sums[1] - (0 if s.strict else c + query)
-    ahead = sums[2] - d
-    G = (xp.stack(through, axis=-1) + read)[..., None] - behind + ahead
+    own = d - (c + query)  # what a token makes of the next one's
+    before = xp.cumulative_sum(own, axis=-1) - (d if s.strict else own)
+    G = (xp.stack(through, axis=-1) + read)[..., None] + before
     G = sum([G] * s.power) * valid
     if gate.log_gate is None:
         return [(s.o, xp.sum(G, axis=(-2, -1)))]

@@ -10,7 +10,7 @@ from ..core import namespace
 from ..core.namespace import Array
 from .generic import Generic
 from .generic import compiling as compiling
-from .numba import NUMBA
+from .numba import NUMBA, Arrays
 
 
 # By import statements, which torch's compiler runs where it reads a call of theirs.
@@ -38,7 +38,12 @@ def _cupy(*_: Any) -> Generic:
     return CUPY
 
 
-def _numba(*_: Any) -> Generic:
+@functools.cache
+def _numba() -> Generic:
+    return Arrays()
+
+
+def _memory(*_: Any) -> Generic:
     return NUMBA
 
 
@@ -48,8 +53,8 @@ namespace.ADAPTERS |= {
     "torch": _torch,
     "jax": _jax,
     "cupy": _cupy,
-    "numba": _numba,
-    namespace.MEMORY: _numba,
+    "numba": lambda *_: _numba(),
+    namespace.MEMORY: _memory,
 }
 NODES: dict[str, Callable[..., Any]] = {}  # what a compiler takes as one node of its graph
 

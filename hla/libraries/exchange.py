@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ..backends import load
-from ..contract import Backend
+from ..contract import Backend, Capabilities
 from ..core.namespace import Array
 from ..core.reference import Gradients
 from ..core.request import Inputs, Request
@@ -28,16 +28,16 @@ _in_use: list[tuple[Callable[[], bool], list[Array]]] = []  # what must stay unt
 def loaded(name: str) -> Backend:
     """Load a backend, as one that takes arrays of any library that lends it their memory."""
     backend = load(name)
-    native = backend.capabilities.native
-    if not native:
+    can = backend.capabilities
+    if not can.native:
         return backend
 
     def forward(request: Request, inputs: Inputs) -> tuple[Array, Any, Any]:
         source = library_of(inputs.q)
-        if source.name == native:
+        if not can.hands_over(source.name):
             return source.on_memory(functools.partial(backend.forward, request), inputs)  # type: ignore[no-any-return]
         own: list[Any] = []
-        wrapped = library_of(inputs.q).wraps(backend.capabilities)
+        wrapped = library_of(inputs.q).wraps(can)
 
         def run(inputs: Inputs) -> tuple[Array, Any, Any]:
             o, state, saved = backend.forward(request, inputs)
@@ -46,48 +46,49 @@ def loaded(name: str) -> Backend:
             own.append(saved)
             return o, state, None
 
-        o, state, saved = _on_native(native, run, inputs)
+        o, state, saved = _on_native(can, run, inputs)
         return o, state, own[0] if own else saved
 
     def backward(request: Request, inputs: Inputs, *given: Any) -> Gradients:
         pull = functools.partial(backend.backward, request)
-        found: Gradients = _on_native(native, pull, inputs, *given)
+        found: Gradients = _on_native(can, pull, inputs, *given)
         return found
 
     def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
         found: tuple[Array, Any]
-        found = _on_native(native, lambda inputs: backend.step(request, inputs, donate), inputs)
+        found = _on_native(can, lambda inputs: backend.step(request, inputs, donate), inputs)
         return found
 
     return backend._replace(
         forward=forward,
         backward=backward,
         step=step,
-        again_step=_of_its_own(native, backend.again_step),
-        again_forward=_of_its_own(native, backend.again_forward),
-        again_backward=_of_its_own(native, backend.again_backward),
+        again_step=_of_its_own(can, backend.again_step),
+        again_forward=_of_its_own(can, backend.again_forward),
+        again_backward=_of_its_own(can, backend.again_backward),
     )
 
 
-def _of_its_own(native: str, again: Callable[..., Any] | None) -> Callable[..., Any] | None:
+def _of_its_own(can: Capabilities, again: Callable[..., Any] | None) -> Callable[..., Any] | None:
     """Return what does a call again if its arrays need not be handed over."""
     if again is None:
         return None
 
     def own(request: Request, inputs: Inputs, *more: Any) -> Any:
-        return again(request, inputs, *more) if library_of(inputs.q).name == native else None
+        handed = can.hands_over(library_of(inputs.q).name)
+        return None if handed else again(request, inputs, *more)
 
     return own
 
 
-def _on_native(native: str, function: Callable[..., Any], inputs: Inputs, *more: Any) -> Any:
+def _on_native(can: Capabilities, function: Callable[..., Any], inputs: Inputs, *more: Any) -> Any:
     """Call a function of the native library's arrays with those of the library of ``inputs``."""
     source = library_of(inputs.q)
-    if source.name == native:
+    if not can.hands_over(source.name):
         return source.on_memory(function, inputs, *more)
 
     def run(*trees: Any) -> Any:
-        with _handed_over(source, named(native), trees[0].q) as (into, back):
+        with _handed_over(source, named(can.native), trees[0].q) as (into, back):
             return back(function(*map(into, trees)))
 
     return source.on_memory(run, inputs, *more)

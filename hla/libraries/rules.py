@@ -21,7 +21,7 @@ def differentiable(name: str, library: str, node: bool) -> Any:
     """
     backend, own = loaded(name), named(library)
     opaque = own.wraps(backend.capabilities)
-    lent = backend.capabilities.native not in ("", library)  # handed over in every call
+    lent = backend.capabilities.hands_over(library)  # in every call
     if not own.rule and own.again and backend.again_forward and not lent:
         way = importlib.import_module(own.again)
         more = {f"again_{x}": functools.partial(getattr(way, x), name) for x in ("scan", "vjp")}

@@ -99,6 +99,8 @@ class HLA2Segment(NamedTuple):
 
     def to_state(self) -> HLA2RidgeState:
         """Return the state after this segment, started empty; it serves any ridge."""
+        if library_of(self.S).borrowed:
+            return library_of(self.S).lent(HLA2Segment.to_state, self)  # type: ignore[no-any-return]
         S, C, m, G, h, _ = self
         with library_of(S).underflow():
             eta = (S @ m[..., None])[..., 0] - h

@@ -28,6 +28,9 @@ def packed_type(state_type: Any) -> Any:
 
 def pack(state: Any) -> Any:
     """Return a state as flat named arrays, S as its upper triangle, which halves its bytes."""
+    library = library_of(state[0])
+    if library.borrowed:
+        return library.lent(pack, state)
     fields = state._asdict()
     if "S" in fields:
         S = fields["S"]
@@ -40,6 +43,9 @@ def pack(state: Any) -> Any:
 
 def unpack(self: Any) -> Any:
     """Return the state, S whole."""
+    library = library_of(self[0])
+    if library.borrowed:
+        return library.lent(unpack, self)
     fields = self._asdict()
     if "S" in fields:
         upper = fields["S"]

@@ -7,7 +7,7 @@ library's own namespace, on float32 and float64 alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ...core.passes import Shape
@@ -24,6 +24,7 @@ from ...device.steps import (
     GateSum,
     Launch,
     Ref,
+    Row,
     Step,
     Sum,
     names,
@@ -54,18 +55,27 @@ class Memory(NamedTuple):
     inside: Callable[[launch.Card, Callable[[], Any]], Any]  # call a function on a device
 
 
-def steps(memory: Memory, call: Call, step: Step) -> Iterable[Do]:
+class Kernels(NamedTuple):
+    """What a backend has kernels of: steps of a plan, fused rows, one token."""
+
+    steps: Mapping[type, Callable[[launch.Load, Call, Any], Iterator[launch.Kernel]]]
+    rows: Callable[[Request, launch.Card], tuple[Row, ...]]
+    fused: Mapping[str, Callable[[launch.Load, Call, Fused], Iterator[Do]]]
+    token: bool
+
+
+def steps(memory: Memory, kernels: Kernels, call: Call, step: Step) -> Iterable[Do]:
     """Return what does a step."""
     if isinstance(step, Fused):
-        return rows.KERNELS[step.row](memory.load, call, step)
+        return kernels.fused[step.row](memory.load, call, step)
     able = not isinstance(step, GateSum) or launch.summable(call, step)
-    if able and type(step) in KERNELS:
-        return _kernels(memory, call, step)
+    if able and type(step) in kernels.steps:
+        return list(kernels.steps[type(step)](memory.load, call, step))
     narrow = [n for n in sorted(names(step)) if str(call.dtypes[n]) in NARROW]
     return [_of_copies(memory, call, step, narrow)]
 
 
-KERNELS: dict[type, Callable[[launch.Load, Call, Any], Iterator[launch.Kernel]]] = {
+STEPS: dict[type, Callable[[launch.Load, Call, Any], Iterator[launch.Kernel]]] = {
     Launch: launch.passes,
     Sum: launch.total,
     Divide: between.divide,
@@ -74,10 +84,7 @@ KERNELS: dict[type, Callable[[launch.Load, Call, Any], Iterator[launch.Kernel]]]
     Fading: between.fading,
     Carry: between.carry,
 }
-
-
-def _kernels(memory: Memory, call: Call, step: Step) -> list[Do]:
-    return list(KERNELS[type(step)](memory.load, call, step))
+CUDA = Kernels(STEPS, rows.rows, rows.KERNELS, token=True)
 
 
 def _by_library(memory: Memory, call: Call, step: Step) -> list[Do]:
@@ -134,8 +141,8 @@ def _put(old: Array, ref: Ref, x: Array) -> Array:
     return old
 
 
-def device(memory: Memory) -> Device:
-    """Return the device of a library's arrays."""
+def device(memory: Memory, kernels: Kernels) -> Device:
+    """Return the device of a library's arrays, with a backend's kernels."""
     address = memory.address
 
     def alike(arrays: Sequence[Array], addresses: list[Any]) -> tuple[Any, ...]:
@@ -152,9 +159,9 @@ def device(memory: Memory) -> Device:
         launch.load_all(every, [*addresses, *[ALIGNED] * ready.more, None])
 
     return Device(
-        steps=functools.partial(steps, memory),
+        steps=functools.partial(steps, memory, kernels),
         limits=launch.limits,
-        rows=rows.rows,
+        rows=kernels.rows,
         segments=launch.segments,
         layout=layout,
         empty=memory.empty,
@@ -174,8 +181,9 @@ def device(memory: Memory) -> Device:
 class Library:
     """The calls of a backend, for one library's arrays."""
 
-    def __init__(self, memory: Memory) -> None:
-        self.memory, self.runner = memory, Runner(device(memory))
+    def __init__(self, memory: Memory, kernels: Kernels = CUDA) -> None:
+        self.memory, self.token = memory, kernels.token
+        self.runner = Runner(device(memory, kernels))
         self.steps = one_token.Steps(memory)
 
     def forward(self, request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
@@ -205,7 +213,7 @@ class Library:
 
     def step(self, request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
         """Return (o, state) of one token; the state may be packed."""
-        if one_token.fits(request):
+        if self.token and one_token.fits(request):
             return self.steps.step(request, inputs, donate)
         packed = type(inputs.state) in STATE_OF
         inputs = inputs._replace(state=unpacked(inputs.state))

@@ -28,9 +28,18 @@ def source(name: str, constants: Mapping[str, object], instead: Mapping[str, str
     instead : mapping
         Texts of included files by their names, in place of those here.
     """
-    defined = "".join(f"#define {key} {value}\n" for key, value in constants.items())
+    return defines(constants) + whole(_text(name), instead)
+
+
+def defines(constants: Mapping[str, object]) -> str:
+    """Return the text that defines macros."""
+    return "".join(f"#define {key} {value}\n" for key, value in constants.items())
+
+
+def whole(text: str, instead: Mapping[str, str] = {}) -> str:
+    """Put the included files of a text, which lie here, in their places."""
 
     def included(found: re.Match[str]) -> str:
         return instead[found[1]] if found[1] in instead else _text(found[1])
 
-    return defined + re.sub(r'^#include "(.+)"$', included, _text(name), flags=re.MULTILINE)
+    return re.sub(r'^#include "(.+)"$', included, text, flags=re.MULTILINE)

