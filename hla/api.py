@@ -182,12 +182,13 @@ def step(q_t: Any, k_t: Any, v_t: Any, state: Any = None, **options: Any) -> Any
     log_gate : float or array <= 0, optional
         This token's log decay, broadcasts to batch.
     donate : bool
-        Let the backend update ``state`` in place; it must then not be used again. NumPy, torch,
-        Triton and CuPy do where every field is whole, of the state's own dtype, and shares no
-        memory; for NumPy and CuPy it must also be contiguous, for NumPy writable, for torch need no
-        gradient. Triton and CuPy take packed states too. Pallas does under a trace, if the traced
-        program may: of a carry of ``lax.scan``, or with ``donate_argnums`` of ``jax.jit``.
-        Elsewhere it changes nothing.
+        Let the backend update ``state`` in place; it must then not be used again. NumPy, Numba,
+        torch, Triton and CuPy do where every field is whole, of the state's own dtype, and shares
+        no memory; for NumPy, Numba and CuPy it must also be contiguous, for NumPy and Numba
+        writable, for torch need no gradient. Triton and CuPy take packed states too. Pallas does
+        under a trace, if the traced program may: of a carry of ``lax.scan``, or with
+        ``donate_argnums`` of ``jax.jit``. Elsewhere it changes nothing, nor where
+        ``convention="paper"`` reads the state before the token (hla2, hla3).
 
     Returns
     -------

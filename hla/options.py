@@ -84,13 +84,20 @@ def _number(usual: str, *, negative: bool) -> Check:
     def check(name: str, value: Any) -> float:
         if not is_number(value):
             raise TypeError(f"{name} is {kind_of(value)}; expected a Python number. {usual}")
-        if not math.isfinite(value):
+        if not _finite(value):
             raise ValueError(f"{name} is {value}; expected a finite number. {usual}")
         if value < 0 and not negative:
             raise ValueError(f"{name} is {value}; expected a number >= 0. {usual}")
         return float(value)
 
     return check
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number or fraction beyond every float
+        return False
 
 
 def _axis(name: str, value: Any) -> int:

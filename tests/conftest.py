@@ -23,6 +23,7 @@ if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not any(
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("HLA_PALLAS_INTERPRET", "1")
     os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # programs run a few times
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX leaves the GPU some memory
 if "PYTEST_XDIST_WORKER" in os.environ:  # the test processes share the cores: no threads that spin
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -330,9 +331,10 @@ def quick_jax():
     """JAX that spends less on compiling what runs a few times."""
     load("jax")
     jax = installed("jax")
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield jax
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ there. Truth is the core in float64 on the same rounded inputs.
 import functools
 import importlib
 import math
-import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +33,6 @@ W = 64  # the widest chunk of any launch table
 H = 2
 GATES = ("none", "per_head", "resets")
 STREAMING = ("causal", "prefix")
-SAMPLE = 11  # cases to one that is run where every call is compiled
 CALLS = [(o, m, g) for o in OPERATORS for m in MASKS for g in GATES if g == "none" or m != "none"]
 
 
@@ -52,9 +50,14 @@ class Device(NamedTuple):
         return self.place == "cpu"
 
     @property
+    def traces(self) -> bool:
+        """Whether each class of calls is a program of its own, which takes seconds to compile."""
+        return self.library == "jax"
+
+    @property
     def compiles(self) -> bool:
-        """Whether it is interpreted and yet compiles every call, which takes seconds."""
-        return self.interpreted and self.library == "jax"
+        """Whether it is interpreted and yet compiles every call."""
+        return self.interpreted and self.traces
 
     @property
     def dtype(self) -> str:
@@ -126,19 +129,22 @@ def devices() -> tuple[Device, ...]:
     return found
 
 
-def per_device(names="", cases=((),), where=lambda device: True):
+def per_device(names="", cases=((),), where=lambda device: True, sample=()):
     """Parametrise a test by device, and by the cases of the other names (a list, or made of it).
 
     A case whose operator, mask, gate or dtype the backend does not take is none. Of a device that
-    compiles every call only one in so many cases is not marked as such.
+    compiles every call all but those of a sample, which is the first case if none is given, are
+    marked as such.
     """
     names, found = names.replace(",", " ").split(), []
     for device in filter(where, devices()):
+        chosen = [*sample]
         for case in cases(device) if callable(cases) else cases:
             values = case if isinstance(case, tuple) else (case,)
             if not device.refuses(**dict(zip(names, values, strict=True))):
                 name = "-".join(map(str, (device.backend, *values)))
-                rest = device.compiles and zlib.crc32(f"{names} {name}".encode()) % SAMPLE
+                chosen = chosen or [values]
+                rest = device.compiles and values not in chosen
                 marks = [*device.marks, *([pytest.mark.compiled] if rest else [])]
                 found.append(pytest.param(device, *values, id=name, marks=marks))
     return pytest.mark.parametrize(("device", *names), found)

@@ -21,6 +21,20 @@ inline void barrier_arrive_copies(u32 bar) {
     barrier_arrive(bar);
 }
 inline void fence_async() {}
+inline u64 evicted_first() { return 0; }
+inline void bulk(void* to, const void* from, u32 bytes) {
+    if ((u64)to % 16 || (u64)from % 16 || bytes % 16) { fprintf(stderr, "a bulk copy is not aligned\n"); abort(); }
+    memcpy(to, from, bytes);
+}
+inline void bulk_load(u32 to, const void* from, u32 bytes, u32 bar, u64) {
+    bulk(memory + to, from, bytes);
+    barrier_arrive(bar);
+}
+inline void bulk_store(void* to, u32 from, u32 bytes, u64) {
+    bulk(to, memory + from, bytes);
+    memset(memory + from, 0xff, bytes);  // its place is free
+}
+template <int N> void bulk_read() {}
 static Meeting groups[8];
 inline void group_sync(int name) { threads_sync(name, 128); }
 template <int N> void registers_more() {}

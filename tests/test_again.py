@@ -202,6 +202,19 @@ def test_what_a_gradient_may_come_as(device, kept):
     same_bits(pulled(kept.seen), pulled(lambda *args: None))
 
 
+@per_device("operator", ("linear", "hla2"), where=of_torch)
+def test_a_packed_state_stays_packed(device, operator, kept):
+    """Also one without S, of which a packed state has the same arrays."""
+    *leaves, _ = drawn(device, 1, H, T, 16)
+    options = {"operator": operator, "backend": device.backend, "return_state": True}
+    _, state = hla.scan(*leaves, **options)
+    packed = state.pack()
+    for _ in range(3):
+        assert type(hla.scan(*leaves, **options, initial_state=packed)[1]) is type(packed)
+        (o, end), pullback = hla.vjp(*leaves, **options, initial_state=packed)
+        assert type(end) is type(pullback(o, end).dinitial_state) is type(packed)
+
+
 @per_device(where=of_torch)
 def test_a_checkpoint_runs_a_first_and_a_later_call(device, kept):
     """Both must save the same tensors."""

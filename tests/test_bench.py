@@ -136,9 +136,10 @@ def test_the_reference_size_can_be_asked_for():
     assert case.shape == (8, 16, 4096, 128)
 
 
-def test_device_and_library_choose_the_rows(tmp_path):
+def test_device_and_library_choose_the_rows(tmp_path, monkeypatch):
     needs("rich")
     needs("matplotlib")
+    monkeypatch.setattr(bench, "import_seconds", lambda repeats: [0.1])
     words = ("--quick", "--tokens", "20", "--commit", "abc", "--out", str(tmp_path))
     assert bench.run(parsed(*words, "--device", "cpu", "--library", "numpy")) == 0
     names = {r["name"] for r in json.loads((tmp_path / "bench.json").read_text())["rows"]}
@@ -764,6 +765,19 @@ def test_the_meter_on_a_gpu():
     times = meter.seconds(lambda: (x + 1,), 0.1)  # how many depends on who else uses the card
     assert 2 * x.nbytes / min(times) < 2e13  # which no memory does
     assert min(meter.seconds(lambda: torch.cuda._sleep(10**7), 0.1)) > 1e-3
+
+
+@pytest.mark.gpu
+def test_the_meter_of_cupy_on_a_gpu():
+    """As torch's: bytes that the call gives back before it ends count, results do not."""
+    cupy = installed("cupy")
+    if not cupy.cuda.is_available():
+        pytest.skip("no CUDA device for CuPy")
+    meter = libraries.load("cupy", True).meter
+    x = cupy.ones(1 << 28, "float32")
+    assert meter.bytes_beyond(lambda: ((x + 1) * 2,)) == x.nbytes
+    assert meter.bytes_beyond(lambda: (x + 1,)) == 0
+    assert 2 * x.nbytes / min(meter.seconds(lambda: (x + 1,), 0.1)) < 2e13  # which no memory does
 
 
 @pytest.mark.gpu

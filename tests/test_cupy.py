@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import cuda_interpreter
 import numpy as np
@@ -34,11 +35,17 @@ def hosted(monkeypatch):
 
 def kernels(dtype, T=300, D=128, card=CARD, **options):
     """Files and constants of the launches of a call and of its gradients."""
+    return list(loads(dtype, T, D, card, **options))
+
+
+def loads(dtype, T, D, card, **options):
+    """The same, and of each whether it is loaded by the caller's thread, as often as it is."""
     found = {}
 
     def load(name, constants, shared, card):
         assert shared <= card.shared
-        found[name, tuple(constants.items())] = None
+        here = threading.current_thread() is threading.main_thread()
+        found.setdefault((name, tuple(constants.items())), []).append(here)
         return lambda *args, **kwargs: None
 
     memory = HOSTED.memory._replace(load=load, card=lambda x: card)
@@ -49,7 +56,16 @@ def kernels(dtype, T=300, D=128, card=CARD, **options):
     _, _, saved = library.forward(request, inputs)
     with np.errstate(all="ignore"):
         library.backward(request, inputs, saved, do, None)
-    return list(found)
+    return found
+
+
+def test_a_plans_kernels_are_loaded_side_by_side():
+    """As they then are when they run."""
+    card = CARD._replace(capability=(9, 0))
+    found = loads("bfloat16", 300, 128, card, operator="hla3")
+    sweeps = [here for (name, _), here in found.items() if name != "hopper.cu"]
+    assert len(sweeps) == 4
+    assert all(here[0] is False and here[1:] for here in sweeps)
 
 
 GATE = {"log_gate": np.zeros((2, 300), np.float32)}
@@ -63,6 +79,11 @@ def test_kernels_fit_the_shared_memory_of_a_card(shared):
         for D in (16, 64, 128, 200):
             card = CARD._replace(shared=shared << 10)
             assert kernels(dtype, D=D, card=card, operator="hla2", **gate)
+
+
+def test_explain_says_where_kernels_were_not_timed():
+    assert not launch.untimed(CARD._replace(capability=(9, 0)))
+    assert launch.untimed(CARD).endswith("not timed, for compute capability 8.0")
 
 
 ALONE = """
@@ -95,7 +116,7 @@ def test_cupy_alone():
 
 
 LOG, DECAY = {"log_gate": -0.1}, {"decay": 0.9}  # numbers, which have no gradient
-HOPPER = [("hla2", {}), ("ahla", {}), ("ahla", DECAY), ("hla3", LOG)]
+HOPPER = [("hla2", {}), ("hla2", GATE), ("ahla", {}), ("ahla", DECAY), ("hla3", GATE)]
 SPILLS = {"hopper.cu": 0, "hopper_ahla.cu": 136}  # bytes; of others below
 ONE_BLOCK = {  # architecture, KB of shared memory, operator, gate; bytes of spills
     "hla2": ("sm_80", 163, "hla2", {}, 16),
@@ -128,7 +149,7 @@ def test_kernels_of_hopper_compile(row):
     assert "hopper.cu" in {name for name, _ in found}
     for name, constants in found:
         one = built(name, constants, "sm_90a")
-        assert one.spills <= SPILLS.get(name, 96 if gate else 32), name
+        assert one.spills <= SPILLS.get(name, 112 if gate else 32), name
         assert not {*one.remarks} - {"C7517", "C7519"}, name
         threads = 384 if dict(constants).get("Z", 1) else 256
         assert one.registers <= (65536 // threads) // 8 * 8, name  # of which owners then take more
@@ -164,11 +185,14 @@ def test_passes_compile(row):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_other_kernels_compile(arch):
     """One token, two blocks a multiprocessor; what goes on between passes."""
+    if arch == "sm_90":
+        fixed = {"WIDTH": 128, "SLOTS": 6, "BLOCKS": 2}
+        assert built("hopper_step.cu", fixed, "sm_90a").spills == 0
     for packed in (0, 1):
         one = built("step.cu", {"WIDTH": 128, "WHOLE": 1, "PACKED": packed}, arch)
         assert one.spills <= 40 * packed
         assert one.registers <= 128
-    fixed = {"TOTAL": "double", "W": 32, "PERIOD": 256}
+    fixed = {"TOTAL": "double", "GATE_KIND": 1, "W": 64, "PERIOD": 1024}
     for name in ("sum", "divide", "fading", "carry", "gate"):
         assert built(f"{name}.cu", fixed, arch).spills == 0, name
 
@@ -257,11 +281,13 @@ def flat(found):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("gate", "axis"), [("number", -2), ("resets", -3)])
-def test_calls_like_an_earlier_one(kept, monkeypatch, gate, axis):
+@pytest.mark.parametrize(
+    ("operator", "gate", "axis"), [("hla2", "number", -2), ("linear", "resets", -3)]
+)
+def test_calls_like_an_earlier_one(kept, monkeypatch, operator, gate, axis):
     """To the bit, and laid out as, what a first call gives; states are given and returned."""
     inputs = inputs_of(20, gate if gate != "number" else "none", "float32", D=16, V=16)
-    options = {"operator": "hla2", "axis": axis, "backend": NAME, "return_state": True}
+    options = {"operator": operator, "axis": axis, "backend": NAME, "return_state": True}
     given = {n: HOST.array(x) for n, x in inputs.items()}
     if axis == -3:
         for n in given.keys() & {"q", "k", "v", "log_gate"}:

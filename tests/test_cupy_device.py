@@ -95,6 +95,23 @@ def test_another_device_than_the_current_one(gpu):
         np.testing.assert_array_equal(gpu.asnumpy(o), want)
 
 
+TINY = [*(("linear", n) for n in "qkv"), *((n, "v") for n in ("hla2", "ahla", "hla3"))]
+
+
+@pytest.mark.parametrize(("operator", "small"), TINY)
+def test_tiny_values(gpu, operator, small):
+    """What is below 2**-126, parts of a number too, may count as 0; nothing else is lost."""
+    given = dict(zip("qkv", drawn(gpu), strict=True))
+    given[small] *= 2.0**-118
+    exact = {n: gpu.asnumpy(x).astype(float) for n, x in given.items()}
+    sizes = {n: abs(x) for n, x in exact.items()}
+    ones = sizes | {small: np.ones_like(exact[small])}
+    allowed = 4e-6 * hla.scan(**sizes, operator=operator)
+    allowed += 2.0**-125 * hla.scan(**ones, operator=operator)
+    found = gpu.asnumpy(hla.scan(**given, operator=operator))
+    assert (abs(found - hla.scan(**exact, operator=operator)) <= allowed).all()
+
+
 @pytest.mark.parametrize("old", [False, True])
 def test_tensors_on_their_stream(gpu, old, monkeypatch):
     """By name, with their gradients; of CuPy before 14 too, which has no Stream.from_external."""

@@ -7,9 +7,12 @@ import types
 import numpy as np
 import pytest
 from conftest import installed
+from devices import Device, inputs_of
+from devices import check as within_the_budget
 
 import hla
 from hla import backends
+from hla.kernels.cupy import hopper_backward
 from hla.kernels.cupy.launch import Card
 from hla.libraries import exchange, rules
 
@@ -148,15 +151,73 @@ def test_sweeps(hopper, case):
         assert np.linalg.norm(x - z) <= 6e-3 * np.linalg.norm(z), name
 
 
-@pytest.mark.parametrize("operator", ["hla2", "hla3"])
+GATED = {  # operator, gate, T, D, V
+    "hla2, a log gate": ("hla2", "resets", 200, 72, 128),
+    "ahla, a decay": ("ahla", "per_head", 130, 64, 36),
+    "hla3, a log gate": ("hla3", "resets", 130, 24, 40),
+}
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_gradients_of_a_gate(hopper, monkeypatch, case):
+    """Sweeps leave what they are made of, states before each period of one chunk too."""
+    operator, gate, T, D, V = GATED[case]
+    monkeypatch.setattr(hopper_backward, "PERIOD", 64)
+    device = Device("hopper", "numpy", "cpu", ("bfloat16",))
+    inputs = inputs_of(T, gate, "bfloat16", D=D, V=V)
+    options = {"operator": operator, "scale": 0.25}
+    within_the_budget(device, inputs, options, "bfloat16")
+    names = {name for name, _ in hopper}
+    assert names == {"hopper.cu", "hopper_reverse.cu", "hopper_queries.cu", "gate.cu", "sum.cu"}
+
+
+@pytest.mark.parametrize("operator", ["ahla", "hla3"])
 def test_gradients_of_heads_that_share_keys(hopper, operator):
-    """They are summed in float32, which the sweeps do not leave: passes do."""
+    """They are summed in float32, which the sweeps leave."""
     rng, heads, options = np.random.default_rng(1), (2, 1, 1), {"operator": operator, "scale": 0.25}
+    options |= {"decay": 0.9} if operator == "ahla" else {}
     arrays = [rng.standard_normal((n, 66, 16)).astype(ml_dtypes.bfloat16) for n in heads]
     do = rng.standard_normal((2, 66, 16)).astype(ml_dtypes.bfloat16)
     found = hla.vjp(*arrays, backend="hopper", **options)[1](do)
+    swept = {"ahla": 3, "hla3": 4}[operator]
+    assert [n[:7] for n, _ in hopper].count("hopper_") == swept
     exact = [x.astype(np.float64) for x in (*arrays, do)]
     wanted = hla.vjp(*exact[:3], backend="array_api", **options)[1](exact[3])
     for name in ("dq", "dk", "dv"):
         x, z = getattr(found, name).astype(np.float64), getattr(wanted, name)
         assert np.linalg.norm(x - z) <= 6e-3 * np.linalg.norm(z), name
+
+
+def aligned(x):
+    found = interpreter.empty(x.shape, tuple(n // 4 for n in x.strides), x.dtype, None)
+    found[...] = x
+    return found
+
+
+TOKENS = {  # operator, D, V, packed, in place
+    "hla2, packed": ("hla2", 72, 36, True, True),
+    "hla3, rows of more heads than blocks": ("hla3", 36, 64, False, False),
+}
+
+
+@pytest.mark.parametrize("case", TOKENS)
+def test_states_in_bulk(monkeypatch, case):
+    """To the bits of the other kernel of one token, where it may in the states' own memory."""
+    operator, D, V, packed, donate = TOKENS[case]
+    rng = np.random.default_rng(D)
+    token = [rng.standard_normal((6, w)).astype(ml_dtypes.bfloat16) for w in (D, D, V)]
+    before = [rng.standard_normal((6, 3, w)) for w in (D, D, V)]
+    _, state = hla.scan(*before, operator=operator, return_state=True)
+    state = state.pack() if packed else state
+    options = {"operator": operator, "decay": 0.9, "scale": 0.25, "donate": donate}
+    found = []
+    for card, kernel in ((CARD, "hopper_step.cu"), (OLDER[163], "step.cu")):
+        own = type(state)(*(aligned(x.astype(np.float32)) for x in state))
+        with monkeypatch.context() as patched:
+            launches = backend(patched, card)
+            o, new = hla.step(*token, own, backend="hopper", **options)
+        assert {name for name, _ in launches} == {kernel}
+        assert all((x is y) == donate for x, y in zip(new, own, strict=True))
+        found.append((o, *new))
+    for x, y in zip(*found, strict=True):
+        np.testing.assert_array_equal(x, y)

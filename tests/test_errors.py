@@ -130,6 +130,7 @@ SCAN = {
         for x, error in (*((x, ValueError) for x in values), ("1", TypeError), (1j, TypeError))
     },
     "what scale to take": ({"scale": nan}, ValueError, r"q\.shape\[-1\] \*\* -0\.5"),
+    "scale beyond floats": ({"scale": 10**400}, ValueError, r"scale.*finite"),
     "what eps to take": ({"eps": -1.0}, ValueError, r">= 0.*1e-6"),
     "what ridge to take": ({"ridge": -1.0}, ValueError, r">= 0.*0\.0 is none"),
     "axis None": ({"axis": None}, TypeError, r"axis is None"),

@@ -41,9 +41,8 @@ PREAMBLE = """
             assert abs(x - y).max() <= 1e-9 * abs(y).max()
 
     CASES = (
-        {"operator": "ahla", "mask": "prefix"},
+        {"operator": "ahla", "mask": "prefix", "form": "dense"},
         {"operator": "hla2", "form": "recurrent", "normalize": True, "ridge": 0.1},
-        {"operator": "hla2", "form": "dense"},
         {"operator": "hla3", "form": "associative"},
         {"operator": "hla3", "convention": "paper"},
     )
@@ -118,7 +117,7 @@ def test_shard_map(jax):
             specs = [jax.tree.map(heads, x) for x in (args, want)]
             return jax.shard_map(function, mesh=m, in_specs=specs[0], out_specs=specs[1])(*args)
 
-        for options in CASES:
+        for options in CASES[1:]:  # those that have loops
             f = functools.partial(everything, **options)
             jax.eval_shape(functools.partial(sharded, f), q, q, v, {"log_gate": gate}, None)
 
@@ -256,7 +255,7 @@ def test_symbolic_sizes(jax, operator, form, kind):
     for _ in range(2 if operator == "hla2" else 1):  # symbols of two exports are not compared
         full, token, gate, state = symbols()
         exported = export.export(jax.jit(pulled))(*full, gate, state)
-    for T in (1, 63, 64, 65, 200) if operator == "hla2" else (5,):
+    for T in (1, 64, 129) if operator == "hla2" else (5,):
         given = inputs(T, batch=2)
         got = exported.call(*jax.tree.map(jax.numpy.asarray, given))
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(pulled(*given)), strict=True):

@@ -54,6 +54,7 @@ import hla
 CALLS_IN_ORDER = [x for x in CALLS if x[1] != "none"]
 PROGRAMS = [(o, m) for o in OPERATORS for m in (*STREAMING, "none")]
 ORDERED = [x for x in PROGRAMS if x[1] != "none"]
+ON_DEMAND = (None,)  # no sample of a device that compiles every call
 KINDS = [(o, "causal") for o in OPERATORS] + [("hla3", "prefix")]  # of every pass and state
 
 
@@ -93,11 +94,14 @@ def programs():
 
 
 PROGRAM_ROWS = list(programs())
+CAUSAL = [(o, "causal", g, "exact", "plain") for o in OPERATORS for g in GATES]  # of each a sample
+CAUSAL[2], CAUSAL[8] = (*CAUSAL[2][:4], "normalize"), (*CAUSAL[8][:4], "stateful")
 
 
 @per_device(
     "operator, mask, gate, convention, kind",
     either(PROGRAM_ROWS, [x for x in PROGRAM_ROWS if x[2:4] != ("none", "paper")]),
+    sample=CAUSAL,
 )
 def test_every_program_within_the_budget(device, operator, mask, gate, convention, kind):
     """Output, states and all gradients, over several chunks of which the last is short."""
@@ -220,6 +224,7 @@ def layouts(device, x, dtype):
 @per_device(
     "operator, normalize",
     either([(o, False) for o in OPERATORS] + [("hla2", True)], [("hla2", False)]),
+    sample=ON_DEMAND,
 )
 def test_layouts_of_memory_give_the_same_bits_and_nothing_is_written(device, operator, normalize):
     """Inputs, cotangents and states of any strides, their surroundings NaN."""
@@ -257,7 +262,7 @@ def contiguous(x):
     return getattr(getattr(x, "flags", None), "c_contiguous", True)
 
 
-@per_device("operator", either(OPERATORS, ["hla2", "hla3"]))
+@per_device("operator", either(OPERATORS, ["hla2", "hla3"]), sample=ON_DEMAND)
 def test_tokens_before_heads(device, operator):
     """axis=-3 reads [B, T, H, D] where it lies, and lays the output out like q: the same bits."""
     q, k, v = draw(2, 2, 70, **device.widths)
@@ -279,6 +284,7 @@ def test_tokens_before_heads(device, operator):
 @per_device(
     "operator, axis",
     either([(o, n) for o in ("hla2", "ahla") for n in range(3)], [("hla2", n) for n in range(3)]),
+    sample=ON_DEMAND,
 )
 def test_zero_strides_are_read_as_written_out(device, operator, axis):
     T = W + 2
@@ -304,6 +310,7 @@ GROUPED += [("hla2", "causal", "per_head")]
 @per_device(
     "operator, mask, gate",
     either(GROUPED, [x for x in GROUPED if x[0] in ("hla2", "hla3")]),
+    sample=ON_DEMAND,
 )
 def test_grouped_queries_share_keys_values_and_states(device, operator, mask, gate):
     """The bits of repeated keys; moments of shared ones are kept once; gradients are sums."""
@@ -334,7 +341,7 @@ def test_grouped_queries_share_keys_values_and_states(device, operator, mask, ga
     bits(again, hla.scan(**written, initial_state=full, **options))
 
 
-@per_device("operator", OPERATORS)
+@per_device("operator", OPERATORS, sample=ON_DEMAND)
 def test_empty_axes(device, operator):
     """No batch and no values: empty. No features: zeros. Their gradients too."""
     for batch, T, D, V in ((0, 70, 5, 3), (2, 70, 5, 0), (2, 70, 0, 3), (2, 1, 0, 0)):
@@ -357,7 +364,7 @@ def test_empty_axes(device, operator):
         assert not host(o).any()
 
 
-@per_device("gate", either(GATES, ["resets"]))
+@per_device("gate", either(GATES, ["resets"]), sample=ON_DEMAND)
 def test_batch_axes_that_cannot_become_one(device, gate):
     """Five of them, alternately shared and not; several outputs a launch, states in and out."""
     shape = (2, 1, 2, 2, 2)
@@ -431,7 +438,7 @@ def test_states_of_keys_that_no_query_reads(device, operator, mask, axes):
         close(host(x), y, 1e-6)
 
 
-@per_device("operator, mask", [*KINDS, ("hla2", "none")])
+@per_device("operator, mask", [*KINDS, ("hla2", "none")], sample=ON_DEMAND)
 def test_heads_are_independent_to_the_bit(device, operator, mask):
     """Whatever another head holds, and however many there are; gradients and states too."""
     heads, T = 3, W + 2
@@ -460,7 +467,12 @@ def test_heads_are_independent_to_the_bit(device, operator, mask):
             same(host(x), host(y)[which])
 
 
-@per_device("operator, mask, gate", [(*x, g) for x in ORDERED for g in ("none", "log_gate")])
+@per_device(
+    "operator, mask, gate",
+    lambda device: [
+        (*x, g) for x in (KINDS if device.traces else ORDERED) for g in ("none", "log_gate")
+    ],
+)
 def test_the_future_changes_no_earlier_bit(device, operator, mask, gate):
     T = W + 9
     inputs = device.inputs(T)
@@ -555,7 +567,7 @@ def test_exact_integers(device, operator, mask, dtype, D, T, density, V):
         (*x, dtype)
         for dtype in (device.dtypes if device.interpreted else [device.dtype])
         for x in CALLS_IN_ORDER
-        if dtype == device.dtype or x[1] == "causal"
+        if x[1] == "causal" or (dtype == device.dtype and not device.traces)
     ],
 )
 def test_split_anywhere_and_continue(device, operator, mask, gate, dtype):
@@ -590,7 +602,7 @@ def test_split_anywhere_and_continue(device, operator, mask, gate, dtype):
             assert error <= most, f"{name}: error {error:.2e}, allowed {most:.2e}"
 
 
-@per_device("operator, mask", either(KINDS, [("hla2", "causal")]))
+@per_device("operator, mask", either(KINDS, [("hla2", "causal")]), sample=ON_DEMAND)
 def test_gates_that_mean_the_same_give_the_same_bits(device, operator, mask):
     """A decay of 1 is none; a gate of zeros is one; -inf is a fresh start.
 
@@ -623,7 +635,9 @@ def test_gates_that_mean_the_same_give_the_same_bits(device, operator, mask):
         gate[:, t] = 0.0
 
 
-@per_device("operator, mask", either(KINDS, [("hla2", "causal"), ("hla3", "causal")]))
+@per_device(
+    "operator, mask", either(KINDS, [("hla2", "causal"), ("hla3", "causal")]), sample=ON_DEMAND
+)
 def test_tiny_decay_and_steep_gates(device, operator, mask):
     """Powers up to the third of 1e-3 over a chunk underflow to 0, and nothing divides by them."""
     inputs = device.inputs(W + 9, "none", "float32")
@@ -717,7 +731,14 @@ FULL = [
 ]
 
 
-@per_device("operator, mask, gate, D, state", FULL, where=accelerated)
+def full(device):
+    """All widths, with a state and without; traced without one of one gate."""
+    if not device.traces:
+        return FULL
+    return [x for x in FULL if x[4] or x[1:3] == ("causal", "resets")]
+
+
+@per_device("operator, mask, gate, D, state", full, where=accelerated)
 def test_within_the_budget_where_the_device_is_full(device, operator, mask, gate, D, state):
     """More heads than multiprocessors: loads and products of many chunks overlap.
 

@@ -21,14 +21,14 @@ pass_kernel = importlib.import_module("hla.kernels.triton.causal").pass_kernel
 SPILLS = {
     ("two values, decay", 128): 24,
     ("both, decay", 128): 128,
-    ("adjoint", 128): 8,
+    ("adjoint", 128): 16,
     ("further keys, log gate", 64): 16,
     ("further keys, log gate", 128): 24,
     ("adjoint, decay", 128): 64,
-    ("adjoint, both", 128): 96,
-    ("adjoint, both; segments", 128): 104,
+    ("adjoint, both", 128): 88,
+    ("adjoint, both; segments", 128): 96,
     ("gradient, decay", 64): 32,  # chunks of 64, faster all the same
-    ("adjoint, decay", 64): 264,
+    ("adjoint, decay", 64): 248,
 }  # bytes a thread; others none
 OLDER_SPILLS = SPILLS | {
     ("further keys, states", 128): 8,

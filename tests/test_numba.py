@@ -39,3 +39,11 @@ def test_shared_heads_are_read_where_they_lie(shared):
         grads = pull(np.moveaxis(want[0], 1, 2))
         for x, y in zip(grads[:3], want[1](want[0])[:3], strict=True):
             np.testing.assert_allclose(np.moveaxis(x, 2, 1), y, rtol=1e-9, atol=1e-9)
+
+
+def test_a_sum_of_no_products_is_zero():
+    """Of no features, with numbers of others where they would begin."""
+    q, k = np.full((2, 3, 5, 9), np.nan)[..., :0]
+    (o, end), pull = hla.vjp(q, k, np.ones((3, 5, 2)), return_state=True, backend="numba")
+    for x in (o, *pull(o, type(end)(*map(np.zeros_like, end)))[:3]):
+        assert not x.any()

@@ -135,26 +135,28 @@ GATE = {"log_gate": np.zeros((2, 300), np.float32)}
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("operator", "arch"), [("hla2", (8, 0)), ("ahla", (9, 0)), ("hla3", (9, 0))]
+    ("operator", "arch", "most"),
+    [("hla2", (8, 0), 64), ("ahla", (9, 0), 16), ("hla3", (9, 0), 160)],
 )
-def test_fused_kernels_compile(operator, arch):
+def test_fused_kernels_compile(operator, arch, most):
     """Two rows of a state's blocks a warp, all of 128 columns: little else is spilled."""
     found = kernels("bfloat16", operator=operator, **GATE)
     (constants,) = [x for name, x in found if name == "fused.cu"]
     registers, spills = built("fused.cu", constants, arch)
     assert registers <= 255
-    assert spills <= 128
+    assert spills <= most
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("dtype", "gate", "arch"), [("bfloat16", GATE, (9, 0)), ("float32", {}, (8, 0))]
+    ("dtype", "gate", "arch", "spilled"),
+    [("bfloat16", GATE, (9, 0), 72), ("float32", {}, (8, 0), 48)],
 )
-def test_passes_compile(dtype, gate, arch):
+def test_passes_compile(dtype, gate, arch, spilled):
     """States are held in registers, of 128 columns; the pass with most to do of each direction."""
     found = [dict(x) for name, x in kernels(dtype, operator="linear", **gate) if name == "pass.cu"]
     for back in (0, 1):
         most = max((x for x in found if x["REVERSE"] == back), key=lambda x: x["DOTS"])
         registers, spills = built("pass.cu", most, arch)
         assert registers <= 255
-        assert spills <= (64 if dtype == "bfloat16" else 256)
+        assert spills <= spilled

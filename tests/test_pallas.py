@@ -185,8 +185,12 @@ def test_one_program_serves_the_host_a_gpu_and_a_tpu():
     program = lowered(both, ["cpu", "cuda", "tpu"], *given)
     for kernel in ("mosaic_gpu", "tpu_custom_call"):
         assert kernel in program.mlir_module()
-    for x, y in zip(*map(jax.tree.leaves, (program.call(*given), both(*given))), strict=True):
-        close(to_numpy(x), to_numpy(y), 1e-5)
+    value, slopes = program.call(*given)
+    *wide, gate = map(to_numpy, given)
+    o, pull = hla.vjp(*wide, log_gate=gate, scale=0.25, backend="array_api")
+    want = pull(2 * o)
+    for x, y in zip((value, *slopes), (np.sum(o**2), want.dq, want.dlog_gate), strict=True):
+        close(to_numpy(x), y, 1e-5)
 
 
 def test_a_stored_program_of_the_host_and_a_gpu_runs():
@@ -294,11 +298,13 @@ def test_a_batch_is_split_by_a_mesh():
                 names = P(*names) if x.ndim == 4 else P()
                 return jax.device_put(x, NamedSharding(mesh(kind), names))
 
-            run, own = jax.jit(pulled), jax.tree.map(put, given)
-            for x, y in zip(*map(jax.tree.leaves, (run(*own), want)), strict=True):
+            own = jax.tree.map(put, given)
+            run = jax.jit(pulled).lower(*own).compile()
+            found = run(*own)
+            for x, y in zip(*map(jax.tree.leaves, (found, want)), strict=True):
                 assert abs(np.asarray(x) - y).max() <= 1e-5 * abs(y).max()
-            assert run(*own)[0][0].sharding.spec[:2] == ("b", "h")
-            assert "all-gather(" not in run.lower(*own).compile().as_text()
+            assert found[0][0].sharding.spec[:2] == ("b", "h")
+            assert "all-gather(" not in run.as_text()
     """)
 
 
@@ -317,6 +323,33 @@ def test_tokens_before_heads_are_read_where_they_lie():
     # q, k, v to o, y; these, do and y to dy, dv, dk; k, v, do, y, dy to dq
     assert [x.count(rows) for x in kernels] == [5, 8, 6]
     assert not any("2x4x72x128" in x for x in kernels)
+
+
+def test_a_step_for_a_gpu_here(monkeypatch):
+    """Its kernels are compiled side by side, and sums between them are written out.
+
+    XLA orders a reduction by the shape of all heads: the bits of one would depend on the others.
+    """
+    installed("absl")
+    beside, lowering = (installed(f"hla.kernels.pallas.{x}") for x in ("beside", "lowering"))
+    begun = []
+    monkeypatch.setattr(lowering, "_hopper", lambda: "card")
+    monkeypatch.setattr(beside, "_compile", lambda x, on: begun.append((x["kernel_hash"], on)))
+    monkeypatch.setattr(beside, "_begun", {})
+    x, g = jax.ShapeDtypeStruct((2, 70, 64), "bfloat16"), jax.ShapeDtypeStruct((2,), "float32")
+
+    def run(q, k, v, g, do):
+        o, pulled = jax.vjp(lambda *x: hla.scan(*x[:3], decay=x[3], backend="pallas"), q, k, v, g)
+        return o, pulled(do)
+
+    text = jax.jit(run).trace(x, x, x, g, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == len(set(begun)) == len(begun) == 3
+    assert {device for _, device in begun} == {"card"}
+    assert not any(name in text for name in ("stablehlo.reduce", "chlo.scan"))
+    ordered = importlib.import_module("hla.kernels.pallas.ordered").ordered
+    x = np.arange(1, 8, dtype=np.float32).reshape(1, 7)
+    close(to_numpy(ordered.sum(x, (0, 1))), x.sum(), 0)
+    close(to_numpy(ordered.cumulative_sum(x)), x.cumsum(1), 0)
 
 
 def test_a_symbol_for_a_size_is_refused():

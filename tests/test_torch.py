@@ -292,6 +292,21 @@ def test_torch_func_of_one_argument_alone(call, device):
                 torch.func.hessian(g)(x)
 
 
+def test_derivatives_of_derivatives_are_mapped(tensor, device):
+    """jacrev of a gradient, twice, and over several starts: vmap of what has no batching rule."""
+    q, k, v = (tensor(x) for x in draw(1, 3, D=2, V=1))
+    func = torch.func
+
+    def f(q, decay, backend):
+        return (hla.scan(q, k, v, decay=decay, backend=backend) ** 2).sum()
+
+    second = func.jacrev(func.grad(f, argnums=(0, 1)), argnums=1)
+    third = func.vmap(func.jacrev(second, argnums=1), in_dims=(None, 0, None))
+    decays = tensor([[0.5], [0.9]])
+    for g in (lambda b: second(q, decays[0], b), lambda b: third(q, decays, b)):
+        agree(g(device.backend), g("array_api"), 1e-4)
+
+
 def test_pullbacks_under_torch_func(call, tensor, device):
     """What `hla.vjp` gives can be mapped, and differentiated again."""
     q, k, v = call()[0].values()

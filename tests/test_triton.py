@@ -4,6 +4,7 @@ What every backend of an accelerator must do is in test_kernel_backend, its comp
 test_kernels.
 """
 
+import contextlib
 import subprocess
 import sys
 import textwrap
@@ -26,6 +27,8 @@ from devices import (
 
 import hla
 from hla.arguments import prepare
+from hla.device.scan import Place
+from hla.device.tiles import Layout
 
 
 @pytest.fixture(autouse=True)
@@ -322,3 +325,35 @@ def test_explain_names_the_fused_kernel(device, operator):
         ridged = hla.explain(q, k, v, ridge=0.1, backend="triton").plan
         found = "1 fused and 1 of the causal pass: hla2 in plain Triton (o); o"
         assert ridged == f"whole, launches: {found}; one token: token_kernel"
+
+
+def test_kernels_of_a_plan_are_compiled_together(monkeypatch):
+    """Each once, where there are several new ones; arrays that are yet to be are a dtype."""
+    installed("triton")
+    torch, launch = installed("torch"), installed("hla.kernels.triton.launch")
+    modes, made = [], []
+
+    class Function:
+        def warmup(self, *args, grid, **options):
+            made.append((args, grid, options, len(modes)))
+
+    @contextlib.contextmanager
+    def mode(threads, *, ignore_errors):
+        modes.append(ignore_errors)
+        yield
+
+    monkeypatch.setattr(launch, "_begun", set())
+    monkeypatch.setattr(launch.triton, "AsyncCompileMode", mode, raising=False)
+    q, functions = torch.ones(2, 3), (Function(), Function(), Function())
+    places = [Place(0, Layout((3,), (1,), 3)), Place(1, Layout((3,), (1,), 0)), None]
+    one, two, three = (
+        launch.Kernel(f, (4,), places, [4] * 3, 7, W=64, num_warps=4) for f in functions
+    )
+    launch.compile_together([one, two, one], [q], {0: torch.float32, 1: torch.bfloat16})
+    launch.compile_together([one, two, three], [q], {0: torch.float32, 1: torch.bfloat16})
+    assert modes == [True]
+    assert len(made) == 2
+    for (x, *rest), grid, options, within in made:
+        assert torch.equal(x, q[1])
+        assert rest == [torch.bfloat16, None, 7]
+        assert (grid, options, within) == ((4, 1, 1), {"W": 64, "num_warps": 4}, 1)

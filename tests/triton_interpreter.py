@@ -2,24 +2,191 @@
 
 What is remembered is what Triton itself made; fields that it does not have here fail. A program
 costs by its operations, not by their elements: kernels of many small programs have larger ones.
+Operations on numbers of one type are NumPy's, which broadcasts as Triton does; Triton's own code
+casts, broadcasts and, to find an overflow of int32, computes again by a dozen operations more.
 """
 
 import functools
 import importlib
+import inspect
 
-from triton.language import core
+import numpy as np
+from triton import language
+from triton.language import core, semantic
 from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
+
+NUMBERS = {"fp16": float, "fp32": float, "fp64": float, "int32": int, "int64": int}
 
 
 @functools.cache
 def hasten():
-    """Patch the interpreter: to rewrite a function once a launch, and to make a type once."""
+    """Patch the interpreter: to rewrite a function once, and to make a type or a patch once."""
     importlib.import_module("hla.kernels.triton.carry").E *= 16
-    patch, known = interpreter._patch_lang, interpreter.InterpretedFunction.rewritten_fn
+    known = interpreter.InterpretedFunction.rewritten_fn
+    patch = patches(interpreter._patch_lang)
     interpreter._patch_lang = lambda fn: None if fn in known else patch(fn)  # no inner call does
     interpreter._get_np_dtype = numpy_dtypes(interpreter._get_np_dtype)
+    interpreter.GridExecutor.__init__ = signatures(interpreter.GridExecutor.__init__)
     core.block_type.__init__ = blocks(core.block_type.__init__)
     core.tensor.__init__ = tensors(core.tensor.__init__)
+    core.dtype.__eq__ = equal(core.dtype.__eq__)
+    core._unwrap_if_constexpr = unwrap(core._unwrap_if_constexpr)
+    own = semantic.TritonSemantic
+    for name, operate in ARITHMETIC.items():
+        setattr(own, name, quick(operate, getattr(own, name)))
+    for name, operate in COMPARISONS.items():
+        setattr(own, name, quick(operate, getattr(own, name), compare=True))
+    own.add = quick_pointers(own.add)
+    own.and_ = quick_masks(np.bitwise_and, own.and_)
+    own.or_ = quick_masks(np.bitwise_or, own.or_)
+    own.where = quick_where(own.where)
+
+
+def patches(patch):
+    """What a launch patches in Triton's language, by the modules that its kernel sees."""
+    made = {}
+
+    def patched(fn):
+        seen = filter(inspect.ismodule, fn.__globals__.values())
+        key = frozenset(x.__name__ for x in seen if x in (core, language))
+        if key not in made:
+            scope = patch(fn)
+            made[key] = [(x, name, getattr(x, name)) for x, name, _ in scope._changes]
+            return scope
+        scope = interpreter._LangPatchScope()
+        for x, name, value in made[key]:
+            scope.set_attr(x, name, value)
+        return scope
+
+    return patched
+
+
+def signatures(make):
+    """A kernel's signature, which each launch asks for twice."""
+
+    def init(self, fn, *args, **options):
+        fn.__signature__ = inspect.signature(fn)
+        make(self, fn, *args, **options)
+
+    return init
+
+
+def equal(slow):
+    return lambda x, y: x is y or slow(x, y)
+
+
+def unwrap(slow):
+    plain = {core.tensor, core.dtype, core.block_type, int, float, bool, str, type(None)}
+
+    def value(x):
+        kind = type(x)
+        return x if kind in plain else x.value if kind is core.constexpr else slow(x)
+
+    return value
+
+
+ARITHMETIC = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+COMPARISONS = {
+    "less_than": np.less, "less_equal": np.less_equal, "greater_than": np.greater,
+    "greater_equal": np.greater_equal, "equal": np.equal, "not_equal": np.not_equal,
+}  # fmt: skip
+
+
+def numbers_of(x, y):
+    """Values of two operands of one kind of numbers, and the type of both; or None.
+
+    One may be a Python number. Of two sizes NumPy takes the wider, as Triton does.
+    """
+    if type(x) is not core.tensor:
+        x, y, turned = y, x, True
+    else:
+        turned = False
+    if type(x) is not core.tensor or x.dtype.name not in NUMBERS:
+        return None
+    data, kind = x.handle.data, x.dtype
+    if type(y) is core.tensor:
+        if y.dtype.name != kind.name:
+            if NUMBERS.get(y.dtype.name) is not NUMBERS[kind.name]:
+                return None
+            kind = max(kind, y.dtype, key=lambda z: z.primitive_bitwidth)
+        other = y.handle.data
+    elif type(y) is int or (type(y) is float and kind.name[0] == "f"):
+        other = data.dtype.type(y)
+    else:
+        return None
+    return (other, data, kind) if turned else (data, other, kind)
+
+
+def tensor(data, operands, kind, element=None):
+    """A result, a block where an operand is."""
+    element = element or kind
+    if any(type(x) is core.tensor and x.type.is_block() for x in operands):
+        key = element.name, data.shape
+        if key not in BLOCKS:
+            BLOCKS[key] = core.block_type(element, [*data.shape])
+        element = BLOCKS[key]
+    return core.tensor(TensorHandle(data, kind), element)
+
+
+BLOCKS: dict = {}
+
+
+def quick(operate, slow, compare=False):
+    """An operation, of numbers of one type by NumPy's; sums and products of int32 are checked."""
+    checked = slow.__name__ in ("add", "sub", "mul")
+
+    @functools.wraps(slow)
+    def run(self, x, y, *rest, **more):
+        given = numbers_of(x, y)
+        if given is None:
+            return slow(self, x, y, *rest, **more)
+        first, second, kind = given
+        if checked and kind.name == "int32":
+            wide = operate(first.astype(np.int64), second)
+            data = wide.astype(np.int32)
+            assert (data == wide).all(), f"int32 overflow detected for operation {slow.__name__}"
+        else:
+            data = operate(first, second)
+        return tensor(data, (x, y), kind, core.int1 if compare else None)
+
+    return run
+
+
+def quick_pointers(slow):
+    """Sums of pointers and offsets."""
+
+    @functools.wraps(slow)
+    def run(self, x, y, *rest, **more):
+        both = type(x) is type(y) is core.tensor
+        if not both or not x.dtype.is_ptr() or y.dtype.name not in ("int32", "int64"):
+            return slow(self, x, y, *rest, **more)
+        size = max(1, x.dtype.element_ty.primitive_bitwidth // 8)
+        return tensor(x.handle.data + size * y.handle.data.astype(np.uint64), (x, y), x.dtype)
+
+    return run
+
+
+def quick_masks(operate, slow):
+    @functools.wraps(slow)
+    def run(self, x, y):
+        if not (type(x) is type(y) is core.tensor and x.dtype.name == y.dtype.name == "int1"):
+            return slow(self, x, y)
+        return tensor(operate(x.handle.data, y.handle.data), (x, y), core.int1)
+
+    return run
+
+
+def quick_where(slow):
+    @functools.wraps(slow)
+    def run(self, condition, x, y):
+        given = numbers_of(x, y)
+        if given is None or condition.dtype.name != "int1":
+            return slow(self, condition, x, y)
+        data = np.where(condition.handle.data, *given[:2])
+        return tensor(data, (condition, x, y), given[2])
+
+    return run
 
 
 def numpy_dtypes(make):

@@ -68,10 +68,11 @@ def plan(request: Request) -> str:
     from ..device import plan as plans
     from ..kernels.cupy import driver, launch, rows, step
 
+    card = driver.card_of(_index(request))
     token = "" if request.mask == "none" else f"; one token: {step.named(request)}"
+    token += launch.untimed(card)
     if request.tokens == 1 and request.return_state:
         return token[2:]
-    card = driver.card_of(_index(request))
     tokens = launch.segments(request, card)
     found = plans.forward(request, launch.limits(request, card), rows.rows(request, card), tokens)
     return found.summary(tokens) + token

@@ -142,8 +142,9 @@ def _run(name: str, request: Request, *given: Any) -> Any:
     if where:
         return call(where, request, *given)
     plain = functools.partial(call, "plain", request)
+    ahead = "finish" if name == "backward" else "begin" if request.gradient else ""
     on = {
-        x: lowering.alone(x, functools.partial(call, x, request), plain)
+        x: lowering.alone(x, functools.partial(call, x, request), plain, ahead)
         for x in ("cuda", "tpu")
         if x == "tpu" or _mosaic()
     }

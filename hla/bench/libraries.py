@@ -109,28 +109,12 @@ def _torch(accelerator: bool) -> Library:
 
 
 def event_seconds(start: Callable[[], Arrays], seconds: float) -> list[float]:
-    """Time calls between two events of torch's current stream, with caches cold before each.
-
-    As `triton.testing.do_bench` does: the calls are queued, so that the device waits for Python
-    only where Python is the slower of the two, and then the events say so.
-
-    Parameters
-    ----------
-    start : callable
-        Starts the work; need not wait for it.
-    seconds : float
-        Of calls that count, about; at least one.
-
-    Returns
-    -------
-    list of float
-        Seconds of every call.
-    """
+    """Time calls between two events of torch's current stream (see `between_events`)."""
     import torch
 
     cold = torch.empty(COLD, dtype=torch.uint8, device="cuda")
 
-    def timed(calls: int) -> list[float]:
+    def queue(calls: int) -> list[float]:
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
         for before, after in pairs:
             cold.zero_()
@@ -140,11 +124,33 @@ def event_seconds(start: Callable[[], Arrays], seconds: float) -> list[float]:
         torch.cuda.synchronize()
         return [1e-3 * before.elapsed_time(after) for before, after in pairs]
 
-    timed(1)  # the call that nothing is warm for
+    return between_events(queue, seconds)
+
+
+def between_events(queue: Callable[[int], list[float]], seconds: float) -> list[float]:
+    """Time calls between two events each, with caches cold before each.
+
+    As `triton.testing.do_bench` does: the calls are queued, so that the device waits for Python
+    only where Python is the slower of the two, and then the events say so.
+
+    Parameters
+    ----------
+    queue : callable
+        Queues a number of calls, each behind a write that empties the caches, and returns the
+        seconds of each.
+    seconds : float
+        Of calls that count, about; at least one.
+
+    Returns
+    -------
+    list of float
+        Seconds of every call.
+    """
+    queue(1)  # the call that nothing is warm for
     begun = time.perf_counter()
-    timed(2)
+    queue(2)
     each = (time.perf_counter() - begun) / 2
-    return timed(max(1, min(MOST, int(seconds / each))))
+    return queue(max(1, min(MOST, int(seconds / each))))
 
 
 def bytes_beyond(start: Callable[[], Arrays]) -> int:
@@ -233,7 +239,47 @@ def _cupy(accelerator: bool) -> Library:
         cupy.cuda.get_current_stream().synchronize()
         return out
 
-    return Library(array, wait, lambda f: f)
+    return Library(array, wait, lambda f: f, meter=Meter(_cupy_seconds, _cupy_beyond))
+
+
+def _cupy_seconds(start: Callable[[], Arrays], seconds: float) -> list[float]:
+    """Time calls between two events of CuPy's current stream (see `between_events`)."""
+    cupy = importlib.import_module("cupy")
+    cold = cupy.empty(COLD, "uint8")
+
+    def queue(calls: int) -> list[float]:
+        pairs = [[cupy.cuda.Event() for _ in range(2)] for _ in range(calls)]
+        for before, after in pairs:
+            cold.fill(0)
+            before.record()
+            start()
+            after.record()
+        cupy.cuda.get_current_stream().synchronize()
+        return [1e-3 * cupy.cuda.get_elapsed_time(*pair) for pair in pairs]
+
+    return between_events(queue, seconds)
+
+
+def _cupy_beyond(start: Callable[[], Arrays]) -> int:
+    """Bytes that a call takes of CuPy's memory pool at its peak, beyond what it returns."""
+    cupy = importlib.import_module("cupy")
+
+    class Peak(cupy.cuda.MemoryHook):  # type: ignore[misc, name-defined]
+        """Count the bytes that are taken from the pool and not given back."""
+
+        name = "peak"
+        used = most = 0
+
+        def malloc_postprocess(self, *, mem_size: int, **about: Any) -> None:
+            self.used += mem_size
+            self.most = max(self.most, self.used)
+
+        def free_postprocess(self, *, mem_size: int, **about: Any) -> None:
+            self.used -= mem_size
+
+    with Peak() as peak:
+        results = start()
+    return int(peak.most - sum(x.nbytes for x in results))
 
 
 def _numba(accelerator: bool) -> Library:

@@ -97,7 +97,8 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
 
     What crosses a chunk's start is carried from the border before a period, is gone where a chunk's
     gate leaves nothing, and what is missing at the border behind is added along the way:
-    differences, which lose digits, are taken of no more than the chunks of a period.
+    differences, which lose digits, are taken of no more than the chunks of a period. No rounded
+    product is an addend: a compiler might round it or not, as the shape has it.
     """
     batch, *dots = take(s.o).shape[:-1], take(s.reads), take(s.writes)
     c, w = (xp.sum(x, axis=-2) if x.shape[-2] > 1 else x[..., 0, :] for x in dots)
@@ -114,7 +115,9 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
         x = xp.concat([xp.broadcast_to(x, (*batch, T)), none], axis=-1)
         return xp.reshape(x, (*batch, periods, s.period // s.chunk, s.chunk))
 
-    c, d, query, a, valid = map(chunks, (c, d, query, a, valid))
+    sums = xp.cumulative_sum(xp.stack([chunks(x) for x in (c, query, d, a)]), axis=-1)
+    own_c, own_query, own_d, log = (sums[i, ..., -1] for i in range(4))
+    c, d, query, valid = map(chunks, (c, d, query, valid))
     B = (xp.zeros(batch, dtype=c.dtype) if s.border is None else take(s.border))[..., None]
     if s.met is not None:
         B = xp.concat([B, xp.sum(take(s.met), axis=-1)], axis=-1)
@@ -125,8 +128,8 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
     per = s.period // s.chunk
     count = [-(-min(T - i * s.period, s.period) // s.chunk) for i in range(periods)]
     after = xp.concat([B[..., 1:], xp.zeros((*batch, 1), dtype=B.dtype)], axis=-1)
-    read, written = xp.sum(c, axis=-1), xp.sum(d - query, axis=-1)
-    kept = xp.exp(s.power * xp.sum(a, axis=-1)) >= FORGOTTEN
+    read, written = own_c, own_d - own_query
+    kept = xp.exp(s.power * log) >= FORGOTTEN
 
     def passed(B: Array, i: int) -> Array:
         """Return what crosses all of a chunk, of what crosses its start."""
@@ -139,15 +142,17 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
     known = xp.asarray([s.ends or i < periods - 1 for i in range(periods)])
     each = (after - carried) / (xp.asarray(count, dtype=B.dtype) - begin)
     missing = xp.where(known, each, xp.zeros_like(B))
-    through = []
+    through, share = [], xp.zeros_like(B)  # of what is missing, by the middle of a chunk
     for i in range(per):
-        into, late = passed(B, i), i + 0.5 - begin
+        into = passed(B, i)
         B = into + written[..., i]
-        through.append(into + xp.where(late > 0, missing * late, xp.zeros_like(B)))
-    behind = xp.cumulative_sum(c + query, axis=-1) - (0 if s.strict else c + query)
-    ahead = xp.cumulative_sum(d, axis=-1) - d
+        share = share + missing if i else 0.5 * missing
+        share = xp.where(i + 0.5 > begin, share, xp.zeros_like(B))
+        through.append(into + share)
+    behind = sums[0] + sums[1] - (0 if s.strict else c + query)
+    ahead = sums[2] - d
     G = (xp.stack(through, axis=-1) + read)[..., None] - behind + ahead
-    G = s.power * G * valid
+    G = sum([G] * s.power) * valid
     if gate.log_gate is None:
         return [(s.o, xp.sum(G, axis=(-2, -1)))]
     return [(s.o, xp.reshape(G, (*batch, periods * s.period))[..., :T])]

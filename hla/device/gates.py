@@ -47,6 +47,7 @@ class GateTerms:
         self.terms: dict[Key, Term] = {}
         self.offset: dict[Pass, int] = {}  # of a pass's columns in S, of its rows in R
         self.found: list[Ref] = []
+        self.gate: dict[Shape, Ref] = {}  # in the batch of terms
 
     def key(self, s: Pass) -> Key:
         """Which term a pass belongs to."""
@@ -160,13 +161,19 @@ class GateTerms:
         reads = one("dots", (*batch, 1, T), exact, dots[False])
         writes = one("dots", (*batch, 1, 2 * T), exact, dots[True])
         b.shape["gate"] = (*b.request.gate_batch, *((T,) if log else ()))
-        gate = one("gate", (*batch, *((T,) if log else ())), b.wide, [Ref("gate")])
+        given = (*batch, *((T,) if log else ()))
+        if math.prod(given) == math.prod(b.shape["gate"]):  # as many are the same, in their order
+            self.gate[given] = Ref("gate")
+        elif given not in self.gate:
+            self.gate[given] = b.temporary("gate", given, dtype=b.wide)
+            steps.append(Sum(self.gate[given], ((1.0, Ref("gate")),)))
+        gate = self.gate[given]
         border = None
         if term.border:
             border = b.temporary("border", batch, dtype="float64")
             steps.append(Border(border, tuple(term.border)))
         S, R = (None, None) if term.parts else (term.states[False], term.states[True])
-        given = reads, writes, gate, border, S, R
+        refs = reads, writes, gate, border, S, R
         options = (
             term.power,
             term.strict,
@@ -175,4 +182,4 @@ class GateTerms:
             term.chunk(b.limits, b.request.gate),
             period,
         )
-        return [*steps, GateGradient(o, *given, *options, met=term.met)]
+        return [*steps, GateGradient(o, *refs, *options, met=term.met)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..core.passes import broadcast
 from ..core.programs import CAUSAL
 from ..core.request import Request
-from .steps import Fused, Launch, Ref
+from .steps import Fused, Launch, Parts, Ref
 
 
 def masked(request: Request) -> int:
@@ -19,6 +19,16 @@ def matched(request: Request) -> bool:
     """Whether y has all the heads that u has, so that what is made of both is of one batch."""
     keys = broadcast(request.q_shape[:-2], request.k_shape[:-2], request.gate_batch)
     return keys == broadcast(keys, request.v_shape[:-2])
+
+
+def gate_parts(request: Request, parts: Parts) -> Parts | None:
+    """Return the parts of a gate's gradient that sweeps of an adjoint leave, if it is requested.
+
+    Of <S, dS> they are the whole where S is symmetric, which a first state need not be.
+    """
+    if request.gate is None or not request.gate_given:
+        return None
+    return parts._replace(without="" if request.operator == "ahla" else "S@0")
 
 
 def flipped(ref: Ref | None) -> Ref | None:

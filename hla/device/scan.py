@@ -71,6 +71,9 @@ class Device(NamedTuple):
     )
     rows: Callable[[Request, Any], tuple[Row, ...]] = lambda request, where: ()  # that fit it
     segments: Callable[[Request, Any], int] = lambda request, where: 0  # tokens of one; 0: whole
+    begin: Callable[[Ready, Sequence[Array], list[Any]], None] = (
+        lambda ready, arrays, addresses: None  # before the first run of a plan
+    )
 
 
 def heads(
@@ -272,7 +275,9 @@ class Runner:
                 self.ready.clear()
             given = dict(zip(kind.names(request), arrays, strict=True))
             plan = kind.plan(device, request, device.where(arrays[0]))
-            ready = self.ready[key] = Ready(device, plan, request, given)
+            ready = Ready(device, plan, request, given)
+            device.begin(ready, arrays, addresses)
+            self.ready[key] = ready
         return ready
 
     def again(self, request: Request, kind: Kind, arrays: list[Array], axis: int) -> Again | None:

@@ -22,8 +22,10 @@ def forward(
     module, state = loaded(backend), inputs.state or ()
     if module.again_forward is None or module.again_backward is None:
         return None
+    if layout.packed:  # a state without S keeps its arrays, and is returned packed
+        return None
     if any(x is not y for x, y in zip(state, arrays[len(arrays) - len(state) :], strict=True)):
-        return None  # it was unpacked
+        return None  # it was brought to another dtype or shape
     found: Run | None = module.again_forward(request, inputs, layout.axis)
     return found
 

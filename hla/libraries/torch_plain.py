@@ -49,19 +49,42 @@ def derivative(
 
 @functools.cache
 def _plain(name: str, function: Plain, shapes: Plain, order: int) -> Rule:
-    def run(tensors: Sequence[Tensor], there: Sequence[bool], sizes: Any, *options: Any) -> Any:
+    def run(
+        tensors: Sequence[Tensor],
+        there: Sequence[bool],
+        sizes: Any,
+        mapped: Sequence[bool],
+        *options: Any,
+    ) -> Any:
+        def each(*some: Tensor) -> tuple[Tensor, ...]:
+            return tuple(derivative(function, sizes, whole(some, there), Options(*options)))
+
         with _anew():
-            found = derivative(function, sizes, whole(tensors, there), Options(*options))
+            for axes in _levels(mapped, tensors):
+                each = torch.func.vmap(each, in_dims=tuple(0 if x else None for x in axes))
+            found = each(*tensors)
         return apart(found, tensors)
 
-    def fake(tensors: Sequence[Tensor], there: Sequence[bool], sizes: Any, *options: Any) -> Any:
+    def fake(
+        tensors: Sequence[Tensor],
+        there: Sequence[bool],
+        sizes: Any,
+        mapped: Sequence[bool],
+        *options: Any,
+    ) -> Any:
+        batch: tuple[int, ...] = ()
+        for axes in reversed(_levels(mapped, tensors)):  # the last one is in front
+            pairs = list(zip(tensors, axes, strict=True))
+            batch += next(x.shape[:1] for x, is_mapped in pairs if is_mapped)
+            tensors = [x[0] if is_mapped else x for x, is_mapped in pairs]
         every = whole(tensors, there)
-        if not order:
-            return like(shapes(Options(*options), every))
-        return like([every[i] for i in moved(every[: sizes[-1]], Options(*options))])
+        given = Options(*options)
+        learning = present(*(every[i] for i in moved(every[: sizes[-1]], given))) if order else ()
+        found = learning or shapes(given, every)
+        return like([x.expand(*batch, *x.shape) for x in found])
 
     def setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-        tensors, ctx.there, ctx.sizes, *options = inputs
+        tensors, ctx.there, ctx.sizes, _, *options = inputs  # not mapped: that is below autograd
         ctx.options = Options(*options)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
@@ -73,17 +96,28 @@ def _plain(name: str, function: Plain, shapes: Plain, order: int) -> Rule:
         )
         by_place = dict(zip(moved(every, ctx.options), found, strict=True))
         given = [by_place.get(i) for i, there in enumerate(ctx.there) if there]
-        return given, None, None if ctx.sizes else [], *(None,) * len(ctx.options)
+        return given, None, None if ctx.sizes else [], [], *(None,) * len(ctx.options)
 
-    def vmap(info: Any, in_dims: Any, tensors: Any, there: Any, sizes: Any, *options: Any) -> Any:
-        def each(*some: Tensor) -> tuple[Tensor, ...]:
-            return tuple(derivative(function, sizes, whole(some, there), Options(*options)))
+    def vmap(
+        info: Any, in_dims: Any, tensors: Any, there: Any, sizes: Any, mapped: Any, *options: Any
+    ) -> Any:
+        """Put the axis in front, for the operator to map: here no transform can begin."""
+        axes = [d is not None for d in in_dims[0]]
+        tensors = [
+            x if d is None else x.movedim(d, 0) for x, d in zip(tensors, in_dims[0], strict=True)
+        ]
+        found = rule.op(tensors, there, sizes, [*mapped, *axes], *options)
+        return found, [0] * len(found)
 
-        found = torch.func.vmap(each, in_dims=tuple(in_dims[0]))(*tensors)
-        return list(found), [0] * len(found)
+    schema = f"(Tensor[] tensors, bool[] there, int[] sizes, bool[] mapped, {OPTIONS}) -> Tensor[]"
+    rule = operator(name + "_backward" * order, schema, run, fake, setup, pull, vmap)
+    return rule
 
-    schema = f"(Tensor[] tensors, bool[] there, int[] sizes, {OPTIONS}) -> Tensor[]"
-    return operator(name + "_backward" * order, schema, run, fake, setup, pull, vmap)
+
+def _levels(mapped: Sequence[bool], tensors: Sequence[Tensor]) -> list[Sequence[bool]]:
+    """Which tensors have an axis of each vmap, the innermost first, whose axis is the last."""
+    n = len(tensors)
+    return [mapped[i : i + n] for i in range(0, len(mapped), n)]
 
 
 def plain(
@@ -107,7 +141,7 @@ def plain(
     """
     there = [x is not None for x in tensors]
     rule = _plain(name, function, shapes, len(sizes))
-    return rule(present(*tensors), there, list(sizes), *options)
+    return rule(present(*tensors), there, list(sizes), [], *options)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 
 from ...device.scan import Call, Place, heads
 from ...device.steps import Carry, Divide, Fading, GateGradient, Ref
-from ...device.tiles import whole
 from .launch import AXES, TYPES, Kernel, Load, located, merged, padded
 
 
@@ -46,27 +45,26 @@ def divide(load: Load, call: Call, s: Divide) -> Iterator[Kernel]:
         )  # fmt: skip
 
 
-def ordered(x: Place) -> bool:
-    """Whether an array lies in the order of its axes."""
-    shape, strides, _ = x.layout
-    steps = zip(shape, strides, whole(shape), strict=True)
-    return all(n == 1 or a == b for n, a, b in steps)
-
-
 def gate_gradient(load: Load, call: Call, s: GateGradient) -> Iterator[Kernel]:
-    """Return the kernel of a GateGradient, of a gate that lies in order."""
-    places, sizes, types = typed(call, (s.reads, s.writes, s.gate, s.border, s.S, s.R, s.o))
+    """Return the kernel of a GateGradient."""
+    places, sizes, types = typed(call, (s.reads, s.writes, s.gate, s.border, s.S, s.R, s.met, s.o))
     *batch, reads, _ = call.place(s.reads).layout.shape
     writes, T = call.place(s.writes).layout.shape[-2], call.request.tokens
     D, V = (1, 1) if s.S is None else call.place(s.S).layout.shape[-2:]
     log = call.request.gate == "log_gate"
-    words = struct.pack("<7q", *types)
-    words += struct.pack("<8q", T, D, V, log, s.strict, s.ends, reads, writes)
-    words += struct.pack("<2d", s.power, s.factor)
+    met = 1 if s.met is None else call.place(s.met).layout.shape[-1]
+    words = struct.pack("<8q", *types)
+    words += struct.pack("<9q", T, D, V, log, s.strict, s.ends, reads, writes, met)
+    shape, strides, _ = call.place(s.gate).layout
+    axes = [*zip(shape, strides, strict=True)]
+    counts, steps = padded(merged(axes[:-1] if log else axes, AXES), 1)
+    words += struct.pack(
+        f"<2d{2 * AXES + 1}q", s.power, s.factor, *counts, *steps, strides[-1] if log else 0
+    )
     constants = {"W": s.chunk, "PERIOD": s.period}
     if grid := math.prod(batch) * -(-T // s.period):
         yield Kernel(
-            load, call.where, "gate.cu", grid, s.period, places, sizes, words,
+            load, call.where, "gate.cu", grid, 32 * s.period // s.chunk, places, sizes, words,
             lambda addresses: (constants, 8 * (32 + 3 * s.period // s.chunk)),
         )  # fmt: skip
 

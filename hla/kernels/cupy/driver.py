@@ -20,6 +20,7 @@ from .source import source
 Array = Any
 _functions: dict[Any, Function] = {}
 _lock = threading.Lock()
+_locks: dict[Any, threading.Lock] = {}  # of what is compiled
 
 
 def options(name: str) -> tuple[str, ...]:
@@ -31,8 +32,13 @@ def load(name: str, constants: Constants, shared: int, card: Card) -> Function:
     """Return a kernel, the only one of its file, on a device: compiled once for its constants."""
     key = name, tuple(constants.items()), shared, card.device
     found = _functions.get(key)
-    if found is None:
-        with _lock, cupy.cuda.Device(card.device):
+    if found is not None:
+        return found
+    with _lock:
+        own = _locks.setdefault(key, threading.Lock())
+    with own, cupy.cuda.Device(card.device):
+        found = _functions.get(key)
+        if found is None:
             module = cupy.RawModule(code=source(name, constants), options=options(name))
             kernel = module.get_function(f"{name.removesuffix('.cu')}_kernel")
             if shared > 48 << 10:

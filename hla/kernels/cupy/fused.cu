@@ -300,8 +300,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __gr
         auto make_own_pairs = [&](auto warps) {
             const u32 q_0 = stage + straight, k_0 = keys + turned;
             if (decltype(warps)::value >= BLOCKS * (BLOCKS + 1) / 2) {
-                if (rank < BLOCKS * (BLOCKS + 1) / 2)
-                    make_pairs(q_0, k_0, tile, lists, rank > 0, rank > 1, Number<1>());
+                const int pair = HLA3 && rank > 1 ? 5 - rank : rank;  // a scheduler has as many
+                if (pair < BLOCKS * (BLOCKS + 1) / 2)
+                    make_pairs(q_0, k_0, tile, lists, pair > 0, pair > 1, Number<1>());
             } else if (rank == 0) {
                 make_pairs(q_0, k_0, tile, lists, BLOCKS - 1, 0, Number<BLOCKS>());
             } else if (BLOCKS > 1) {

@@ -21,6 +21,7 @@ OPERATORS = {"ahla": 1, "hla2": 2, "hla3": 3}  # by their numbers in hopper.cu
 GATES = (None, "decay", "log_gate")
 HALF = WIDEST // 2  # columns of a tile
 SHARED = 227 << 10  # bytes of shared memory, all that a block can have
+LEFT = {"dots": "dots", "kept": "states", "met ": "dots"}  # kinds, by how names begin
 STARTS, ENDS = ("start1", "start2", "start3"), ("end1", "end2", "end3")
 
 
@@ -103,14 +104,15 @@ def sweeps(
 ) -> Iterator[Kernel]:
     """Return the kernels of one sweep, of operands in their order in the kernel.
 
-    Before the gate they are of rows, behind it states; of a segment there are so many ``tokens``.
+    Before the gate they are of rows, behind it states, and by `LEFT` what is left for a gate's
+    gradient; of a segment there are so many ``tokens``.
     """
     names, T = list(refs), call.request.tokens
     rows = names.index("gate")
     places, dtypes, sizes = located(call, refs.values())
-    states = len(names) - rows - 1
-    own = [2] * rows + [int(call.request.gate == "log_gate")] + [2 + (tokens > 0)] * states
-    kinds = ["rows"] * rows + ["gate"] + ["start"] * states
+    kinds = ["rows"] * rows + ["gate"] + [LEFT.get(n[:4], "start") for n in names[rows + 1 :]]
+    axes = {"gate": int(call.request.gate == "log_gate"), "start": 2 + (tokens > 0), "states": 3}
+    own = [axes.get(kind, 2) for kind in kinds]
     parts = tiles * (-(-T // tokens) if tokens else 1)
     for counts, strides, first, _ in heads(batch, places, own):
         every = [

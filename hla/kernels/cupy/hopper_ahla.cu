@@ -210,7 +210,10 @@ DEVICE void move(const Sweep &p, u32 base) {
     Head head(p);
     int T = (int)head.tokens, chunks = head.chunks(), D = (int)p.keys, V = (int)p.values;
     Copies<B, -1> q(p, AT_Q, head, D), k(p, AT_K, head, D), v(p, AT_V, head, V), g(p, AT_G, head, V);
-    Copies<B, -1> u(p, AT_U, head, V), du(p, AT_DU, head, V), dv(p, AT_DV, head, V), dk(p, AT_DK, head, D);
+    Copies<B, -1> u(p, AT_U, head, V);
+    Copies<B, -1, DU_BYTES> du(p, AT_DU, head, V);
+    Copies<B, -1, DV_BYTES> dv(p, AT_DV, head, V);
+    Copies<B, -1, DK_BYTES> dk(p, AT_DK, head, D);
     LogGate gate(p, head, (chunks - 1) * (i64)W);
     Ring<STAGES> at;
     #pragma unroll 1

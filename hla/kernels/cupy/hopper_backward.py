@@ -1,19 +1,18 @@
 """The adjoints of hla2, ahla and hla3 on Hopper in sweeps: rows of the planner, their launches.
 
-A gate's gradient, segments, and heads that share keys or values, whose gradients are summed in
-float32, run by passes.
+For a gate's gradient they also leave sums by token, and states at periods' starts (`dots.cuh`).
+Gradients that heads share are left in float32, to be summed. Segments run by passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-from ...core.passes import broadcast
 from ...core.programs import adjoint
 from ...core.request import Request
-from ...device.rows import flipped, masked
+from ...device.rows import flipped, gate_parts, masked, matched
 from ...device.scan import Call, Do
-from ...device.steps import Fused, Launch, Ref, Row
+from ...device.steps import Fused, Launch, Parts, Ref, Row
 from .hopper import GATES, HALF, SHARED, sweeps
 from .launch import WIDEST, Card, Constants, Load, passes
 
@@ -35,6 +34,7 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
     ),
 }
 
+CHUNK, PERIOD = 64, 1024  # tokens by which dots count, and between the states that are kept
 GATED = SWEEPS | {
     "ahla": (
         ("ahla on Hopper: du, dk", True, (1,)),
@@ -49,19 +49,19 @@ def rows(request: Request, card: Card) -> tuple[Row, ...]:
     D, V = request.k_shape[-1], request.v_shape[-1]
     if card.capability != (9, 0) or request.dtype != "bfloat16" or request.operator not in SWEEPS:
         return ()
-    plain = not (request.normalize or request.empty or (request.gate and request.gate_given))
+    plain = not (request.normalize or request.empty)
     plain = plain and masked(request) == len(request.program.steps)
     if not plain or request.scale == 0 or not 0 < min(D, V) <= max(D, V) <= WIDEST:
         return ()
-    shapes = request.q_shape, request.k_shape, request.v_shape
-    every = broadcast(*(x[:-2] for x in shapes), request.gate_batch)
-    if any(x[:-2] != every for x in shapes):  # sweeps leave bfloat16 alone
-        return ()
+    alike = request.operator != "hla3" or matched(request)
+    B = side(D, V)
+    parts = gate_parts(request, Parts(CHUNK, PERIOD, B // HALF, 1, side=B, met=B // 16))
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     return tuple(
         Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
-            in_place=not last, adds=not last or len(of) == 1)
+            parts=parts, in_place=not last, adds=not last or len(of) == 1)
         for name, last, of in (GATED if request.gate else SWEEPS)[request.operator]
+        if alike or len(of) == 1
     )  # fmt: skip
 
 
@@ -70,18 +70,24 @@ def side(D: int, V: int) -> int:
     return HALF if max(D, V) <= HALF else WIDEST
 
 
-def settings(call: Call, D: int, V: int) -> Constants:
-    """Return the constants of a sweep but the one that alignment decides."""
+def settings(call: Call, D: int, V: int, x: Launch) -> Constants:
+    """Return the constants of a sweep but the one that alignment decides, by a launch of it."""
     B = side(D, V)
     return {
         "B": B, "GATE": GATES.index(call.request.gate), "WHOLE": int(D == V == B),
-        "SHARED": SHARED, "WIDE": 0,
+        "SHARED": SHARED, "WIDE": 0, "DOTS": int(x.dots is not None), "EVERY": PERIOD // CHUNK,
     }  # fmt: skip
 
 
 def gate(call: Call) -> Ref | None:
     """Return the gate, which is no operand where there is none."""
     return Ref("gate") if call.request.gate else None
+
+
+def bytes_of(call: Call, refs: Mapping[str, Ref | None], *results: str) -> Constants:
+    """Return the bytes of an element of each result, 2 of one that there is not."""
+    given = ((n, refs[n]) for n in results)
+    return {f"{n.upper()}_BYTES": call.dtypes[x.name].itemsize if x else 2 for n, x in given}
 
 
 def widths(call: Call) -> tuple[int, int]:
@@ -104,7 +110,7 @@ def one_state(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     dk, dx = s.launches
     refs: dict[str, Ref | None] = {
         "q": dk.v[0], "k": None, "v": dk.q[0], "do": dk.k[0], "y": dx.q[0],
-        "dk": dk.o[0], "dx": dx.o[0], "none": None,
+        "dy": dk.o[0], "dv": dx.o[0], "dk": None,
     }  # fmt: skip
     power = 3 if call.request.operator == "hla3" else 1
     yield from _reverse(load, call, refs, dx, None, power, adds=dk.add)
@@ -115,7 +121,7 @@ def summed(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     dk, dv, _, more = s.launches
     refs: dict[str, Ref | None] = {
         "q": dk.v[0], "k": more.v[0], "v": dk.q[0], "do": dk.k[0], "y": dv.q[0],
-        "none": None, "dv": dv.o[0], "dk": dk.o[0],
+        "dy": None, "dv": dv.o[0], "dk": dk.o[0],
     }  # fmt: skip
     yield from _reverse(load, call, refs, dv, more, 1)
 
@@ -134,10 +140,11 @@ def _reverse(
     refs |= {
         "gate": gate(call), "R": flipped(x.start[0]), "Z": z and z.start[0],
         "end": flipped(x.end[0]) if x.end else None,
+        "dots R": x.dots, "dots Z": z and z.dots, "kept R": x.states, "kept Z": z and z.states,
     }  # fmt: skip
     D, V = widths(call)
     own = {"R_POWER": power, "Z": int(z is not None), "ADDS": int(adds)}
-    fixed = {**settings(call, D, V), **own}
+    fixed = {**settings(call, D, V, x), **own, **bytes_of(call, refs, "dy", "dv", "dk")}
     yield from sweeps(
         load, call, "hopper_reverse.cu", x.batch, refs, D, V, (x.write, 1 / x.write), x.tokens,
         fixed, threads=384 if z else 256,
@@ -160,7 +167,7 @@ def ahla(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     D, V = widths(call)
     yield from sweeps(
         load, call, "hopper_ahla.cu", du.batch, refs, D, V, (du.write, 1 / du.write), du.tokens,
-        settings(call, D, V),
+        {**settings(call, D, V, du), **bytes_of(call, refs, "du", "dv", "dk")},
     )  # fmt: skip
 
 
@@ -170,8 +177,11 @@ def queries(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     second = rest[0] if rest else None
     refs: dict[str, Ref | None] = {
         "k": second and second.v[0], "v": first.k[0], "do": first.q[0], "y": first.v[0],
-        "dy": second and second.q[0], "dq": first.o[0], "gate": gate(call),
+        "dy": second and second.q[0], "dq": first.o[0], "q": first.x, "gate": gate(call),
         "S": second and second.start[0], "F": first.start[0],
+        "dots F": first.dots, "dots S": second and second.dots,
+        "kept F": first.kept, "kept S": second and second.kept,
+        "met F": first.met, "met S": second and second.met,
     }  # fmt: skip
     ahla = second is not None and first.v == second.v != second.k  # k in both
     if second and ahla:
@@ -183,7 +193,8 @@ def queries(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     }  # fmt: skip
     yield from sweeps(
         load, call, "hopper_queries.cu", first.batch, refs, D, V, (first.read,), first.tokens,
-        {**settings(call, D, V), **own}, threads=128 * (side(D, V) // HALF) + 128,
+        {**settings(call, D, V, first), **own, **bytes_of(call, refs, "dq")},
+        threads=128 * (side(D, V) // HALF) + 128,
     )  # fmt: skip
 
 

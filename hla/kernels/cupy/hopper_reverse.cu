@@ -21,12 +21,18 @@
 // A gate's weights lie beside a chunk: see hopper.cu. Here states are read by the weights of what is
 // left of a chunk, and written by those of what came before; there is one list, raised by the power.
 //
+// With DOTS the owners leave for a gate's gradient (gate.cu) d = y . (R v) and d = k . (Z k) / 2, to which
+// the products of the two tiles of pairs that each makes are added by key; their sums by query lie behind.
+// In both a token with itself is, and cancels. What warps sum by column meets in lines of shared memory:
+// those of R two by two, as there is not memory for more. Before each period R and Z are kept.
+//
 // Bytes a token and head, D = V = 128: 8 rows of 256, 0.358 ms for B = 8, T = 4096, H = 16 at 3.0 TB/s;
 // one H100 took 0.391 (92%). hla3's sweeps have 6 and 7 rows, 0.268 and 0.313 ms: 0.282 (95%) and 0.338 (93%).
+// With DOTS the owners' work takes longer than bytes: hla2 0.60 with a log gate, 0.59 with a decay.
 //
 // Compiled for each R_POWER, Z (whether there is that state), ADDS (dy, here dk, to what is there), B
-// (tiles of 64 or 128 keys and values), GATE (0 none, 1 decay, 2 log gate), FAST, WHOLE and SHARED as
-// hopper.cu.
+// (tiles of 64 or 128 keys and values), GATE (0 none, 1 decay, 2 log gate), DOTS (also leaves what a
+// gate's gradient is made of), the bytes of each result's elements, FAST, WHOLE and SHARED as hopper.cu.
 #include "ptx.cuh"
 #include "arrays.cuh"
 #include "warpgroup.cuh"
@@ -44,21 +50,25 @@ constexpr int YS = GS + STAGES * TILE, COPY = YS + STAGES * TILE, TILES = COPY +
 constexpr int CROSS = TILES + 3 * TILE_W, WEIGHTS = CROSS + TILE_W;
 constexpr int ENDS = WEIGHTS + (GATE ? 2 : 0) * LISTS, FULL = ENDS + 8;
 constexpr int DY_THERE = FULL + 16, DV_THERE = DY_THERE + 16, DK_THERE = DV_THERE + 16;
-constexpr int K_READ = DK_THERE + 16;
-static_assert(K_READ + 16 <= SHARED, "more shared memory than a block is given");
-constexpr int R_REGISTERS = 240, Z_REGISTERS = 216, MOVER_REGISTERS = 48;
+constexpr int K_READ = DK_THERE + 16, LINES_R = K_READ + 16, LINES_Z = LINES_R + 512;
+static_assert((DOTS ? LINES_Z + 768 : LINES_R) <= SHARED, "more shared memory than a block is given");
+constexpr int R_REGISTERS = 240, Z_REGISTERS = DOTS ? 224 : 216, MOVER_REGISTERS = DOTS ? 40 : 48;
 
-enum { AT_Q, AT_K, AT_V, AT_G, AT_Y, AT_DY, AT_DV, AT_DK, AT_GATE, AT_R, AT_Z, AT_END, OPERANDS };
+enum { AT_Q, AT_K, AT_V, AT_G, AT_Y, AT_DY, AT_DV, AT_DK, AT_GATE, AT_R, AT_Z, AT_END,
+       AT_DOTS_R, AT_DOTS_Z, AT_KEPT_R, AT_KEPT_Z, OPERANDS };
 #include "sweep.cuh"
 #include "owners.cuh"
 
 #include "reverse.cuh"
+#include "dots.cuh"
 
 // Own R, rows of keys and columns of values; make dy and dv.
 DEVICE void own_r(const Sweep &p, u32 base) {
     int chunks = Head(p).chunks();
     float scale = (float)p.factors[0], R[HALVES][B / 2];
-    u32 copy = base + COPY, tile = base + TILES;
+    u32 copy = base + COPY, tile = base + TILES, lines = base + LINES_R;
+    float *dots = DOTS ? dots_of(p, AT_DOTS_R, 0) : 0;
+    int warp = thread_of_group() / 32;
     load_reverse(R, p, AT_R);
     put_copy(copy, R);
     Ring<STAGES> at;
@@ -72,20 +82,41 @@ DEVICE void own_r(const Sweep &p, u32 base) {
         fence_async();
         make_pairs<true, POWER>(tile, v, g, weights + UNTIL, 1);  // fences the copy too
         read_rows<true>(o, v, copy, weights + AFTER);
+        float by_key[2] = {};
+        if (DOTS) add_by_row(by_key, o, y);
         read_pairs(o, tile, q);
         group_sync(1);
         put_rows<B>(v, o, scale);
         fence_async();
         arrive(base + DY_THERE + 8 * at.i);
-        make_pairs<true, POWER>(tile, y, q, weights + UNTIL, 1);
+        int row = (chunks - 1 - i) * W, left = (int)p.tokens - row;
+        float2 by_query;
+        if (DOTS) {
+            float columns[16] = {};
+            add_pairs<true, POWER>(tile, y, q, weights + UNTIL, tile, by_key, columns);
+            put_by_row(dots + row, by_key, scale, left);
+            by_query = of_warp(columns);
+            if (warp % 2) put_line(lines + warp / 2 * 256, by_query);
+            group_sync(1);
+            if (warp % 2 == 0) add_line(by_query, lines + warp / 2 * 256);
+            if (warp == 2) put_line(lines + 256, by_query);
+        } else {
+            make_pairs<true, POWER>(tile, y, q, weights + UNTIL, 1);
+        }
         read_rows<false>(o, y, copy, weights + AFTER);
         read_pairs(o, tile, g);
         group_sync(1);
+        if (DOTS && warp == 0) {
+            add_line(by_query, lines + 256);
+            put_by_column(dots + p.tokens + row, by_query, scale, left);
+        }
         if (SUM) barrier_wait(base + K_READ + 8 * at.i, at.turn);
         put_rows<B>(y, o, scale);
         write_rows(R, q, g, weights + BEFORE, end);
         arrive(base + DV_THERE + 8 * at.i);
         put_copy(copy, R);
+        if (is_kept(chunks - 1 - i))
+            UNROLL for (int h = 0; h < HALVES; h++) keep(kept_of(p, AT_KEPT_R, chunks - 1 - i, h * 64), R[h], scale);
     }
     store_reverse(R, p, AT_END);
 }
@@ -112,7 +143,9 @@ DEVICE void load_block(float (&block)[32], const Sweep &p, int row, int column) 
 DEVICE void own_z(const Sweep &p, u32 base) {
     int chunks = Head(p).chunks();
     float scale = (float)p.factors[0], Z00[32], Z01[32], Z11[32];
-    u32 tile1 = base + TILES + TILE_W, tile2 = tile1 + TILE_W, cross = base + CROSS;
+    u32 tile1 = base + TILES + TILE_W, tile2 = tile1 + TILE_W, cross = base + CROSS, lines = base + LINES_Z;
+    float *dots = DOTS ? dots_of(p, AT_DOTS_Z, 0) : 0;
+    int warp = thread_of_group() / 32;
     load_block(Z00, p, 0, 0);
     load_block(Z01, p, 0, 64);  // zeros where there are 64 keys
     load_block(Z11, p, 64, 64);
@@ -129,7 +162,17 @@ DEVICE void own_z(const Sweep &p, u32 base) {
         fence_async();
         put_pair<false>(tile1, q, k, weights + UNTIL);
         if (!SUM) barrier_wait(base + DY_THERE + 8 * at.i, at.turn);
-        make_pairs<false>(tile2, dy, k, weights + UNTIL, 2);
+        int row = (chunks - 1 - i) * W, left = (int)p.tokens - row;
+        float2 by_key;
+        if (DOTS) {
+            float by_query[2] = {}, columns[16] = {};
+            add_pairs<false>(tile2, dy, k, weights + UNTIL, tile1, by_query, columns);
+            by_key = of_warp(columns);
+            put_by_row(dots + p.tokens + row, by_query, scale, left);
+            group_sync(2);
+        } else {
+            make_pairs<false>(tile2, dy, k, weights + UNTIL, 2);
+        }
         UNROLL for (int h = 0; h < HALVES; h++) {
             u32 b[16];
             operand(a, h ? Z11 : Z00);
@@ -146,6 +189,10 @@ DEVICE void own_z(const Sweep &p, u32 base) {
                 products_begun();
                 products_done(o);
                 weigh_columns(o, weights + AFTER);
+                if (DOTS) {  // Z has a gradient and its transpose
+                    float2 x = by_column(o, k + h * PANEL);
+                    by_key.x += 0.5f * x.x, by_key.y += 0.5f * x.y;
+                }
                 products();
             }
             UNROLL for (int j = 0; j < 4; j++) multiply<1, 1>(o, dy + h * PANEL + j * 2048, tile1 + j * 2048, true);
@@ -162,7 +209,12 @@ DEVICE void own_z(const Sweep &p, u32 base) {
             }
             if (HALVES == 2 && !h) operand(first, o);
         }
+        if (DOTS && warp) put_line(lines + (warp - 1) * 256, by_key);
         group_sync(2);
+        if (DOTS && warp == 0) {
+            UNROLL for (int n = 0; n < 3; n++) add_line(by_key, lines + n * 256);
+            put_by_column(dots + row, by_key, scale, left);
+        }
         if (HALVES == 2) {
             leave(out + PANEL, o);
             leave(out, first);
@@ -204,6 +256,11 @@ DEVICE void own_z(const Sweep &p, u32 base) {
         }
         arrive(base + DK_THERE + 8 * at.i);
         if (HALVES == 2) put_rows<64>(cross, Z01, 1.0f);
+        if (is_kept(chunks - 1 - i)) {  // what lies above the diagonal for what lies below, too
+            u8 *to = kept_of(p, AT_KEPT_Z, chunks - 1 - i, 0);
+            keep(to, Z00, 0.5f * scale);
+            if (HALVES == 2) keep(to + PANEL, Z01, scale), keep(to + 3 * PANEL, Z11, 0.5f * scale);
+        }
     }
 }
 
@@ -212,7 +269,10 @@ DEVICE void move(const Sweep &p, u32 base) {
     Head head(p);
     int T = (int)head.tokens, chunks = head.chunks(), D = (int)p.keys, V = (int)p.values;
     Copies<B, -1> q(p, AT_Q, head, D), k(p, AT_K, head, D), v(p, AT_V, head, V), g(p, AT_G, head, V);
-    Copies<B, -1> y(p, AT_Y, head, D), dy(p, AT_DY, head, D), dv(p, AT_DV, head, V), dk(p, AT_DK, head, D);
+    Copies<B, -1> y(p, AT_Y, head, D);
+    Copies<B, -1, DY_BYTES> dy(p, AT_DY, head, D);
+    Copies<B, -1, DV_BYTES> dv(p, AT_DV, head, V);
+    Copies<B, -1, DK_BYTES> dk(p, AT_DK, head, D);
     LogGate gate(p, head, (chunks - 1) * (i64)W);
     Ring<STAGES> at;
     #pragma unroll 1

@@ -9,6 +9,7 @@ import functools
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,8 @@ from ...core.passes import Shape
 from ...core.request import Request
 from ...device import segments as rule
 from ...device.scan import Call, Place, heads
-from ...device.steps import Launch, Limits, Ref, Sum
+from ...device.steps import GateSum, Launch, Limits, Ref, Sum
+from ...device.tiles import Layout
 from ...errors import Unsupported
 
 LARGE = 200 << 10  # bytes of shared memory from which the widest float32 tiles fit
@@ -25,6 +27,7 @@ CHUNK = 32  # tokens; of 64 hla2 took 0.63 ms instead of 0.54 (B8 T4096 H16 D128
 FEW = 16  # tokens that are multiplied exactly: their one or two terms can cancel to the roundings
 PERIOD = 256  # tokens between the states that are kept for a gate's gradient
 WIDEST = 128  # columns of a state
+TIMED = (9, 0)  # the compute capability on which kernels were timed
 PAD = 8  # elements behind a row in shared memory, as in block.cuh
 TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "float64": 3}  # as block.cuh counts them
 Constants = Mapping[str, Any]
@@ -71,14 +74,30 @@ class Kernel:
         self.function: Function | None = None
         self.shared = 0
 
+    def given(self, addresses: Sequence[Any]) -> list[int]:
+        """Return where its operands lie."""
+        return [(addresses[slot] or 0) + offset for slot, offset in self.places]
+
     def __call__(self, arrays: list[Any], addresses: list[Any], stream: Any) -> None:
         """Launch it on arrays whose addresses are known."""
-        given = [(addresses[slot] or 0) + offset for slot, offset in self.places]
+        given = self.given(addresses)
         if self.function is None:
             constants, self.shared = self.constants(given)
             self.function = self.load(self.name, constants, self.shared, self.where)
         argument = np.frombuffer(self.pack(*given) + self.rest, dtype=self.kind)
         self.function(self.grid, self.block, (argument,), shared_mem=self.shared)
+
+
+def load_all(kernels: Iterable[Kernel], addresses: Sequence[Any]) -> None:
+    """Load kernels, those that are to be compiled side by side."""
+    found = {}
+    for x in kernels:
+        constants, shared = x.constants(x.given(addresses))
+        found[x.name, *constants.items(), shared] = x.load, (x.name, constants, shared, x.where)
+    if len(found) > 1:
+        with ThreadPoolExecutor(len(found)) as pool:
+            for done in [pool.submit(load, *text) for load, text in found.values()]:
+                done.result()
 
 
 def operand(strides: Sequence[int], dtype: Any) -> bytes:
@@ -95,6 +114,12 @@ def limits(request: Request, card: Card) -> Limits:
     able = (narrow or half) and max(request.k_shape[-1], request.v_shape[-1]) <= values
     both = (None, "decay", "log_gate") if able else ()  # of one tile of values alone
     return Limits(keys, -1, 0, 0, symmetric=both, tile=values, chunk=CHUNK, period=PERIOD)
+
+
+def untimed(card: Card) -> str:
+    """Say that kernels were compiled for such a GPU and not timed on it, or ""."""
+    at = ".".join(map(str, card.capability))
+    return "" if card.capability == TIMED else f"; compiled, not timed, for compute capability {at}"
 
 
 def segments(request: Request, card: Card) -> int:
@@ -230,7 +255,7 @@ def memory(c: Constants) -> int:
     return int(total + rows * W * (4 if c["SUM_TYPE"] == "float" else 8))
 
 
-AXES, TERMS = 8, 4  # of a sum, as in sum.cu
+AXES, TERMS, SUMMED = 8, 4, 2  # of a sum, as in sum.cu
 
 
 def total(load: Load, call: Call, s: Sum) -> Iterator[Kernel]:
@@ -247,22 +272,22 @@ def total(load: Load, call: Call, s: Sum) -> Iterator[Kernel]:
 
 
 def _sum(
-    load: Load, call: Call, o: Place, dtype: Any, terms: Sequence[tuple[float, Place, Any]]
+    load: Load,
+    call: Call,
+    o: Place,
+    dtype: Any,
+    terms: Sequence[tuple[float, Place, Any]],
+    gate: tuple[int, Place, Any] | None = None,
 ) -> Kernel:
+    """Return the kernel of a sum; of gradients of a gate with its number, place and dtype."""
     shape, strides, _ = o.layout
     lists, sums = [strides], []
     for _, x, _ in terms:
-        of, steps, _ = x.layout
-        extra = max(0, len(of) - len(shape))
-        missing = (0,) * (len(shape) - len(of))
-        pairs = list(zip(of, steps, strict=True))
-        summed = [pair for pair in pairs[:extra] if pair[0] != 1]
-        walked = []
-        for (n, step), size in zip(pairs[extra:], shape[len(missing) :], strict=True):
-            walked.append(0 if n == 1 else step if n == size else 0)
-            summed += [(n, step)] if n != size and n != 1 else []
-        lists.append((*missing, *walked))
+        walked, summed = axes_of(x, shape)
+        lists.append(walked)
         sums.append(merged(summed))
+    number, place, kind = gate or (0, None, None)
+    lists.append((0,) * len(shape) if place is None else place.layout.strides)
     axes = merged([(n, *steps) for n, *steps in zip(shape, *lists, strict=True)], AXES)
     found = padded(axes, len(lists))
     words = b""
@@ -276,18 +301,61 @@ def _sum(
         )  # fmt: skip
     count = math.prod(shape)
     words += struct.pack(
-        f"<{2 * AXES + 3}q", *found[0], *found[1], TYPES[str(dtype)], count, len(terms)
-    )
-    places = [*(x for _, x, _ in terms), *[None] * (TERMS - len(terms)), o]
-    sizes = [*(d.itemsize for *_, d in terms), *[0] * (TERMS - len(terms)), dtype.itemsize]
-    kind = {"TOTAL": "double" if str(dtype) == "float64" else "float"}
+        f"<{3 * AXES + 4}q", *found[0], *found[1], *found[-1], TYPES[str(dtype)],
+        0 if kind is None else TYPES[str(kind)], count, len(terms),
+    )  # fmt: skip
+    places = [*(x for _, x, _ in terms), *[None] * (TERMS - len(terms)), place, o]
+    sizes = [*(d.itemsize for *_, d in terms), *[0] * (TERMS - len(terms))]
+    sizes += [0 if kind is None else kind.itemsize, dtype.itemsize]
+    exact = str(dtype) == "float64" or number == 1  # a decay's terms are
+    constants = {"TOTAL": "double" if exact else "float", "GATE_KIND": number}
     return Kernel(
         load, call.where, "sum.cu", -(-count // 256), 256, places, sizes, words,
-        lambda addresses: (kind, 0),
+        lambda addresses: (constants, 0),
     )  # fmt: skip
 
 
-def merged(axes: Sequence[tuple[int, ...]], most: int = 2) -> list[tuple[int, ...]]:
+def axes_of(x: Place, shape: Shape) -> tuple[Shape, list[tuple[int, ...]]]:
+    """Return how a term is walked by the axes of a sum, and what of its own is summed."""
+    of, steps, _ = x.layout
+    extra = max(0, len(of) - len(shape))
+    missing = (0,) * (len(shape) - len(of))
+    pairs = list(zip(of, steps, strict=True))
+    summed: list[tuple[int, ...]] = [pair for pair in pairs[:extra] if pair[0] != 1]
+    walked = []
+    for (n, step), size in zip(pairs[extra:], shape[len(missing) :], strict=True):
+        walked.append(0 if n == 1 else step if n == size else 0)
+        summed += [(n, step)] if n != size and n != 1 else []
+    return (*missing, *walked), summed
+
+
+def gate_sum(load: Load, call: Call, s: GateSum) -> Iterator[Kernel]:
+    """Return the kernel of a GateSum: that of a sum, to a decay's shape of the last axis too."""
+    log = call.request.gate == "log_gate"
+    o, gate = (x if log else unsqueezed(x) for x in (call.place(s.o), call.place(s.gate)))
+    terms = [(1.0, call.place(x), call.dtypes[x.name]) for x in s.terms]
+    if math.prod(o.layout.shape):
+        yield _sum(
+            load, call, o, call.dtypes[s.o.name], terms,
+            (2 if log else 1, gate, call.dtypes[s.gate.name]),
+        )  # fmt: skip
+
+
+def unsqueezed(x: Place) -> Place:
+    """Return an array with one more axis behind."""
+    shape, strides, offset = x.layout
+    return x._replace(layout=Layout((*shape, 1), (*strides, 0), offset))
+
+
+def summable(call: Call, s: GateSum) -> bool:
+    """Whether one kernel does a GateSum."""
+    shape = call.place(s.o).layout.shape
+    shape = shape if call.request.gate == "log_gate" else (*shape, 1)
+    axes = (merged(axes_of(call.place(x), shape)[1], AXES) for x in s.terms)
+    return len(s.terms) <= TERMS and all(len(x) <= SUMMED for x in axes)
+
+
+def merged(axes: Sequence[tuple[int, ...]], most: int = SUMMED) -> list[tuple[int, ...]]:
     """Make neighbouring axes, each its size and strides, one where all strides allow."""
     found: list[tuple[int, ...]] = []
     for n, *steps in axes:

@@ -156,8 +156,9 @@ DEVICE int weights_at(u32 slot, bool is_last, int group) {
 
 // ---- Copies of a chunk's rows: 16 bytes a thread, rows and columns that are not there are zeros
 
-// By DIRECTION: 1 first chunk first, -1 last chunk first.
-template <int WIDTH, int DIRECTION = 1> struct Copies {
+// By DIRECTION: 1 first chunk first, -1 last chunk first. Elements in memory have so many BYTES: results may
+// be float32.
+template <int WIDTH, int DIRECTION = 1, int BYTES = 2> struct Copies {
     static constexpr int IN_ROW = WIDTH / 8, APART = 128 / IN_ROW, COUNT = W / APART;
     u8 *from;  // of this thread's first row
     i64 step, right;
@@ -169,8 +170,8 @@ template <int WIDTH, int DIRECTION = 1> struct Copies {
         int t = thread_of_group(), column = t % IN_ROW;
         row = t / IN_ROW;
         i64 begin = DIRECTION > 0 ? 0 : (head.chunks() - 1) * (i64)W;
-        left = columns - first - column * 8, step = x.row * 2, right = x.column;
-        from = p.at[operand] + head.offset(x, 0, head.first + begin + row, first + column * 8) * 2;
+        left = columns - first - column * 8, step = x.row * BYTES, right = x.column;
+        from = p.at[operand] + head.offset(x, 0, head.first + begin + row, first + column * 8) * BYTES;
         to = column / 8 * PANEL + row * 128 + ((column ^ row) % 8) * 16;
     }
     DEVICE void load(u32 tile, int rows) {
@@ -187,10 +188,10 @@ template <int WIDTH, int DIRECTION = 1> struct Copies {
     }
     // Store rows, or add them to what is there; some at a time, whose sums do not wait for each other.
     template <bool ADD = false> DEVICE void store(u32 tile, int rows) {
-        constexpr int EACH = ADD ? 4 : 1;
+        constexpr int EACH = ADD && BYTES == 2 ? 4 : 1;
         UNROLL for (int j = 0; j < COUNT; j += EACH) {
             uint4 old[EACH];
-            if (ADD) UNROLL for (int e = 0; e < EACH; e++) {
+            if (ADD && BYTES == 2) UNROLL for (int e = 0; e < EACH; e++) {
                 bool there = row + (j + e) * APART < rows;
                 const u8 *p = from + (j + e) * APART * step;
                 if (FAST)
@@ -200,8 +201,14 @@ template <int WIDTH, int DIRECTION = 1> struct Copies {
             }
             UNROLL for (int e = 0; e < EACH; e++) {
                 uint4 x = load16(tile + to + (j + e) * APART * 128);
-                if (ADD) x = sum(x, old[e]);
-                put(from + (j + e) * APART * step, x, row + (j + e) * APART < rows);
+                u8 *p = from + (j + e) * APART * step;
+                bool there = row + (j + e) * APART < rows;
+                if (BYTES == 4) {
+                    put_wide<ADD>(p, x, there);
+                } else {
+                    if (ADD) x = sum(x, old[e]);
+                    put(p, x, there);
+                }
             }
         }
         from += DIRECTION * W * step;
@@ -213,6 +220,24 @@ template <int WIDTH, int DIRECTION = 1> struct Copies {
             u32 pair[4] = {x.x, x.y, x.z, x.w};
             UNROLL for (int i = 0; i < 8; i++)
                 if (i < left) ((u16 *)p)[i * right] = (u16)(pair[i / 2] >> (i % 2 * 16));
+        }
+    }
+    template <bool ADD> DEVICE void put_wide(u8 *p, uint4 x, bool there) const {
+        u32 pair[4] = {x.x, x.y, x.z, x.w};
+        UNROLL for (int h = 0; h < 2; h++) {
+            float y[4] = {of_bf16(pair[2 * h]), of_bf16_high(pair[2 * h]),
+                          of_bf16(pair[2 * h + 1]), of_bf16_high(pair[2 * h + 1])};
+            if (FAST && there && (WHOLE || left > 0)) {
+                float4 *to = (float4 *)p + h;
+                float4 old = {};
+                if (ADD) old = *to;
+                *to = {old.x + y[0], old.y + y[1], old.z + y[2], old.w + y[3]};
+            } else if (!FAST && there) {
+                UNROLL for (int i = 0; i < 4; i++) {
+                    float *to = (float *)p + (4 * h + i) * right;
+                    if (4 * h + i < left) *to = y[i] + (ADD ? *to : 0.0f);
+                }
+            }
         }
     }
     DEVICE static uint4 sum(uint4 x, uint4 y) { return {sum(x.x, y.x), sum(x.y, y.y), sum(x.z, y.z), sum(x.w, y.w)}; }

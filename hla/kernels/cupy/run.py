@@ -14,13 +14,14 @@ from ...core.passes import Shape
 from ...core.reference import Gradients
 from ...core.request import Inputs, Request
 from ...device.elementwise import elementwise, part
-from ...device.scan import Again, Call, Device, Do, Runner
+from ...device.scan import Again, Call, Device, Do, Ready, Runner
 from ...device.steps import (
     Carry,
     Divide,
     Fading,
     Fused,
     GateGradient,
+    GateSum,
     Launch,
     Ref,
     Row,
@@ -37,6 +38,7 @@ from . import step as one_token
 
 Array = Any
 NARROW = ("bfloat16", "float16")
+ALIGNED = 256  # an address, as pools give it
 
 
 class Memory(NamedTuple):
@@ -66,12 +68,11 @@ def steps(memory: Memory, kernels: Kernels, call: Call, step: Step) -> Iterable[
     """Return what does a step."""
     if isinstance(step, Fused):
         return kernels.fused[step.row](memory.load, call, step)
-    if type(step) in kernels.steps:
-        if isinstance(step, GateGradient) and not between.ordered(call.place(step.gate)):
-            return [_of_copies(memory, call, step, [step.gate.name], _kernels)]
+    able = not isinstance(step, GateSum) or launch.summable(call, step)
+    if able and type(step) in kernels.steps:
         return list(kernels.steps[type(step)](memory.load, call, step))
     narrow = [n for n in sorted(names(step)) if str(call.dtypes[n]) in NARROW]
-    return [_of_copies(memory, call, step, narrow, _by_library)]
+    return [_of_copies(memory, call, step, narrow)]
 
 
 STEPS: dict[type, Callable[[launch.Load, Call, Any], Iterator[launch.Kernel]]] = {
@@ -79,14 +80,11 @@ STEPS: dict[type, Callable[[launch.Load, Call, Any], Iterator[launch.Kernel]]] =
     Sum: launch.total,
     Divide: between.divide,
     GateGradient: between.gate_gradient,
+    GateSum: launch.gate_sum,
     Fading: between.fading,
     Carry: between.carry,
 }
 CUDA = Kernels(STEPS, rows.rows, rows.KERNELS, token=True)
-
-
-def _kernels(memory: Memory, call: Call, step: Step) -> list[Do]:
-    return list(STEPS[type(step)](memory.load, call, step))
 
 
 def _by_library(memory: Memory, call: Call, step: Step) -> list[Do]:
@@ -104,14 +102,8 @@ def _by_library(memory: Memory, call: Call, step: Step) -> list[Do]:
     return [do]
 
 
-def _of_copies(
-    memory: Memory,
-    call: Call,
-    step: Step,
-    copied: Sequence[str],
-    make: Callable[[Memory, Call, Step], list[Do]],
-) -> Do:
-    """Return what does a step on copies of arrays, float32 and in order, which are copied back."""
+def _of_copies(memory: Memory, call: Call, step: Step, copied: Sequence[str]) -> Do:
+    """Return what does a step in the library's namespace on float32 copies, copied back."""
     wide, count = memory.dtype("float32"), len(call.slots)
     here = {f"{n}#": count + i for i, n in enumerate(copied)}
     shapes = [call.layouts[n].shape for n in copied]
@@ -131,7 +123,7 @@ def _of_copies(
         found = (Sum(Ref(n + to), ((1.0, Ref(n + of)),)) for n in which)
         return [x for s in found for x in launch.total(memory.load, both, s)]
 
-    doing = copies("#", "", copied) + make(memory, alone, step)
+    doing = copies("#", "", copied) + _by_library(memory, alone, step)
     doing += copies("", "#", sorted(written(step).intersection(copied)))
 
     def do(arrays: list[Array], addresses: list[Any], stream: Any) -> None:
@@ -161,6 +153,11 @@ def device(memory: Memory, kernels: Kernels) -> Device:
         size = x.dtype.itemsize
         return Layout(tuple(x.shape), tuple(s // size for s in x.strides))
 
+    def begin(ready: Ready, arrays: Sequence[Array], addresses: list[Any]) -> None:
+        """Load a plan's kernels; what it will allocate begins at whole 16 bytes."""
+        every = [x for turn in ready.turns for x in turn.do if isinstance(x, launch.Kernel)]
+        launch.load_all(every, [*addresses, *[ALIGNED] * ready.more, None])
+
     return Device(
         steps=functools.partial(steps, memory, kernels),
         limits=launch.limits,
@@ -174,6 +171,7 @@ def device(memory: Memory, kernels: Kernels) -> Device:
         addresses=lambda arrays: [address(x) for x in arrays],
         address=address,
         alike=alike,
+        begin=begin,
         run=lambda ready, arrays, addresses: memory.inside(
             ready.call.where, lambda: ready(arrays, addresses, None)
         ),

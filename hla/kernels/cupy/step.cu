@@ -9,30 +9,15 @@
 // the rows of its upper triangle one behind the other: what lies above the diagonal counts for its
 // row and for its column.
 //
-// Bytes a head of hla2, D = V = 128: 2 x 2 x 64 KB. 1024 heads: 268 MB, 0.089 ms at 3.0 TB/s;
-// one H100 takes 0.099. Packed 2 x (33 + 64) KB: 204 MB, 0.068 ms; 0.092 with F prefetched to L2, which
-// was slower in the variants timed both ways, so it is left out. Slower too: S and F copied to shared
-// memory at once (0.101; rows so 0.141).
+// Bytes a head of hla2, D = V = 128: 2 x 2 x 64 KB. 1024 heads: 268 MB, 0.094 ms at 2.85 TB/s;
+// one H100 takes 0.100. Packed 2 x (33 + 64) KB: 204 MB, 0.071 ms; 0.0873. Slower: F prefetched to the
+// second-level cache, and S and F copied to shared memory at once (0.101; rows so 0.141). On Hopper
+// hopper_step.cu takes the states that are whole.
 #include "ptx.cuh"
 #include "arrays.cuh"
+#include "step.cuh"
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS, BLOCKS = 2, ROWS = 16, MATRICES = 6, VECTORS = 4, TURNS = 12, NAMES = 8;
-constexpr int GATE = 3, O = 4, OLD = 5, NEW = OLD + MATRICES, OLD_VECTOR = NEW + MATRICES;
-constexpr int NEW_VECTOR = OLD_VECTOR + VECTORS, OPERANDS = NEW_VECTOR + VECTORS;
-struct Field {
-    i64 head[3], row, column, type;
-};
-struct Turn {  // vectors by number (q, k, v are 0, 1, 2; o is 3), states by number or -1
-    int q, k, v, out, matrix, vector, power, strict, first, weighs, rows, columns, packed;
-    float factor;
-};
-struct Step {
-    u8* at[OPERANDS];
-    Field of[OPERANDS];
-    Turn turn[TURNS];
-    i64 turns, keys, values, heads1, heads2, log, gated, divides;
-    double scale, eps;
-};
+constexpr int BLOCKS = 2, ROWS = 16;
 
 // y = q S of one warp's rows of a packed S (D x D), which is updated: y is added to ``sums``.
 DEVICE void triangle(
@@ -71,10 +56,10 @@ DEVICE void triangle(
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int c = c0 + 32 * i;
-                    const float y = turn.first ? g * x[r][i] + key * k_c[i] : x[r][i];
+                    const float y = turn.first ? advanced(g, x[r][i], key, k_c[i]) : x[r][i];
                     const float read = turn.strict ? x[r][i] : y;
-                    own[r] += row <= c ? q_c[i] * read : 0.f;
-                    sum[i] += row < c ? query * read : 0.f;
+                    own[r] = row <= c ? fmaf(q_c[i], read, own[r]) : own[r];
+                    sum[i] = row < c ? fmaf(query, read, sum[i]) : sum[i];
                     if (writes && row <= c && c < D) at[32 * i * to] = y;
                 }
             }
@@ -94,21 +79,13 @@ DEVICE void triangle(
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const __grid_constant__ Step p) {
     extern __shared__ __align__(16) u8 memory[];
-    float* vectors = (float*)memory;  // (NAMES, WIDTH)
-    float* parts = vectors + NAMES * WIDTH;  // (WARPS, WIDTH)
-    float* dens = parts + WARPS * WIDTH;  // of each name
-    float* weights = dens + NAMES;  // of each warp
+    const Room room = room_at(memory);
+    float *vectors = room.vectors, *parts = room.parts, *dens = room.dens;
     const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-    const i64 index = blockIdx.x;
-    const i64 head[3] = {index / p.heads2 / p.heads1, index / p.heads2 % p.heads1, index % p.heads2};
-    auto base = [&](int i) {
-        const Field& x = p.of[i];
-        i64 at = head[0] * x.head[0] + head[1] * x.head[1] + head[2] * x.head[2];
-        return p.at[i] + at * width_of((int)x.type);
-    };
+    const Head head = head_of(p, blockIdx.x);
     auto first = [&](int i) {  // of the heads that share an array, whether this one writes it
         bool found = true;
-        for (int axis = 0; axis < 3; axis++) found &= p.of[i].head[axis] != 0 || head[axis] == 0;
+        for (int axis = 0; axis < 3; axis++) found &= p.of[i].head[axis] != 0 || head.at[axis] == 0;
         return found;
     };
     for (int i = threadIdx.x; i < NAMES * WIDTH; i += THREADS) vectors[i] = 0.f;
@@ -116,15 +93,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const 
     __syncthreads();
     for (int n = 0; n < 3; n++) {
         const int count = (int)(n == 2 ? p.values : p.keys);
-        const u8* from = base(n);
-        for (int i = threadIdx.x; i < count; i += THREADS)
-            vectors[n * WIDTH + i] = get(from, i * p.of[n].column, (int)p.of[n].type) * (n ? 1.f : (float)p.scale);
+        for (int i = threadIdx.x; i < count; i += THREADS) vectors[n * WIDTH + i] = element(p, head, n, i);
     }
-    double log_g = 0.;
-    if (p.gated) {
-        log_g = get(base(GATE), 0, (int)p.of[GATE].type);
-        if (!p.log) log_g = log(log_g);
-    }
+    const double log_g = log_gate(p, head);
     __syncthreads();
 
 #pragma unroll 1
@@ -132,11 +103,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const 
         const Turn& turn = p.turn[n];
         const float g = turn.power && p.gated ? (float)exp(log_g * turn.power) : 1.f;
         const float *q = vectors + turn.q * WIDTH, *k = vectors + turn.k * WIDTH, *v = vectors + turn.v * WIDTH;
-        float* out = vectors + turn.out * WIDTH;
         const int old = turn.first || turn.strict ? OLD + turn.matrix : NEW + turn.matrix;
         const Field &from = p.of[old], &to = p.of[NEW + turn.matrix];
-        const float* S = (const float*)base(old);
-        float* made = (float*)base(NEW + turn.matrix);
+        const float* S = (const float*)base(p, head, old);
+        float* made = (float*)base(p, head, NEW + turn.matrix);
         const bool there = p.at[old] != 0, writes = turn.first && first(NEW + turn.matrix);
 #if PACKED
         if (turn.packed)
@@ -175,8 +145,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const 
                     float y[4];
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        y[i] = turn.first ? g * x[r][i] + key * mate[i] : x[r][i];
-                        sum[i] += query * (turn.strict ? x[r][i] : y[i]);
+                        y[i] = turn.first ? advanced(g, x[r][i], key, mate[i]) : x[r][i];
+                        sum[i] = fmaf(query, turn.strict ? x[r][i] : y[i], sum[i]);
                     }
                     if (!writes) continue;
                     float* at = made + row * to.row + c * to.column;
@@ -197,35 +167,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const 
         if (turn.vector >= 0 && (turn.first || turn.weighs)) {
             const int was = turn.first || turn.strict ? OLD_VECTOR + turn.vector : NEW_VECTOR + turn.vector;
             const float w = dens[turn.v];
-            const float* m = (const float*)base(was);
-            float* to = (float*)base(NEW_VECTOR + turn.vector);
+            const float* m = (const float*)base(p, head, was);
+            float* to = (float*)base(p, head, NEW_VECTOR + turn.vector);
             const bool writes = turn.first && first(NEW_VECTOR + turn.vector);
             for (int d = threadIdx.x; d < turn.rows; d += THREADS) {
                 const float x = p.at[was] ? m[d * p.of[was].row] : 0.f;
-                const float y = turn.first ? g * x + k[d] * w : x;
-                weight += q[d] * (turn.strict ? x : y);
+                const float y = turn.first ? advanced(g, x, k[d], w) : x;
+                weight = fmaf(q[d], turn.strict ? x : y, weight);
                 if (writes) to[d * p.of[NEW_VECTOR + turn.vector].row] = y;
             }
         }
-#pragma unroll
-        for (int step = 16; step; step /= 2) weight += __shfl_xor_sync(~0u, weight, step);
-        if (lane == 0) weights[warp] = weight;
-        __syncthreads();
-        for (int c = threadIdx.x; c < turn.columns; c += THREADS) {
-            float all = 0.f;
-#pragma unroll
-            for (int i = 0; i < WARPS; i++) all += parts[i * WIDTH + c];
-            out[c] += turn.factor * all;
-        }
-        if (threadIdx.x == 0 && turn.weighs) {
-            float all = 0.f;
-            for (int i = 0; i < WARPS; i++) all += weights[i];
-            dens[turn.out] += turn.factor * all;
-        }
-        __syncthreads();
+        collect(turn, room, weight, [] { __syncthreads(); });
     }
-    const float by = p.divides ? dens[3] + (float)p.eps : 1.f;
-    u8* o = base(O);
-    for (int i = threadIdx.x; i < p.values; i += THREADS)
-        put(o, i * p.of[O].column, (int)p.of[O].type, vectors[3 * WIDTH + i] / by);
+    finish(p, head, room);
 }

@@ -20,6 +20,9 @@ from .launch import TYPES, Kernel
 Array = Any
 MATRICES, VECTORS, TURNS, NAMES = 6, 4, 12, 8  # as in step.cu
 WIDEST = 512  # keys or values
+BULK = 128  # keys or values of states that are copied in bulk
+ROWS, PLACES = 32, 192 << 10  # rows of a piece of them; bytes of a multiprocessor for pieces
+MOST_PLACES = 64
 STATES = slice(5, 5 + 2 * MATRICES)  # among a kernel's operands
 MOST = 4096  # calls that are kept ready
 
@@ -54,7 +57,9 @@ def fits(request: Request) -> bool:
 
 def named(request: Request) -> str:
     """Name the kernels that take one token of such a sequence."""
-    return "step_kernel" if fits(request) else "the causal pass"
+    if not fits(request):
+        return "the causal pass"
+    return "hopper_step_kernel on Hopper from a state that is whole, else step_kernel"
 
 
 def _width(request: Request) -> int:
@@ -105,7 +110,9 @@ class Steps:
         if ready is None:
             if len(self.known) >= MOST:
                 self.known.clear()
-            ready = self.known[key] = self._ready(request, kind, arrays, gated, card)
+            aligned = not any(p % 16 for p in addresses[3 + gated :])
+            ready = self._ready(request, kind, arrays, gated, card, aligned)
+            self.known[key] = ready
         return ready
 
     def _take(
@@ -125,7 +132,7 @@ class Steps:
         return o, ready.kind(*fields)
 
     def _ready(
-        self, request: Request, kind: Any, given: list[Array], gated: bool, card: Any
+        self, request: Request, kind: Any, given: list[Array], gated: bool, card: Any, aligned: bool
     ) -> Ready:
         passes, shapes = turns(request), request.state_shapes()
         packed = kind in STATE_OF and "S" in shapes
@@ -166,14 +173,25 @@ class Steps:
             for turn in passes
         )
         words += bytes(struct.calcsize("<13if") * (TURNS - len(passes)))
+        alone = math.prod(batch)  # a state that heads share is read by all and written by one
+        owned = starts and updates(request)
+        for n, x, at in zip(names, given[first:], layouts[first:], strict=False):
+            each = math.prod(shapes[n][: -own[n]]) == alone
+            owned &= each and tuple(x.shape) == shapes[n] and at.strides == whole(x.shape)
         width, kernels = _width(request), []
+        bulk = owned and aligned and card.capability == (9, 0)
+        bulk = bulk and _in_bulk(request, passes, packed)
+        each_has = 2 if packed or width <= 64 else 1  # blocks of a multiprocessor
         for counts, strides, heads_of, mine in heads(batch, places, ranks):
             head = b"".join(
                 struct.pack("<6q", *lead, *_walked(x), kind)
                 for lead, x, kind in zip(strides, mine, types, strict=True)
             )
+            count = math.prod(counts)
+            blocks = min(count, each_has * card.processors) if bulk else count
             rest = struct.pack(
-                "<8q2d", len(passes), request.k_shape[-1], request.v_shape[-1], *counts[-2:],
+                "<10q2d", len(passes), request.k_shape[-1], request.v_shape[-1], count,
+                blocks, *counts[-2:],
                 request.gate == "log_gate", gated, request.normalize,
                 request.scale if request.scaled else 1.0, request.eps,
             )  # fmt: skip
@@ -188,18 +206,16 @@ class Steps:
             whole_rows &= min(request.k_shape[-1], request.v_shape[-1]) % 4 == 0
 
             constants = functools.partial(_constants, width, whole_rows, packed)
-            if math.prod(counts):
+            if bulk:
+                constants = functools.partial(_places, width, each_has)
+            if count:
                 kernels.append(
                     Kernel(
-                        self.memory.load, card, "step.cu", math.prod(counts), 256, heads_of, sizes,
+                        self.memory.load, card, "hopper_step.cu" if bulk else "step.cu", blocks,
+                        288 if bulk else 256, heads_of, sizes,
                         head + words + rest, constants,
                     )
                 )  # fmt: skip
-        alone = math.prod(batch)  # a state that heads share is read by all and written by one
-        owned = starts and updates(request)
-        for n, x, at in zip(names, given[first:], layouts[first:], strict=False):
-            each = math.prod(shapes[n][: -own[n]]) == alone
-            owned &= each and tuple(x.shape) == shapes[n] and at.strides == whole(x.shape)
         spans = tuple(
             span(x.shape, x.strides) * given[i].dtype.itemsize for i, x in enumerate(layouts)
         )
@@ -242,6 +258,21 @@ def _constants(
     able = able and not any(x % 16 for x in at[STATES])
     fixed = {"WIDTH": width, "WHOLE": int(able), "PACKED": int(packed)}
     return fixed, 4 * ((NAMES + 8) * width + NAMES + 8)
+
+
+def _in_bulk(request: Request, passes: Sequence[Turn], packed: bool) -> bool:
+    """Whether pieces of all states, where these are whole, begin and end at whole 16 bytes."""
+    D, V = request.k_shape[-1], request.v_shape[-1]
+    plain = all(turn.first and not turn.strict for turn in passes)
+    return plain and max(D, V) <= BULK and not (D % (8 if packed else 4) or V % 4)
+
+
+def _places(width: int, blocks: int, at: Sequence[int]) -> tuple[dict[str, Any], int]:
+    """Return macros and bytes of shared memory where states are copied in bulk."""
+    each = ROWS * width * 4
+    places = min(MOST_PLACES, PLACES // blocks // each)
+    room = 4 * ((NAMES + 8) * width + NAMES + 8)
+    return {"WIDTH": width, "SLOTS": places, "BLOCKS": blocks}, places * (each + 16) + room
 
 
 def _walked(own: Shape) -> Shape:

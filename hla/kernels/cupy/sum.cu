@@ -2,6 +2,9 @@
 //
 // A term is walked by the axes of o (stride 0 where it is broadcast), then by up to two of its own
 // that are summed, in order. Sums in float32, of float64 results in float64. No terms: zeros.
+//
+// GATE_KIND: of gradients of the gate's logarithm; 1, a decay, by which it is divided; 2, a log gate, 0 where it
+// is -inf.
 #include "ptx.cuh"
 #include "arrays.cuh"
 
@@ -11,21 +14,22 @@ struct Term {
     double factor;
 };
 struct Sums {
-    u8* at[MOST + 1];  // of terms, of o
+    u8* at[MOST + 2];  // of terms, of the gate, of o
     Term term[MOST];
-    i64 sizes[AXES], strides[AXES], type, count, terms;
+    i64 sizes[AXES], strides[AXES], gate[AXES], type, gate_type, count, terms;
 };
 
 extern "C" __global__ void __launch_bounds__(256) sum_kernel(const __grid_constant__ Sums p) {
     i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
     if (i >= p.count) return;
-    i64 to = 0, from[MOST] = {};
+    i64 to = 0, of_gate = 0, from[MOST] = {};
 #pragma unroll
     for (int axis = AXES - 1; axis >= 0; axis--) {
         if (p.sizes[axis] == 1) continue;
         i64 place = i % p.sizes[axis];
         i /= p.sizes[axis];
         to += place * p.strides[axis];
+        if (GATE_KIND) of_gate += place * p.gate[axis];
 #pragma unroll
         for (int n = 0; n < MOST; n++) from[n] += place * p.term[n].strides[axis];
     }
@@ -43,5 +47,10 @@ extern "C" __global__ void __launch_bounds__(256) sum_kernel(const __grid_consta
             }
         total += (TOTAL)x.factor * sum;
     }
-    put(p.at[MOST], to, (int)p.type, total);
+    if (GATE_KIND) {
+        const float gate = get(p.at[MOST], of_gate, (int)p.gate_type);
+        if (GATE_KIND == 1) total /= gate < 1e-30f ? 1e-30f : gate;  // a NaN stays
+        else if (gate == __uint_as_float(0xff800000u)) total = 0;
+    }
+    put(p.at[MOST + 1], to, (int)p.type, total);
 }

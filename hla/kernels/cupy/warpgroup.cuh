@@ -28,7 +28,33 @@ DEVICE void barrier_arrive_copies(u32 bar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
 
-// What threads have written to shared memory, for products to read.
+// ---- Bulk copies of whole 16 bytes, which another unit does
+
+DEVICE u64 evicted_first() {  // what their lines are in the second-level cache
+    u64 found;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(found));
+    return found;
+}
+
+// To shared memory; a barrier, of which this is an arrival, waits for its bytes too.
+DEVICE void bulk_load(u32 to, const void* from, u32 bytes, u32 bar, u64 policy) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(bar), "l"(policy) : "memory");
+}
+
+// From shared memory, a group by itself.
+DEVICE void bulk_store(void* to, u32 from, u32 bytes, u64 policy) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;"
+                 ::"l"(to), "r"(from), "r"(bytes), "l"(policy) : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// All but the last N of this thread's stores have read what they store.
+template <int N> DEVICE void bulk_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }
+
+// What threads have written to shared memory, for products and bulk copies to read.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 DEVICE void group_sync(int name) { asm volatile("bar.sync %0, 128;" ::"r"(name) : "memory"); }

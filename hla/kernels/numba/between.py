@@ -14,15 +14,18 @@ from numba import cuda
 from ..cupy.launch import AXES, TERMS
 from .instructions import Constants, Text
 
+LEAST = 1e-30  # decay
+
 
 def total(c: Constants, t: Any) -> Callable[..., None]:
     """Return o = sum of factor * term, each broadcast, or summed over axes: a thread an element.
 
     A term is walked by the axes of o (stride 0 where it is broadcast), then by up to two of its own
-    that are summed, in order.
+    that are summed, in order. Of gradients of a gate's logarithm (GATE_KIND 1: a decay) the sum is
+    divided by it, or (2: a log gate) 0 where it is -inf.
     """
-    get, put, f64, i64, device = t.get64, t.put64, t.f64, t.i64, t.device
-    kind = f64 if c["TOTAL"] == "double" else t.f32
+    get, put, f32, f64, i64, device = t.get64, t.put64, t.f32, t.f64, t.i64, t.device
+    kind, GATE_KIND = f64 if c["TOTAL"] == "double" else f32, c["GATE_KIND"]
 
     @device
     def one(base, strides, own, factor, places):
@@ -36,12 +39,12 @@ def total(c: Constants, t: Any) -> Callable[..., None]:
                 found += kind(get(base, at + a * own[2] + b * own[3], own[4]))
         return kind(factor) * found
 
-    def add(at, s0, n0, f0, s1, n1, f1, s2, n2, f2, s3, n3, f3, sizes, strides, rest):
+    def add(at, s0, n0, f0, s1, n1, f1, s2, n2, f2, s3, n3, f3, sizes, strides, gate, rest):
         i = i64(cuda.blockIdx.x) * 256 + cuda.threadIdx.x
-        kind_of, count, terms = rest
+        type_o, type_gate, count, terms = rest
         if i < count:
             places = cuda.local.array(AXES, i64)
-            to = i64(0)
+            to, of_gate = i64(0), i64(0)
             for n in range(AXES):
                 axis = AXES - 1 - n
                 if sizes[axis] == 1:
@@ -50,6 +53,7 @@ def total(c: Constants, t: Any) -> Callable[..., None]:
                     places[axis] = i % sizes[axis]
                     i //= sizes[axis]
                 to += places[axis] * strides[axis]
+                of_gate += places[axis] * gate[axis]
             found = kind(0)
             if terms > 0:
                 found += one(at[0], s0, n0, f0, places)
@@ -59,7 +63,13 @@ def total(c: Constants, t: Any) -> Callable[..., None]:
                 found += one(at[2], s2, n2, f2, places)
             if terms > 3:
                 found += one(at[3], s3, n3, f3, places)
-            put(at[4], to, kind_of, f64(found))
+            if GATE_KIND:
+                a = f32(get(at[4], of_gate, type_gate))
+                if GATE_KIND == 1:
+                    found /= kind(LEAST if a < LEAST else a)  # a NaN stays
+                elif a == -math.inf:
+                    found = kind(0)
+            put(at[5], to, type_o, f64(found))
 
     return add
 
@@ -183,7 +193,7 @@ def carry(c: Constants, t: Any) -> Callable[..., None]:
 
 
 KERNELS = {
-    "sum.cu": Text(total, (TERMS + 1, *(AXES, 5, float) * TERMS, AXES, AXES, 3)),
+    "sum.cu": Text(total, (TERMS + 2, *(AXES, 5, float) * TERMS, AXES, AXES, AXES, 4)),
     "divide.cu": Text(divide, (5, *[Row] * 5, AXES, int, int, float)),
     "carry.cu": Text(carry, (5, Walk, Walk, Fade, Segments, float)),
 }

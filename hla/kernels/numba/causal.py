@@ -18,7 +18,8 @@ exchanges a and b and transposes L. One warp sums two chunks ahead, in float64; 
 floats, so that differences have float32's digits whatever the gate. A reset is a gate of -1e6.
 
 Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024: 0.18 ms at 3.0 TB/s for
-B = 8, T = 4096, H = 16. Products: 2 (1.25 W + 2 D) V operations, 76 k.
+B = 8, T = 4096, H = 16. Products: 2 (1.25 W + 2 D) V operations, 76 k. One H100 took 0.296 ms for
+linear (60% of its bytes' time), CuPy's kernel of the same algorithm 0.294 in that run.
 
 Constants are those of `cupy.launch.settings`, arguments those of `cupy.launch.passes`.
 """

@@ -9,7 +9,7 @@ from typing import Any
 from cuda.bindings import driver
 
 from ..cupy.launch import Card
-from . import streams
+from . import blocks, streams
 from .build import kept
 from .device import TEXTS
 from .instructions import Constants
@@ -55,11 +55,15 @@ _lock = threading.Lock()
 
 
 def load(name: str, constants: Constants, shared: int, card: Card) -> Function:
-    """Return a kernel on the current device, compiled once for its constants."""
+    """Return a kernel on a device, compiled once for its constants."""
     key = name, tuple(constants.items()), shared, card.device
     found = _functions.get(key)
     if found is None:
         with _lock:
-            code = kept(name, TEXTS[name], constants, card.capability)
-            found = _functions[key] = Function(code, shared)
+            if key in _functions:
+                return _functions[key]
+            found = _functions[key] = blocks.inside(  # also of a thread that has no device yet
+                card.device,
+                lambda: Function(kept(name, TEXTS[name], constants, card.capability), shared),
+            )
     return found

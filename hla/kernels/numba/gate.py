@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 
 from numba import cuda
 
+from ..cupy.launch import AXES
 from .instructions import Constants, Text
 
 LEAST, RESET, NOTHING = 1e-30, -1e6, 5.9604644775390625e-08
 
 
 class Operands(NamedTuple):
-    """Addresses of arrays that lie in order, or the numbers of their types."""
+    """Addresses of arrays, in order but for the gate, or the numbers of their types."""
 
     reads: int
     writes: int
@@ -35,6 +36,7 @@ class Operands(NamedTuple):
     border: int
     state: int
     gradient: int
+    met: int
     o: int
 
 
@@ -49,6 +51,7 @@ class Sizes(NamedTuple):
     ends: int
     reads: int
     writes: int
+    met: int
 
 
 def gradient(c: Constants, t: Any) -> Callable[..., None]:
@@ -94,15 +97,31 @@ def gradient(c: Constants, t: Any) -> Callable[..., None]:
 
     @device
     def crossing(at, types, size, n, factor, shared, thread):
-        """Return factor <S, R> of (D, V) and (V, D)."""
+        """Return <S, R>, the sum of its parts, or factor times that of (D, V) and (V, D)."""
         count, total = size.keys * size.values, f64(0)
-        for i in range(thread, count, PERIOD):
-            d, v = i // size.values, i % size.values
-            S = get(at.state, n * count + i, types.state)
-            total += S * get(at.gradient, n * count + v * size.keys + d, types.gradient)
-        return summed(total, shared, thread) * factor
+        if at.met:
+            for i in range(size.met):
+                total += get(at.met, n * size.met + i, types.met)
+        else:
+            for i in range(thread, count, PERIOD):
+                d, v = i // size.values, i % size.values
+                S = get(at.state, n * count + i, types.state)
+                total += S * get(at.gradient, n * count + v * size.keys + d, types.gradient)
+            total = summed(total, shared, thread) * factor
+        return total
 
-    def gate_gradient(at, types, size, power, factor):
+    @device
+    def of_gate(head, sizes, strides):
+        """Return the elements from the gate's first to a head's."""
+        at = i64(0)
+        for n in range(AXES):
+            axis = AXES - 1 - n
+            if sizes[axis] != 1:
+                at += head % sizes[axis] * strides[axis]
+                head //= sizes[axis]
+        return at
+
+    def gate_gradient(at, types, size, power, factor, sizes, strides, step):
         shared = cuda.shared.array(0, f64)  # 32 sums, then three lists of chunks
         thread = i32(cuda.threadIdx.x)
         T = size.tokens
@@ -114,10 +133,11 @@ def gradient(c: Constants, t: Any) -> Callable[..., None]:
         B, after = f64(0), f64(0)
         if part == 0 and at.border:
             B = get(at.border, head, types.border)
-        if part > 0 and at.state:
+        states = at.state or at.met
+        if part > 0 and states:
             n = head * (parts - 1) + part - 1
             B = crossing(at, types, size, n, factor, shared, thread)
-        if part < parts - 1 and at.state:
+        if part < parts - 1 and states:
             n = head * (parts - 1) + part
             after = crossing(at, types, size, n, factor, shared, thread)
 
@@ -129,7 +149,8 @@ def gradient(c: Constants, t: Any) -> Callable[..., None]:
                 place = (head * size.writes + n) * 2 * T + token
                 d += get(at.writes, place, types.writes)
                 query += get(at.writes, place + T, types.writes)
-            a = get(at.gate, head * T + token if size.log else head, types.gate)
+            place = of_gate(head, sizes, strides)
+            a = get(at.gate, place + token * step if size.log else place, types.gate)
             if not size.log:
                 a = math.log(LEAST if a < LEAST else a)
         _, sum_a = in_chunk(a, shared, thread)
@@ -225,6 +246,6 @@ def _macros(c: Constants) -> Constants:
 
 
 KERNELS = {
-    "gate.cu": Text(gradient, (Operands, Operands, Sizes, float, float), _macros),
+    "gate.cu": Text(gradient, (Operands, Operands, Sizes, float, float, AXES, AXES, int), _macros),
     "fading.cu": Text(fading, (int, int, Parts), _macros),
 }

@@ -10,10 +10,6 @@ extern __shared__ __align__(128) u8 memory[];
 #define CALL(name, ...) extern "C" __device__ int hla_##name(__VA_ARGS__)
 #define APART(name, ...) extern "C" __device__ __noinline__ int hla_##name(__VA_ARGS__)
 #define TILE(at) ((const Element*)memory + at)
-#define BY_PITCH(f)                                                          \
-    (pitch == PITCH_1   ? f<PITCH_1>(TILE(at), 0, 0)                         \
-     : pitch == PITCH_2 ? f<PITCH_2>(TILE(at), 0, 0)                         \
-                        : f<PITCH_3>(TILE(at), 0, 0))
 constexpr int WORDS = sizeof(Block) / 4;
 struct Words {
     u32 x[WORDS];
@@ -38,10 +34,36 @@ struct Words {
 #define FLOATS float c0, float c1, float c2, float c3, float c4, float c5, float c6, float c7
 #define SUM Sum {{c0, c1, c2, c3, c4, c5, c6, c7}}
 
+// Address of an element in shared memory: in 32 bits, of which a load adds a constant by itself
+DEVICE u32 place(int at) { return shared_address(memory) + at * (int)sizeof(Element); }
+#if NARROW
+DEVICE int upright(int pitch) { return (threadIdx.x & 15) * pitch + (threadIdx.x >> 4 & 1) * 8; }
+DEVICE int across(int pitch) {
+    return ((threadIdx.x & 7) + (threadIdx.x >> 4 & 1) * 8) * pitch + (threadIdx.x >> 3 & 1) * 8;
+}
+DEVICE Block swapped(const Block& b) { return {b.x[0], b.x[2], b.x[1], b.x[3]}; }
+CALL(load, Block* r, int at, int pitch) { return ldmatrix(r->x, place(at) + upright(pitch) * 2), 0; }
+CALL(load_turned, Block* r, int at, int pitch) {
+    return ldmatrix_turned(r->x, place(at) + across(pitch) * 2), 0;
+}
+CALL(second, Block* r, int at, int pitch) {
+    ldmatrix(r->x, place(at) + across(pitch) * 2);
+    return *r = swapped(*r), 0;
+}
+CALL(second_turned, Block* r, int at, int pitch) {
+    ldmatrix_turned(r->x, place(at) + upright(pitch) * 2);
+    return *r = swapped(*r), 0;
+}
+#else
+#define BY_PITCH(f)                                                          \
+    (pitch == PITCH_1   ? f<PITCH_1>(TILE(at), 0, 0)                         \
+     : pitch == PITCH_2 ? f<PITCH_2>(TILE(at), 0, 0)                         \
+                        : f<PITCH_3>(TILE(at), 0, 0))
 CALL(load, Block* r, int at, int pitch) { return *r = BY_PITCH(load), 0; }
 CALL(load_turned, Block* r, int at, int pitch) { return *r = BY_PITCH(load_turned), 0; }
 CALL(second, Block* r, int at, int pitch) { return *r = BY_PITCH(second), 0; }
 CALL(second_turned, Block* r, int at, int pitch) { return *r = BY_PITCH(second_turned), 0; }
+#endif
 CALL(multiply, Sum* r, FLOATS, WORDS_OF(a), WORDS_OF(b)) {  // c + a b'
     Sum c = SUM;
     multiply(c, BLOCK(a), BLOCK(b));
@@ -69,7 +91,7 @@ CALL(put_pair, int* r, int at, float x, float y) { return put_pair((Element*)TIL
 
 // Copies into tiles: 16 bytes, not yet there; or eight 16-bit numbers that become float32.
 CALL(copy16, int* r, int at, i64 from, int bytes) {
-    return copy16(shared_address(TILE(at)), (const void*)from, bytes), *r = 0;
+    return copy16(place(at), (const void*)from, bytes), *r = 0;
 }
 CALL(widen8, int* r, int at, i64 from, i64 type, int there) {
     uint4 all = {0, 0, 0, 0};

@@ -30,6 +30,9 @@ def run_pass(
     lead = broadcast(k.shape[:-2], v.shape[:-2], gate.batch)
     batch = broadcast(q.shape[:-2], lead)
     o, end = np.empty((*batch, T, V), dtype), np.empty((*lead, D, V), dtype)
+    if not D:  # the kernel's products begin with their first number
+        o[:] = 0
+        return o, end
     start = np.zeros((D, V), dtype) if state is None else np.ascontiguousarray(state)
     arrays = [flat(x) for x in (q, k, v, _gates(gate, power, T), start, o, end)]
     table = heads(batch, *((x.shape[:-2], x.strides[:-2]) for x in arrays))

@@ -29,6 +29,7 @@ from .warpgroups import (
     gathered,
     halved,
     i32,
+    leave,
     leave_columns,
     leave_rows,
     loaded,
@@ -279,7 +280,7 @@ def owner_r(work: Work, own: Pass, power: int, start: Any, end: Any, left: Left 
 def stored(to: Any, R: Sequence[Array]) -> None:
     """Store a state in bfloat16, by halves."""
     for h, x in enumerate(R):
-        to.at[columns(h), :][...] = x.astype(BF16)
+        leave(to.at[columns(h), :], x.astype(BF16))
 
 
 def blocks_of(start: Any, place: Place, axes: tuple[Array, ...], B: int) -> list[Array]:
@@ -294,13 +295,12 @@ def blocks_of(start: Any, place: Place, axes: tuple[Array, ...], B: int) -> list
 
 def leave_blocks(to: Any, Z: Sequence[Array]) -> None:
     """Store Z by its blocks, and the one beside the diagonal as its mirror too."""
-    to.at[columns(0), columns(0)][...] = Z[0]
+    leave(to.at[columns(0), columns(0)], Z[0])
     if len(Z) > 1:
-        to.at[columns(0), columns(1)][...] = Z[1]
-        to.at[columns(1), columns(1)][...] = Z[2]
-        turned(to.at[columns(1), columns(0)])[...] = plgpu.layout_cast(
-            Z[1], plgpu.Layout.WGMMA_TRANSPOSED
-        )
+        leave(to.at[columns(0), columns(1)], Z[1])
+        leave(to.at[columns(1), columns(1)], Z[2])
+        mirror = plgpu.layout_cast(Z[1], plgpu.Layout.WGMMA_TRANSPOSED)
+        leave(turned(to.at[columns(1), columns(0)]), mirror)
 
 
 def blocks_added(

@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ...core.passes import Shape
 from .chunk import ROWS, TOTAL, W, Work, chunk
 from .sweep import OWN, Found, Operands, entry, weights_of
-from .warpgroups import places
+from .warpgroups import loaded, places
 from .warpgroups import turned as transposed
 
 Array = Any
@@ -109,17 +109,17 @@ class Tiles:
         found = None
         for ref in reversed(x):
             if turned:
-                plane = plgpu.load(transposed(ref), (), layout=TURNED)
+                plane = loaded(transposed(ref), TURNED)
                 plane = plgpu.layout_cast(plane, WGMMA)
             else:
-                plane = plgpu.load(ref, (), layout=WGMMA)
+                plane = loaded(ref, WGMMA)
             plane = plane.astype(jnp.float32)
             found = plane if found is None else found + plane
         return found
 
     def weights(self, row: int, axis: int, shape: tuple[int, int]) -> Array:
         """Return a row of the gate's weights along one axis of a tile."""
-        x = plgpu.load(self.gate, (row,), layout=WGMMA.reduce(1 - axis))
+        x = loaded(self.gate.at[row], WGMMA.reduce(1 - axis))
         return lax.broadcast_in_dim(x, shape, (axis,))
 
     def total(self) -> Array:
@@ -193,12 +193,12 @@ def _kernel(
     may set a register of that operand to 0 behind the product that reads it.
     """
     arrays = {**arrays, "nil": jnp.zeros((1,), jnp.int32)}
-    loaded = [name for name in ("q", "k", "v", "x") if name in arrays]
+    names = [name for name in ("q", "k", "v", "x") if name in arrays]
     columns = {"q": p.D, "k": p.D, "v": V, "x": V}
     narrow = p.out == "bfloat16"
     weighed = p.gated or p.write != 1
     scratch: dict[str, Any] = {}
-    sizes = {name: (W, columns[name]) for name in loaded}
+    sizes = {name: (W, columns[name]) for name in names}
     fixed = {"A": (W, W)} if p.reads else {}
     fixed |= {"k kept": (W, p.D)} if weighed else {}
     bytes_of = [sum(2 * count * a * b for a, b in x.values()) for x in (sizes, fixed)]
@@ -214,7 +214,7 @@ def _kernel(
         scratch["os"] = plgpu.SMEM((W, V), jnp.bfloat16, transforms=NARROW)
     elif p.reads:
         scratch["os"] = plgpu.SMEM((V, W), jnp.float32, transforms=WIDE)
-    copies = len(loaded) * count + p.gated
+    copies = len(names) * count + p.gated
     scratch["full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
     scratch["free"] = plgpu.Barrier(num_barriers=stages)
 
@@ -234,7 +234,7 @@ def _kernel(
         def _() -> None:
             chunks = C + r["nil"][0]  # so that the compiler keeps the loop
             if p.start:
-                S = plgpu.load(r["start"], (at["start"](head), mine), layout=WGMMA, optimized=False)
+                S = loaded(r["start"].at[at["start"](head), mine], WGMMA, optimized=False)
             else:
                 S = plgpu.layout_cast(jnp.full((V, p.D), 0, jnp.float32), WGMMA)
             S = lax.fori_loop(i32(0), chunks, functools.partial(turn, r, head, tile, mine), S)
@@ -254,7 +254,7 @@ def _kernel(
 
                 rows = pl.ds(place(c) * W, W)
                 full = r["full"].at[slot]
-                for name in loaded:
+                for name in names:
                     for i in range(count):
                         part = r[name].at[at[name](head), i, rows]
                         if name in "vx":
@@ -278,7 +278,7 @@ def _kernel(
         kept = {"A": r.get("A"), "k": r.get("k kept")}
         m = Tiles(count, kept, r["gates"].at[slot] if p.gated else None)
         q, k, v, x = (
-            [r[name + "s"].at[slot, i] for i in range(count)] if name in loaded else None
+            [r[name + "s"].at[slot, i] for i in range(count)] if name in names else None
             for name in ("q", "k", "v", "x")
         )
         found = chunk(m, p, q, k, v, x, S)

@@ -17,7 +17,7 @@ from ...core.passes import Gate, Shape, broadcast
 from ...core.programs import adjoint
 from ...core.request import Request
 from ...device.elementwise import Made, Take
-from ...device.rows import flipped, kept, masked, matched
+from ...device.rows import flipped, gate_parts, kept, masked, matched
 from ...device.scan import Call
 from ...device.steps import Fused, Launch, Parts, Ref, Row
 
@@ -60,12 +60,9 @@ def sweeps(request: Request, count: int) -> tuple[Row, ...]:
         return ()
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     alike = request.operator != "hla3" or matched(request)
-    parts, side = None, max(request.k_shape[-1], request.v_shape[-1])
-    if request.gate is not None and request.gate_given:  # of <S, dS> that of a symmetric S
-        symmetric = "" if request.operator == "ahla" else "S@0"
-        side = HALF if side <= HALF else WIDEST
-        reads = 4 * side // HALF  # of each warp, and of both that have rows of a state
-        parts = Parts(CHUNK, PERIOD, reads, 4, side=side, met=side, without=symmetric)
+    side = HALF if max(request.k_shape[-1], request.v_shape[-1]) <= HALF else WIDEST
+    reads = 4 * side // HALF  # of each warp, and of both that have rows of a state
+    parts = gate_parts(request, Parts(CHUNK, PERIOD, reads, 4, side=side, met=side))
     return tuple(
         Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
             segments=True, parts=parts, adds=name in HLA3[1:])

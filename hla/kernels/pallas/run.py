@@ -25,6 +25,7 @@ from ...device.steps import Fused, Launch, Limits, Ref, Row, Step
 from ...device.tiles import Layout, whole
 from . import rows, sweep, weights
 from .chunk import W, Work
+from .ordered import ordered
 from .sweep import Found, Operands
 
 Array = Any
@@ -81,7 +82,7 @@ def between(step: Step, take: Take, gate: Gate) -> Made:
         x = take(ref)
         return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
-    return ELEMENTWISE[type(step)](jnp, step, wide, gate)
+    return ELEMENTWISE[type(step)](ordered, step, wide, gate)
 
 
 def launched(call: Call, launch: Launch, take: Take, gate: Gate) -> Made:

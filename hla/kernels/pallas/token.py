@@ -29,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ...core.request import Inputs, Request
 from ...device.token import Turn, turns
 from .copies import Place, heads
-from .warpgroups import F32, WHOLE
+from .warpgroups import F32, WHOLE, leave
 
 Array = Any
 ROWS = 64  # of a state, at a time
@@ -113,7 +113,7 @@ def _token(request: Request, r: dict[str, Any], after: dict[str, str]) -> None:
         if power and g is not None:
             old = old * functools.reduce(jnp.multiply, [g] * power)
         x = old + x
-        r[after[name]].at[(i, *at)][...] = x
+        leave(r[after[name]].at[(i, *at)], x)
         return x
 
     cols = {name: load(name, axis=0) for name in "qkv"}
@@ -146,4 +146,4 @@ def _token(request: Request, r: dict[str, Any], after: dict[str, str]) -> None:
     o = cols["o"]
     if request.normalize:
         o = o / (den + request.eps)
-    r["o"].at[i][...] = o.astype(r["o"].dtype)
+    leave(r["o"].at[i], o.astype(r["o"].dtype))

@@ -22,6 +22,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, math, vector
 
 from ...device.elementwise import LEAST
+from .ordered import ordered
 
 Array = Any
 W = 64  # tokens in a chunk
@@ -32,8 +33,8 @@ RESET = -160.0  # log2 of what a gate of less than any float32 becomes
 LOG2E = 1.4426950408889634
 BF16, F32 = jnp.bfloat16, jnp.float32
 ACC, WGMMA = plgpu.ACC, plgpu.Layout.WGMMA
-_IDX = inspect.signature(plgpu.load).parameters["idx"].default
-WHOLE = ((),) if _IDX is inspect.Parameter.empty else ()  # `plgpu.load` before JAX 0.11 needs it
+_IDX = inspect.signature(plgpu.load).parameters.get("idx")  # which JAX 0.12 has no more
+WHOLE = ((),) if _IDX and _IDX.default is _IDX.empty else ()  # and before 0.11 it is needed
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 ROW, COLUMN = 0, 1  # which axis of a tile tokens are on
 UNTIL, AFTER, LISTS = range(3)  # of a chunk's weights, and how many there are
@@ -94,6 +95,14 @@ def added(states: Sequence[Array], *pairs: Sequence[tuple[Any, Any]]) -> tuple[A
 def loaded(ref: Any, layout: Any, *, optimized: bool = True) -> Array:
     """Return what a reference means, in registers of a layout."""
     return plgpu.load(ref, *WHOLE, layout=layout, optimized=optimized)
+
+
+def leave(ref: Any, x: Array) -> None:
+    """Store registers to memory, also by half sectors, which JAX 0.12 must be told."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
 
 
 def put_turned(ref: Any, x: Array) -> None:
@@ -406,6 +415,6 @@ def listed(gate: Array, kind: str, tokens: int) -> Array:
         a = gate.astype(F32) * LOG2E
         a = jnp.where(a < RESET, RESET, a)  # not maximum: a NaN stays
         a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, chunks * W - tokens)])
-        c = jnp.cumsum(a.reshape(*a.shape[:-1], chunks, W), axis=-1)
+        c = ordered.cumulative_sum(a.reshape(*a.shape[:-1], chunks, W))
     lists = jnp.stack([c, jnp.exp2(c[..., -1:] - c)], axis=-2)
     return lists.reshape(*lists.shape[:-3], -1, W)

@@ -437,13 +437,14 @@ def pass_kernel(
             if PAIRS:
                 if BOTH:
                     M = _product(b_v, b_q, PRECISION)
-                else:
-                    M = _product(b_v, _operand(b_x, OPERAND, PRECISION), PRECISION)
+                    pairs *= read
+                else:  # so there are registers
+                    M = _product(b_v, _operand(b_x, OPERAND, PRECISION), PRECISION) * read
                 m_apart = m_pair & (t[:, None] != t[None, :])
-                M = tl.where(m_apart, tl.fma(pairs * read, M, 0.0), 0.0)  # [W query, W key]
+                M = tl.where(m_apart, tl.fma(pairs, M, 0.0), 0.0)  # [W query, W key]
                 M = M.to(p_dots.dtype.element_ty)  # float64: both sums are of the same products
-                tl.store(p_dots + T64 + row64, tl.sum(M, 1), mask=m_t)
                 by_key = tl.sum(M, 0)
+                tl.store(p_dots + T64 + row64, tl.sum(M, 1), mask=m_t)
             b_o = _product(_row_operand(S, OPERAND, PRECISION), b_q, PRECISION)
             if BC:
                 b_o = _add_product(b_o, _operand(Sc, OPERAND, PRECISION), b_qc, PRECISION)
@@ -452,9 +453,10 @@ def pass_kernel(
             if DOT:
                 # Products rounded before they are added: fused with the add of another lane's
                 # they would leave the lanes of a row with different sums, and all store theirs.
-                own = read * 0.5 if BOTH else read  # b_o is of both its operands
-                dots = tl.fma(b_o * own, tl.trans(b_x).to(tl.float32), 0.0)  # [BV, W]
+                dots = tl.fma(b_o * read, tl.trans(b_x).to(tl.float32), 0.0)  # [BV, W]
                 dots = tl.sum(dots, 0).to(p_dots.dtype.element_ty)
+                if BOTH:  # b_o is of both its operands
+                    dots *= 0.5
                 if PAIRS:
                     dots += by_key
                 tl.store(p_dots + row64, dots, mask=m_t)

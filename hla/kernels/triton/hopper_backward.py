@@ -52,7 +52,7 @@ from typing import Any
 from ...core.passes import Shape
 from ...core.programs import adjoint
 from ...core.request import Request
-from ...device.rows import flipped, masked, matched
+from ...device.rows import flipped, gate_parts, masked, matched
 from ...device.scan import Call, Do
 from ...device.steps import Fused, Launch, Parts, Ref, Row
 from .launch import GATES, Aligned, Kernel, heads, listed, passes, placed, width
@@ -82,15 +82,13 @@ FAR = 1 << 24  # elements between tokens: offsets inside a chunk have 32 bits
 
 def rows(request: Request) -> tuple[Row, ...]:
     """Return the sweeps, where they do a request's adjoint."""
-    widths, gated = (request.k_shape[-1], request.v_shape[-1]), request.gate is not None
+    widths = request.k_shape[-1], request.v_shape[-1]
     plain = request.operator in SWEEPS and not (request.normalize or request.empty)
     plain = plain and masked(request) == len(request.program.steps)
     if not plain or request.scale == 0 or not 0 < min(widths) <= max(widths) <= WIDEST:
         return ()
-    B, parts = side(*widths), None
-    if gated and request.gate_given:
-        symmetric = "" if request.operator == "ahla" else "S@0"
-        parts = Parts(CHUNK, PERIOD, B // 64, 1, side=B, met=B // 16, without=symmetric)
+    B = side(*widths)
+    parts = gate_parts(request, Parts(CHUNK, PERIOD, B // 64, 1, side=B, met=B // 16))
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     alike = request.operator != "hla3" or matched(request)
     return tuple(

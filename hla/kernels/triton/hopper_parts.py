@@ -72,7 +72,7 @@ def _put_gate(
 
     States are written by what comes after a token or, not ``LATE``, by what came before.
     """
-    put_weights(weights, ends, at, c, last)
+    put_weights(weights, ends, at, c, last, not LATE)
     w = gl.exp2((last - c if LATE else c).to(gl.float32))
     N: gl.constexpr = pieces.shape[0] // 2  # lists of a chunk, fewer where both powers are one
     if POWER1 > 0 and N == PIECES:

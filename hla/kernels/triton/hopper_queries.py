@@ -24,7 +24,6 @@ from .hopper_parts import (
     _added,
     _by_column,
     _fetch,
-    _gate,
     _gate_sums,
     _kept,
     _lines,
@@ -49,16 +48,21 @@ from .warpgroups import (
     A128,
     ACC64,
     ACC128,
+    AFTER,
     BEFORE,
     LIST,
     LISTS,
     TILE,
+    TOKENS,
     W,
     barrier,
     barriers,
+    copy,
     follow,
     load_state,
 )
+
+EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # a token a thread
 
 
 @gluon.jit
@@ -193,6 +197,22 @@ def _owner_f(
 
 
 @gluon.jit
+def _ask(weights, full, p_gate, sft, c, T, STAGES: gl.constexpr, FAST: gl.constexpr):
+    """Copy a chunk's log gate into the list of its weights that nobody else needs.
+
+    A turn ahead and before other copies, which come in order: behind them the mover would wait.
+    """
+    t = c * W + gl.arange(0, W, layout=EACH)
+    p, spare = p_gate + t.to(gl.int64) * sft, weights.index(c % STAGES * LISTS + AFTER)
+    if FAST:
+        copy(spare, p, mask=t < T)
+        async_copy.mbarrier_arrive(full.index(STAGES), increment_count=False)
+    else:
+        spare.store(gl.load(p, mask=t < T, other=0.0))
+    mbarrier.arrive(full.index(STAGES), count=1)
+
+
+@gluon.jit
 def _mover_f(
     p_k, p_v, p_g, p_y, p_e, p_dq, p_q, p_gate, ks, vs, gs, ys, es, outs, weights, pieces, ends,
     full, free, there, stored, chunks, T, D, V,
@@ -205,20 +225,20 @@ def _mover_f(
     """Load what the owners read; store dq, which with ``DOTS`` they leave in the place of q."""
     MADE = V if AHLA else D  # columns of u, du or y, dy
     WHOLE: gl.constexpr = WHOLE_V if AHLA else WHOLE_D
-    if GATE == 2 and not DOTS:  # of a chunk ahead, before its copies: behind them it would wait
-        a = _gate(p_gate, sft, 0, T)
+    if GATE == 2:
+        _ask(weights, full, p_gate, sft, 0, T, STAGES, FAST)
     for c in range(chunks + STAGES):
         s, e = c % STAGES, c - STAGES
         row = c * W
-        if GATE == 2 and DOTS:  # registers would not suffice for one ahead
-            sums, last = _gate_sums(_gate(p_gate, sft, row, T))
-        elif GATE == 2:
-            sums, last = _gate_sums(a)
-            a = _gate(p_gate, sft, row + W, T)
         if c < chunks:
+            if GATE == 2:
+                mbarrier.wait(full.index(STAGES), c & 1)
+                sums, last = _gate_sums(weights.index(s * LISTS + AFTER).load(TOKENS))
             mbarrier.wait(free.index(s), ((c // STAGES) & 1) ^ 1)
             if GATE == 2:
                 _put_gate(weights, pieces, ends, s, sums, last, True, POWER1, POWER2)
+                if c + 1 < chunks:
+                    _ask(weights, full, p_gate, sft, c + 1, T, STAGES, FAST)
             if ONE and ADD:
                 _fetch(ks.index(s), p_dq, row, T, D, sbt, sbd, B, FAST, WHOLE_D)
             if not ONE:
@@ -373,7 +393,8 @@ def queries_kernel(
     ends = gl.allocate_shared_memory(gl.float32, [SLOTS, 1], LIST)
     ALONE: gl.constexpr = 0 if GATE == 2 or not FAST else 1
     LOADS: gl.constexpr = 128 if FAST else 0  # a copy arrives with each of the mover's threads
-    full, free = barriers(STAGES, LOADS + (1 - ALONE)), barriers(STAGES, HALVES)
+    full = barriers(STAGES + (1 if GATE == 2 else 0), LOADS + (1 - ALONE))  # and of a gate
+    free = barriers(STAGES, HALVES)
     there, stored = barriers(2, HALVES), barriers(2, 1)
     MOVER: gl.constexpr = 32 if DOTS else 40  # registers; the first owner has what is left
     follow()

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
@@ -225,6 +226,16 @@ class Kernel:
         ]
         self.moved = any(self.offsets)
 
+    def compile(self, arrays: list[Any], dtypes: Mapping[int, torch.dtype]) -> None:
+        """Compile it as the first call would; arrays that are yet to be have a dtype alone."""
+        views = [
+            dtypes[x.slot] if x and x.slot >= len(arrays) else view(arrays, x)
+            for x in self.operands
+        ]
+        self.function.warmup(
+            *views, *self.scalars, grid=self.grid, **self.constants, **self.options
+        )
+
     def __call__(self, arrays: list[Any], addresses: list[Any], stream: int | None) -> None:
         """Launch it on arrays, whose addresses are known; of no stream by Triton's own way."""
         if self.compiled is None:
@@ -277,10 +288,38 @@ class Aligned:
     def __call__(self, arrays: list[Any], addresses: list[Any], stream: int | None) -> None:
         """Launch one of them."""
         if self.chosen is None:
-            starts = zip(self.aligned.slots(addresses), self.aligned.offsets, strict=True)
-            apart = [p and (p + n) % 16 for p, n in itertools.islice(starts, self.rows)]
-            self.chosen = self.other if any(apart) else self.aligned
+            self.chosen = self.choice(addresses)
         self.chosen(arrays, addresses, stream)
+
+    def choice(self, addresses: list[Any]) -> Kernel:
+        """Return the one for these addresses."""
+        starts = zip(self.aligned.slots(addresses), self.aligned.offsets, strict=True)
+        apart = [p and (p + n) % 16 for p, n in itertools.islice(starts, self.rows)]
+        return self.other if any(apart) else self.aligned
+
+
+_begun: set[tuple[Any, ...]] = set()  # what kernels were compiled for
+
+
+def compile_together(
+    kernels: Sequence[Kernel], arrays: list[Any], dtypes: Mapping[int, torch.dtype]
+) -> None:
+    """Compile several kernels at once, each in a thread; what fails, its first call raises.
+
+    Nearly all of the time is the assembler's, a process of its own. Kernels that others were alike
+    are left to their first call, which finds those.
+    """
+    new = {(x.function, *x.constants.values(), *x.options.values()): x for x in kernels}
+    new = {key: x for key, x in new.items() if key not in _begun}
+    _begun.update(new)
+    if len(new) < 2 or not hasattr(triton, "AsyncCompileMode"):
+        return
+    with (
+        ThreadPoolExecutor(len(new)) as threads,
+        triton.AsyncCompileMode(threads, ignore_errors=True),
+    ):
+        for kernel in new.values():
+            kernel.compile(arrays, dtypes)
 
 
 def stream_of(device: torch.device) -> int | None:

@@ -38,8 +38,10 @@ from .carry import carry, fading
 from .causal import LEAST
 from .gate import gate_kernel, settings, sum_kernel
 from .launch import (
+    Aligned,
     Kernel,
     addresses,
+    compile_together,
     empty_strided,
     limits,
     on_device,
@@ -228,6 +230,18 @@ def run(ready: Ready, tensors: list[Any], pointers: list[Any]) -> list[Any]:
     return on_device(ready.call.where, lambda stream: ready(tensors, pointers, stream))
 
 
+def begin(ready: Ready, arrays: Sequence[Any], pointers: list[Any]) -> None:
+    """Compile the kernels of a plan at once, before its first run."""
+    if ready.call.where.type != "cuda":
+        return
+    every = [*pointers, *(None,) * (ready.more + 1)]
+    found = [do.choice(every) if isinstance(do, Aligned) else do
+             for turn in ready.turns for do in turn.do]  # fmt: skip
+    kernels = [do for do in found if isinstance(do, Kernel)]
+    dtypes = {ready.call.slots[name]: dtype for name, dtype in ready.dtypes.items()}
+    on_device(ready.call.where, lambda _: compile_together(kernels, list(arrays), dtypes))
+
+
 RUNNER = Runner(
     Device(
         steps=steps,
@@ -243,6 +257,7 @@ RUNNER = Runner(
         address=torch.Tensor.data_ptr,
         alike=alike,
         run=run,
+        begin=begin,
     )
 )
 

@@ -65,11 +65,15 @@ def barriers(N: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def put_weights(weights, ends, at, c, last):
-    """Leave the weights of a chunk by the sums of its gate in base 2, [W] and the last, float64."""
+def put_weights(weights, ends, at, c, last, ALL: gl.constexpr = True):
+    """Leave the weights of a chunk by the sums of its gate in base 2, [W] and the last, float64.
+
+    Without ALL, those of what comes after a token are left out.
+    """
     weights.index(at * LISTS + UNTIL).store(c.to(gl.float32))
     weights.index(at * LISTS + BEFORE).store(gl.exp2(c.to(gl.float32)))
-    weights.index(at * LISTS + AFTER).store(gl.exp2((last - c).to(gl.float32)))
+    if ALL:
+        weights.index(at * LISTS + AFTER).store(gl.exp2((last - c).to(gl.float32)))
     ends.index(at).store(gl.exp2(gl.full([1], last, gl.float64, TOKENS).to(gl.float32)))
 
 
