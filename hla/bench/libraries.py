@@ -290,7 +290,9 @@ def _numba(accelerator: bool) -> Library:
     cuda = package.cuda
 
     def array(x: Host, dtype: str) -> Array:
-        return cuda.to_device(np.ascontiguousarray(_numpy(False).array(x, dtype)))
+        found = np.ascontiguousarray(_numpy(False).array(x, dtype))
+        bits = np.dtype(f"u{found.itemsize}")  # Numba copies no array of bfloat16
+        return cuda.to_device(found.view(bits)).view(found.dtype)
 
     def wait(out: Arrays) -> Arrays:
         cuda.synchronize()

@@ -137,7 +137,7 @@ def name_of(device: int) -> str:
     cuda = driver()
     done(cuda.cuInit(0))
     name: bytes = done(cuda.cuDeviceGetName(80, done(cuda.cuDeviceGet(device))))
-    return name.rstrip(b"\0").decode()
+    return name.split(b"\0")[0].decode()
 
 
 def here() -> int:
