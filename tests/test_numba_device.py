@@ -13,6 +13,7 @@ from devices import Device, check, host, inputs_of, state_of
 import hla
 from hla import backends
 from hla.arguments import prepare
+from hla.kernels.cupy import fused as cupy_fused
 from hla.kernels.cupy import launch, run
 from hla.libraries import exchange, rules
 
@@ -63,6 +64,21 @@ def test_segments(simulated, monkeypatch):
     o = hla.scan(**HOST.arrays(inputs, "float32"), operator="linear", backend=simulator.NAME)
     assert {"fading.cu", "carry.cu"} <= {name for name, _ in simulator.LAUNCHES}
     within_budget(host(o), want, "float32", D=12)
+
+
+@pytest.mark.aot
+def test_segments_of_more_chunks_than_are_copied_ahead(simulated, monkeypatch):
+    """Fused: states alone of each segment, then its output from what is carried."""
+    monkeypatch.setattr(cupy_fused, "SIZES", cupy_fused.SIZES[-1:])  # 16 tokens, 2 chunks ahead
+    monkeypatch.setattr(launch, "segments", lambda request, card: 64)
+    library = run.Library(simulator.SIMULATED.memory, device.KERNELS)
+    monkeypatch.setattr(simulator, "forward", library.forward)
+    inputs = inputs_of(66, "per_head", "bfloat16", D=16, V=16, heads=1)
+    want = hla.scan(**inputs, operator="ahla", backend="array_api")
+    o = hla.scan(**HOST.arrays(inputs, "bfloat16"), operator="ahla", backend=simulator.NAME)
+    fused = [dict(x)["READ"] for name, x in simulator.LAUNCHES if name == "fused.cu"]
+    assert fused == [0, 1]
+    within_budget(host(o), want, "bfloat16", D=16, T=66, operator="ahla")
 
 
 CASES = [  # operator, dtype, gate, T, D, V

@@ -376,15 +376,14 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                     if late and not AHLA:
                         make_own_pairs(floats, stage, keys, P, lists, rank, LAST, power, lane)
             ahead, to = c + (STAGES - 2), slot + (STAGES - 3) + late
-            if not works or READ or not late:
-                to = (to if to < STAGES else to - STAGES) * STAGE
-                if ahead < chunks:
-                    n = T - ahead * W
-                    copy_keys(to, p_q, q.row, q.column, n, left_q, thread)
-                    copy_keys(to + TILE, p_k, k.row, k.column, n, left_k, thread)
-                    copy_values(to + 2 * TILE, p_v, v.row, v.column, n, left_v, thread)
-                p_q, p_k, p_v = p_q + 2 * W * q.row, p_k + 2 * W * k.row, p_v + 2 * W * v.row
-                copies_commit()
+            to = (to if to < STAGES else to - STAGES) * STAGE
+            if ahead < chunks:
+                n = T - ahead * W
+                copy_keys(to, p_q, q.row, q.column, n, left_q, thread)
+                copy_keys(to + TILE, p_k, k.row, k.column, n, left_k, thread)
+                copy_values(to + 2 * TILE, p_v, v.row, v.column, n, left_v, thread)
+            p_q, p_k, p_v = p_q + 2 * W * q.row, p_k + 2 * W * k.row, p_v + 2 * W * v.row
+            copies_commit()
             if works:
                 if GATE and warp == WEIGHER and c + 1 < chunks:
                     # of a decay all chunks but the last have the same
