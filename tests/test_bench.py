@@ -670,6 +670,9 @@ def test_device_events_come_first_and_ratios_compare_like_with_like():
     assert ours.floor == pytest.approx(0.179e-3, rel=1e-3)
     assert ours.share_of_floor == pytest.approx(0.716, rel=1e-3)
     assert (ours.beyond, jax.beyond, fla.beyond) == (3.0, None, 0.0)
+    for workload in ("step", workloads.COMPILED):  # their results are states, which have no size
+        again = measure._time(workload, case, machine, works, quick=True)
+        assert {row.beyond for row in again} == {None}
     assert all(row.accelerator for row in rows)
     needs("rich")
     from hla.bench import report
@@ -781,7 +784,7 @@ def test_the_meter_of_cupy_on_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("workload", [*WORKLOADS, workloads.COMPILED])
 def test_a_gpu_has_its_rows_and_peers(workload):
     torch = installed("torch")
     if not torch.cuda.is_available():
@@ -789,10 +792,11 @@ def test_a_gpu_has_its_rows_and_peers(workload):
     case = Case("hla2", 300, 4, 64, "bfloat16", batch=2)
     found = measure.measure_case(workload, case, quick=True, devices=["gpu"], libraries=["torch"])
     names = {row.name for row in found[0]}
-    assert {"array_api/torch/gpu", "torch SDPA"} <= names
-    assert ("FLA" in names) == (workload != "step" and importlib.util.find_spec("fla") is not None)
+    whole = workload in ("forward", "forward + backward")
+    assert {"array_api/torch/gpu", *["torch SDPA"] * (workload != workloads.COMPILED)} <= names
+    assert ("FLA" in names) == (whole and importlib.util.find_spec("fla") is not None)
     assert not any(one.wrong for one in found[1])
-    assert all((row.beyond is None) == (workload == "step") for row in found[0])
+    assert all((row.beyond is not None) == whole for row in found[0])
 
 
 def test_calls_are_timed_in_turns_and_none_is_counted_cold(monkeypatch):

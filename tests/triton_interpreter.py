@@ -9,6 +9,7 @@ casts, broadcasts and, to find an overflow of int32, computes again by a dozen o
 import functools
 import importlib
 import inspect
+import os
 
 import numpy as np
 from triton import language
@@ -21,7 +22,12 @@ NUMBERS = {"fp16": float, "fp32": float, "fp64": float, "int32": int, "int64": i
 
 @functools.cache
 def hasten():
-    """Patch the interpreter: to rewrite a function once, and to make a type or a patch once."""
+    """Patch the interpreter: to rewrite a function once, and to make a type or a patch once.
+
+    Where Triton compiles, nothing is patched.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
     importlib.import_module("hla.kernels.triton.carry").E *= 16
     known = interpreter.InterpretedFunction.rewritten_fn
     patch = patches(interpreter._patch_lang)
@@ -93,6 +99,11 @@ COMPARISONS = {
 }  # fmt: skip
 
 
+def interpreted(x):
+    """Whether it is a tensor of the interpreter: the compiler's operate by the same code."""
+    return type(x) is core.tensor and type(x.handle) is TensorHandle
+
+
 def numbers_of(x, y):
     """Values of two operands of one kind of numbers, and the type of both; or None.
 
@@ -102,7 +113,7 @@ def numbers_of(x, y):
         x, y, turned = y, x, True
     else:
         turned = False
-    if type(x) is not core.tensor or x.dtype.name not in NUMBERS:
+    if not interpreted(x) or x.dtype.name not in NUMBERS:
         return None
     data, kind = x.handle.data, x.dtype
     if type(y) is core.tensor:
@@ -158,7 +169,7 @@ def quick_pointers(slow):
 
     @functools.wraps(slow)
     def run(self, x, y, *rest, **more):
-        both = type(x) is type(y) is core.tensor
+        both = interpreted(x) and interpreted(y)
         if not both or not x.dtype.is_ptr() or y.dtype.name not in ("int32", "int64"):
             return slow(self, x, y, *rest, **more)
         size = max(1, x.dtype.element_ty.primitive_bitwidth // 8)
@@ -170,7 +181,8 @@ def quick_pointers(slow):
 def quick_masks(operate, slow):
     @functools.wraps(slow)
     def run(self, x, y):
-        if not (type(x) is type(y) is core.tensor and x.dtype.name == y.dtype.name == "int1"):
+        both = interpreted(x) and interpreted(y)
+        if not both or {x.dtype.name, y.dtype.name} != {"int1"}:
             return slow(self, x, y)
         return tensor(operate(x.handle.data, y.handle.data), (x, y), core.int1)
 

@@ -21,7 +21,7 @@ import hla
 
 from .libraries import Call
 from .peers import PEERS, SOFTMAX, Floor, floor, peer
-from .workloads import HOST, Case, Target, Work, Wrong, checked, targets, work
+from .workloads import COMPILED, HOST, Case, Target, Work, Wrong, checked, targets, work
 
 ROOT = str(Path(hla.__file__).parents[1])
 BATCH = 5e-3  # seconds: shorter calls are timed several at once
@@ -219,7 +219,7 @@ def _time(
             both = medians if name in by_events and other in by_events else clock
             row.times_faster[other] = both[other] / both[name]
         meter = one.run.lib.meter
-        if meter and meter.bytes_beyond and workload != "step":
+        if meter and meter.bytes_beyond and workload not in ("step", COMPILED):
             row.beyond = meter.bytes_beyond(one.run.start) / case.bytes
         rows.append(row)
     return rows
