@@ -18,11 +18,12 @@ from hla.bench.workloads import CALL, HOST, WORKLOADS
 project = "hla"
 author = "the hla authors"
 release = version = hla.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"hla {release}"
-myst_enable_extensions = ["substitution"]
+myst_enable_extensions = ["dollarmath", "substitution"]
+html_math_renderer = "mathml"  # typeset at build time: no script
 myst_heading_anchors = 3
 smartquotes = False  # x' is a transpose
 autodoc_member_order = "bysource"
@@ -211,9 +212,25 @@ def known(value, form, unit=""):
     return "" if value is None else f"{value:{form}}{unit}"
 
 
+def mathml(display):
+    """Return how the HTML writer shows a formula: MathML, which browsers typeset by themselves."""
+
+    from docutils import nodes  # the tests read this file where Sphinx is not installed
+    from latex2mathml.converter import convert
+
+    def visit(writer, node):
+        writer.body.append(convert(node.astext(), display=display))
+        raise nodes.SkipNode
+
+    return visit, None
+
+
 def setup(app):
     """Add the benchmarks; keep the star of (*batch, T, D) from opening an emphasis."""
-    myst_substitutions["benchmarks"] = benchmarks(Path(__file__).parent / "benchmarks")
+    results = Path(__file__).parent / "benchmarks"
+    myst_substitutions["benchmarks"] = benchmarks(results)
+    myst_substitutions["speed"] = speed(results)
+    app.add_html_math_renderer("mathml", mathml("inline"), mathml("block"))
 
     def escape(app, what, name, obj, options, lines):
         lines[:] = [line.replace("*batch", r"\*batch") for line in lines]
