@@ -12,15 +12,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import hla
 from hla import backends, contract, dispatch
 from hla.arguments import prepare
+from hla.bench.measure import SOFTMAX
+from hla.bench.workloads import CALL, HOST, WORKLOADS
 
 project = "hla"
 author = "the hla authors"
 release = version = hla.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"hla {release}"
-myst_enable_extensions = ["substitution"]
+myst_enable_extensions = ["dollarmath", "substitution"]
+html_math_renderer = "mathml"  # typeset at build time: no script
 myst_heading_anchors = 3
 smartquotes = False  # x' is a transpose
 autodoc_member_order = "bysource"
@@ -125,18 +128,16 @@ def benchmarks(folder):
         load = "" if machine["load"] is None else f", load {machine['load']:.1f}"
         host = f"{machine['processor']}, {machine['cores']} cores{load}"
         places = [*machine["accelerators"], host]
-        gate = "" if first["gate"] == "none" else f", {first['gate']}"
         versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
         shown.append(
-            f"**{'; '.join(places)}**: B = {first['batch']}, H = {first['heads']},"
-            f" D = V = {first['width']}, {first['dtype']}{gate}. {result['date'][:10]},"
+            f"**{'; '.join(places)}**: {sizes(first)}. {result['date'][:10]},"
             f" commit {result['commit'] or 'unknown'}; {versions}."
             f" `import hla`: {1e3 * result['import_seconds']:.0f} ms."
         )
-        shown += [
-            f"{workload}:\n\n{timings([r for r in rows if r['workload'] == workload])}"
-            for workload in dict.fromkeys(r["workload"] for r in rows)
-        ]
+        for workload in dict.fromkeys(r["workload"] for r in rows):
+            case = f" ({sizes(CALL._asdict())})" if workload in HOST else ""
+            some = [r for r in rows if r["workload"] == workload]
+            shown.append(f"{workload}{case}:\n\n{timings(some)}")
         shown += [
             f"{name}: {beyond / 2**20:.0f} MiB beyond input and output, first forward call."
             for name, beyond in result["memory"].items()
@@ -144,6 +145,40 @@ def benchmarks(folder):
         left_out = dict.fromkeys((s["name"], s["reason"]) for s in result["skipped"])
         shown += [f"Not timed: {name}: {reason}" for name, reason in left_out]
     return "\n\n".join(shown) or "No result is committed yet."
+
+
+def sizes(case):
+    """The sizes of a case but its length, which is a column."""
+    gate = "" if case["gate"] == "none" else f", {case['gate']}"
+    b, h, d = case["batch"], case["heads"], case["width"]
+    return f"B = {b}, H = {h}, D = V = {d}, {case['dtype']}{gate}"
+
+
+def speed(folder):
+    """The README's table: what hla's kernels take in every result, and what the peers take."""
+    rows = [("what", "arrays (backend)", "ms", "share of the floor", "FLA", "softmax attention")]
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text("utf-8"))
+        for r in result["rows"]:
+            backend, library, *_ = [*r["name"].split("/"), ""]
+            if r["peer"] or backend == "array_api" or r["workload"] not in WORKLOADS:
+                continue
+            if r["operator"] == "linear" or r["tokens"] != result["first"]["tokens"]:
+                continue
+            ratio = r["times_faster"]
+            softmax = next((ratio[name] for name in SOFTMAX if name in ratio), None)
+            first = next((ratio[name] for name in ("FLA", "FLA recurrent") if name in ratio), None)
+            rows.append(
+                (
+                    f"{r['operator']} {r['workload']}",
+                    f"{library} ({backend})",
+                    ms(r["seconds"]),
+                    known(r["share_of_floor"], ".0%"),
+                    known(first, ".1f", "x"),
+                    known(softmax, ".1f", "x"),
+                )
+            )
+    return table(*rows)
 
 
 def timings(rows):
@@ -177,9 +212,25 @@ def known(value, form, unit=""):
     return "" if value is None else f"{value:{form}}{unit}"
 
 
+def mathml(display):
+    """Return how the HTML writer shows a formula: MathML, which browsers typeset by themselves."""
+
+    from docutils import nodes  # the tests read this file where Sphinx is not installed
+    from latex2mathml.converter import convert
+
+    def visit(writer, node):
+        writer.body.append(convert(node.astext(), display=display))
+        raise nodes.SkipNode
+
+    return visit, None
+
+
 def setup(app):
     """Add the benchmarks; keep the star of (*batch, T, D) from opening an emphasis."""
-    myst_substitutions["benchmarks"] = benchmarks(Path(__file__).parent / "benchmarks")
+    results = Path(__file__).parent / "benchmarks"
+    myst_substitutions["benchmarks"] = benchmarks(results)
+    myst_substitutions["speed"] = speed(results)
+    app.add_html_math_renderer("mathml", mathml("inline"), mathml("block"))
 
     def escape(app, what, name, obj, options, lines):
         lines[:] = [line.replace("*batch", r"\*batch") for line in lines]

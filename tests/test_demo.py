@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -16,11 +17,19 @@ import numpy as np
 import pytest
 
 from hla.cli import main
-from hla.demo import ROWS
-from hla.demo.corpus import Corpus, gzip_bits, order2_bits
-from hla.demo.model import NO_MIXER, Config, initialise, loss_and_gradients, predict
+from hla.demo import COMPOSED, ROWS, planned
+from hla.demo.composition import Chains
+from hla.demo.corpus import WINDOW, Corpus, gzip_bits, order2_bits
+from hla.demo.model import (
+    NO_MIXER,
+    SOFTMAX,
+    TAPS,
+    Config,
+    initialise,
+    loss_and_gradients,
+    predict,
+)
 from hla.demo.training import (
-    WINDOW,
     Job,
     Trained,
     generate,
@@ -49,22 +58,27 @@ def corpus(text, held):
 
 
 def bare(job):
-    return train(job, lambda step, bits: None)
+    return train(job, lambda job, step, bits: None)
+
+
+def silent(job, step, bits):
+    """Report nothing."""
 
 
 # The model
 
 
-@pytest.mark.parametrize("operator", ROWS)
+@pytest.mark.parametrize("operator", [*ROWS, SOFTMAX])
 def test_gradients_of_the_whole_model_equal_finite_differences(operator, rng):
     config, parameters = tiny(operator)
-    tokens = rng.integers(0, 256, (2, 70))
-    _, gradients = loss_and_gradients(parameters, config, tokens)
+    tokens, targets = rng.integers(0, 256, (2, 2, 70))
+    targets[0, :30] = -1
+    _, gradients = loss_and_gradients(parameters, config, tokens, targets)
     assert gradients.keys() == parameters.keys()
     for name, x in parameters.items():
         direction = rng.standard_normal(x.shape)
         ends = [
-            loss_and_gradients(parameters | {name: x + h * direction}, config, tokens)[0]
+            loss_and_gradients(parameters | {name: x + h * direction}, config, tokens, targets)[0]
             for h in (1e-6, -1e-6)
         ]
         expected = (ends[0] - ends[1]) / 2e-6
@@ -75,7 +89,7 @@ def test_gradients_of_the_whole_model_equal_finite_differences(operator, rng):
 def test_float32_stays_float32(operator, rng):
     config, parameters = tiny(operator, "float32")
     tokens = rng.integers(0, 256, (2, 9))
-    _, gradients = loss_and_gradients(parameters, config, tokens)
+    _, gradients = loss_and_gradients(parameters, config, tokens, tokens)
     logits, _ = predict(parameters, config, tokens)
     assert {x.dtype for x in (logits, *gradients.values())} == {np.dtype("float32")}
 
@@ -101,15 +115,17 @@ def test_steps_from_the_state_of_a_scan_give_the_logits_of_the_whole_scan(operat
 
 
 @pytest.mark.parametrize("operator", ROWS)
-def test_a_byte_is_seen_after_it_only_and_only_through_the_mixer(operator, rng):
+def test_a_byte_is_seen_after_it_only_and_only_through_mixer_and_convolution(operator, rng):
     config, parameters = tiny(operator)
-    tokens = rng.integers(0, 256, (1, 20))
+    tokens = rng.integers(0, 256, (1, 30))
     other = tokens.copy()
     other[0, 10] ^= 1
     before, after = (predict(parameters, config, x)[0][0] for x in (tokens, other))
     assert np.array_equal(before[:10], after[:10])
     assert not np.array_equal(before[10], after[10])
-    assert np.array_equal(before[11:], after[11:]) == (operator == NO_MIXER)
+    past = 10 + config.blocks * (TAPS - 1)
+    assert not np.array_equal(before[past], after[past])
+    assert np.array_equal(before[past + 1 :], after[past + 1 :]) == (operator == NO_MIXER)
 
 
 # Training and scores
@@ -128,8 +144,35 @@ def test_a_mixer_learns_what_the_last_byte_does_not_tell(rng):
     words = [b"one ", b"onyx ", b"tone ", b"stony "]
     text = corpus(b"".join(words[i] for i in rng.integers(0, 4, 3000)), 1000)
     jobs = [Job(Config(operator, width=32), text, 120, 0) for operator in ("linear", NO_MIXER)]
-    mixer, none = train_all(jobs, lambda operator, step, bits: None)
-    assert mixer.bits < 0.8 * none.bits < 0.1 * none.losses[0]
+    mixer, none = train_all(jobs, silent)
+    assert mixer.score < 0.8 * none.score < 0.1 * none.losses[0]
+
+
+def test_chains_are_facts_in_the_order_that_ahla_composes(rng):
+    chains = Chains(3, 16)
+    tokens, wanted = chains.draw(rng, 50)
+    assert tokens.shape == wanted.shape == (50, 24)
+    for row, answers in zip(tokens, wanted, strict=True):
+        assert not row[2:18:3].any()
+        assert not row[19::2].any()
+        late, early = (dict(row[i : i + 9].reshape(3, 3)[:, :2].tolist()) for i in (0, 9))
+        assert len({*late, *early, *late.values(), *early.values()}) == 9
+        assert [late[early[a]] for a in row[18::2].tolist()] == answers[18::2].tolist()
+        assert set(answers[:18]) | set(answers[19::2]) == {-1}
+
+
+def test_ahla_composes_and_first_order_does_not():
+    """As the demo trains them, for as long as this seed needs."""
+    ahla, linear = (bare(composing(operator)) for operator in ("ahla", "linear"))
+    assert ahla.score > 0.9
+    assert linear.score < 0.5
+
+
+def composing(operator):
+    """The demo's own job."""
+    asked = argparse.Namespace(operator=[operator], steps=None, quick=False, seed=0)
+    job, *_ = planned(asked, corpus(bytes(5000), 500))
+    return job._replace(steps=500)
 
 
 def test_score_does_not_depend_on_how_the_text_is_cut(monkeypatch, rng):
@@ -143,7 +186,7 @@ def test_score_does_not_depend_on_how_the_text_is_cut(monkeypatch, rng):
 @pytest.mark.parametrize("operator", ROWS)
 def test_generation_is_reproducible_and_agrees_with_the_scan(operator, rng):
     config, parameters = tiny(operator, "float32")
-    model = Trained(config, parameters, [], [], 0.0)
+    model = Trained(Job(config, Chains(), 0, 0), parameters, [], [], 0.0)
     prompt = rng.integers(0, 256, 50, dtype=np.uint8)
     first, again, other = (generate(model, prompt, 30, seed) for seed in (0, 0, 1))
     assert first.difference < 1e-4
@@ -154,7 +197,7 @@ def test_generation_is_reproducible_and_agrees_with_the_scan(operator, rng):
 def test_a_process_that_fails_is_reported():
     job = Job(Config("nonsense"), corpus(bytes(5000), 500), 2, 0)
     with pytest.raises(RuntimeError, match="training nonsense ended with exit code 1"):
-        train_all([job], lambda operator, step, bits: None)
+        train_all([job], silent)
 
 
 # Baselines
@@ -191,7 +234,7 @@ def test_gzip_knows_the_training_text(rng):
 def test_quick_run_from_end_to_end(tmp_path, capsys):
     assert main(["demo", "--quick", "--out", str(tmp_path / "new" / "out")]) == 0
     out = capsys.readouterr().out
-    for row in ("gzip", "order-2", "no mixer", *MIXERS):
+    for row in ("gzip", "order-2", "no mixer", "softmax attention", *MIXERS):
         assert row in out
     folder = tmp_path / "new" / "out"
     assert sorted(x.name for x in folder.iterdir()) == ["curves.png", "results.json"]
@@ -199,6 +242,7 @@ def test_quick_run_from_end_to_end(tmp_path, capsys):
     results = json.loads((folder / "results.json").read_text())
     assert tuple(results["models"]) == ROWS
     assert len({x["parameters"] for x in results["models"].values()}) == 1
+    assert [x["operator"] for x in results["composition"]] == list(COMPOSED)
     for row in results["models"].values():
         assert 0 < row["bits_per_byte"] < 9
         assert row["bits_per_byte"] == row["held_out"][-1][1]

@@ -13,7 +13,8 @@ from conftest import environment, installed
 
 import hla
 from hla import backends, bench
-from hla.bench.workloads import WORKLOADS
+from hla.bench.peers import PEERS
+from hla.bench.workloads import COMPILED, HOST, WORKLOADS
 from hla.contract import Machine
 from hla.core import programs
 
@@ -137,25 +138,35 @@ def test_capability_tables_are_the_backends_data(monkeypatch):
     assert runpy.run_path(conf)["myst_substitutions"] == tables
 
 
-def test_committed_benchmark_is_that_of_the_command_beside_it():
+def test_committed_benchmarks_are_those_of_the_commands_beside_them():
     (code,) = (c for language, _, c in blocks(ROOT / "docs" / "benchmarks.md") if language == "sh")
-    command, copy = (shlex.split(line) for line in code.replace("\\\n", "").strip().splitlines())
-    assert command[:2] == ["hla", "bench"]
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    args = parser.parse_args(command[2:])
-    assert copy == ["cp", f"{args.out}/bench.json", copy[-1]]
-    result = json.loads((ROOT / copy[-1]).read_text("utf-8"))
-    plan = list(bench._plan(args))
-    assert result["first"] == plan[0][1]._asdict()
-    tried = [*result["rows"], *result["skipped"]]
-    planned = {(workload, case.operator, case.tokens) for workload, case in plan}
-    assert {(r["workload"], r["operator"], r["tokens"]) for r in tried} == planned
-    assert result["quick"] == args.quick
-    for row in result["rows"]:
-        _, library, device = row["name"].split("/") if not row["peer"] else ("", "torch", "gpu")
-        assert [library] == args.library
-        assert [device] == args.device
+    lines = [shlex.split(line) for line in code.replace("\\\n", "").strip().splitlines()]
+    copied = set()
+    for command, copy in zip(lines[::2], lines[1::2], strict=True):
+        assert command[:2] == ["hla", "bench"]
+        parser = argparse.ArgumentParser()
+        bench.add_arguments(parser)
+        args = parser.parse_args(command[2:])
+        assert copy == ["cp", f"{args.out}/bench.json", copy[-1]]
+        copied.add(ROOT / copy[-1])
+        result = json.loads((ROOT / copy[-1]).read_text("utf-8"))
+        plan = list(bench._plan(args))
+        assert result["first"] == plan[0][1]._asdict()
+        tried = [*result["rows"], *result["skipped"]]
+        planned = {(workload, case.operator, case.tokens) for workload, case in plan}
+        assert {(r["workload"], r["operator"], r["tokens"]) for r in tried} == planned
+        assert result["quick"] == args.quick
+        for row in result["rows"]:
+            backend, library, device = (*row["name"].split("/"), "", "")[:3]
+            assert (PEERS[backend].library if row["peer"] else library) in args.library
+            assert row["peer"] or [device] == args.device
+    assert copied == set((ROOT / "docs" / "benchmarks").glob("*.json"))
+
+
+def test_the_readme_has_the_committed_speeds():
+    """What it measured stands in the table as it is; the sentences round it name no figure."""
+    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    assert conf["speed"](ROOT / "docs" / "benchmarks") in README.read_text("utf-8")
 
 
 def test_benchmarks_page_shows_every_figure_of_its_results():
@@ -171,7 +182,7 @@ def test_benchmarks_page_shows_every_figure_of_its_results():
     rows = [
         row
         for path in sorted(folder.glob("*.json"))
-        for workload in WORKLOADS
+        for workload in (*WORKLOADS, COMPILED, *HOST)
         for row in json.loads(path.read_text("utf-8"))["rows"]
         if row["workload"] == workload
     ]

@@ -70,9 +70,9 @@ def show(console: Console, result: dict[str, Any], rows: list[Row], skipped: lis
         if some:
             console.print(f"\n{workload}, T = {case['tokens']}, {_what(case)}: {timed}")
             show_times(console, some)
-    lengths = sorted({r.tokens for r in rows})
+    grown = [r for r in rows if (r.workload, r.operator) == ("forward", first["operator"])]
+    lengths = sorted({r.tokens for r in grown})
     if len(lengths) > 1:
-        grown = [r for r in rows if r.workload == "forward" and r.operator == first["operator"]]
         console.print(f"\nforward, {first['operator']}, {what}: ms (quartiles) by T")
         _show_growth(console, grown, lengths)
     if rows:

@@ -1,20 +1,24 @@
-"""`hla demo`: small language models that differ in their operator only, trained on real text."""
+"""`hla demo`: small models that differ in their operator only, on text and on chained facts."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..command import at_least, prepare_files, save
+from .composition import Chains
 from .corpus import Corpus
-from .model import NO_MIXER, Config
-from .training import Job, generate, train_all
+from .model import NO_MIXER, SOFTMAX, Config
+from .training import Job, Trained, generate, train_all
 
 ROWS = (NO_MIXER, "linear", "hla2", "ahla", "hla3")
-STEPS, QUICK_STEPS, QUICK_BYTES = 1200, 10, 1 << 15
+COMPOSED = (SOFTMAX, "linear", "hla2", "ahla")
+SEEDS = 3
+STEPS, COMPOSED_STEPS, QUICK_STEPS, QUICK_BYTES = 1200, 1000, 10, 1 << 15
 JSON, PLOT = "results.json", "curves.png"
 PROMPT, SAMPLE, QUICK_SAMPLE = 120, 400, 80
 
@@ -27,10 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         choices=ROWS,
         metavar="NAME",
-        help=f"train only these: {', '.join(ROWS)}; default: all five",
+        help=f"train only these: {', '.join(ROWS)}; default: all five, and softmax attention on"
+        " the chained facts",
     )
     parser.add_argument(
-        "--steps", type=at_least(1), metavar="N", help=f"training steps; default: {STEPS}"
+        "--steps",
+        type=at_least(1),
+        metavar="N",
+        help=f"training steps; default: {STEPS} on the text, {COMPOSED_STEPS} on the chains",
     )
     parser.add_argument("--seed", type=at_least(0), metavar="N", default=0, help="default: 0")
     parser.add_argument(
@@ -60,9 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from . import report
 
     console = tables.console()
-    steps = args.steps or (QUICK_STEPS if args.quick else STEPS)
-    operators = [name for name in ROWS if name in (args.operator or ROWS)]
-    jobs = [Job(Config(operator), corpus, steps, args.seed) for operator in operators]
+    jobs = planned(args, corpus)
     report.introduce(console, jobs)
     if args.quick:
         console.print("--quick: too little to learn from, it shows that all of it runs.\n")
@@ -71,18 +77,42 @@ def run(args: argparse.Namespace) -> int:
             models = train_all(jobs, advance)
         except RuntimeError as error:
             return _stop(str(error), 1)
-    mixers = [model for model in models if model.config.operator != NO_MIXER]
-    best = min(mixers or models, key=lambda model: model.bits)
+    texts = [model for model in models if isinstance(model.job.task, Corpus)]
     prompt = corpus.held[:PROMPT]
-    sample = generate(best, prompt, QUICK_SAMPLE if args.quick else SAMPLE, args.seed)
-    results = report.Results(jobs, models, report.baselines(corpus), sample)
+    writer = chosen(texts)
+    sample = generate(writer, prompt, QUICK_SAMPLE if args.quick else SAMPLE, args.seed)
+    composed = [model for model in models if isinstance(model.job.task, Chains)]
+    results = report.Results(texts, composed, report.baselines(corpus), sample)
     files = {JSON: report.write_json, PLOT: report.draw}
     saved = [n for n, write in files.items() if save(args.out / n, partial(write, results))]
-    report.print_table(console, results)
-    report.print_sample(console, results, best, prompt)
+    report.print_text(console, results)
+    report.print_composed(console, results)
+    report.print_sample(console, results, writer, prompt)
     for name in saved:
         console.print(f"Saved: {args.out / name}", soft_wrap=True)
     return int(len(saved) < len(files))
+
+
+def planned(args: argparse.Namespace, corpus: Corpus) -> list[Job]:
+    """Return the models to train: the chains' first, which are short and are begun last."""
+    asked = args.operator or (SOFTMAX, *ROWS)
+    steps = [args.steps or (QUICK_STEPS if args.quick else n) for n in (COMPOSED_STEPS, STEPS)]
+    chains = Chains()
+    small = Config(NO_MIXER, 1, 1, 32, 64, symbols=chains.symbols + 1, decays=None, rate=1e-2)
+    return [
+        Job(replace(small, operator=operator), chains, steps[0], seed)
+        for operator in COMPOSED
+        if operator in asked
+        for seed in range(args.seed, args.seed + (1 if args.quick else SEEDS))
+    ] + [
+        Job(Config(operator), corpus, steps[1], args.seed) for operator in ROWS if operator in asked
+    ]
+
+
+def chosen(models: list[Trained]) -> Trained:
+    """Return the model that writes: the best of a higher order, or what there is."""
+    higher = [model for model in models if model.config.operator in ("hla2", "ahla", "hla3")]
+    return min(higher or models, key=lambda model: model.score)
 
 
 def _stop(reason: str, code: int = 2) -> int:

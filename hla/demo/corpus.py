@@ -13,6 +13,7 @@ Bytes = NDArray[np.uint8]
 Codes = NDArray[np.int64]
 
 SHORTEST, LONGEST, LONGEST_HELD = 4096, 1 << 24, 1 << 16
+BATCH, WINDOW = 4, 128
 
 
 class Corpus(NamedTuple):
@@ -47,6 +48,12 @@ class Corpus(NamedTuple):
         array = np.frombuffer(text, np.uint8)
         cut = len(array) - min(len(array) // 10, LONGEST_HELD)
         return cls(name, array[:cut], array[cut:])
+
+    def draw(self, rng: np.random.Generator) -> tuple[Codes, Codes]:
+        """Draw `BATCH` windows of the training text, and the byte after each of theirs."""
+        starts = rng.integers(0, len(self.train) - WINDOW, (BATCH, 1))
+        windows = self.train[starts + np.arange(WINDOW + 1)].astype(np.intp)
+        return windows[:, :-1], windows[:, 1:]
 
 
 def gzip_bits(corpus: Corpus) -> float:

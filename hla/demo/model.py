@@ -1,18 +1,19 @@
-"""A byte-level language model in NumPy whose only token mixer is `hla.scan`.
+"""A model of symbols in NumPy whose only token mixer is `hla.scan`, for text and for other tasks.
 
-    x = embed[bytes]
-    each block:  q, k, v = heads(norm(x) @ qkv);  q, k = relu(q), relu(k)
+    x = embed[symbols]
+    each block:  q, k, v = heads(conv(norm(x) @ qkv));  q, k = norm(silu(q)), norm(silu(k))
                  x += norm(mix(q, k, v)) @ out
                  x += relu(norm(x) @ up)**2 @ down
     logits = norm(x) @ read
 
-norm divides by the root mean square, the mixer's output head by head: with that the operators need
-no denominator. The mixer is differentiated by `hla.vjp`; every other derivative is written here.
+norm divides by the root mean square, of q, k and the mixer's output head by head: with that the
+operators need no denominator. conv is a causal convolution of `TAPS` tokens, each channel for
+itself. The mixer is differentiated by `hla.vjp`; every other derivative is written here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import Any
@@ -28,32 +29,32 @@ States = tuple[Any, ...]
 Mixer = Callable[[int, Array, Array, Array], Array]
 Pullback = Callable[[Array], tuple[Array, Array, Array]]
 
-NO_MIXER = "none"
-BYTES = 256
+NO_MIXER, SOFTMAX = "none", "softmax"
+TAPS = 4
 CHUNK = 32  # heads are narrow: pairs within a longer chunk would cost more than its state
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a model; `operator` is one of hla's, or `NO_MIXER`: o = v, each byte for itself."""
+    """Sizes and learning rate; `operator` is one of hla's, `SOFTMAX`, or `NO_MIXER`: o = v."""
 
     operator: str = "hla2"
     blocks: int = 2
     heads: int = 4
     width: int = 64
     hidden: int = 128
-    fastest: float = 0.5
-    slowest: float = 0.95
+    symbols: int = 256
+    decays: tuple[float, float] | None = (0.5, 0.95)
+    rate: float = 7e-3
 
     @property
     def mixing(self) -> dict[str, Any]:
         """Options of the mixer; 1 - decay is a geometric sequence over the heads."""
-        forgetting = np.geomspace(1 - self.fastest, 1 - self.slowest, self.heads)
-        return {
-            "operator": self.operator,
-            "decay": 1 - forgetting,
-            "scale": (self.width // self.heads) ** -0.5,
-        }
+        options = {"operator": self.operator, "scale": self.heads / self.width}
+        if self.decays:
+            fastest, slowest = self.decays
+            options["decay"] = 1 - np.geomspace(1 - fastest, 1 - slowest, self.heads)
+        return options
 
 
 def initialise(config: Config, seed: int, dtype: str = "float32") -> Parameters:
@@ -64,10 +65,12 @@ def initialise(config: Config, seed: int, dtype: str = "float32") -> Parameters:
         drawn: Array = rng.standard_normal((rows, columns)) * gain * rows**-0.5
         return drawn.astype(dtype)
 
-    C, M = config.width, config.hidden
-    parameters = {"embed": matrix(BYTES, C, BYTES**0.5), "read": matrix(C, BYTES)}
+    C, M, S = config.width, config.hidden, config.symbols
+    parameters = {"embed": matrix(S, C, S**0.5), "read": matrix(C, S)}
     for i in range(config.blocks):
         parameters[f"qkv{i}"] = matrix(C, 3 * C)
+        parameters[f"conv{i}"] = matrix(TAPS, 3 * C, 0.4)
+        parameters[f"conv{i}"][-1] += 1  # the last tap is the token itself
         parameters[f"out{i}"] = matrix(C, C, 0.5)
         parameters[f"up{i}"] = matrix(C, M)
         parameters[f"down{i}"] = matrix(M, C, 0.5)
@@ -92,36 +95,85 @@ def normalise_vjp(dy: Array, y: Array, factor: Array) -> Array:
     return dx
 
 
-def forward(
-    parameters: Parameters, config: Config, tokens: Array, mix: Mixer
-) -> tuple[Array, list[tuple[Array, ...]]]:
-    """Predict the byte after each token.
+def convolve(x: Array, taps: Array, before: Array | None = None) -> tuple[Array, Array]:
+    """Sum each channel over the last `TAPS` tokens.
 
     Parameters
     ----------
-    tokens : array of int, (B, T) or (B,)
-        Bytes; without the token axis `mix` takes one step.
-    mix : callable
-        Given a block's number and its q, k, v of (*tokens.shape, heads, width / heads).
+    x : array, (B, T, C)
+    taps : array, (TAPS, C)
+        The last one is of the token itself.
+    before : array, (B, TAPS - 1, C), optional
+        The tokens before x; without them zeros.
 
     Returns
     -------
-    logits : array, (*tokens.shape, 256)
+    y : array, (B, T, C)
+    padded : array, (B, TAPS - 1 + T, C)
+        x behind those before it; its end is what the next call needs.
+    """
+    if before is None:
+        before = np.zeros((len(x), TAPS - 1, x.shape[-1]), x.dtype)
+    padded = np.concatenate([before, x], axis=1)
+    T = x.shape[1]
+    return sum(padded[:, i : i + T] * tap for i, tap in enumerate(taps)), padded
+
+
+def convolve_vjp(dy: Array, taps: Array, padded: Array) -> tuple[Array, Array]:
+    """Gradients to x and the taps of `convolve` without tokens before x."""
+    T = dy.shape[1]
+    dx = np.zeros_like(padded)
+    for i, tap in enumerate(taps):
+        dx[:, i : i + T] += dy * tap
+    windows = (padded[:, i : i + T] for i in range(TAPS))
+    return dx[:, TAPS - 1 :], np.stack([np.einsum("btc,btc->c", dy, x) for x in windows])
+
+
+def silu(x: Array) -> tuple[Array, Array]:
+    """Return x times its logistic function, and the derivative."""
+    gate = 0.5 * np.tanh(0.5 * x) + 0.5
+    y = x * gate
+    return y, gate + y * (1 - gate)
+
+
+def forward(
+    parameters: Parameters,
+    config: Config,
+    tokens: Array,
+    mix: Mixer,
+    before: Sequence[Array | None] | None = None,
+) -> tuple[Array, list[tuple[Array, ...]]]:
+    """Predict the symbol after each token.
+
+    Parameters
+    ----------
+    tokens : array of int, (B, T)
+    mix : callable
+        Given a block's number and its q, k, v of (B, T, heads, width / heads).
+    before : sequence of array or None, optional
+        What the convolution of each block still needs of the past (see `convolve`).
+
+    Returns
+    -------
+    logits : array, (B, T, symbols)
     tape : list
         What `backward` needs of each block, then of the read-out.
     """
     x = parameters["embed"][tokens]
     tape: list[tuple[Array, ...]] = []
-    for i in range(config.blocks):
+    for i, past in enumerate(before or (None,) * config.blocks):
         n, n_factor = normalise(x)
-        qkv = (n @ parameters[f"qkv{i}"]).reshape(*tokens.shape, 3, config.heads, -1)
-        np.maximum(qkv[..., :2, :, :], 0, out=qkv[..., :2, :, :])
-        o, o_factor = normalise(mix(i, *np.moveaxis(qkv, -3, 0)))
+        drawn, padded = convolve(n @ parameters[f"qkv{i}"], parameters[f"conv{i}"], past)
+        qkv = drawn.reshape(*tokens.shape, 3, config.heads, -1)
+        qk, slope = silu(qkv[..., :2, :, :])
+        qk, qk_factor = normalise(qk)
+        q, k, v = qk[..., 0, :, :], qk[..., 1, :, :], qkv[..., 2, :, :]
+        o, o_factor = normalise(mix(i, q, k, v))
         x = x + o.reshape(x.shape) @ parameters[f"out{i}"]
         m, m_factor = normalise(x)
         h = np.maximum(m @ parameters[f"up{i}"], 0)
         x = x + h**2 @ parameters[f"down{i}"]
-        tape.append((n, n_factor, qkv, o, o_factor, m, m_factor, h))
+        tape.append((n, n_factor, padded, slope, qk, qk_factor, o, o_factor, m, m_factor, h))
     y, y_factor = normalise(x)
     return y @ parameters["read"], [*tape, (y, y_factor)]
 
@@ -145,49 +197,78 @@ def backward(
     *blocks, (y, y_factor) = tape
     dx = normalise_vjp(linear("read", y, dlogits), y, y_factor)
     for i in reversed(range(len(blocks))):
-        n, n_factor, qkv, o, o_factor, m, m_factor, h = blocks[i]
+        n, n_factor, padded, slope, qk, qk_factor, o, o_factor, m, m_factor, h = blocks[i]
         dh = linear(f"down{i}", h**2, dx) * h * 2
         dx += normalise_vjp(linear(f"up{i}", m, dh), m, m_factor)
         do = linear(f"out{i}", o.reshape(dx.shape), dx).reshape(o.shape)
         dqkv = np.stack(pullbacks[i](normalise_vjp(do, o, o_factor)), axis=-3)
-        dqkv[..., :2, :, :] *= qkv[..., :2, :, :] > 0
-        dn = linear(f"qkv{i}", n, dqkv.reshape(*dx.shape[:-1], -1))
+        dqkv[..., :2, :, :] = normalise_vjp(dqkv[..., :2, :, :], qk, qk_factor) * slope
+        taps = parameters[f"conv{i}"]
+        drawn, gradients[f"conv{i}"] = convolve_vjp(dqkv.reshape(*n.shape[:-1], -1), taps, padded)
+        dn = linear(f"qkv{i}", n, drawn)
         dx += normalise_vjp(dn, n, n_factor)
     # The embedding is a product with one-hot rows, so its gradient is one too.
-    one_hot = np.equal.outer(np.arange(BYTES), tokens.ravel()).astype(dx.dtype)
+    one_hot = np.equal.outer(np.arange(len(parameters["embed"])), tokens.ravel()).astype(dx.dtype)
     gradients["embed"] = one_hot @ dx.reshape(tokens.size, -1)
     return gradients
 
 
 def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """Bits that each target costs, and the gradient of their mean to the logits."""
+    """Bits that each target costs, and the gradient of their mean to the logits.
+
+    A target below 0 is none: it costs nothing.
+    """
     p = np.exp(logits - logits.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
-    at = targets[..., None]
+    asked = targets >= 0
+    at = np.where(asked, targets, 0)[..., None]
     chosen = np.take_along_axis(p, at, -1)
     np.put_along_axis(p, at, chosen - 1, -1)
     tiny = np.finfo(p.dtype).tiny
-    return -np.log2(np.maximum(chosen[..., 0], tiny)), p / (log(2) * targets.size)
+    bits = np.where(asked, -np.log2(np.maximum(chosen[..., 0], tiny)), 0)
+    return bits, p * (asked / (log(2) * asked.sum()))[..., None].astype(p.dtype)
+
+
+def softmax_vjp(q: Array, k: Array, v: Array) -> tuple[Array, Pullback]:
+    """Causal softmax attention over the second axis of (B, T, heads, D), with its pullback."""
+    scale = q.shape[-1] ** -0.5
+    later = np.triu(np.full((q.shape[1], q.shape[1]), -np.inf, q.dtype), 1)
+    weights = np.einsum("bthd,bshd->bhts", q, k) * scale + later
+    weights = np.exp(weights - weights.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+
+    def pullback(do: Array) -> tuple[Array, Array, Array]:
+        dweights = np.einsum("bthd,bshd->bhts", do, v)
+        dv = np.einsum("bhts,bthd->bshd", weights, do)
+        along = (dweights * weights).sum(axis=-1, keepdims=True)
+        scores = weights * (dweights - along) * scale
+        return np.einsum("bhts,bshd->bthd", scores, k), np.einsum("bhts,bthd->bshd", scores, q), dv
+
+    return np.einsum("bhts,bshd->bthd", weights, v), pullback
 
 
 def loss_and_gradients(
-    parameters: Parameters, config: Config, tokens: Array
+    parameters: Parameters, config: Config, tokens: Array, targets: Array
 ) -> tuple[float, Parameters]:
-    """Mean bits a byte of predicting tokens[:, 1:] from tokens[:, :-1], with its gradients."""
+    """Mean bits of each target (see `cross_entropy`), with its gradients; both (B, T)."""
     pullbacks: list[Pullback] = []
 
     def mix(block: int, q: Array, k: Array, v: Array) -> Array:
-        if config.operator == NO_MIXER:
-            pullbacks.append(lambda do: (np.zeros_like(do), np.zeros_like(do), do))
-            return v
         o: Array
-        o, pullback = hla.vjp(q, k, v, axis=-3, chunk_size=CHUNK, **config.mixing)
+        pullback: Any
+        if config.operator == NO_MIXER:
+            o, pullback = v, lambda do: (np.zeros_like(do), np.zeros_like(do), do)
+        elif config.operator == SOFTMAX:
+            o, pullback = softmax_vjp(q, k, v)
+        else:
+            o, pullback = hla.vjp(q, k, v, axis=-3, chunk_size=CHUNK, **config.mixing)
         pullbacks.append(lambda do: pullback(do)[:3])
         return o
 
-    logits, tape = forward(parameters, config, tokens[:, :-1], mix)
-    bits, dlogits = cross_entropy(logits, tokens[:, 1:])
-    return float(bits.mean()), backward(parameters, tokens[:, :-1], dlogits, tape, pullbacks)
+    logits, tape = forward(parameters, config, tokens, mix)
+    bits, dlogits = cross_entropy(logits, targets)
+    mean = float(bits.sum() / (targets >= 0).sum())
+    return mean, backward(parameters, tokens, dlogits, tape, pullbacks)
 
 
 def predict(
@@ -197,27 +278,36 @@ def predict(
 
     Returns
     -------
-    logits : array, (*tokens.shape, 256)
+    logits : array, (*tokens.shape, symbols)
     states : tuple
-        One a block: all that the next call needs of the past, of a size that does not grow.
+        All that the next call needs of the past, of a size that does not grow: of each block the
+        state of its mixer and the last tokens before its convolution.
     """
-    old = states or (None,) * config.blocks
+    old, before = states or ((None,) * config.blocks, None)
     new: list[Any] = []
 
     def mix(block: int, q: Array, k: Array, v: Array) -> Array:
         if config.operator == NO_MIXER:
+            new.append(None)
             return v
+        if config.operator == SOFTMAX:
+            new.append(None)
+            return softmax_vjp(q, k, v)[0]
         o: Array
         if tokens.ndim == 1:
+            q, k, v = (x[:, 0] for x in (q, k, v))
             o, state = hla.step(q, k, v, old[block], **config.mixing)
+            o = o[:, None]
         else:
             options = config.mixing | {"axis": -3, "chunk_size": CHUNK}
             o, state = hla.scan(q, k, v, initial_state=old[block], return_state=True, **options)
         new.append(state)
         return o
 
-    logits, _ = forward(parameters, config, tokens, mix)
-    return logits, tuple(new)
+    rows = tokens[:, None] if tokens.ndim == 1 else tokens
+    logits, (*blocks, _) = forward(parameters, config, rows, mix, before)
+    after = tuple(padded[:, 1 - TAPS :] for _, _, padded, *_ in blocks)
+    return logits.reshape(*tokens.shape, -1), (tuple(new), after)
 
 
 class Adam:

@@ -20,13 +20,16 @@ import hla
 
 from .. import tables
 from ..tables import Column
-from .corpus import Bytes, Corpus, gzip_bits, order2_bits
-from .model import NO_MIXER, parameter_count
-from .training import BATCH, WINDOW, Job, Sample, Trained, cores
+from . import composition
+from .composition import Chains
+from .corpus import BATCH, WINDOW, Bytes, Corpus, gzip_bits, order2_bits
+from .model import NO_MIXER, SOFTMAX, TAPS, parameter_count
+from .training import Job, Sample, Trained, cores
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 COLOURS = {
     NO_MIXER: "#777777",
+    SOFTMAX: "#000000",
     "linear": "#0072B2",
     "hla2": "#D55E00",
     "ahla": "#009E73",
@@ -37,60 +40,95 @@ GZIP, ORDER2 = "gzip -9", "order-2 byte counts"
 
 def label(operator: str) -> str:
     """Return the name of a row."""
-    return "no mixer" if operator == NO_MIXER else operator
+    return {NO_MIXER: "no mixer", SOFTMAX: "softmax attention"}.get(operator, operator)
 
 
 def introduce(console: Console, jobs: Sequence[Job]) -> None:
-    """Print the models to be trained, and the text."""
-    corpus, config = jobs[0].corpus, jobs[0].config
-    console.print(
-        f"{corpus.name}: {len(corpus.train):,} bytes to train on, the last {len(corpus.held):,} "
-        f"held out.\nEach model: {config.blocks} blocks of {config.heads} heads, width "
-        f"{config.width}, {parameter_count(config):,} parameters; {jobs[0].steps:,} steps of "
-        f"{BATCH} x {WINDOW} bytes, {min(cores(), len(jobs))} at a time.\n"
-    )
+    """Print the models to be trained, and what on."""
+    for kind in dict.fromkeys(type(job.task) for job in jobs):
+        some = [job for job in jobs if isinstance(job.task, kind)]
+        task, config = some[0].task, some[0].config
+        if isinstance(task, Corpus):
+            about = (
+                f"{task.name}: {len(task.train):,} bytes to train on, the last"
+                f" {len(task.held):,} held out"
+            )
+            batch = f"{BATCH} x {WINDOW} bytes"
+        else:
+            about = f"Chained facts: {task.chains} chains of 3 out of {task.symbols} symbols"
+            batch = f"{composition.BATCH} rows"
+        console.print(
+            f"{about}.\nEach model: {counted(config.blocks, 'block')} of"
+            f" {counted(config.heads, 'head')}, width {config.width},"
+            f" {parameter_count(config):,} parameters; {some[0].steps:,} steps of {batch}."
+        )
+    console.print(f"{min(cores(), len(jobs))} at a time.\n")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 @contextmanager
-def progress(console: Console, jobs: Sequence[Job]) -> Iterator[Callable[[str, int, float], None]]:
-    """Show a bar for each model; yield the function that moves it."""
+def progress(console: Console, jobs: Sequence[Job]) -> Iterator[Callable[[Job, int, float], None]]:
+    """Show a bar for each operator of each task; yield the function that moves it."""
     columns = (
-        TextColumn("{task.description:>8}"),
-        BarColumn(40),
+        TextColumn("{task.description:>16}"),
+        BarColumn(30),
         TextColumn("{task.completed:>5}/{task.total} steps"),
         TextColumn("{task.fields[bits]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    steps = dict.fromkeys(((_bar(job), job.seed) for job in jobs), 0)
     with Progress(*columns, console=console) as bars:
         tasks = {
-            job.config.operator: bars.add_task(
-                label(job.config.operator), total=job.steps, start=False, bits=" " * 14
+            name: bars.add_task(
+                name,
+                total=sum(job.steps for job in jobs if _bar(job) == name),
+                start=False,
+                bits=" " * 9,
             )
-            for job in jobs
+            for name in reversed(dict.fromkeys(map(_bar, jobs)))
         }
 
-        def advance(operator: str, step: int, bits: float) -> None:
-            task = tasks[operator]
-            if not bars.tasks[task].started:
-                bars.start_task(task)
-            bars.update(task, completed=step, bits=f"{bits:.2f} bits/byte")
+        def advance(job: Job, step: int, bits: float) -> None:
+            name = _bar(job)
+            steps[name, job.seed] = step
+            if not bars.tasks[tasks[name]].started:
+                bars.start_task(tasks[name])
+            done = sum(steps[n, seed] for n, seed in steps if n == name)
+            bars.update(tasks[name], completed=done, bits=f"{bits:.2f} bits")
 
         yield advance
+
+
+def _bar(job: Job) -> str:
+    task = "text" if isinstance(job.task, Corpus) else "chains"
+    return f"{task}, {label(job.config.operator)}"
 
 
 class Results(NamedTuple):
     """All measurements; `baselines` are held-out bits a byte of methods without training."""
 
-    jobs: Sequence[Job]
-    models: Sequence[Trained]
+    texts: Sequence[Trained]
+    composed: Sequence[Trained]
     baselines: dict[str, float]
     sample: Sample
 
     @property
     def bits(self) -> dict[str, float]:
         """Held-out bits a byte of every row."""
-        return self.baselines | {label(m.config.operator): m.bits for m in self.models}
+        return self.baselines | {label(m.config.operator): m.score for m in self.texts}
+
+    @property
+    def accuracies(self) -> dict[str, list[float]]:
+        """Share of right answers of every seed, by operator."""
+        found: dict[str, list[float]] = {}
+        for model in self.composed:
+            found.setdefault(label(model.config.operator), []).append(model.score)
+        return found
 
 
 def baselines(corpus: Corpus) -> dict[str, float]:
@@ -98,11 +136,12 @@ def baselines(corpus: Corpus) -> dict[str, float]:
     return {GZIP: gzip_bits(corpus), ORDER2: order2_bits(corpus)}
 
 
-def print_table(console: Console, results: Results) -> None:
-    """Print a row a model, below the baselines."""
+def print_text(console: Console, results: Results) -> None:
+    """Print a row a model of text, below the baselines, and what they show."""
     rows = results.bits
-    speeds = {label(m.config.operator): f"{m.tokens_per_second:,.0f}" for m in results.models}
-    size = f"{parameter_count(results.jobs[0].config):,}"
+    speeds = {label(m.config.operator): f"{m.tokens_per_second:,.0f}" for m in results.texts}
+    job = results.texts[0].job
+    size = f"{parameter_count(job.config):,}"
     console.print("Held-out text", style="bold")
     tables.show(
         console,
@@ -116,12 +155,68 @@ def print_table(console: Console, results: Results) -> None:
         styles=["bold" if bits == min(rows.values()) else "" for bits in rows.values()],
         sections=[len(results.baselines) - 1],
     )
+    console.print(text_shows(results) + "\n")
+    known = job.config.blocks * (TAPS - 1) + 1
     console.print(
         "gzip: what the held-out text adds to the training text. Counts: of the training text, "
-        "Witten-Bell back-off. No mixer: o = v, so only the last byte is known. tokens/s: of "
-        f"training, in one process with one BLAS thread, {min(cores(), len(results.jobs))} at a "
-        "time.\n",
+        f"Witten-Bell back-off. No mixer: o = v, so only the last {known} bytes are known, by the "
+        "convolutions. tokens/s: of training, in one process with one BLAS thread.\n",
         style="dim",
+    )
+
+
+def text_shows(results: Results) -> str:
+    """Say in two sentences what the table of the text shows."""
+    job = results.texts[0].job
+    assert isinstance(job.task, Corpus)
+    share = job.steps * BATCH * WINDOW / len(job.task.train)
+    seen = (
+        f"gzip and the counts know all of the training text by heart; the models saw {share:.1f}"
+        " times as many bytes, drawn from it, and keep only their parameters."
+    )
+    bits = {m.config.operator: m.score for m in results.texts}
+    higher = [name for name in ("hla2", "ahla", "hla3") if name in bits]
+    if "linear" not in bits or not higher:
+        return seen
+    best = min(higher, key=lambda name: bits[name])
+    if bits["linear"] <= bits[best]:
+        won = f"first order wins on text (linear {bits['linear']:.3f}, {best} {bits[best]:.3f}), as"
+    else:
+        won = f"{best} is ahead here ({bits[best]:.3f}, linear {bits['linear']:.3f}), where first"
+        return f"{seen} Of the operators {won} order won on language in larger models."
+    return f"{seen} Of the operators {won} it does in larger models."
+
+
+def print_composed(console: Console, results: Results) -> None:
+    """Print a row an operator of the chained facts, and what they show."""
+    if not results.composed:
+        return
+    rows = results.accuracies
+    chains = results.composed[0].job.task
+    assert isinstance(chains, Chains)
+    console.print("Chained facts: told b -> c, then a -> b; asked a, wanted c", style="bold")
+    tables.show(
+        console,
+        [Column("one layer of", list(rows), "left")],
+        [
+            Column("right answers", [", ".join(f"{x:.0%}" for x in row) for row in rows.values()]),
+            Column(
+                "models over 90%", [f"{sum(x > 0.9 for x in r)} of {len(r)}" for r in rows.values()]
+            ),
+        ],
+        box=HEAVY_HEAD,
+        styles=["bold" if max(row) > 0.9 else "" for row in rows.values()],
+    )
+    able = [name for name, row in rows.items() if max(row) > 0.9]
+    console.print(
+        f"A model that knows which symbols end a chain, and not which chain, is right in"
+        f" {1 / chains.chains:.0%}. "
+        + (
+            f"{' and '.join(able)} composed the two facts in one layer, "
+            if able
+            else "No operator composed the two facts in one layer here, "
+        )
+        + "as ahla can: under a new key it stores what it has just read.\n"
     )
 
 
@@ -150,18 +245,30 @@ def _readable(text: bytes) -> str:
 
 def write_json(results: Results, path: Path) -> None:
     """Write all that was measured."""
-    job = results.jobs[0]
-    corpus = {"name": job.corpus.name, "train": len(job.corpus.train), "held": len(job.corpus.held)}
+    job = results.texts[0].job
+    assert isinstance(job.task, Corpus)
+    corpus = {"name": job.task.name, "train": len(job.task.train), "held": len(job.task.held)}
     models = {
         m.config.operator: {
-            "bits_per_byte": m.bits,
+            "bits_per_byte": m.score,
             "tokens_per_second": m.tokens_per_second,
             "parameters": parameter_count(m.config),
             "held_out": m.scores,
             "training": m.losses,
         }
-        for m in results.models
+        for m in results.texts
     }
+    composed = [
+        {
+            "operator": m.config.operator,
+            "seed": m.job.seed,
+            "accuracy": m.score,
+            "held_out": m.scores,
+            "training": m.losses,
+            "sizes": asdict(m.config),
+        }
+        for m in results.composed
+    ]
     document = {
         "versions": {"hla": hla.__version__, "numpy": np.__version__},
         "corpus": corpus,
@@ -169,6 +276,7 @@ def write_json(results: Results, path: Path) -> None:
         "training": {"steps": job.steps, "seed": job.seed, "batch": BATCH, "window": WINDOW},
         "baselines": results.baselines,
         "models": models,
+        "composition": composed,
         "sample": results.sample.text.decode(errors="replace"),
     }
     text = json.dumps(document, indent=1)
@@ -176,10 +284,10 @@ def write_json(results: Results, path: Path) -> None:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Learning curves on the left, the held-out bits of every row on the right."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for model in results.models:
+    """Learning curves of the text, the held-out bits of every row, answers over steps."""
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(3, 2, 3))
+    for model in results.texts:
         operator = model.config.operator
         losses = np.array(model.losses)
         width = max(1, len(losses) // 50)
@@ -197,17 +305,27 @@ def draw(results: Results, path: Path) -> None:
         left.axhline(bits, color="black", linestyle=dashes, linewidth=1, label=name)
     low = min(results.bits.values())
     left.set(xlabel="training steps", ylabel="bits per byte", ylim=(low - 0.2, None))
-    left.set_title("Learning curves: held-out (dots) and training (thin)", fontsize=10)
+    left.set_title("Text: held-out (dots) and training (thin)", fontsize=10)
     left.legend(frameon=False, fontsize=9)
     names = list(results.bits)
     colours = {label(operator): colour for operator, colour in COLOURS.items()}
-    bars = right.barh(
+    bars = middle.barh(
         names, list(results.bits.values()), color=[colours.get(n, "#bbbbbb") for n in names]
     )
-    right.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
-    right.invert_yaxis()
-    right.set_title("Held-out bits per byte (less is better)", fontsize=10)
-    for axes in (left, right):
+    middle.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
+    middle.invert_yaxis()
+    middle.set_title("Held-out bits per byte (less is better)", fontsize=10)
+    named = set[str]()
+    for model in results.composed:
+        operator = model.config.operator
+        shown = "_" * (operator in named) + label(operator)  # each name once in the legend
+        named.add(operator)
+        right.plot(*zip(*model.scores, strict=True), "o-", color=COLOURS[operator], label=shown)
+    right.set(xlabel="training steps", ylabel="right answers", ylim=(0, 1.05))
+    right.set_title("Chained facts, one layer (more is better)", fontsize=10)
+    if named:
+        right.legend(frameon=False, fontsize=9)
+    for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
-    right.margins(x=0.15)
+    middle.margins(x=0.15)
     figure.savefig(path, format="png", dpi=150)

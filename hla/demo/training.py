@@ -1,4 +1,4 @@
-"""Train the demo's models, score them on held-out text, and let one of them write."""
+"""Train the demo's models, score them on what was held out, and let one of them write."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import composition
+from .composition import Chains
 from .corpus import Bytes, Corpus
 from .model import (
     Adam,
@@ -24,64 +26,76 @@ from .model import (
     predict,
 )
 
-BATCH, WINDOW, PIECE = 4, 128, 4096
-RATE, WARM_UP = 7e-3, 30
-SCORES = 8
+PIECE = 4096
+WARM_UP, SCORES = 30, 8
 
-Report = Callable[[int, float], None]
+Report = Callable[["Job", int, float], None]
 
 
 class Job(NamedTuple):
-    """One row of the table: which model is trained, on what, for how long."""
+    """One model to train, on what, for how long."""
 
     config: Config
-    corpus: Corpus
+    task: Corpus | Chains
     steps: int
     seed: int
 
 
 class Trained(NamedTuple):
-    """A trained model; `losses` are a training batch's bits a byte, `scores` (step, held-out)."""
+    """A trained model; `losses` are a training batch's bits, `scores` (step, held-out score)."""
 
-    config: Config
+    job: Job
     parameters: Parameters
     losses: list[float]
     scores: list[tuple[int, float]]
     tokens_per_second: float
 
     @property
-    def bits(self) -> float:
-        """Held-out bits a byte at the end."""
+    def config(self) -> Config:
+        """Sizes and operator."""
+        return self.job.config
+
+    @property
+    def score(self) -> float:
+        """The held-out score at the end: bits a byte of text, or the share of right answers."""
         return self.scores[-1][1]
 
 
 def train(job: Job, report: Report) -> Trained:
-    """Train on windows drawn from the training text, the same ones whatever the operator.
+    """Train on what the task draws, the same whatever the operator.
 
     Parameters
     ----------
     report : callable
-        Called from time to time with the steps done and the bits a byte of the last batches.
+        Called from time to time with the job, the steps done and the bits of the last batches.
     """
     parameters = initialise(job.config, job.seed)
     adam, rng = Adam(parameters), np.random.default_rng(job.seed)
-    text, offsets = job.corpus.train.astype(np.intp), np.arange(WINDOW + 1)
     losses: list[float] = []
     scores: list[tuple[int, float]] = []
-    seconds = 0.0
+    seconds, seen = 0.0, 0
     for step in range(1, job.steps + 1):
         start = time.perf_counter()
-        windows = text[rng.integers(0, len(text) - WINDOW, (BATCH, 1)) + offsets]
-        loss, gradients = loss_and_gradients(parameters, job.config, windows)
-        adam.step(gradients, RATE * min(step / WARM_UP, 1) * (1 - (step - 1) / job.steps))
-        seconds += time.perf_counter() - start
+        tokens, targets = job.task.draw(rng)
+        loss, gradients = loss_and_gradients(parameters, job.config, tokens, targets)
+        slowing = min(step / WARM_UP, 1) * (1 - (step - 1) / job.steps)
+        adam.step(gradients, job.config.rate * slowing)
+        seconds, seen = seconds + time.perf_counter() - start, seen + tokens.size
         losses.append(loss)
         if step * SCORES // job.steps > (step - 1) * SCORES // job.steps:
-            scores.append((step, score(parameters, job.config, job.corpus.held)))
+            scores.append((step, held_out(parameters, job)))
         if step % 10 == 0 or step == job.steps:
-            report(step, float(np.mean(losses[-50:])))
-    speed = job.steps * BATCH * WINDOW / seconds
-    return Trained(job.config, parameters, losses, scores, speed)
+            report(job, step, float(np.mean(losses[-50:])))
+    return Trained(job, parameters, losses, scores, seen / seconds)
+
+
+def held_out(parameters: Parameters, job: Job) -> float:
+    """Score a model on what it was not trained on."""
+    if isinstance(job.task, Corpus):
+        return score(parameters, job.config, job.task.held)
+    tokens, targets = job.task.draw(np.random.default_rng(1 << 32), composition.HELD)
+    logits, _ = predict(parameters, job.config, tokens)
+    return float((logits.argmax(axis=-1) == targets)[targets >= 0].mean())
 
 
 def score(parameters: Parameters, config: Config, held: Bytes) -> float:
@@ -122,7 +136,7 @@ def generate(
     return Sample(bytes(drawn), count / seconds, difference)
 
 
-def train_all(jobs: Sequence[Job], report: Callable[[str, int, float], None]) -> list[Trained]:
+def train_all(jobs: Sequence[Job], report: Report) -> list[Trained]:
     """Train each model in a process of its own, as many at once as there are cores.
 
     The products are too small to share one among cores: a process with one BLAS thread each is
@@ -135,41 +149,43 @@ def train_all(jobs: Sequence[Job], report: Callable[[str, int, float], None]) ->
     """
     context = get_context("spawn")
     resource_tracker.ensure_running()  # its own start would let interrupts through
-    waiting, running, done = list(jobs), dict[Any, tuple[Any, str]](), dict[str, Trained]()
+    waiting, running = list(enumerate(jobs)), dict[Any, tuple[Any, int]]()
+    done = dict[int, Trained]()
     try:
         while waiting or running:
             while waiting and len(running) < cores():
-                job = waiting.pop()  # the last rows take longest
+                number, job = waiting.pop()  # the last rows take longest
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_work, args=(job, sender), daemon=True)
                 with one_blas_thread(), interrupts_held():
                     process.start()
                 sender.close()
-                running[receiver] = process, job.config.operator
+                running[receiver] = process, number
             ready: list[Any] = connection.wait(list(running))
             for receiver in ready:
-                process, operator = running[receiver]
+                process, number = running[receiver]
+                job = jobs[number]
                 try:
                     message = receiver.recv()
                 except EOFError:
                     process.join()
                     raise RuntimeError(
-                        f"training {operator} ended with exit code {process.exitcode}"
+                        f"training {job.config.operator} ended with exit code {process.exitcode}"
                     ) from None
                 if isinstance(message, Trained):
-                    done[operator] = message
+                    done[number] = message
                     del running[receiver]
                 else:
-                    report(operator, *message)
+                    report(job, *message)
     finally:
         for process, _ in running.values():
             process.terminate()
-    return [done[job.config.operator] for job in jobs]
+    return [done[number] for number in range(len(jobs))]
 
 
 def _work(job: Job, sender: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
-    sender.send(train(job, lambda step, bits: sender.send((step, bits))))
+    sender.send(train(job, lambda job, step, bits: sender.send((step, bits))))
 
 
 @contextmanager
