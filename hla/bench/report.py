@@ -169,7 +169,7 @@ def _show_growth(console: Console, rows: list[Row], lengths: list[int]) -> None:
 
 
 def plot(path: Path, result: dict[str, Any], rows: Iterable[Row]) -> None:
-    """Draw the forward time of the first operator against T, with its peers and floor."""
+    """Draw the first operator's forward time, its peers and floor: against T, or of one T."""
     from matplotlib.figure import Figure
 
     first, machine = result["first"], result["machine"]
@@ -177,22 +177,45 @@ def plot(path: Path, result: dict[str, Any], rows: Iterable[Row]) -> None:
     some.sort(key=lambda r: r.tokens)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for label in dict.fromkeys(r.label for r in some):
-        line = [r for r in some if r.label == label]
+    lengths = sorted({r.tokens for r in some})
+    if len(lengths) == 1:
+        _bars(axes, some)
+    elif some:
+        _lines(axes, some, lengths)
+        figure.legend(loc="outside right center", fontsize="small")
+    places = [f"{machine['processor']}, {machine['cores']} cores", *machine["accelerators"]]
+    about = f", T = {lengths[0]}" if len(lengths) == 1 else ""
+    title = f"{first['operator']} forward, {_what(first)}{about}\n{'; '.join(places)}"
+    axes.set_title(title, fontsize="medium")
+    axes.grid(alpha=0.3, which="both")
+    axes.set_axisbelow(True)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _lines(axes: Any, rows: list[Row], lengths: list[int]) -> None:
+    for label in dict.fromkeys(r.label for r in rows):
+        line = [r for r in rows if r.label == label]
         xs, ys = [r.tokens for r in line], [1e3 * r.seconds for r in line]
         axes.plot(xs, ys, "o--" if line[0].peer else "s-", label=label, alpha=0.8)
-    for accelerator in sorted({r.accelerator for r in some}):
-        floors = {r.tokens: r.floor for r in some if r.accelerator == accelerator and r.floor}
+    for accelerator in sorted({r.accelerator for r in rows}):
+        floors = {r.tokens: r.floor for r in rows if r.accelerator == accelerator and r.floor}
         label = "floor (gpu)" if accelerator else "floor (matmul rate)"
         axes.plot(list(floors), [1e3 * s for s in floors.values()], "k:", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    lengths = sorted({r.tokens for r in some})
     axes.set_xticks(lengths, labels=[str(tokens) for tokens in lengths])
     axes.set(xlabel="tokens T", ylabel="forward, ms (median)")
-    places = [f"{machine['processor']}, {machine['cores']} cores", *machine["accelerators"]]
-    axes.set_title(f"{first['operator']}, {_what(first)}\n{'; '.join(places)}", fontsize="medium")
-    axes.grid(alpha=0.3, which="both")
-    if some:
-        figure.legend(loc="outside right center", fontsize="small")
-    figure.savefig(path, format="png", dpi=150)
+
+
+def _bars(axes: Any, rows: list[Row]) -> None:
+    rows = sorted(rows, key=lambda r: r.seconds)
+    times = [1e3 * r.seconds for r in rows]
+    colours = ["#999999" if r.peer else "#0072B2" for r in rows]
+    bars = axes.barh([r.label for r in rows], times, color=colours)
+    axes.bar_label(bars, [f"{ms:.3g}" for ms in times], padding=3, fontsize="small")
+    for floor in {r.floor for r in rows if r.floor}:
+        axes.axvline(1e3 * floor, color="black", linestyle=":")
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.margins(x=0.1)
+    axes.set(xlabel="forward, ms (median; hla blue); dotted: the floor")
