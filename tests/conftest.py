@@ -115,13 +115,13 @@ def homes(name) -> tuple[str, ...]:
 def of_a_device(name) -> tuple[str, ...]:
     """Libraries of the accelerators that a backend has kernels for.
 
-    Kernels have their own chunks, and round what they hand on to a narrow dtype. None of a backend
-    that does its rows on the host.
+    Kernels have their own chunks, and round what they hand on to a narrow dtype. A backend that has
+    rows on the host too does not have its own library's rows there.
     """
-    if any(x != ANY and not accelerated for x, accelerated in serves(name)):
-        return ()
+    host = any(x != ANY and not accelerated for x, accelerated in serves(name))
     found = tuple(x for x, accelerated in serves(name) if accelerated and x != ANY)
-    return found or tuple(filter(None, [native(name)]))
+    found = tuple(x for x in found if not host or x != name)
+    return found if found or host else tuple(filter(None, [native(name)]))
 
 
 @functools.cache
