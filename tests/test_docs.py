@@ -20,7 +20,8 @@ from hla.core import programs
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *(ROOT / x for x in ("CHANGELOG.md", "CONTRIBUTING.md")), *ROOT.glob("docs/*.md")]
+PAGES.sort()
 FENCE = re.compile(r"^```(.*)\n(?::caption: (.*)\n\n)?((?:.*\n)*?)```$", re.MULTILINE)
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
