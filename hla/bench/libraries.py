@@ -114,20 +114,23 @@ def event_seconds(start: Callable[[], Arrays], seconds: float) -> list[float]:
 
     cold = torch.empty(COLD, dtype=torch.uint8, device="cuda")
 
-    def queue(calls: int) -> list[float]:
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-        for before, after in pairs:
-            cold.zero_()
-            before.record()
-            start()
-            after.record()
-        torch.cuda.synchronize()
-        return [1e-3 * before.elapsed_time(after) for before, after in pairs]
+    def event() -> Any:
+        return torch.cuda.Event(enable_timing=True)
 
-    return between_events(queue, seconds)
+    def passed(before: Any, after: Any) -> float:
+        return float(before.elapsed_time(after))
+
+    return between_events(start, seconds, cold.zero_, event, passed, torch.cuda.synchronize)
 
 
-def between_events(queue: Callable[[int], list[float]], seconds: float) -> list[float]:
+def between_events(
+    start: Callable[[], Arrays],
+    seconds: float,
+    write: Callable[[], Any],
+    event: Callable[[], Any],
+    passed: Callable[[Any, Any], float],
+    wait: Callable[[], Any],
+) -> list[float]:
     """Time calls between two events each, with caches cold before each.
 
     As `triton.testing.do_bench` does: the calls are queued, so that the device waits for Python
@@ -135,17 +138,31 @@ def between_events(queue: Callable[[int], list[float]], seconds: float) -> list[
 
     Parameters
     ----------
-    queue : callable
-        Queues a number of calls, each behind a write that empties the caches, and returns the
-        seconds of each.
+    start : callable
+        Starts the work; need not wait for it.
     seconds : float
         Of calls that count, about; at least one.
+    write : callable
+        Writes more than the caches hold.
+    event, passed, wait : callable
+        Make an event, give the milliseconds between two, wait for the device.
 
     Returns
     -------
     list of float
         Seconds of every call.
     """
+
+    def queue(calls: int) -> list[float]:
+        pairs = [(event(), event()) for _ in range(calls)]
+        for before, after in pairs:
+            write()
+            before.record()
+            start()
+            after.record()
+        wait()
+        return [1e-3 * passed(*pair) for pair in pairs]
+
     queue(1)  # the call that nothing is warm for
     begun = time.perf_counter()
     queue(2)
@@ -244,20 +261,12 @@ def _cupy(accelerator: bool) -> Library:
 
 def _cupy_seconds(start: Callable[[], Arrays], seconds: float) -> list[float]:
     """Time calls between two events of CuPy's current stream (see `between_events`)."""
-    cupy = importlib.import_module("cupy")
-    cold = cupy.empty(COLD, "uint8")
-
-    def queue(calls: int) -> list[float]:
-        pairs = [[cupy.cuda.Event() for _ in range(2)] for _ in range(calls)]
-        for before, after in pairs:
-            cold.fill(0)
-            before.record()
-            start()
-            after.record()
-        cupy.cuda.get_current_stream().synchronize()
-        return [1e-3 * cupy.cuda.get_elapsed_time(*pair) for pair in pairs]
-
-    return between_events(queue, seconds)
+    cuda = importlib.import_module("cupy").cuda
+    cold = importlib.import_module("cupy").empty(COLD, "uint8")
+    wait = cuda.get_current_stream().synchronize
+    return between_events(
+        start, seconds, lambda: cold.fill(0), cuda.Event, cuda.get_elapsed_time, wait
+    )
 
 
 def _cupy_beyond(start: Callable[[], Arrays]) -> int:

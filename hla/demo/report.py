@@ -179,12 +179,12 @@ def text_shows(results: Results) -> str:
     if "linear" not in bits or not higher:
         return seen
     best = min(higher, key=lambda name: bits[name])
+    both = f"linear {bits['linear']:.3f}, {best} {bits[best]:.3f}"
     if bits["linear"] <= bits[best]:
-        won = f"first order wins on text (linear {bits['linear']:.3f}, {best} {bits[best]:.3f}), as"
+        shows = f"first order wins on text ({both}), as it does in larger models"
     else:
-        won = f"{best} is ahead here ({bits[best]:.3f}, linear {bits['linear']:.3f}), where first"
-        return f"{seen} Of the operators {won} order won on language in larger models."
-    return f"{seen} Of the operators {won} it does in larger models."
+        shows = f"{best} is ahead here ({both}), where first order won on language in larger models"
+    return f"{seen} Of the operators {shows}."
 
 
 def print_composed(console: Console, results: Results) -> None:

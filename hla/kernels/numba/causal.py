@@ -101,6 +101,30 @@ def macros(c: Constants) -> Constants:
     return {name: c[name] for name in kept} | pitches
 
 
+def shared_functions(device: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+    """Return what the kernels of states in registers read and write sums and find rows by."""
+
+    @device
+    def eight(S, n):
+        """Return the n-th sums of an array of them."""
+        i = 8 * n
+        return (S[i], S[i + 1], S[i + 2], S[i + 3], S[i + 4], S[i + 5], S[i + 6], S[i + 7])
+
+    @device
+    def put_eight(S, n, x):
+        i = 8 * n
+        S[i], S[i + 1], S[i + 2], S[i + 3] = x[0], x[1], x[2], x[3]
+        S[i + 4], S[i + 5], S[i + 6], S[i + 7] = x[4], x[5], x[6], x[7]
+
+    @device
+    def place(of, head, segment, row, column):
+        """Return the elements from an array's first to the head's at a segment, row and column."""
+        at = head.index0 * of.head0 + head.index1 * of.head1 + head.index2 * of.head2
+        return at + segment * of.segment + row * of.row + column * of.column
+
+    return eight, put_eight, place
+
+
 def make(c: Constants, t: Any) -> Callable[..., None]:
     """Return the kernel of a pass with such constants, which calls the instructions ``t``."""
     f32, f64, i32, i64, dot, device = t.f32, t.f64, t.i32, t.i64, t.dot, t.device
@@ -138,17 +162,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     PAIR_SUMS = AT_SUMS + 2 * WARPS * W  # reads (2, WARPS, W), then of pairs (3, by key and query)
     STATE, SUMS, ZEROS = 8 * KEYS, 8 * BLOCKS, (f32(0),) * 8
 
-    @device
-    def eight(S, n):
-        """Return the n-th sums of an array of them."""
-        i = 8 * n
-        return (S[i], S[i + 1], S[i + 2], S[i + 3], S[i + 4], S[i + 5], S[i + 6], S[i + 7])
-
-    @device
-    def put_eight(S, n, x):
-        i = 8 * n
-        S[i], S[i + 1], S[i + 2], S[i + 3] = x[0], x[1], x[2], x[3]
-        S[i + 4], S[i + 5], S[i + 6], S[i + 7] = x[4], x[5], x[6], x[7]
+    eight, put_eight, place = shared_functions(device)
 
     @device
     def width(type):
@@ -158,9 +172,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     @device
     def address(base, of, head, segment, row, column):
         """Return where a row of a head begins."""
-        at = head.index0 * of.head0 + head.index1 * of.head1 + head.index2 * of.head2
-        at += segment * of.segment + row * of.row + column * of.column
-        return base + at * width(of.type)
+        return base + place(of, head, segment, row, column) * width(of.type)
 
     def fetcher(columns_there, pitch, kind):
         """Return what copies the rows of a chunk into a tile, zeros behind its last row and column.

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 from numba import cuda
 
 from ..cupy.launch import PAD
-from .causal import Head, Operand
+from .causal import Head, Operand, shared_functions
 from .instructions import Constants, Text
 
 LOG2E, LEAST, RESET = 1.4426950408889634, 1e-30, -160.0
@@ -110,23 +110,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     BEFORE, AFTER, TOTAL, LISTS = W, 2 * W, 3 * W, 3 * W + 4
     STATE, SUMS = 16 * KEYS, 16 * BLOCKS
 
-    @device
-    def eight(S, n):
-        """Return the n-th sums of an array of them."""
-        i = 8 * n
-        return (S[i], S[i + 1], S[i + 2], S[i + 3], S[i + 4], S[i + 5], S[i + 6], S[i + 7])
-
-    @device
-    def put_eight(S, n, x):
-        i = 8 * n
-        S[i], S[i + 1], S[i + 2], S[i + 3] = x[0], x[1], x[2], x[3]
-        S[i + 4], S[i + 5], S[i + 6], S[i + 7] = x[4], x[5], x[6], x[7]
-
-    @device
-    def place(of, head, segment, row, column):
-        """Return the elements from an array's first to the head's at a segment, row and column."""
-        at = head.index0 * of.head0 + head.index1 * of.head1 + head.index2 * of.head2
-        return at + segment * of.segment + row * of.row + column * of.column
+    eight, put_eight, place = shared_functions(device)
 
     @device
     def is_first(of, head):
