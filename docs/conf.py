@@ -122,7 +122,42 @@ def requests():
     return table(*rows)
 
 
+def fields(parts):
+    """Names and sizes of a state's fields, by D = 3 and V = 2, as text."""
+    axes = {3: "D", 2: "V"}
+    shapes = ((n, ", ".join(axes[size] for size in x.shape)) for n, x in parts._asdict().items())
+    return ", ".join(f"{name} ({shape})" if shape else name for name, shape in shapes)
+
+
+def states():
+    """What `hla.scan` returns as a state for each operator and mask: a type and its fields."""
+    q, v = np.ones((4, 3)), np.ones((4, 2))
+    asked = [{"operator": o, "mask": m} for o in contract.OPERATORS for m in ("causal", "prefix")]
+    asked += [{"operator": "hla2", "ridge": 0.1}]
+    asked += [{"operator": o, "decay": 0.9, "convention": "paper"} for o in ("hla2", "hla3")]
+    rows = [("state", "of", "fields")]
+    for options in asked:
+        _, state = hla.scan(q, q, v, return_state=True, **options)
+        of = [options["operator"], options.get("mask")]
+        of += [name for name in ("ridge", "convention") if name in options]
+        named = ", ".join(filter(None, of)).replace("convention", 'convention="paper"')
+        rows.append((f"`{type(state).__name__}`", named, fields(state)))
+    return table(*rows)
+
+
+def segments():
+    """What `hla.summarize` returns for each operator and mask."""
+    q, v = np.ones((4, 3)), np.ones((4, 2))
+    rows = [("segment", "of", "fields")]
+    for operator in contract.OPERATORS:
+        for mask in ("causal", "prefix"):
+            segment = hla.summarize(q, q, v, operator=operator, mask=mask)
+            rows.append((f"`{type(segment).__name__}`", f"{operator}, {mask}", fields(segment)))
+    return table(*rows)
+
+
 myst_substitutions = {"backends": capabilities(), "requests": requests()}
+myst_substitutions |= {"states": states(), "segments": segments()}
 
 
 def results(folder):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import environment, installed
 
+import hla.states
 from hla import backends, bench, contract
 from hla.bench.peers import PEERS
 from hla.bench.workloads import COMPILED, HOST, WORKLOADS
@@ -274,3 +275,14 @@ def test_the_project_has_no_address_yet_and_one_place_for_it():
         for x in re.findall(r"(?:github|gitlab)\.com/[^\s)]*", p.read_text("utf-8"))
     }
     assert named == set()
+
+
+def test_the_api_page_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text("utf-8")
+    told = set(re.findall(r"auto\w+:: (\S+)", page))
+    assert set(hla.__all__) - {"states"} <= told
+    types = {name for name in vars(hla.states) if re.fullmatch(r"\w+(State|Segment)", name)}
+    assert types == {x.removeprefix("hla.states.") for x in told if x.startswith("hla.states.")}
+    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    tables = "".join(conf["myst_substitutions"][name] for name in ("states", "segments"))
+    assert set(re.findall(r"`(\w+)`", tables)) == {x for x in types if "Packed" not in x}
