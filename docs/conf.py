@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -27,6 +28,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc", "sphinx_copybutto
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"hla {release}"
+html_show_copyright = html_use_index = False
 myst_enable_extensions = ["dollarmath", "substitution"]
 html_math_renderer = "mathml"  # typeset at build time: no script
 myst_heading_anchors = 3
@@ -324,8 +326,21 @@ def mathml(display):
     return visit, None
 
 
+def history(app, error):
+    """Add asv's pages of the committed results, which it finds by git."""
+
+    from sphinx.util import logging
+
+    if error is None and app.builder.format == "html":
+        script = Path(app.srcdir).parent / "asv_benchmarks" / "publish.py"
+        command = [sys.executable, script, Path(app.outdir, "asv")]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            logging.getLogger(__name__).warning("no pages of asv: %s", done.stderr)
+
+
 def setup(app):
-    """Add the benchmarks; keep the star of (*batch, T, D) from opening an emphasis."""
+    """Add the benchmarks and their history; keep (*batch, T, D) from opening an emphasis."""
     for made in (benchmarks, speed, lengths, versions):
         myst_substitutions[made.__name__] = made(ROOT / "docs" / "benchmarks")
     app.add_html_math_renderer("mathml", mathml("inline"), mathml("block"))
@@ -334,3 +349,4 @@ def setup(app):
         lines[:] = [line.replace("*batch", r"\*batch") for line in lines]
 
     app.connect("autodoc-process-docstring", escape, priority=400)  # before numpydoc
+    app.connect("build-finished", history)

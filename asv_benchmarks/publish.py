@@ -1,0 +1,129 @@
+"""Write asv's pages of every result of `hla bench` that was committed: python publish.py FOLDER."""
+
+import inspect
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(HERE), str(ROOT)]
+
+from benchmarks import LARGE, medians  # noqa: E402
+
+from hla.bench.workloads import Case  # noqa: E402
+
+KINDS = {
+    f"medians.{kind.__name__}.track_median": kind
+    for kind in (medians.Forward, medians.ForwardBackward, medians.Step)
+}
+
+
+def publish(html):
+    """Publish each result under its card's name, at the commit that it measured."""
+    results = [result for result in committed() if large(result)]
+    benchmarks = {name: described(name, results) for name in KINDS}
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder, "results")
+        write(found / "benchmarks.json", benchmarks, version=2)
+        for i, result in enumerate(results):
+            card = result["machine"]["accelerators"][0]
+            machine = {"machine": card, "cpu": result["machine"]["processor"]}
+            write(found / card / "machine.json", machine, version=1)
+            write(found / card / f"{i}.json", entry(result, card, benchmarks), version=2)
+        conf = {"project": "hla", "repo": str(ROOT), "branches": ["HEAD"], "results_dir": "results"}
+        write(Path(folder, "asv.conf.json"), conf, version=1)
+        words = "publish", "--no-pull", "--html-dir", str(html)
+        run("asv", "--config", f"{folder}/asv.conf.json", *words)
+    run("asv_tachyon", "install", "--no-backup", str(html))  # asv's own page needs the network
+    commits = [on_the_branch(result["commit"]) for result in results]
+    subjects = {commit: git("show", "-s", "--format=%s", commit)[0] for commit in commits}
+    write(html / "commits.json", subjects)
+    for name in ("profiles", "regressions-ignore"):  # the page asks for them, and has none
+        write(html / f"{name}.json", {})
+
+
+def committed():
+    """Return every complete result that stood in docs/benchmarks at some commit, newest first."""
+    log = "log", "--raw", "--no-abbrev", "--format=", "--diff-filter=AM"
+    lines = git(*log, "--", "docs/benchmarks/*.json")
+    blobs = dict.fromkeys(line.split()[3] for line in lines)
+    results = [json.loads("\n".join(git("cat-file", "blob", blob))) for blob in blobs]
+    return [result for result in results if result.get("complete", True)]
+
+
+def large(result):
+    """Return the rows of a result that are of the suite's size on a GPU."""
+    size = Case(result["first"]["operator"], **LARGE)
+    same = result["first"] == size._asdict()
+    return [r for r in result["rows"] if same and r["tokens"] == size.tokens]
+
+
+def medians_of(name, result):
+    """Return the milliseconds of a benchmark by its parameters, as asv writes them."""
+    rows = [r for r in large(result) if r["workload"] == KINDS[name].workload]
+    return {(repr(r["name"]), repr(r["operator"])): 1e3 * r["seconds"] for r in rows}
+
+
+def described(name, results):
+    """Describe a benchmark as asv does; its parameters' values are those that were measured."""
+    kind = KINDS[name]
+    measured = [params for result in results for params in medians_of(name, result)]
+    return {
+        "name": name,
+        "type": "track",
+        "unit": kind.track_median.unit,
+        "code": inspect.getsource(kind),
+        "version": None,
+        "param_names": kind.param_names,
+        "params": [list(dict.fromkeys(axis)) for axis in zip(*measured, strict=True)],
+    }
+
+
+def entry(result, card, benchmarks):
+    """Return a result as a file of asv's results."""
+    values = {}
+    for name, benchmark in benchmarks.items():
+        taken, axes = medians_of(name, result), benchmark["params"]
+        values[name] = [[taken.get(params) for params in itertools.product(*axes)], axes]
+    return {
+        "commit_hash": on_the_branch(result["commit"]),
+        "date": int(1e3 * datetime.fromisoformat(result["date"]).timestamp()),
+        "env_name": "hla bench",
+        "params": {"machine": card},
+        "python": result["versions"]["python"],
+        "requirements": result["versions"],
+        "result_columns": ["result", "params"],
+        "results": values,
+    }
+
+
+def on_the_branch(commit):
+    """Return a commit if HEAD's first parents have it, else the merge that brought it there."""
+    (commit,) = git("rev-parse", commit)
+    line = git("rev-list", "--first-parent", "HEAD")
+    since = {commit, *git("rev-list", "--ancestry-path", f"{commit}..HEAD")}
+    return next(one for one in reversed(line) if one in since)
+
+
+def git(*words):
+    command = ["git", "-C", str(ROOT), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def run(module, *words):
+    subprocess.run([sys.executable, "-m", module, *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def write(path, content, **more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**content, **more}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    publish(Path(sys.argv[1]).resolve())
