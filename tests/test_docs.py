@@ -151,12 +151,13 @@ def test_committed_benchmarks_are_those_of_the_commands_beside_them():
     (code,) = (c for language, _, c in blocks(ROOT / "docs" / "benchmarks.md") if language == "sh")
     lines = [shlex.split(line) for line in code.replace("\\\n", "").strip().splitlines()]
     copied = set()
-    for command, copy in zip(lines[::2], lines[1::2], strict=True):
+    for command, copy, plot in zip(lines[::3], lines[1::3], lines[2::3], strict=True):
         assert command[:2] == ["hla", "bench"]
         parser = argparse.ArgumentParser()
         bench.add_arguments(parser)
         args = parser.parse_args(command[2:])
         assert copy == ["cp", f"{args.out}/bench.json", copy[-1]]
+        assert plot == [x.replace(".json", ".png") for x in copy]
         copied.add(ROOT / copy[-1])
         result = json.loads((ROOT / copy[-1]).read_text("utf-8"))
         plan = list(bench._plan(args))
@@ -169,6 +170,7 @@ def test_committed_benchmarks_are_those_of_the_commands_beside_them():
             backend, library, device = (*row["name"].split("/"), "", "")[:3]
             assert (PEERS[backend].library if row["peer"] else library) in args.library
             assert row["peer"] or [device] == args.device
+            assert row["peer"] or not args.backend or backend in args.backend
     assert copied == set((ROOT / "docs" / "benchmarks").glob("*.json"))
 
 
@@ -230,8 +232,12 @@ def test_the_plots_are_of_the_committed_results():
         assert source(result).encode() in plot.read_bytes()
     assert [p.with_suffix(".json") for p in plots] == sorted(plots[0].parent.glob("*.json"))
     conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
-    for page in (README.read_text("utf-8"), conf["benchmarks"](plots[0].parent)):
-        assert re.findall(r"benchmarks/(.*)\.png", page) == [p.stem for p in plots]
+    shown = conf["benchmarks"](plots[0].parent)
+    assert re.findall(r"benchmarks/(.*)\.png", shown) == [p.stem for p in plots]
+    against = re.findall(r"benchmarks/(.*)\.png", conf["lengths"](plots[0].parent))
+    for page in (README, ROOT / "docs" / "index.md"):
+        text = page.read_text("utf-8").replace("{{ lengths }}", conf["lengths"](plots[0].parent))
+        assert sorted(re.findall(r"benchmarks/(.*)\.png", text)) == sorted(["h100", *against])
 
 
 def test_supported_versions_are_those_of_the_metadata():
