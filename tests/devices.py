@@ -129,12 +129,12 @@ def devices() -> tuple[Device, ...]:
     return found
 
 
-def per_device(names="", cases=((),), where=lambda device: True, sample=()):
+def per_device(names="", cases=((),), where=lambda device: True, sample=(), aot=()):
     """Parametrise a test by device, and by the cases of the other names (a list, or made of it).
 
     A case whose operator, mask, gate or dtype the backend does not take is none. Of a device that
     compiles every call all but those of a sample, which is the first case if none is given, are
-    marked as such.
+    marked as such, or ``aot`` where they are among those.
     """
     names, found = names.replace(",", " ").split(), []
     for device in filter(where, devices()):
@@ -145,7 +145,8 @@ def per_device(names="", cases=((),), where=lambda device: True, sample=()):
                 name = "-".join(map(str, (device.backend, *values)))
                 chosen = chosen or [values]
                 rest = device.compiles and values not in chosen
-                marks = [*device.marks, *([pytest.mark.compiled] if rest else [])]
+                mark = pytest.mark.aot if values in aot else pytest.mark.compiled
+                marks = [*device.marks, *([mark] if rest else [])]
                 found.append(pytest.param(device, *values, id=name, marks=marks))
     return pytest.mark.parametrize(("device", *names), found)
 

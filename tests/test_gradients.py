@@ -16,7 +16,7 @@ from conftest import (
     states,
     symmetric,
 )
-from terms import Call, gates_within_budget
+from terms import Call, gate_terms, gates_within_budget
 
 import hla
 
@@ -157,13 +157,14 @@ def test_the_budget_of_gates_sees_each_head_and_block(operator, dtype):
         gradients = hla.vjp(**inputs, **gate, **options, backend="array_api")[1](*given)
         want = gradients.ddecay if "decay" in gate else gradients.dlog_gate
         same = dtype, inputs | gate, options, given, operator
+        terms = gate_terms(inputs | gate, options, given)
         gates_within_budget(want, want, *same)
         for head in range(heads):
             for part in ((),) if "decay" in gate else (slice(64), slice(64, None)):
                 wrong = want.copy()
                 wrong[(head, part) if part else head] = 0.0
                 with pytest.raises(AssertionError, match=f"head {head} "):
-                    gates_within_budget(wrong, want, *same)
+                    gates_within_budget(wrong, want, *same, terms=terms)
 
 
 PAPER = {"operators": ("hla2", "hla3"), "masks": ("causal",), "forms": ("chunked",)}
