@@ -153,9 +153,14 @@ class Call:
         return found
 
     def all_terms(self):
-        """Those of the gate's gradient, by pass."""
-        do = sum(self.cotangents)
-        return self.adjoint({name: c * do for c, name in self.addends}, self.last)[2]
+        """Those of the gate's gradient, by pass and by way: a sum of the output, the last state.
+
+        A quotient's numerator and denominator are ways apart: at a strong decay they cancel.
+        """
+        for (c, name), do in itertools.product(self.addends, self.cotangents):
+            yield from self.adjoint({name: c * do}, None)[2]
+        if self.last is not None:
+            yield from self.adjoint({}, self.last)[2]
 
 
 def parts(inputs, options, given):

@@ -167,6 +167,18 @@ def test_the_budget_of_gates_sees_each_head_and_block(operator, dtype):
                     gates_within_budget(wrong, want, *same, terms=terms)
 
 
+def test_a_quotient_that_forgets_cancels_in_what_its_gates_gradient_is_added_from():
+    """At a decay near 0 o is v: numerator and denominator pull y by what leaves nothing."""
+    q, k, v = (x.astype("float32") for x in draw(2, 300, D=4, positive=True))
+    inputs = {"q": q, "k": k, "v": v, "decay": np.array([1e-6, 0.5], "float32")}
+    do = draw(2, 300, seed=4)[2].astype("float32")
+    options = {"operator": "hla2", "normalize": True}
+    got = hla.vjp(**inputs, **options)[1](do).ddecay
+    inputs, do = {n: x.astype(float) for n, x in inputs.items()}, do.astype(float)
+    want = hla.vjp(**inputs, **options)[1](do).ddecay
+    gates_within_budget(got, want, "float32", inputs, options, (do,))
+
+
 PAPER = {"operators": ("hla2", "hla3"), "masks": ("causal",), "forms": ("chunked",)}
 
 
