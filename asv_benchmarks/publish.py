@@ -76,6 +76,7 @@ def described(name, results):
     return {
         "name": name,
         "type": "track",
+        "less_is_better": True,
         "unit": kind.track_median.unit,
         "code": inspect.getsource(kind),
         "version": None,
