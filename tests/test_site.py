@@ -170,3 +170,31 @@ def test_the_site(tmp_path):
     pictures = Path(os.environ.get("HLA_SCREENSHOTS") or tmp_path / "pictures")
     pictures.mkdir(parents=True, exist_ok=True)
     assert faults(html, pictures, VIEWS) == {}
+
+
+def test_a_result_of_a_branch_enters_at_its_merge(tmp_path):
+    """Asv knows the first parents of HEAD alone."""
+
+    def git(*words):
+        name = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
+        command = ["git", *name, "-C", str(tmp_path), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(name):
+        git("commit", "--allow-empty", "-m", name)
+        return git("rev-parse", "HEAD")
+
+    git("init")
+    first = commit("first")
+    git("checkout", "-b", "side")
+    side = commit("side")
+    git("checkout", "main")
+    git("merge", "--no-ff", "side", "-m", "merge")
+    merge = git("rev-parse", "HEAD")
+    commit("last")
+    code = "import publish, sys; publish.ROOT = sys.argv.pop(1)\n"
+    code += "print(*map(publish.on_the_branch, sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(tmp_path), first, side, side[:7]]
+    path = environment(ROOT / "asv_benchmarks")
+    found = subprocess.run(command, env=path, check=True, capture_output=True, text=True).stdout
+    assert found.split() == [first, merge, merge]
