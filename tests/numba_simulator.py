@@ -57,7 +57,8 @@ class Twin:
         self.kind = KINDS[0 if narrow else 2]
         self.add, self.type_o = macros.get("ADD", 0), macros.get("TYPE_O", 2)
         self.out_kind = KINDS[2] if self.add else KINDS[self.type_o]
-        self.dot = self.f64 if macros.get("SUM_TYPE") == "double" else self.f32
+        double = macros.get("SUM_TYPE") == "double"
+        self.dot, self.dot_kind = (self.f64, "f8") if double else (self.f32, "f4")
         self.pitches = {n for name, n in macros.items() if name.startswith("PITCH")}
         self.module = None
 
@@ -135,6 +136,22 @@ class Twin:
     def put_pair(self, at, x, y):
         self.shared(self.kind, at * self.kind.itemsize, 2)[:] = x, y
 
+    def _number(self, kind, at):
+        kind = np.dtype(kind)
+        return self.shared(kind, at * kind.itemsize)
+
+    def number(self, at):
+        return self._number("f4", at)[0]
+
+    def put_number(self, at, x):
+        self._number("f4", at)[0] = x
+
+    def dot_at(self, at):
+        return self._number(self.dot_kind, at)[0]
+
+    def put_dot(self, at, x):
+        self._number(self.dot_kind, at)[0] = x
+
     # Copies
 
     def copy16(self, at, address, size):
@@ -178,6 +195,15 @@ class Twin:
         assert address
         place = int(address) + int(at) * kind.itemsize
         return np.frombuffer((ctypes.c_char * kind.itemsize).from_address(place), kind)
+
+    def load4(self, address):
+        assert address % 16 == 0
+        return tuple(self.get(address, i, 2) for i in range(4))
+
+    def store4(self, address, *x):
+        assert address % 16 == 0
+        for i, one in enumerate(x):
+            self.put(address, i, 2, one)
 
     def get64(self, address, at, kind):
         return self._at(address, at, kind)[0].astype(np.float64)

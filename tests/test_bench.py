@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +149,25 @@ def test_device_and_library_choose_the_rows(tmp_path, monkeypatch):
     taking = {f"{b}/numpy/cpu" for b in here if {("numpy", False), (ANY, False)} & {*serves(b)}}
     assert {"numpy/numpy/cpu", "array_api/numpy/cpu"} <= taking
     assert names == taking | {"NumPy chunks", "NumPy tokens", "NumPy lines"}
+
+
+def test_backend_chooses_the_rows_and_leaves_the_peers(tmp_path, monkeypatch):
+    needs("rich")
+    needs("matplotlib")
+    monkeypatch.setattr(bench, "import_seconds", lambda repeats: [0.1])
+    asked = []
+
+    def memories(case, libraries, backends):
+        asked.append(measure.chosen(libraries, backends))
+        return {}
+
+    monkeypatch.setattr(bench, "memories", memories)
+    words = ("--quick", "--tokens", "20", "--device", "cpu", "--library", "numpy")
+    assert bench.run(parsed(*words, "--backend", "numpy", "--out", str(tmp_path))) == 0
+    names = {r["name"] for r in json.loads((tmp_path / "bench.json").read_text())["rows"]}
+    assert names == {"numpy/numpy/cpu", "NumPy chunks", "NumPy tokens", "NumPy lines"}
+    assert asked == [[Target("numpy", "numpy")]]
+    assert set(backends.TABLE) <= set(parsed("--backend", *backends.names()).backend)
 
 
 def test_a_run_that_times_nothing_says_so_and_leaves_what_is_there(tmp_path, monkeypatch, capsys):
@@ -734,6 +754,34 @@ def test_the_meter_without_a_gpu(monkeypatch):
     assert libraries.bytes_beyond(lambda: (torch.ones(2), torch.ones(3))) == 60 - 20
 
 
+def test_the_meter_of_numba_without_a_gpu(monkeypatch):
+    needs("numba")
+    from hla.kernels.numba import package
+
+    waited, written = [], []
+
+    class Device:
+        def copy_to_device(self, other):
+            assert other is not self
+            written.append(1)
+
+    cuda = SimpleNamespace(
+        device_array=lambda size, dtype: Device(),
+        event=lambda timing: Event(timing),
+        event_elapsed_time=Event.elapsed_time,
+        synchronize=lambda: waited.append(1),
+    )
+    monkeypatch.setattr(package, "cuda", cuda, raising=False)
+    monkeypatch.setattr(time, "perf_counter", lambda: Event.now)
+
+    def work():
+        Event.now += 2e-3
+
+    assert libraries._numba_seconds(work, 0.041) == pytest.approx([2e-3] * 20)
+    assert len(waited) == 3
+    assert len(written) == 1 + 2 + 20  # caches are cold before each call
+
+
 def test_queues_of_calls_less_their_writes(monkeypatch):
     """JAX's meter: the clock is moved by the calls, and by the writes that come before them."""
     jax = installed("jax")
@@ -782,6 +830,19 @@ def test_the_meter_of_cupy_on_a_gpu():
     assert meter.bytes_beyond(lambda: ((x + 1) * 2,)) == x.nbytes
     assert meter.bytes_beyond(lambda: (x + 1,)) == 0
     assert 2 * x.nbytes / min(meter.seconds(lambda: (x + 1,), 0.1)) < 2e13  # which no memory does
+
+
+@pytest.mark.gpu
+def test_the_meter_of_numba_on_a_gpu():
+    from hla.kernels.numba import package
+
+    if not package.installed() or package.SIMULATED or not package.cuda.is_available():
+        pytest.skip("no CUDA device for Numba")
+    lib = libraries.load("numba", True)
+    x = lib.array(np.ones(1 << 26, np.float32), "float32")
+    y = lib.array(np.zeros(1 << 26, np.float32), "float32")
+    times = lib.meter.seconds(lambda: (y.copy_to_device(x),), 0.1)
+    assert 0 < 2 * x.nbytes / min(times) < 2e13  # which no memory does
 
 
 @pytest.mark.gpu

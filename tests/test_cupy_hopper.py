@@ -12,7 +12,7 @@ from devices import check as within_the_budget
 
 import hla
 from hla import backends
-from hla.kernels.cupy import hopper_backward
+from hla.kernels.cupy import hopper_backward, launch
 from hla.kernels.cupy.launch import Card
 from hla.libraries import exchange, rules
 
@@ -130,8 +130,13 @@ ADJOINTS = {  # kernels, T, D, V, options
 
 @pytest.mark.parametrize("case", some(ADJOINTS, 2, 4))
 def test_sweeps(hopper, case):
-    kernels, T, D, V, options = ADJOINTS[case]
-    options, start = {n: x for n, x in options.items() if n != "start"}, "start" in options
+    kernels, *sizes, options = ADJOINTS[case]
+    compare_gradients(*sizes, **options)
+    assert kernels | {"hopper.cu"} == {name for name, _ in hopper} - {"sum.cu", "pass.cu"}
+
+
+def compare_gradients(T, D, V, *, start=False, **options):
+    """Hold those of an output, and of a first state, against core's."""
     rng = np.random.default_rng(T)
     given = [rng.standard_normal((2, T, w)) / w**0.5 for w in (D, D, V, V)]
     narrow = [x.astype(ml_dtypes.bfloat16) for x in given]
@@ -146,7 +151,6 @@ def test_sweeps(hopper, case):
         return hla.vjp(*inputs, initial_state=first, backend=backend, **options)[1](do)
 
     found = gradients("hopper", narrow, np.float32)
-    assert kernels | {"hopper.cu"} == {name for name, _ in hopper} - {"sum.cu", "pass.cu"}
     wanted = gradients("array_api", narrow, np.float64)
     pairs = [(n, getattr(found, n), getattr(wanted, n)) for n in ("dq", "dk", "dv")]
     if start:  # of fields that o does not depend on they are zeros
@@ -157,6 +161,31 @@ def test_sweeps(hopper, case):
         assert np.linalg.norm(x - z) <= 6e-3 * np.linalg.norm(z), name
 
 
+SEGMENTS = {  # sweeps of the adjoint that are not READ, then as above
+    "hla2, of 128 keys": (1, 170, 128, 72, {"scale": 0.5}),
+    "hla2, a state, a decay, not 16 bytes": (1, 170, 36, 60, {"decay": 0.9, "start": True}),
+    "ahla": (1, 130, 128, 72, {"operator": "ahla"}),
+    "ahla, a state": (2, 130, 64, 36, {"operator": "ahla", "start": True}),
+    "ahla, a state, a decay": (0, 130, 64, 36, {"operator": "ahla", "decay": 0.9, "start": True}),
+    "hla3, a state, a decay": (0, 130, 64, 48, {"operator": "hla3", "decay": 0.9, "start": True}),
+}
+
+
+@pytest.mark.parametrize("case", some(SEGMENTS, 0, 3))
+def test_segments(monkeypatch, case):
+    """Of 64 tokens, the last short: y, dy and du are made anew for the states of what follows.
+
+    What nothing reads is not done: the last segment's states, of the adjoint those of the first.
+    """
+    monkeypatch.setattr(launch, "segments", lambda request, card: 64)
+    count, *sizes, options = SEGMENTS[case]
+    launches = backend(monkeypatch, CARD)
+    compare_gradients(*sizes, **options)
+    alone = [c for name, c in launches if name in ("hopper_reverse.cu", "hopper_ahla.cu")]
+    assert [c["READ"] for c in alone].count(0) == count
+    assert {"carry.cu", "hopper.cu", "hopper_queries.cu"} <= {name for name, _ in launches}
+
+
 GATED = {  # operator, gate, T, D, V
     "hla2, a log gate": ("hla2", "resets", 200, 72, 128),
     "ahla, a decay": ("ahla", "per_head", 130, 64, 36),
@@ -164,17 +193,21 @@ GATED = {  # operator, gate, T, D, V
 }
 
 
+@pytest.mark.parametrize("tokens", [0, 128])
 @pytest.mark.parametrize("case", some(GATED, 0))
-def test_gradients_of_a_gate(hopper, monkeypatch, case):
+def test_gradients_of_a_gate(monkeypatch, case, tokens):
     """Sweeps leave what they are made of, states before each period of one chunk too."""
     operator, gate, T, D, V = GATED[case]
     monkeypatch.setattr(hopper_backward, "PERIOD", 64)
+    monkeypatch.setattr(launch, "segments", lambda request, card: tokens)
+    launches = backend(monkeypatch, CARD)
     device = Device("hopper", "numpy", "cpu", ("bfloat16",))
     inputs = inputs_of(T, gate, "bfloat16", D=D, V=V)
     options = {"operator": operator, "scale": 0.25}
     within_the_budget(device, inputs, options, "bfloat16")
-    names = {name for name, _ in hopper}
-    assert names == {"hopper.cu", "hopper_reverse.cu", "hopper_queries.cu", "gate.cu", "sum.cu"}
+    names = {"hopper.cu", "hopper_reverse.cu", "hopper_queries.cu", "gate.cu", "sum.cu"}
+    names |= {"pass.cu", "carry.cu", "fading.cu"} if tokens else set()
+    assert {name for name, _ in launches} == names
 
 
 @pytest.mark.parametrize("operator", some(["ahla", "hla3"], 0))

@@ -98,9 +98,11 @@ def unable(request: Request) -> str | None:
 
 def _device_plan(request: Request) -> str:
     from ..device import plan as plans
-    from ..kernels.cupy import launch
+    from ..kernels.cupy import launch, step
     from ..kernels.numba import device
 
+    if request.tokens == 1 and request.return_state and step.fits(request):
+        return "one token by a kernel, its states read and written once"
     card = _card(request)
     tokens = launch.segments(request, card)
     rows = device.KERNELS.rows(request, card)
@@ -152,7 +154,9 @@ def step(request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
 
 def again_step(request: Request, inputs: Inputs, donate: bool) -> Any:
     """Return what takes a token like this one without its checks, or None."""
-    return None if request.accelerator else token.again(step, request, inputs, donate)
+    if request.accelerator:
+        return _device().steps.again(request, inputs, donate)
+    return token.again(step, request, inputs, donate)
 
 
 def again_forward(request: Request, inputs: Inputs, axis: int) -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import backends
 from ..command import at_least, prepare_files, save
 from .machine import describe
 from .measure import (
@@ -64,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where: cpu, gpu (default: both)")  # fmt: skip
     add("--library", nargs="+", action="extend", choices=LIBRARIES, metavar="NAME",
         help=f"whose arrays and peers: {', '.join(LIBRARIES)} (default: all)")  # fmt: skip
+    known = backends.names()
+    add("--backend", nargs="+", action="extend", choices=known, metavar="NAME",
+        help=f"whose code, beside the peers: {', '.join(known)} (default: all)")  # fmt: skip
     add("--commit", help="what to record as hla's commit (default: that of its git checkout)")
     add("--quick", action="store_true", help="a few seconds and small sizes, to see that it works")
     add("--out", type=Path, default=Path("hla-bench"), metavar="DIR",
@@ -105,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
     result: dict[str, Any] = {"schema": SCHEMA, "quick": args.quick, **describe(args.commit)}
     result |= {"first": first._asdict(), "memory": {}, "complete": False}
     libraries = tuple(args.library or LIBRARIES)
-    where = {"devices": dict.fromkeys(args.device or DEVICES), "libraries": libraries}
+    where: dict[str, Any] = {"devices": dict.fromkeys(args.device or DEVICES)}
+    where |= {"libraries": libraries, "backends": args.backend}
     report.introduce(console, result)
 
     def save_json() -> bool:
@@ -129,7 +134,8 @@ def run(args: argparse.Namespace) -> int:
                     save_json()  # a run that is killed keeps what it has
             if rows and "cpu" in where["devices"]:
                 advance("peak memory")
-                result["memory"] = memories(first, ("numpy",) if args.quick else libraries)
+                some = ("numpy",) if args.quick else libraries
+                result["memory"] = memories(first, some, args.backend)
         result["complete"] = True
     except KeyboardInterrupt:
         if not rows:

@@ -307,7 +307,24 @@ def _numba(accelerator: bool) -> Library:
         cuda.synchronize()
         return out
 
-    return Library(array, wait, lambda f: f)
+    return Library(array, wait, lambda f: f, meter=Meter(_numba_seconds))
+
+
+def _numba_seconds(start: Callable[[], Arrays], seconds: float) -> list[float]:
+    """Time calls between two events of Numba's default stream (see `between_events`)."""
+    from ..kernels.numba import package
+
+    cuda = package.cuda
+    cold, other = (cuda.device_array(COLD, np.uint8) for _ in range(2))
+    event = functools.partial(cuda.event, timing=True)
+    return between_events(
+        start,
+        seconds,
+        lambda: cold.copy_to_device(other),
+        event,
+        cuda.event_elapsed_time,
+        cuda.synchronize,
+    )
 
 
 ADAPTERS: dict[str, Callable[[bool], Library]] = {

@@ -13,7 +13,10 @@ from typing import Any
 
 import hla
 
-PACKAGES = ("numpy", "torch", "triton", "fla-core", "jax", "cupy-cuda13x", "array-api-compat")
+PACKAGES = (
+    *("numpy", "torch", "triton", "fla-core", "jax", "cupy-cuda13x", "cupy-cuda12x"),
+    *("numba", "numba-cuda", "array-api-compat"),
+)
 
 
 def describe(commit: str | None = None) -> dict[str, Any]:

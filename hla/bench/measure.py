@@ -44,13 +44,13 @@ IMPORT = "import time; t = time.perf_counter(); import hla; print(time.perf_coun
 class Row:
     """One line of the result.
 
-    ``seconds`` is the median by the library's meter where it has one (on a GPU torch, by events,
-    and JAX, by queues), else of the host's clock, and ``host_seconds`` always that of the host's
-    clock, which waits for the result; ``quartiles`` are the first and third of what ``seconds`` is
-    the median of. ``times_faster`` is a peer's time over this one, by meters where both have one,
-    else by the clock. ``rates`` are those of the floor in this run, operations and bytes a second,
-    and ``beyond`` is the device memory at the peak beyond inputs and results, in tensors of q's
-    size.
+    ``seconds`` is the median by the library's meter where it has one (on a GPU: JAX's by queues,
+    the others' by events), else of the host's clock, and ``host_seconds`` always that of the
+    host's clock, which waits for the result; ``quartiles`` are the first and third of what
+    ``seconds`` is the median of. ``times_faster`` is a peer's time over this one, by meters where
+    both have one, else by the clock. ``rates`` are those of the floor in this run, operations and
+    bytes a second, and ``beyond`` is the device memory at the peak beyond inputs and results, in
+    tensors of q's size.
     """
 
     workload: str
@@ -96,6 +96,7 @@ def measure_case(
     quick: bool = False,
     devices: Iterable[str] = DEVICES,
     libraries: Iterable[str] = LIBRARIES,
+    backends: Iterable[str] | None = None,
 ) -> tuple[list[Row], list[Skipped]]:
     """Check, then time everything that can run one case, in one process, one after the other.
 
@@ -111,6 +112,8 @@ def measure_case(
         One short round instead of three.
     devices, libraries : iterable of str
         Where, and with whose arrays, of backends and peers alike.
+    backends : iterable of str, optional
+        Which; default all.
 
     Returns
     -------
@@ -122,8 +125,8 @@ def measure_case(
         accelerator = device == "gpu"
         if workload in HOST and not accelerator:
             continue  # there a call's own time is the host's
-        here = {str(t): t for t in targets() if t.accelerator == accelerator}
-        here = {name: t for name, t in here.items() if t.library in libraries}
+        some = (t for t in chosen(libraries, backends) if t.accelerator == accelerator)
+        here = {str(t): t for t in some}
         prepare = {name: functools.partial(work, t, workload, case) for name, t in here.items()}
         for name, other in PEERS.items():
             if other.library in libraries and other.can(workload, accelerator):
@@ -146,6 +149,12 @@ def measure_case(
             library = next(here[name].library for name in ready if name in here)
             rows += _time(workload, case, floor(case.dtype, library, accelerator), ready, quick)
     return rows, skipped
+
+
+def chosen(libraries: Iterable[str], backends: Iterable[str] | None = None) -> list[Target]:
+    """Return the targets of these libraries and backends; None: of every backend."""
+    some = [t for t in targets() if t.library in libraries]
+    return [t for t in some if backends is None or t.backend in backends]
 
 
 def _foresee(workload: str, case: Case, before: list[Row]) -> None:
@@ -332,10 +341,14 @@ def memory_of(target: Target, case: Case) -> int:
         raise RuntimeError(f"memory of {target}: {why}") from error
 
 
-def memories(case: Case, libraries: Iterable[str] = LIBRARIES) -> dict[str, int]:
+def memories(
+    case: Case,
+    libraries: Iterable[str] = LIBRARIES,
+    backends: Iterable[str] | None = None,
+) -> dict[str, int]:
     """`memory_of` by target, for those that can be measured."""
     found = {}
-    for target in (t for t in targets() if t.library in libraries):
+    for target in chosen(libraries, backends):
         with contextlib.suppress(NotImplementedError):
             found[str(target)] = memory_of(target, case)
     return found

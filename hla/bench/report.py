@@ -153,8 +153,8 @@ def _caption(rows: list[Row]) -> str:
         lines.append(f"Floor on the {'gpu' if accelerator else 'cpu'} ({what}): {listed}.")
     if any(r.accelerator for r in rows):
         lines.append(
-            "On the gpu, ms: between device events where torch or CuPy has the arrays, by queues of"
-            " calls where JAX has, with caches cold; host ms: the host's clock, which waits."
+            "On the gpu, ms: by queues of calls where JAX has the arrays, else between device"
+            " events, with caches cold; host ms: the host's clock, which waits."
         )
     if any(r.beyond is not None for r in rows):
         lines.append("Memory / q: at the peak, beyond inputs and results, in tensors of q's size.")

@@ -19,7 +19,7 @@ from ..core.request import Inputs, Request
 from ..states.packed import STATE_OF
 from . import plan as plans
 from .shapes import saved as saved_names
-from .steps import Buffer, Limits, Plan, Ref, Row, Step
+from .steps import Buffer, Launch, Limits, Plan, Ref, Row, Step
 from .tiles import Layout, grids, inner, located, strides_like, whole
 
 Array = Any
@@ -90,6 +90,17 @@ def heads(
             for x, n, offset in zip(places, ranks, offsets, strict=True)
         ]
         yield counts, strides, first, [() if x is None else x.layout.strides for x in first]
+
+
+def left_out(s: Launch, x: Place | None, kind: str) -> Place | None:
+    """Return where an operand of a launch lies behind its first segment, if that is left out.
+
+    It has "rows", is a "state" of each segment, a log "gate", or a "decay", which has no tokens.
+    """
+    if x is None or kind == "decay" or not (s.short and s.reverse):
+        return x
+    axis, n = {"rows": (-2, s.tokens), "state": (-3, 1), "gate": (-1, s.tokens)}[kind]
+    return x._replace(layout=x.layout.behind(axis, n))
 
 
 class Turn(NamedTuple):

@@ -6,6 +6,7 @@ Numba's lack, on the stream that the interface names. Results are device arrays 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,13 +16,14 @@ import numpy as np
 
 from ..core import namespace
 from ..core.namespace import Array
-from ..kernels.numba import package
+from ..kernels.numba import blocks, package, streams
 from .generic import Generic
 
 if TYPE_CHECKING:
     from ..kernels.numba import array
 
 NUMBERS = 256  # that are kept on a device
+KINDS = 1024  # of results, of each of which one is kept without memory
 
 
 class Interface:
@@ -60,8 +62,6 @@ class Numba(Generic):
         Work is put on the stream of the first array that names one, which waits for those of
         others.
         """
-        from ..kernels.numba import blocks, streams
-
         own = namespace.adapter("numba", None)  # which makes the arrays' namespace known
         found = list[int]()
 
@@ -83,11 +83,12 @@ class Numba(Generic):
 
 def read(x: Array) -> tuple[int | None, array.Array]:
     """Return the stream that an array names, and an array of its memory."""
-    from ..kernels.numba.array import Array, whole
-
+    Array = _arrays().Array
     if package.SIMULATED:
         values = x._ary
         return None, Array(x, values.ctypes.data, values.shape, values.strides, values.dtype, 0)
+    if type(x) is _device_array() and type(x.stream) is int:  # 0: its interface names none
+        return None, Array(x, x.device_ctypes_pointer.value or 0, x.shape, x.strides, x.dtype)
     given = x.__cuda_array_interface__
     if given.get("mask") is not None:
         raise TypeError("an array has a mask; expected none. Fill what is masked")
@@ -95,22 +96,58 @@ def read(x: Array) -> tuple[int | None, array.Array]:
     if dtype.kind == "V" and isinstance(own, np.dtype):  # bfloat16 has no letter there
         dtype = own
     shape, strides = tuple(given["shape"]), given.get("strides")
-    strides = whole(shape, dtype.itemsize) if strides is None else tuple(strides)
+    strides = _arrays().whole(shape, dtype.itemsize) if strides is None else tuple(strides)
     return given.get("stream"), Array(x, given["data"][0] or 0, shape, strides, dtype)
 
 
-def made(x: array.Array, stream: int | None) -> Array:
-    """Return a device array of Numba, of x's memory; of a copy where x repeats an element."""
-    from ..kernels.numba.array import mapped
+@functools.cache
+def _arrays() -> Any:
+    from ..kernels.numba import array
 
+    return array
+
+
+@functools.cache
+def _device_array() -> Any:
+    from numba.cuda.cudadrv.devicearray import DeviceNDArray
+
+    return DeviceNDArray
+
+
+def made(x: array.Array, stream: int | None) -> Array:
+    """Return a device array of Numba, of x's memory; of a copy where x repeats an element.
+
+    One like an earlier one is a copy of it with other memory: to make one anew takes ten times as
+    long.
+    """
     if any(n > 1 and s == 0 for n, s in zip(x.shape, x.strides, strict=True)):
-        x = mapped("copy", x)
+        x = _arrays().mapped("copy", x)
     if package.SIMULATED:
         from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
         return FakeCUDAArray(np.asarray(Interface(x, None)).view(x.dtype))
+    key = x.shape, x.strides, x.dtype, x.device, stream
+    like = _kinds.get(key)
+    if like is None:
+        if len(_kinds) >= KINDS:
+            _kinds.clear()
+        like = _kinds[key] = blocks.inside(x.device, lambda: _kind(x, stream))
+    memory = like.gpu_data
+    found, pointer = copy.copy(like), type(memory.device_pointer)(x.address)
+    found.gpu_data = type(memory)(memory.context, pointer, memory.size, owner=x)
+    return found
+
+
+_kinds: dict[Any, Array] = {}
+
+
+def _kind(x: array.Array, stream: int | None) -> Array:
+    """Return a device array like x, which keeps no memory alive."""
     found = package.cuda.as_cuda_array(Interface(x, stream), sync=False)
-    return found if found.dtype == x.dtype else found.view(x.dtype)
+    found = found if found.dtype == x.dtype else found.view(x.dtype)
+    memory = found.gpu_data
+    found.gpu_data = type(memory)(memory.context, memory.device_pointer, memory.size)
+    return found
 
 
 def _each(
@@ -197,28 +234,20 @@ class Arrays(Generic):
 
     def lend(self, x: Array, strided: bool) -> Array:
         """Copy what has a negative stride, which would end the process of `torch.from_dlpack`."""
-        from ..kernels.numba.array import mapped, ordered
-
         if any(s < 0 for s in x.strides):
-            return mapped("copy", x)
-        return x if strided else ordered(x)
+            return _arrays().mapped("copy", x)
+        return x if strided else _arrays().ordered(x)
 
     def stream(self, x: Array) -> int | None:
         """Return the current stream, as other libraries number it."""
-        from ..kernels.numba import streams
-
         return 0 if streams.current() == streams.DEFAULT else streams.current()
 
     def on_stream(self, stream: int) -> AbstractContextManager[Any]:
         """Context in which a stream is the current one."""
-        from ..kernels.numba import streams
-
         return streams.on(stream)
 
     def done(self, x: Array) -> Callable[[], bool]:
         """Return what tells whether the work queued until now is done."""
-        from ..kernels.numba import blocks, streams
-
         return blocks.recorded(streams.current())
 
     def underflow(self) -> AbstractContextManager[Any]:

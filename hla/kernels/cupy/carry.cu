@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(128) carry_kernel(const __grid_cons
 #pragma unroll 8
     for (i64 i = 0; i < p.count; i++) {
         const i64 n = p.reverse ? p.count - 1 - i : i;
-        const float more = local[n * size];
+        const float more = p.end || i < p.count - 1 ? local[n * size] : 0.f;  // the last may not be there
         o[n * size] = S;
         if (p.fading) S *= (float)exp(p.power * p.fading[faded + n * p.fading_segment]);
         S += more;

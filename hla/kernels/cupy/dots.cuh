@@ -77,7 +77,7 @@ DEVICE void add_line(float2 &x, u32 line) {
     x.x += y.x, x.y += y.y;
 }
 
-// Where a chunk's sums go, of tokens from its first on.
+// Where a head's sums go, of tokens from its first on.
 DEVICE float *dots_of(const Sweep &p, int operand, int tile) {
     return (float *)p.at[operand] + Head(p).offset(p.of[operand], tile, 0, 0);
 }

@@ -46,7 +46,7 @@ def kernels(operator: str, load: Load, call: Call, fused: Fused) -> Iterator[Ker
     warps = B // 32 + (4 if hla3 else B // 32)
     yield from hopper.sweeps(
         load, call, "fused.cu", broadcast(*(x.batch for x in launches)), refs, D, V,
-        [x.read for x in launches], launches[0].tokens, fixed, threads=32 * warps,
+        [x.read for x in launches], launches[0], fixed, threads=32 * warps,
         tiles=-(-V // HALF) if hla3 else 1,
     )  # fmt: skip
 

@@ -12,16 +12,16 @@ from ...core.passes import Shape, broadcast
 from ...core.programs import Passes
 from ...core.request import Request
 from ...device.rows import kept, masked
-from ...device.scan import Call, heads
-from ...device.steps import Fused, Ref, Row
-from .launch import WIDEST, Card, Constants, Kernel, Load, located, operand, walked
+from ...device.scan import Call, heads, left_out
+from ...device.steps import Fused, Launch, Ref, Row
+from .launch import WIDEST, Card, Constants, Kernel, Load, located, operand, own_axes, walks
 
 NAME = "{} by two state owners"
 OPERATORS = {"ahla": 1, "hla2": 2, "hla3": 3}  # by their numbers in hopper.cu
 GATES = (None, "decay", "log_gate")
 HALF = WIDEST // 2  # columns of a tile
 SHARED = 227 << 10  # bytes of shared memory, all that a block can have
-LEFT = {"dots": "dots", "kept": "states", "met ": "dots"}  # kinds, by how names begin
+LEFT = {"dots": "dots", "kept": "kept", "met ": "dots"}  # kinds, by how names begin
 STARTS, ENDS = ("start1", "start2", "start3"), ("end1", "end2", "end3")
 
 
@@ -70,7 +70,7 @@ def kernels(operator: str, load: Load, call: Call, fused: Fused) -> Iterator[Ker
     fixed = settings(operator, refs, dtypes, D, V, call.request.gate)
     yield from sweeps(
         load, call, "hopper.cu", broadcast(*(x.batch for x in launches)), refs, D, V,
-        [x.read for x in launches], launches[0].tokens, fixed,
+        [x.read for x in launches], launches[0], fixed,
         tiles=-(-V // HALF) if operator == "hla3" else 1,
     )  # fmt: skip
 
@@ -96,7 +96,7 @@ def sweeps(
     D: int,
     V: int,
     factors: Sequence[float],
-    tokens: int,
+    s: Launch,
     fixed: Constants,
     *,
     threads: int = 384,
@@ -105,23 +105,20 @@ def sweeps(
     """Return the kernels of one sweep, of operands in their order in the kernel.
 
     Before the gate they are of rows, behind it states, and by `LEFT` what is left for a gate's
-    gradient; of a segment there are so many ``tokens``.
+    gradient; ``s`` is one of its launches, which have the same segments.
     """
-    names, T = list(refs), call.request.tokens
+    names, T = list(refs), s.length(call.request.tokens)
     rows = names.index("gate")
     places, dtypes, sizes = located(call, refs.values())
-    kinds = ["rows"] * rows + ["gate"] + [LEFT.get(n[:4], "start") for n in names[rows + 1 :]]
-    axes = {"gate": int(call.request.gate == "log_gate"), "start": 2 + (tokens > 0), "states": 3}
-    own = [axes.get(kind, 2) for kind in kinds]
-    parts = tiles * (-(-T // tokens) if tokens else 1)
-    for counts, strides, first, _ in heads(batch, places, own):
-        every = [
-            (*lead, *walked(kind, x, tokens > 0))
-            for kind, lead, x in zip(kinds, strides, first, strict=True)
-        ]
+    kinds = ["rows"] * rows + ["gate" if call.request.gate == "log_gate" else "decay"]
+    kinds += [LEFT.get(n[:4], "state") for n in names[rows + 1 :]]
+    places = [left_out(s, x, kind) for x, kind in zip(places, kinds, strict=True)]
+    parts = tiles * (-(-T // s.tokens) if s.tokens else 1)
+    for counts, strides, first, _ in heads(batch, places, own_axes(kinds, s)):
+        every = walks(kinds, strides, first, s)
         words = b"".join(map(operand, every, dtypes))
         words += struct.pack("<3d", *[*factors, 1.0, 1.0][:3])
-        words += struct.pack("<6q", T, tokens, D, V, *counts[-2:])
+        words += struct.pack("<6q", T, s.tokens, D, V, *counts[-2:])
         if math.prod(counts):
             yield Kernel(
                 load, call.where, name, math.prod(counts) * parts, threads, first, sizes, words,

@@ -18,8 +18,10 @@
 // H100 took 0.476 (75%), 0.195 for D = V = 64. What the owner of Z does one after the other binds: 80
 // products of 64 x 64 x 16 or more and four copies of two blocks a chunk.
 //
-// Compiled for each B (tiles of 64 or 128 keys and values), GATE (0 none, 1 decay, 2 log gate), FAST,
-// WHOLE and SHARED as hopper.cu.
+// Not READ, of segments: du is made of q, k and do, and forgotten.
+//
+// Compiled for each READ (du, dv and dk are requested, not Z alone), B (tiles of 64 or 128 keys and values),
+// GATE (0 none, 1 decay, 2 log gate), FAST, WHOLE and SHARED as hopper.cu.
 #include "ptx.cuh"
 #include "arrays.cuh"
 #include "warpgroup.cuh"
@@ -61,7 +63,7 @@ DEVICE void own_r(const Sweep &p, u32 base) {
         u32 du[B / 4];
         barrier_wait(base + FULL + 8 * at.i, at.turn);
         fence_async();
-        put_pair(tile2, u, g, weights + UNTIL);  // before du is where do was
+        if (READ) put_pair(tile2, u, g, weights + UNTIL);  // before du is where do was
         make_pairs(tile1, k, q, weights + UNTIL, 1);  // fences the copy too
         read_rows<false>(o, k, copy, weights + AFTER);
         read_pairs(o, tile1, g);
@@ -71,11 +73,13 @@ DEVICE void own_r(const Sweep &p, u32 base) {
         put_rows<B>(g, du);
         fence_async();
         arrive(base + DU_THERE + 8 * at.i);
-        read_rows<true>(e, u, copy, weights + AFTER);
-        read_pairs(e, tile2, q);
-        group_sync(1);
-        put_rows<B>(u, e, scale);
-        arrive(base + PART_THERE + 8 * at.i);
+        if (READ) {
+            read_rows<true>(e, u, copy, weights + AFTER);
+            read_pairs(e, tile2, q);
+            group_sync(1);
+            put_rows<B>(u, e, scale);
+            arrive(base + PART_THERE + 8 * at.i);
+        }
         put_copy(copy, R);
     }
     store_reverse(R, p, AT_END);
@@ -152,22 +156,24 @@ DEVICE void own_z(const Sweep &p, u32 base) {
         barrier_wait(base + FULL + 8 * at.i, at.turn);
         barrier_wait(base + DU_THERE + 8 * at.i, at.turn);
         fence_async();
-        make_pairs<false>(tile, du, v, weights + UNTIL, 2);
-        u32 there = base + PART_THERE + 8 * at.i;
-        make_dk<0>(Z[0], q, v, tile, part, weights + AFTER, there, at.turn, scale, base + ONE);
-        if constexpr (HALVES == 2) make_dk<1>(Z[1], q, v, tile, part, weights + AFTER, there, at.turn, scale, base + ONE);
-        group_sync(2);
-        put_pair(tile, k, q, weights + UNTIL);
-        float o[32] = {};
-        u32 dv[16];
-        make_dv(o, Z, 0, k, v, tile, du, weights + AFTER, base + ONE);
-        UNROLL for (int j = 0; j < 16; j++) dv[j] = bf16_pair(o[2 * j] * scale, o[2 * j + 1] * scale);
-        if constexpr (HALVES == 2) {
-            float e[32] = {};
-            make_dv(e, Z, 1, k, v, tile, du + PANEL, weights + AFTER, base + ONE);
-            put_rows<64>(v + PANEL, e, scale);
+        if (READ) {
+            make_pairs<false>(tile, du, v, weights + UNTIL, 2);
+            u32 there = base + PART_THERE + 8 * at.i;
+            make_dk<0>(Z[0], q, v, tile, part, weights + AFTER, there, at.turn, scale, base + ONE);
+            if constexpr (HALVES == 2) make_dk<1>(Z[1], q, v, tile, part, weights + AFTER, there, at.turn, scale, base + ONE);
+            group_sync(2);
+            put_pair(tile, k, q, weights + UNTIL);
+            float o[32] = {};
+            u32 dv[16];
+            make_dv(o, Z, 0, k, v, tile, du, weights + AFTER, base + ONE);
+            UNROLL for (int j = 0; j < 16; j++) dv[j] = bf16_pair(o[2 * j] * scale, o[2 * j + 1] * scale);
+            if constexpr (HALVES == 2) {
+                float e[32] = {};
+                make_dv(e, Z, 1, k, v, tile, du + PANEL, weights + AFTER, base + ONE);
+                put_rows<64>(v + PANEL, e, scale);
+            }
+            put_rows<64>(v, dv);
         }
-        put_rows<64>(v, dv);
         UNROLL for (int h = 0; h < HALVES; h++) {
             u32 a[16];
             if (GATE) {
@@ -223,15 +229,15 @@ DEVICE void move(const Sweep &p, u32 base) {
         bool loads = i < chunks, stores = i >= STAGES;
         if (stores) {
             barrier_wait(base + DU_THERE + 8 * at.i, at.turn ^ 1);
-            du.store(here + GS, left - STAGES * W);
+            if (READ) du.store(here + GS, left - STAGES * W);
             barrier_wait(base + DONE_WITH + 8 * at.i, at.turn ^ 1);
         }
         if (loads) k.load(here + KS, left), q.load(here + QS, left), g.load(here + GS, left);
-        if (stores) dk.store(here + US, left - STAGES * W);
-        if (loads) u.load(here + US, left);
-        if (stores) dv.store(here + VS, left - STAGES * W);
+        if (READ && stores) dk.store(here + US, left - STAGES * W);
+        if (READ && loads) u.load(here + US, left);
+        if (READ && stores) dv.store(here + VS, left - STAGES * W);
         if (loads) {
-            v.load(here + VS, left);
+            if (READ) v.load(here + VS, left);
             v.arrive(base + FULL + 8 * at.i);
             if (GATE == 2) gate.put(base, at.i, row - W, base + FULL + 8 * at.i);
         }

@@ -1,11 +1,12 @@
 """The adjoints of hla2, ahla and hla3 on Hopper in sweeps: rows of the planner, their launches.
 
 For a gate's gradient they also leave sums by token, and states at periods' starts (`dots.cuh`).
-Gradients that heads share are left in float32, to be summed. Segments run by passes.
+Gradients that heads share are left in float32, to be summed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 from ...core.programs import adjoint
@@ -59,7 +60,7 @@ def rows(request: Request, card: Card) -> tuple[Row, ...]:
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     return tuple(
         Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
-            parts=parts, in_place=not last, adds=not last or len(of) == 1)
+            segments=True, parts=parts, in_place=not last, adds=not last or len(of) == 1)
         for name, last, of in (GATED if request.gate else SWEEPS)[request.operator]
         if alike or len(of) == 1
     )  # fmt: skip
@@ -75,7 +76,8 @@ def settings(call: Call, D: int, V: int, x: Launch) -> Constants:
     B = side(D, V)
     return {
         "B": B, "GATE": GATES.index(call.request.gate), "WHOLE": int(D == V == B),
-        "SHARED": SHARED, "WIDE": 0, "DOTS": int(x.dots is not None), "EVERY": PERIOD // CHUNK,
+        "SHARED": SHARED, "WIDE": 0, "DOTS": int(x.dots is not None),
+        "EVERY": math.gcd(x.tokens, PERIOD) // CHUNK,
     }  # fmt: skip
 
 
@@ -97,6 +99,12 @@ def widths(call: Call) -> tuple[int, int]:
 
 def reverse(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     """Yield hla2's sweep of dy, dv and dk, last token first."""
+    if not s.launches[1].q:  # of segments: dy again, and of the two that make up Z half the sum
+        dy, half = s.launches
+        again: dict[str, Ref | None] = dict.fromkeys(("q", "k", "v", "do", "y", "dy", "dv", "dk"))
+        again |= {"q": dy.v[0], "v": dy.q[0], "do": dy.k[0]}
+        yield from _reverse(load, call, again, dy, half, 2)
+        return
     dy, dv, _, dk = s.launches
     refs: dict[str, Ref | None] = {
         "q": dy.v[0], "k": dk.q[0], "v": dy.q[0], "do": dv.v[0], "y": dv.q[0],
@@ -137,37 +145,57 @@ def _reverse(
     adds: bool = False,
 ) -> Iterator[Do]:
     """Yield a sweep by the launches that leave R, of such a power, and Z, if there is one."""
+    read = z is None or bool(z.q)
     refs |= {
-        "gate": gate(call), "R": flipped(x.start[0]), "Z": z and z.start[0],
-        "end": flipped(x.end[0]) if x.end else None,
+        "gate": gate(call), "R": flipped(x.start[0]) if read else x.start[0],
+        "Z": z and z.start[0], "end": flipped(x.end[0]) if x.end else None,
+        "end Z": None if read or z is None else z.end[0],
         "dots R": x.dots, "dots Z": z and z.dots, "kept R": x.states, "kept Z": z and z.states,
     }  # fmt: skip
     D, V = widths(call)
-    own = {"R_POWER": power, "Z": int(z is not None), "ADDS": int(adds)}
+    own = {"R_POWER": power, "Z": int(z is not None), "READ": int(read)}
+    own |= {"CUT": int(x.tokens > 0), "ADDS": int(adds)}
     fixed = {**settings(call, D, V, x), **own, **bytes_of(call, refs, "dy", "dv", "dk")}
     yield from sweeps(
-        load, call, "hopper_reverse.cu", x.batch, refs, D, V, (x.write, 1 / x.write), x.tokens,
+        load, call, "hopper_reverse.cu", x.batch, refs, D, V, (x.write, 1 / x.write), x,
         fixed, threads=384 if z else 256,
     )  # fmt: skip
-    if z and any(z.end):  # of the two that make up Z the kernel keeps the sum
+    if read and z and any(z.end):  # of the two that make up Z the kernel keeps the sum
         yield from passes(load, call, z.states_alone())
 
 
 def ahla(load: Load, call: Call, s: Fused) -> Iterator[Do]:
     """Yield ahla's sweep of du, dv and dk, last token first."""
-    dk, du, more, dv = s.launches
-    refs: dict[str, Ref | None] = {
-        "q": du.k[0], "k": du.q[0], "v": more.q[0], "do": du.v[0], "u": dk.q[0],
-        "du": du.o[0], "dv": dv.o[0], "dk": dk.o[0], "gate": gate(call),
-    }  # fmt: skip
+    if s.launches[1].q:
+        dk, du, more, dv = s.launches
+        refs: dict[str, Ref | None] = {
+            "q": du.k[0], "k": du.q[0], "v": more.q[0], "do": du.v[0], "u": dk.q[0],
+            "du": du.o[0], "dv": dv.o[0], "dk": dk.o[0],
+        }  # fmt: skip
+        yield from _ahla(load, call, refs, du, dv)
+        return
+    du, *states = s.launches  # of segments: du again, and sums of q du' or their transposes
+    for x in states:
+        refs = dict.fromkeys(("q", "k", "v", "do", "u", "du", "dv", "dk"))
+        refs |= {"q": du.k[0], "k": du.q[0], "do": du.v[0]}
+        turned = x if x.k == du.k else x._replace(end=(flipped(x.end[0]),))
+        yield from _ahla(load, call, refs, du, turned)
+
+
+def _ahla(
+    load: Load, call: Call, refs: dict[str, Ref | None], du: Launch, dv: Launch
+) -> Iterator[Do]:
+    """Yield it by the launches that leave R and Z."""
+    refs["gate"] = gate(call)
     for name, x in (("R", du), ("Z", dv)):
         refs |= {name: flipped(x.start[0])}
     for name, x in (("end R", du), ("end Z", dv)):
         refs |= {name: flipped(x.end[0]) if x.end else None}
     D, V = widths(call)
     yield from sweeps(
-        load, call, "hopper_ahla.cu", du.batch, refs, D, V, (du.write, 1 / du.write), du.tokens,
-        {**settings(call, D, V, du), **bytes_of(call, refs, "du", "dv", "dk")},
+        load, call, "hopper_ahla.cu", du.batch, refs, D, V, (du.write, 1 / du.write), du,
+        {**settings(call, D, V, du), "READ": int(bool(dv.q)),
+         **bytes_of(call, refs, "du", "dv", "dk")},
     )  # fmt: skip
 
 
@@ -192,7 +220,7 @@ def queries(load: Load, call: Call, s: Fused) -> Iterator[Do]:
         "ONE": int(second is None), "ADDS": int(first.add),
     }  # fmt: skip
     yield from sweeps(
-        load, call, "hopper_queries.cu", first.batch, refs, D, V, (first.read,), first.tokens,
+        load, call, "hopper_queries.cu", first.batch, refs, D, V, (first.read,), first,
         {**settings(call, D, V, first), **own, **bytes_of(call, refs, "dq")},
         threads=128 * (side(D, V) // HALF) + 128,
     )  # fmt: skip

@@ -79,7 +79,7 @@ DEVICE void read_pairs(float (&o)[32], u32 rows, u32 tile) {
 
 // Own rows of F and S from 64 H on.
 template <int H> DEVICE void own(const Sweep &p, u32 base) {
-    int chunks = Head(p).chunks();
+    int chunks = Head(p).chunks(), earlier = Head(p).earlier();
     float scale = (float)p.factors[0], F[B / 2], S[B / 2];
     float *dots_f = DOTS ? dots_of(p, AT_DOTS_F, H) : 0, *dots_s = DOTS && !ONE ? dots_of(p, AT_DOTS_S, H) : 0;
     load_state(F, p, AT_F, H * 64, p.keys, p.values);
@@ -94,7 +94,7 @@ template <int H> DEVICE void own(const Sweep &p, u32 base) {
         u32 tile = base + TILES + 2 * H * TILE_W, out = base + OUTS + (c & 1) * TILE + H * PANEL;
         u32 k_h = k + H * PANEL, l_h = l + H * PANEL;
         auto sums = [&](float2 of_f, float2 of_both) {  // while products run
-            int row = c * W, left = (int)p.tokens - row;
+            int row = (earlier + c) * W, left = (int)p.tokens - row;
             if (DOTS) store_sums(dots_f + row, dots_s + row, out, weights + BEFORE, of_f, of_both, 1 + H, scale, left);
         };
         float o[32];
@@ -151,9 +151,10 @@ template <int H> DEVICE void own(const Sweep &p, u32 base) {
         else
             update<POWER>(F, l_h, x, weights + AFTER, S, k_h, z, weights + AFTER);
         arrive(base + FREE + 8 * at.i);
-        if (is_kept(c + 1) && c + 1 < chunks) {
-            meet(p, AT_MET_F, c + 1, 4 * H, F, kept_of(p, AT_KEPT_F, c + 1, H * 64), 0);
-            if (!ONE) meet(p, AT_MET_S, c + 1, 4 * H, S, kept_of(p, AT_KEPT_S, c + 1, H * 64), AHLA ? 0 : H * 64);
+        int next = earlier + c + 1;
+        if (is_kept(next) && next * (i64)W < p.tokens) {
+            meet(p, AT_MET_F, next, 4 * H, F, kept_of(p, AT_KEPT_F, next, H * 64), 0);
+            if (!ONE) meet(p, AT_MET_S, next, 4 * H, S, kept_of(p, AT_KEPT_S, next, H * 64), AHLA ? 0 : H * 64);
         }
     }
 }

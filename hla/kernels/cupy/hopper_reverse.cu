@@ -30,9 +30,13 @@
 // one H100 took 0.391 (92%). hla3's sweeps have 6 and 7 rows, 0.268 and 0.313 ms: 0.282 (95%) and 0.338 (93%).
 // With DOTS the owners' work takes longer than bytes: hla2 0.60 with a log gate, 0.59 with a decay.
 //
-// Compiled for each R_POWER, Z (whether there is that state), ADDS (dy, here dk, to what is there), B
-// (tiles of 64 or 128 keys and values), GATE (0 none, 1 decay, 2 log gate), DOTS (also leaves what a
-// gate's gradient is made of), the bytes of each result's elements, FAST, WHOLE and SHARED as hopper.cu.
+// Not READ, of segments: the third row that is read is v, dy is made and forgotten, and half of Z is left,
+// which Z begins from with its transpose.
+//
+// Compiled for each R_POWER, Z (whether there is that state), READ (dy, dv and dk are requested, not Z
+// alone), CUT (a head has segments), ADDS (dy, here dk, to what is there), B (tiles of 64 or 128 keys and
+// values), GATE (0 none, 1 decay, 2 log gate), DOTS (also leaves what a gate's gradient is made of), the
+// bytes of each result's elements, FAST, WHOLE and SHARED as hopper.cu.
 #include "ptx.cuh"
 #include "arrays.cuh"
 #include "warpgroup.cuh"
@@ -54,7 +58,7 @@ constexpr int K_READ = DK_THERE + 16, LINES_R = K_READ + 16, LINES_Z = LINES_R +
 static_assert((DOTS ? LINES_Z + 768 : LINES_R) <= SHARED, "more shared memory than a block is given");
 constexpr int R_REGISTERS = 240, Z_REGISTERS = DOTS ? 224 : 216, MOVER_REGISTERS = DOTS ? 40 : 48;
 
-enum { AT_Q, AT_K, AT_V, AT_G, AT_Y, AT_DY, AT_DV, AT_DK, AT_GATE, AT_R, AT_Z, AT_END,
+enum { AT_Q, AT_K, AT_V, AT_G, AT_Y, AT_DY, AT_DV, AT_DK, AT_GATE, AT_R, AT_Z, AT_END, AT_END_Z,
        AT_DOTS_R, AT_DOTS_Z, AT_KEPT_R, AT_KEPT_Z, OPERANDS };
 #include "sweep.cuh"
 #include "owners.cuh"
@@ -64,7 +68,7 @@ enum { AT_Q, AT_K, AT_V, AT_G, AT_Y, AT_DY, AT_DV, AT_DK, AT_GATE, AT_R, AT_Z, A
 
 // Own R, rows of keys and columns of values; make dy and dv.
 DEVICE void own_r(const Sweep &p, u32 base) {
-    int chunks = Head(p).chunks();
+    int chunks = Head(p).chunks(), last = (CUT ? Head(p).earlier() : 0) + chunks - 1;
     float scale = (float)p.factors[0], R[HALVES][B / 2];
     u32 copy = base + COPY, tile = base + TILES, lines = base + LINES_R;
     float *dots = DOTS ? dots_of(p, AT_DOTS_R, 0) : 0;
@@ -89,7 +93,7 @@ DEVICE void own_r(const Sweep &p, u32 base) {
         put_rows<B>(v, o, scale);
         fence_async();
         arrive(base + DY_THERE + 8 * at.i);
-        int row = (chunks - 1 - i) * W, left = (int)p.tokens - row;
+        int row = (last - i) * W, left = (int)p.tokens - row;
         float2 by_query;
         if (DOTS) {
             float columns[16] = {};
@@ -100,48 +104,62 @@ DEVICE void own_r(const Sweep &p, u32 base) {
             group_sync(1);
             if (warp % 2 == 0) add_line(by_query, lines + warp / 2 * 256);
             if (warp == 2) put_line(lines + 256, by_query);
-        } else {
+        } else if (READ) {
             make_pairs<true, POWER>(tile, y, q, weights + UNTIL, 1);
         }
-        read_rows<false>(o, y, copy, weights + AFTER);
-        read_pairs(o, tile, g);
-        group_sync(1);
+        if (READ) {
+            read_rows<false>(o, y, copy, weights + AFTER);
+            read_pairs(o, tile, g);
+            group_sync(1);
+        }
         if (DOTS && warp == 0) {
             add_line(by_query, lines + 256);
             put_by_column(dots + p.tokens + row, by_query, scale, left);
         }
         if (SUM) barrier_wait(base + K_READ + 8 * at.i, at.turn);
-        put_rows<B>(y, o, scale);
+        if (READ) put_rows<B>(y, o, scale);
         write_rows(R, q, g, weights + BEFORE, end);
         arrive(base + DV_THERE + 8 * at.i);
         put_copy(copy, R);
-        if (is_kept(chunks - 1 - i))
-            UNROLL for (int h = 0; h < HALVES; h++) keep(kept_of(p, AT_KEPT_R, chunks - 1 - i, h * 64), R[h], scale);
+        if (is_kept(last - i))
+            UNROLL for (int h = 0; h < HALVES; h++) keep(kept_of(p, AT_KEPT_R, last - i, h * 64), R[h], scale);
     }
     store_reverse(R, p, AT_END);
+}
+
+// Visit a thread's elements of a block of a matrix, or of its transpose: see each.
+template <bool TURNED, class Visit>
+DEVICE void each_of_block(const Sweep &p, int operand, int row, int column, Visit visit) {
+    Head head(p);
+    Operand x = p.of[operand];
+    if (!p.at[operand]) return;
+    if (TURNED) x.row = p.of[operand].column, x.column = p.of[operand].row;
+    float *at = (float *)p.at[operand] + head.offset(x, head.segment, 0, column);
+    each<32>(at, x, row, (int)p.keys, (int)p.keys - column, visit);
 }
 
 // Return a block of Z after the last token, of the sum of a matrix and its transpose.
 DEVICE void load_block(float (&block)[32], const Sweep &p, int row, int column) {
     UNROLL for (int i = 0; i < 32; i++) block[i] = 0.0f;
-    if (!p.at[AT_Z]) return;
-    Head head(p);
-    const Operand &x = p.of[AT_Z];
-    const float *from = (const float *)p.at[AT_Z] + head.offset(x, head.segment, 0, 0);
-    Operand turned = x;
-    turned.row = x.column, turned.column = x.row;
-    int D = (int)p.keys;
-    each<32>(from + column * x.column, x, row, D, D - column, [&](int i, const float *at, bool there) {
+    auto add = [&](int i, const float *at, bool there) {
         if (there) block[i] += *at * (float)p.factors[1];
-    });
-    each<32>(from + column * x.row, turned, row, D, D - column, [&](int i, const float *at, bool there) {
-        if (there) block[i] += *at * (float)p.factors[1];
+    };
+    each_of_block<false>(p, AT_Z, row, column, add);
+    each_of_block<true>(p, AT_Z, row, column, add);
+}
+
+// Store a block of half of Z, or its transpose.
+template <bool TURNED = false>
+DEVICE void store_block(const float (&block)[32], const Sweep &p, int row, int column) {
+    if (!Head(p).is_first(p.of[AT_END_Z])) return;
+    each_of_block<TURNED>(p, AT_END_Z, row, column, [&](int i, float *at, bool there) {
+        if (there) *at = block[i] * (0.5f * (float)p.factors[0]);
     });
 }
 
 // Own Z, of whose four blocks three; make dk.
 DEVICE void own_z(const Sweep &p, u32 base) {
-    int chunks = Head(p).chunks();
+    int chunks = Head(p).chunks(), last = (CUT ? Head(p).earlier() : 0) + chunks - 1;
     float scale = (float)p.factors[0], Z00[32], Z01[32], Z11[32];
     u32 tile1 = base + TILES + TILE_W, tile2 = tile1 + TILE_W, cross = base + CROSS, lines = base + LINES_Z;
     float *dots = DOTS ? dots_of(p, AT_DOTS_Z, 0) : 0;
@@ -149,7 +167,7 @@ DEVICE void own_z(const Sweep &p, u32 base) {
     load_block(Z00, p, 0, 0);
     load_block(Z01, p, 0, 64);  // zeros where there are 64 keys
     load_block(Z11, p, 64, 64);
-    if (HALVES == 2) put_rows<64>(cross, Z01, 1.0f);
+    if (READ && HALVES == 2) put_rows<64>(cross, Z01, 1.0f);
     Ring<STAGES> at;
     #pragma unroll 1
     for (int i = 0; i < chunks; i++, at.next()) {
@@ -160,9 +178,9 @@ DEVICE void own_z(const Sweep &p, u32 base) {
         u32 a[16], first[16];
         barrier_wait(base + FULL + 8 * at.i, at.turn);
         fence_async();
-        put_pair<false>(tile1, q, k, weights + UNTIL);
+        if (READ) put_pair<false>(tile1, q, k, weights + UNTIL);
         if (!SUM) barrier_wait(base + DY_THERE + 8 * at.i, at.turn);
-        int row = (chunks - 1 - i) * W, left = (int)p.tokens - row;
+        int row = (last - i) * W, left = (int)p.tokens - row;
         float2 by_key;
         if (DOTS) {
             float by_query[2] = {}, columns[16] = {};
@@ -170,10 +188,12 @@ DEVICE void own_z(const Sweep &p, u32 base) {
             by_key = of_warp(columns);
             put_by_row(dots + p.tokens + row, by_query, scale, left);
             group_sync(2);
-        } else {
+        } else if (READ) {
             make_pairs<false>(tile2, dy, k, weights + UNTIL, 2);
+        } else {
+            fence_async();
         }
-        UNROLL for (int h = 0; h < HALVES; h++) {
+        if (READ) UNROLL for (int h = 0; h < HALVES; h++) {
             u32 b[16];
             operand(a, h ? Z11 : Z00);
             if (HALVES == 2 && !h) operand(b, Z01);
@@ -210,15 +230,15 @@ DEVICE void own_z(const Sweep &p, u32 base) {
             if (HALVES == 2 && !h) operand(first, o);
         }
         if (DOTS && warp) put_line(lines + (warp - 1) * 256, by_key);
-        group_sync(2);
+        if (READ) group_sync(2);
         if (DOTS && warp == 0) {
             UNROLL for (int n = 0; n < 3; n++) add_line(by_key, lines + n * 256);
             put_by_column(dots + row, by_key, scale, left);
         }
-        if (HALVES == 2) {
+        if (READ && HALVES == 2) {
             leave(out + PANEL, o);
             leave(out, first);
-        } else {
+        } else if (READ) {
             leave(out, o);
         }
         if (GATE) {
@@ -255,13 +275,16 @@ DEVICE void own_z(const Sweep &p, u32 base) {
             products_done(Z00, Z01, Z11);
         }
         arrive(base + DK_THERE + 8 * at.i);
-        if (HALVES == 2) put_rows<64>(cross, Z01, 1.0f);
-        if (is_kept(chunks - 1 - i)) {  // what lies above the diagonal for what lies below, too
-            u8 *to = kept_of(p, AT_KEPT_Z, chunks - 1 - i, 0);
+        if (READ && HALVES == 2) put_rows<64>(cross, Z01, 1.0f);
+        if (is_kept(last - i)) {  // what lies above the diagonal for what lies below, too
+            u8 *to = kept_of(p, AT_KEPT_Z, last - i, 0);
             keep(to, Z00, 0.5f * scale);
             if (HALVES == 2) keep(to + PANEL, Z01, scale), keep(to + 3 * PANEL, Z11, 0.5f * scale);
         }
     }
+    if (READ) return;
+    store_block(Z00, p, 0, 0);
+    if (HALVES == 2) store_block(Z01, p, 0, 64), store_block<true>(Z01, p, 0, 64), store_block(Z11, p, 64, 64);
 }
 
 // Load what the owners read; store what they leave in its place.
@@ -281,20 +304,21 @@ DEVICE void move(const Sweep &p, u32 base) {
         u32 here = base + at.i * TILE;
         bool loads = i < chunks, stores = i >= STAGES;
         if (stores) {
-            if (!SUM) {
+            if (READ && !SUM) {
                 barrier_wait(base + DY_THERE + 8 * at.i, at.turn ^ 1);
                 dy.store<ADDS>(here + VS, left - STAGES * W);
             }
             barrier_wait(base + DV_THERE + 8 * at.i, at.turn ^ 1);
-            dv.store(here + YS, left - STAGES * W);
+            if (READ) dv.store(here + YS, left - STAGES * W);
         }
-        if (loads) y.load(here + YS, left), g.load(here + GS, left);
+        if (loads && READ) y.load(here + YS, left);
+        if (loads) g.load(here + GS, left);
         if (stores && Z) {
             barrier_wait(base + DK_THERE + 8 * at.i, at.turn ^ 1);
-            dk.store(here + (SUM ? VS : KS), left - STAGES * W);
+            if (READ) dk.store(here + (SUM ? VS : KS), left - STAGES * W);
         }
         if (loads) {
-            if (Z) k.load(here + KS, left);
+            if (Z && READ) k.load(here + KS, left);
             q.load(here + QS, left), v.load(here + VS, left);
             q.arrive(base + FULL + 8 * at.i);
             if (GATE == 2) gate.put(base, at.i, row - W, base + FULL + 8 * at.i);

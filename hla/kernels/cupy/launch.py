@@ -17,7 +17,7 @@ import numpy as np
 from ...core.passes import Shape
 from ...core.request import Request
 from ...device import segments as rule
-from ...device.scan import Call, Place, heads
+from ...device.scan import Call, Place, heads, left_out
 from ...device.steps import GateSum, Launch, Limits, Ref, Sum
 from ...device.tiles import Layout
 from ...errors import Unsupported
@@ -144,8 +144,7 @@ def located(
     return places, dtypes, [0 if x is None else x.itemsize for x in dtypes]
 
 
-NAMES = ("q", "k", "v", "o", "x", "start", "end", "gate", "dots", "states")
-OWN = (2, 2, 2, 2, 2, 2, 2, 0, 2, 3)  # axes that are an operand's own
+OWN = {"rows": 2, "state": 2, "gate": 1, "decay": 0, "dots": 2, "kept": 3}  # axes by kind
 
 
 def passes(load: Load, call: Call, launch: Launch) -> Iterator[Kernel]:
@@ -157,21 +156,19 @@ def passes(load: Load, call: Call, launch: Launch) -> Iterator[Kernel]:
     log = gate is not None and call.request.gate == "log_gate"
     refs = [(s.q or (None,))[0], k[0], v[0], (s.o or (None,))[0], s.x, s.start[0], s.end[0], gate]
     refs += [s.dots, s.states]
-    own = [*OWN[:5], *(n + (s.tokens > 0) for n in OWN[5:7]), int(log), *OWN[8:]]
     places, dtypes, sizes = located(call, refs)
+    kinds = [*["rows"] * 5, *["state"] * 2, "gate" if log else "decay", "dots", "kept"]
+    places = [left_out(s, x, kind) for x, kind in zip(places, kinds, strict=True)]
     most = limits(call.request, call.where)
     D, V = (x.layout.shape[-1] for x in (places[1], places[2]) if x)
     BD, BV = tile(D, most.keys), tile(V, most.tile)
     fixed, threads = settings(call, s, BD, BV, dtypes, gated=gate is not None)
-    tiles, T = -(-V // BV), call.request.tokens
+    tiles, T = -(-V // BV), s.length(call.request.tokens)
     parts = -(-T // s.tokens) if s.tokens else 1
-    for counts, strides, first, _ in heads(s.batch, places, own):
+    for counts, strides, first, _ in heads(s.batch, places, own_axes(kinds, s)):
         if not tiles * math.prod(counts):
             continue
-        every = [
-            (*lead, *walked(name, x, s.tokens > 0))
-            for name, lead, x in zip(NAMES, strides, first, strict=True)
-        ]
+        every = walks(kinds, strides, first, s)
         words = b"".join(map(operand, every, dtypes))
         words += struct.pack("<3d", s.read, fixed["write"], s.power)
         words += struct.pack("<10q", T, s.tokens, D, V, *counts[-2:], s.strict, log, tiles, PERIOD)
@@ -181,18 +178,30 @@ def passes(load: Load, call: Call, launch: Launch) -> Iterator[Kernel]:
         )  # fmt: skip
 
 
-def walked(name: str, x: Place | None, cut: bool) -> Shape:
-    """Return strides of an operand's own axes as the kernel walks them: segment, row, column."""
-    if x is None:
-        return (0, 0, 0)
-    own = x.layout.strides
-    if name in ("start", "end"):  # of a state (D, V), whose rows are there its columns
-        return (own[0] if cut else 0, own[-1], own[-2])
-    if name == "dots":
-        return (own[0], own[1], 0)
-    if name == "gate":
-        return (0, own[0] if own else 0, 0)
-    return own if name == "states" else (0, *own)
+def own_axes(kinds: Sequence[str], s: Launch) -> list[int]:
+    """Return how many axes are each operand's own; a state has one of segments."""
+    return [OWN[kind] + (kind == "state" and s.tokens > 0) for kind in kinds]
+
+
+def walks(
+    kinds: Sequence[str], strides: Sequence[Shape], places: Sequence[Place | None], s: Launch
+) -> list[Shape]:
+    """Return each operand's strides: of three batch axes, of segment, row and column."""
+    found = []
+    for kind, lead, x in zip(kinds, strides, places, strict=True):
+        own = (0, 0, 0) if x is None else x.layout.strides
+        if x is None or kind == "kept":
+            pass
+        elif kind == "state":  # (D, V), whose rows are there its columns
+            own = (own[0] if s.tokens else 0, own[-1], own[-2])
+        elif kind == "dots":
+            own = (own[0], own[1], 0)
+        elif kind == "rows":
+            own = (0, *own)
+        else:
+            own = (0, own[0] if own else 0, 0)
+        found.append((*lead, *own))
+    return found
 
 
 def settings(

@@ -61,7 +61,7 @@ class Kernels(NamedTuple):
     steps: Mapping[type, Callable[[launch.Load, Call, Any], Iterator[launch.Kernel]]]
     rows: Callable[[Request, launch.Card], tuple[Row, ...]]
     fused: Mapping[str, Callable[[launch.Load, Call, Fused], Iterator[Do]]]
-    token: bool
+    token: Callable[[Memory], one_token.Steps]
 
 
 def steps(memory: Memory, kernels: Kernels, call: Call, step: Step) -> Iterable[Do]:
@@ -84,7 +84,7 @@ STEPS: dict[type, Callable[[launch.Load, Call, Any], Iterator[launch.Kernel]]] =
     Fading: between.fading,
     Carry: between.carry,
 }
-CUDA = Kernels(STEPS, rows.rows, rows.KERNELS, token=True)
+CUDA = Kernels(STEPS, rows.rows, rows.KERNELS, one_token.Steps)
 
 
 def _by_library(memory: Memory, call: Call, step: Step) -> list[Do]:
@@ -182,9 +182,9 @@ class Library:
     """The calls of a backend, for one library's arrays."""
 
     def __init__(self, memory: Memory, kernels: Kernels = CUDA) -> None:
-        self.memory, self.token = memory, kernels.token
+        self.memory = memory
         self.runner = Runner(device(memory, kernels))
-        self.steps = one_token.Steps(memory)
+        self.steps = kernels.token(memory)
 
     def forward(self, request: Request, inputs: Inputs) -> tuple[Array, Any, tuple[Array, ...]]:
         """Return (o, state, the arrays that `backward` needs)."""
@@ -213,7 +213,7 @@ class Library:
 
     def step(self, request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
         """Return (o, state) of one token; the state may be packed."""
-        if self.token and one_token.fits(request):
+        if self.steps.takes(request, inputs.state):
             return self.steps.step(request, inputs, donate)
         packed = type(inputs.state) in STATE_OF
         inputs = inputs._replace(state=unpacked(inputs.state))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ...core.fields import rank
@@ -25,6 +25,8 @@ ROWS, PLACES = 32, 192 << 10  # rows of a piece of them; bytes of a multiprocess
 MOST_PLACES = 64
 STATES = slice(5, 5 + 2 * MATRICES)  # among a kernel's operands
 MOST = 4096  # calls that are kept ready
+Program = tuple[tuple[Any, ...], ...]  # passes: what `Turn` of step.cuh begins with, and the factor
+Chosen = Callable[[Sequence[int]], tuple[dict[str, Any], int]]  # constants and shared memory
 
 
 class Ready(NamedTuple):
@@ -69,9 +71,19 @@ def _width(request: Request) -> int:
 class Steps:
     """Tokens on one library's arrays."""
 
+    bulk = packs = True  # whether kernels copy whole states at once, and take packed ones
+
     def __init__(self, memory: Any) -> None:
         self.memory = memory
         self.known: dict[Any, Ready] = {}
+
+    def takes(self, request: Request, state: Any) -> bool:
+        """Whether a kernel takes a token behind such a state."""
+        return fits(request) and (self.packs or type(state) not in STATE_OF)
+
+    def constants(self, width: int, able: bool, packed: bool, program: Program) -> Chosen:
+        """Return what gives the constants of the kernel in step.cu, which is told the program."""
+        return functools.partial(_constants, width, able, packed)
 
     def step(self, request: Request, inputs: Inputs, donate: bool) -> tuple[Array, Any]:
         """Return (o, state) of one token, with ``donate`` in the memory of the given state.
@@ -85,7 +97,7 @@ class Steps:
 
     def again(self, request: Request, inputs: Inputs, donate: bool) -> Any:
         """Return what does such a `step` of other arrays, without a token axis."""
-        if not fits(request):
+        if not self.takes(request, inputs.state):
             return None
         kind, arrays, first = _given(request, inputs)
         addresses = [self.memory.address(x) for x in arrays]
@@ -168,9 +180,12 @@ class Steps:
             for x in places
         ]
         sizes = [2 if kind < 2 else 4 for kind in types]
+        program = _program(passes, matrices, vectors)
         words = b"".join(
-            self._turn(turn, passes, matrices, vectors, packed and turn.matrix == "S")
-            for turn in passes
+            struct.pack(
+                "<13if", *one[:-1], *turn.shape[-2:], packed and turn.matrix == "S", one[-1]
+            )
+            for one, turn in zip(program, passes, strict=True)
         )
         words += bytes(struct.calcsize("<13if") * (TURNS - len(passes)))
         alone = math.prod(batch)  # a state that heads share is read by all and written by one
@@ -179,7 +194,7 @@ class Steps:
             each = math.prod(shapes[n][: -own[n]]) == alone
             owned &= each and tuple(x.shape) == shapes[n] and at.strides == whole(x.shape)
         width, kernels = _width(request), []
-        bulk = owned and aligned and card.capability == (9, 0)
+        bulk = self.bulk and owned and aligned and card.capability == (9, 0)
         bulk = bulk and _in_bulk(request, passes, packed)
         each_has = 2 if packed or width <= 64 else 1  # blocks of a multiprocessor
         for counts, strides, heads_of, mine in heads(batch, places, ranks):
@@ -205,7 +220,7 @@ class Steps:
             whole_rows &= max(request.k_shape[-1], request.v_shape[-1]) % 4 == 0
             whole_rows &= min(request.k_shape[-1], request.v_shape[-1]) % 4 == 0
 
-            constants = functools.partial(_constants, width, whole_rows, packed)
+            constants = self.constants(width, whole_rows, packed, program)
             if bulk:
                 constants = functools.partial(_places, width, each_has)
             if count:
@@ -225,16 +240,18 @@ class Steps:
             self.memory.dtype("float32"), spans, owned,
         )  # fmt: skip
 
-    @staticmethod
-    def _turn(
-        turn: Turn, passes: Sequence[Turn], matrices: list[str], vectors: list[str], packed: bool
-    ) -> bytes:
-        number = _names(passes).index
-        return struct.pack(
-            "<13if", number(turn.q), number(turn.k), number(turn.v), number(turn.out),
-            matrices.index(turn.matrix), vectors.index(turn.vector) if turn.vector else -1,
-            turn.power, turn.strict, turn.first, turn.weighs, *turn.shape[-2:], packed, turn.factor,
-        )  # fmt: skip
+
+def _program(passes: Sequence[Turn], matrices: list[str], vectors: list[str]) -> Program:
+    """Return the passes with vectors and states by their numbers."""
+    number = _names(passes).index
+    return tuple(
+        (
+            number(x.q), number(x.k), number(x.v), number(x.out), matrices.index(x.matrix),
+            vectors.index(x.vector) if x.vector else -1, x.power, int(x.strict), int(x.first),
+            int(x.weighs), x.factor,
+        )
+        for x in passes
+    )  # fmt: skip
 
 
 def _given(request: Request, inputs: Inputs) -> tuple[Any, list[Array], int]:

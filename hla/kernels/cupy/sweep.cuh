@@ -31,6 +31,7 @@ struct Head {
         head[1] = i % p.heads1, head[0] = i / p.heads1;
     }
     DEVICE int chunks() const { return (int)((tokens + W - 1) / W); }
+    DEVICE int earlier() const { return (int)(first / W); }  // chunks before those here
     // Elements from an array's first to the head's at a segment, row and column
     DEVICE i64 offset(const Operand &x, i64 of_segment, i64 row, i64 column) const {
         return head[0] * x.head[0] + head[1] * x.head[1] + head[2] * x.head[2] +

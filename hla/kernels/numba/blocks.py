@@ -17,6 +17,7 @@ from ..cupy.launch import Card
 from . import package, streams
 
 
+@functools.cache
 def driver() -> Any:
     """Return the bindings of CUDA's driver, which numba-cuda brings."""
     from cuda.bindings import driver

@@ -63,7 +63,7 @@ def folder() -> pathlib.Path:
 def sources() -> tuple[str, ...]:
     """Return every text that a kernel is made of."""
     here = importlib.resources.files(__package__)
-    names = ("between", "causal", "elements", "fused", "gate", "instructions", "build")
+    names = ("between", "causal", "elements", "fused", "gate", "instructions", "build", "step")
     return (*(here.joinpath(f"{x}.py").read_text(encoding="utf-8") for x in names), source({}))
 
 
@@ -82,7 +82,8 @@ def machine_code(
     code, _ = cuda.compile(
         kernel, signature(text), device=False, cc=capability, output="ltoir", abi="numba"
     )
-    return linked([code, instructions(source(macros), arch)], arch, *options)
+    parts = [code, instructions(source(macros), arch)]
+    return linked(parts, arch, text.registers, *options)
 
 
 def instructions(text: str, arch: str) -> bytes:
@@ -102,9 +103,9 @@ def instructions(text: str, arch: str) -> bytes:
     return found
 
 
-def linked(parts: list[bytes], arch: str, *options: str) -> bytes:
+def linked(parts: list[bytes], arch: str, registers: int, *options: str) -> bytes:
     """Link parts of a program, and optimise it as one."""
-    given = [f"-arch=sm_{arch}", "-lto", "-O3", *options]
+    given = [f"-arch=sm_{arch}", "-lto", "-O3", f"-maxrregcount={registers}", *options]
     linker = nvjitlink.create(len(given), given)
     try:
         for i, part in enumerate(parts):

@@ -15,7 +15,7 @@ copied ``STAGES - 1`` ahead; rows that are not aligned, or of another dtype, ele
 With c_t the sum of the log gate over the chunk up to t and e_t the same without t itself (what a
 strict pass reads), L = exp(c_t - c_j), a = exp(c_t), b = exp(c_last - c_j); the reverse pass
 exchanges a and b and transposes L. One warp sums two chunks ahead, in float64; c is kept as two
-floats, so that differences have float32's digits whatever the gate. A reset is a gate of -1e6.
+so that differences have float32's digits whatever the gate. A reset is a gate of -1e6.
 
 Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024: 0.18 ms at 3.0 TB/s for
 B = 8, T = 4096, H = 16. Products: 2 (1.25 W + 2 D) V operations, 76 k. One H100 took 0.296 ms for
@@ -133,6 +133,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     value, put_value, put_pair, put_out, out = t.value, t.put_value, t.put_pair, t.put_out, t.out
     copy16, widen8, leave16, get, put = t.copy16, t.widen8, t.leave16, t.get, t.put
     copies_commit, copies_wait, syncwarp = t.copies_commit, t.copies_wait, t.syncwarp
+    number, put_number, dot_at, put_dot = t.number, t.put_number, t.dot_at, t.put_dot
     up, of_lane, across, get_block, put_block = t.up, t.of_lane, t.across, t.get_block, t.put_block
 
     READ, UPDATE, GATED, REVERSE = c["READ"], c["UPDATE"], c["GATED"], c["REVERSE"]
@@ -247,13 +248,14 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
         return RESET if a < RESET else a
 
     @device
-    def put_parts(floats, at, x):
+    def put_parts(at, x):
         """Put a number as two floats."""
         high = f32(x)
-        floats[at], floats[at + 1] = high, f32(x - f64(high))
+        put_number(at, high)
+        put_number(at + 1, f32(x - f64(high)))
 
     @device
-    def weigh(floats, to, a, lane, strict, write):
+    def weigh(to, a, lane, strict, write):
         """Leave the weights of a chunk by one warp, a token a lane."""
         upto = a
         for n in (1, 2, 4, 8, 16):
@@ -264,16 +266,16 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
         if lane == 0:
             before = f64(0)
         query = before if strict else upto
-        put_parts(floats, to + 2 * lane, -upto if REVERSE else query)
-        put_parts(floats, to + COLUMN + 2 * lane, query if REVERSE else -upto)
+        put_parts(to + 2 * lane, -upto if REVERSE else query)
+        put_parts(to + COLUMN + 2 * lane, query if REVERSE else -upto)
         into, after = math.exp(f32(query)), math.exp(f32(last - upto))
-        floats[to + INTO + lane] = after if REVERSE else into
-        floats[to + FADE + lane] = (into if REVERSE else after) * f32(write)
+        put_number(to + INTO + lane, after if REVERSE else into)
+        put_number(to + FADE + lane, (into if REVERSE else after) * f32(write))
         if lane == 0:
-            floats[to + TOTAL] = math.exp(f32(last))
+            put_number(to + TOTAL, math.exp(f32(last)))
 
     @device
-    def put_sum(sums, chunk, by, other, at, x, first):
+    def put_sum(chunk, by, other, at, x, first):
         """Leave a sum over a row (by 1) or column (by 0) of a block of pairs."""
         if by:
             x += across(x, 1)
@@ -283,10 +285,10 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
             x += across(x, 8)
             x += across(x, 16)
         if first:
-            sums[PAIR_SUMS + ((chunk % 3 * 2 + by) * BLOCKS + other) * W + at] = x
+            put_dot(PAIR_SUMS + ((chunk % 3 * 2 + by) * BLOCKS + other) * W + at, x)
 
     @device
-    def pair_up(chunk, floats, sums, warp, lane, strict, read, write, tile):
+    def pair_up(chunk, warp, lane, strict, read, write, tile):
         """Leave P of a chunk, and the sums over it."""
         g, j = lane // 4, 2 * (lane % 4)
         q = chunk % STAGES * STAGE
@@ -327,8 +329,8 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                     if WRITE:
                         weight = f32(write)
                     if GATED:
-                        high = floats[w + 2 * t] + floats[w + COLUMN + 2 * s]
-                        low = floats[w + 2 * t + 1] + floats[w + COLUMN + 2 * s + 1]
+                        high = number(w + 2 * t) + number(w + COLUMN + 2 * s)
+                        low = number(w + 2 * t + 1) + number(w + COLUMN + 2 * s + 1)
                         weight = weight * f32(math.exp(high + low if able else f32(0)))
                     found = (p[e] + rest[e]) * weight if able else f32(0)
                     if DOTS == 2 and able and t != s:
@@ -345,10 +347,10 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                             put_pair(at + SQUARE, m[e], m[e + 1])
                 if DOTS == 2:
                     for r in range(2):
-                        put_sum(sums, chunk, 1, s0 // 16, t0 + g + 8 * r, by_query[r], j == 0)
+                        put_sum(chunk, 1, s0 // 16, t0 + g + 8 * r, by_query[r], j == 0)
                     for h in range(4):
                         at = s0 + j + h % 2 + h // 2 * 8
-                        put_sum(sums, chunk, 0, t0 // 16, at, by_key[h], g == 0)
+                        put_sum(chunk, 0, t0 // 16, at, by_key[h], g == 0)
 
     @device
     def leave(base, of, row, n, mine, values, lane):
@@ -376,37 +378,36 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                     put(base, at, of.type, f64(found))
 
     @device
-    def leave_sums(chunk, sums, base, of, row, n, tile, tokens, thread):
+    def leave_sums(chunk, base, of, row, n, tile, tokens, thread):
         """Write the sums of what is read, with those of pairs by query, and by key."""
         t = thread
         if t < n:
             read, by_key = dot(0), dot(0)
             for w in range(WARPS):
-                read += sums[AT_SUMS + ((chunk & 1) * WARPS + w) * W + t]
+                read += dot_at(AT_SUMS + ((chunk & 1) * WARPS + w) * W + t)
             if BOTH:
                 read *= dot(0.5)  # it is of both operands
             if DOTS == 2:
                 pairs = PAIR_SUMS + chunk % 3 * 2 * BLOCKS * W + t
                 for b in range(BLOCKS):
                     if legal_blocks(b, t // 16):
-                        by_key += sums[pairs + b * W]
+                        by_key += dot_at(pairs + b * W)
                     if legal_blocks(t // 16, b):
-                        read += sums[pairs + (BLOCKS + b) * W]
+                        read += dot_at(pairs + (BLOCKS + b) * W)
             at = (row + t) * of.row + tile * of.segment
             put(base, at, of.type, f64(read))
             if DOTS == 2:
                 put(base, at + tokens, of.type, f64(by_key))
 
     @device
-    def put_states(S, base, of, mine, v0, values, keys):
-        """Write the elements of S' into a matrix."""
+    def put_states(S, base, of, rows, keys):
+        """Write the elements of a warp's rows of S' into a matrix, from its first on."""
         for d in range(KEYS):
-            more = base + ((v0 + mine) * of.row + 16 * d * of.column) * width(of.type)
-            down, right = values - mine, keys - 16 * d
-            put_block(more, of.row, of.column, of.type, down, right, *eight(S, d))
+            more = base + 16 * d * of.column * width(of.type)
+            put_block(more, of.row, of.column, of.type, rows, keys - 16 * d, *eight(S, d))
 
     @device
-    def update(S, O, floats, v, pitch_v, k, pitch, P, w, mine, j, write):
+    def update(S, O, v, pitch_v, k, pitch, P, w, mine, j, write):
         """Add P v to o, and weighed v' k to S', of 16 tokens after 16."""
         for s in range(BLOCKS):
             b = load_turned(v + 16 * s * pitch_v + mine, pitch_v)
@@ -417,7 +418,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                         put_eight(O, t, multiply(*(eight(O, t) + a + b)))
             if GATED:
                 n = w + FADE + 16 * s + j
-                b = weighed(floats[n], floats[n + 1], floats[n + 8], floats[n + 9], *b)
+                b = weighed(number(n), number(n + 1), number(n + 8), number(n + 9), *b)
             elif WRITE:
                 b = weighed(f32(write), f32(write), f32(write), f32(write), *b)
             for d in range(KEYS):
@@ -427,7 +428,6 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     def causal_pass(
         at, q, k, v, o, x, start, end, gate, dots, states, read, write, power, size
     ):  # fmt: skip
-        floats, sums = cuda.shared.array(0, f32), cuda.shared.array(0, dot)
         S, O = cuda.local.array(STATE, f32), cuda.local.array(SUMS, f32)
         thread = i32(cuda.threadIdx.x)
         warp, lane = thread // 32, thread % 32
@@ -459,13 +459,19 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
         for i in range(8 * KEYS):
             S[i] = f32(0)
         if at.start and holds:
-            p_start = address(at.start, start, head, segment, none, none)
+            p_start = address(at.start, start, head, segment, v0 + mine, none)
             for d in range(KEYS):
-                there = (v0 + mine) * start.row + 16 * d * start.column
-                there = p_start + there * width(start.type)
+                there = p_start + 16 * d * start.column * width(start.type)
                 down, right = values - mine, keys - 16 * d
                 found = get_block(there, start.row, start.column, start.type, down, right)
                 put_eight(S, d, found)
+        # Of the heads that share a state, those along a stride of 0, the first writes it
+        later = (end.head0 == 0 and head.index0 > 0) or (end.head1 == 0 and head.index1 > 0)
+        later = later or (end.head2 == 0 and head.index2 > 0)
+        p_end = none
+        if at.end and holds and not later:
+            p_end = address(at.end, end, head, segment, v0 + mine, none)
+        p_states = address(at.states, states, head, none, v0 + mine, none) if KEEP else none
         for i in range(STAGES - 1):
             if i < chunks:
                 fetch_chunk(i, chunks, count, bases, q, k, v, x, keys, values, thread)
@@ -478,7 +484,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                     a = f64(0)
                     if row + lane < count:
                         a = gate_of(p_gate, gate, row + lane, size.log, power)
-                    weigh(floats, AT_WEIGHTS + i * NUMBERS, a, lane, strict, write)
+                    weigh(AT_WEIGHTS + i * NUMBERS, a, lane, strict, write)
             row = row_of(2, chunks)
             a = f64(0)
             if chunks > 2 and row + lane < count:
@@ -486,7 +492,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
         if PAIRS and chunks:
             copies_wait(STAGES - 2)
             cuda.syncthreads()
-            pair_up(0, floats, sums, warp, lane, strict, read, write, tile)
+            pair_up(0, warp, lane, strict, read, write, tile)
 
         for c in range(chunks):
             copies_wait(STAGES - 2 - AHEAD)
@@ -500,15 +506,15 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
             if DOTS and c > 0:
                 last = row_of(c - 1, chunks)
                 left = tokens_of(last, count)
-                leave_sums(c - 1, sums, p_dots, dots, last, left, tile, size.tokens, thread)
+                leave_sums(c - 1, p_dots, dots, last, left, tile, size.tokens, thread)
             t_q = c % STAGES * STAGE
             t_k, t_x, w = t_q + AT_K, t_q + AT_X, AT_WEIGHTS + c % 3 * NUMBERS
             t_v = t_k + i32(v0) if V_IS_K else t_q + AT_V
             period = (first + row) // size.period - 1  # whose end is before this chunk
             kept = KEEP and period >= 0 and (first + row) % size.period == 0 and holds
             if KEEP and kept and not REVERSE:
-                where = address(at.states, states, head, period, none, none)
-                put_states(S, where, states, mine, v0, values, keys)
+                where = p_states + period * states.segment * width(states.type)
+                put_states(S, where, states, values - mine, keys)
 
             if READ and holds:
                 for i in range(8 * BLOCKS):
@@ -521,7 +527,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                 if GATED:
                     for t in range(BLOCKS):
                         for i in range(8):
-                            O[8 * t + i] *= floats[w + INTO + 16 * t + g + i // 2 % 2 * 8]
+                            O[8 * t + i] *= number(w + INTO + 16 * t + g + i // 2 % 2 * 8)
             if DOTS:
                 for t in range(BLOCKS):
                     for r in range(2):
@@ -535,19 +541,19 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                         all_ += across(all_, 2)
                         if j == 0:
                             place = AT_SUMS + ((c & 1) * WARPS + warp) * W + 16 * t + g + 8 * r
-                            sums[place] = all_
+                            put_dot(place, all_)
             if UPDATE and holds:
                 if GATED:
-                    total = floats[w + TOTAL]
+                    total = number(w + TOTAL)
                     for i in range(8 * KEYS):
                         S[i] *= total
                 P = AT_PAIRS + (c & 1) * SQUARES * SQUARE
-                update(S, O, floats, t_v, PITCH_OF_V, t_k, PITCH, P, w, mine, j, write)
+                update(S, O, t_v, PITCH_OF_V, t_k, PITCH, P, w, mine, j, write)
                 if BOTH:  # the same with k and v exchanged
-                    update(S, O, floats, t_k, PITCH, t_v, PITCH_OF_V, P + SQUARE, w, mine, j, write)
+                    update(S, O, t_k, PITCH, t_v, PITCH_OF_V, P + SQUARE, w, mine, j, write)
             if KEEP and kept and REVERSE:
-                where = address(at.states, states, head, period, none, none)
-                put_states(S, where, states, mine, v0, values, keys)
+                where = p_states + period * states.segment * width(states.type)
+                put_states(S, where, states, values - mine, keys)
             if READ and holds:
                 for t in range(BLOCKS):
                     for i in range(4):
@@ -559,9 +565,9 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                 copies_wait(0)
                 cuda.syncthreads()
             if PAIRS and c + 1 < chunks:
-                pair_up(c + i32(1), floats, sums, warp, lane, strict, read, write, tile)
+                pair_up(c + i32(1), warp, lane, strict, read, write, tile)
             if GATED and warp == WEIGHER and c + 2 < chunks:
-                weigh(floats, AT_WEIGHTS + (c + 2) % 3 * NUMBERS, a, lane, strict, write)
+                weigh(AT_WEIGHTS + (c + 2) % 3 * NUMBERS, a, lane, strict, write)
                 row = row_of(c + 3, chunks)
                 a = f64(0)
                 if c + 3 < chunks and row + lane < count:
@@ -570,13 +576,9 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
             cuda.syncthreads()
             row = row_of(chunks - 1, chunks)
             n = tokens_of(row, count)
-            leave_sums(chunks - 1, sums, p_dots, dots, row, n, tile, size.tokens, thread)
-        # Of the heads that share a state, those along a stride of 0, the first writes it
-        later = (end.head0 == 0 and head.index0 > 0) or (end.head1 == 0 and head.index1 > 0)
-        later = later or (end.head2 == 0 and head.index2 > 0)
-        if at.end and holds and not later:
-            where = address(at.end, end, head, segment, none, none)
-            put_states(S, where, end, mine, v0, values, keys)
+            leave_sums(chunks - 1, p_dots, dots, row, n, tile, size.tokens, thread)
+        if p_end:
+            put_states(S, p_end, end, values - mine, keys)
 
     return causal_pass
 

@@ -89,6 +89,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     copies_commit, copies_wait, syncwarp = t.copies_commit, t.copies_wait, t.syncwarp
     up, of_lane, get_block, put_block = t.up, t.of_lane, t.get_block, t.put_block
     power_of_2, threads_sync = t.power_of_2, t.threads_sync
+    number, put_number = t.number, t.put_number
 
     AHLA, HLA3, OPERATOR = c["OPERATOR"] == 1, c["OPERATOR"] == 3, c["OPERATOR"]
     GATE, READ, WIDE, KEEP, KEEP_U = c["GATE"], c["READ"], c["WIDE"], c["KEEP"], c["KEEP_U"]
@@ -156,7 +157,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
         return base + place(of, head, 0, first + thread // in_row, column) * 2, columns - column
 
     @device
-    def put_weights(floats, lists, a, lane):
+    def put_weights(lists, a, lane):
         """Leave the weights of a chunk by one warp, a token a lane."""
         a = a * LOG2E
         a = RESET if a < RESET else a  # a NaN stays
@@ -166,11 +167,11 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                 a += other
         last = of_lane(a, W - 1)
         if lane < W:
-            floats[lists + lane] = f32(a)
-            floats[lists + BEFORE + lane] = power_of_2(f32(a))
-            floats[lists + AFTER + lane] = power_of_2(f32(last - a))
+            put_number(lists + lane, f32(a))
+            put_number(lists + BEFORE + lane, power_of_2(f32(a)))
+            put_number(lists + AFTER + lane, power_of_2(f32(last - a)))
             if lane == 0:
-                floats[lists + TOTAL] = power_of_2(f32(last))
+                put_number(lists + TOTAL, power_of_2(f32(last)))
 
     @device
     def gate_of(base, of, chunk, lane, tokens):
@@ -187,7 +188,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
         room = 8 * count
 
         @device
-        def make_pairs(floats, q, k, tile, lists, t, first_s, power, lane):
+        def make_pairs(q, k, tile, lists, t, first_s, power, lane):
             g, j = lane // 4, 2 * (lane % 4)
             A, rest = cuda.local.array(room, f32), cuda.local.array(room, f32)
             for i in range(room):
@@ -206,7 +207,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                     i, row, column = 8 * n + e, g + e // 2 % 2 * 8, j + e % 2 + e // 4 * 8
                     x = A[i] + rest[i]
                     if GATE:  # where it overflows no pair is
-                        until = floats[lists + 16 * t + row] - floats[lists + 16 * s + column]
+                        until = number(lists + 16 * t + row) - number(lists + 16 * s + column)
                         x = x * power_of_2(until * f32(power))
                     A[i] = f32(0) if t == s and row < column else x
                 for e in range(4):
@@ -218,17 +219,17 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     make_one, make_row = pair_maker(1), pair_maker(BLOCKS)
 
     @device
-    def make_own_pairs(floats, q, k, tile, lists, rank, warps, power, lane):
+    def make_own_pairs(q, k, tile, lists, rank, warps, power, lane):
         """Leave this warp's share of P, of a part of so many warps."""
         if warps >= TRIANGLE:
             pair = 5 - rank if HLA3 and rank > 1 else rank  # a scheduler has as many
             if pair < TRIANGLE:
                 t, s = 1 if pair > 0 else 0, 1 if pair > 1 else 0
-                make_one(floats, q, k, tile, lists, t, s, power, lane)
+                make_one(q, k, tile, lists, t, s, power, lane)
         elif rank == 0:
-            make_row(floats, q, k, tile, lists, BLOCKS - 1, 0, power, lane)
+            make_row(q, k, tile, lists, BLOCKS - 1, 0, power, lane)
         elif BLOCKS > 1 and rank == 1:
-            make_one(floats, q, k, tile, lists, 0, 0, power, lane)
+            make_one(q, k, tile, lists, 0, 0, power, lane)
 
     @device
     def leave(base, of, made, rows, left, lane):
@@ -249,7 +250,6 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
         at, q, k, v, y, u, o, gate, start1, start2, start3, end1, end2, end3, factor1, factor2,
         factor3, size,
     ):  # fmt: skip
-        floats = cuda.shared.array(0, f32)
         S, O = cuda.local.array(STATE, f32), cuda.local.array(SUMS, f32)
         thread = i32(cuda.threadIdx.x)
         warp, lane = thread // 32, thread % 32
@@ -316,7 +316,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
         a = f64(0)  # gate of the chunk whose weights are next
         if GATE and warp == WEIGHER:
             a = gate_of(p_gate, gate, 0, lane, tokens)
-            put_weights(floats, WEIGHTS, a, lane)
+            put_weights(WEIGHTS, a, lane)
             a = gate_of(p_gate, gate, 1, lane, tokens)
         own, slot = rank * 32, i32(0)  # its columns, and the place of its next chunk
 
@@ -340,7 +340,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                 # The first part makes its P first, the last reads its state first: one has latency
                 # to hide when the other has work
                 if first:
-                    make_own_pairs(floats, stage, keys, P, lists, rank, FIRST, power, lane)
+                    make_own_pairs(stage, keys, P, lists, rank, FIRST, power, lane)
                 if READ or not late:
                     for i in range(SUMS):
                         O[i] = f32(0)
@@ -353,12 +353,12 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                     if GATE:
                         for t in range(2 * BLOCKS):
                             for r in range(2):
-                                w = floats[lists + BEFORE + t // 2 * 16 + g + 8 * r]
+                                w = number(lists + BEFORE + t // 2 * 16 + g + 8 * r)
                                 w = raised(w, power)
                                 for i in range(4):
                                     O[8 * t + i // 2 * 4 + 2 * r + i % 2] *= w
                     if late and not AHLA:
-                        make_own_pairs(floats, stage, keys, P, lists, rank, LAST, power, lane)
+                        make_own_pairs(stage, keys, P, lists, rank, LAST, power, lane)
             ahead, to = c + (STAGES - 2), slot + (STAGES - 3) + late
             to = (to if to < STAGES else to - STAGES) * STAGE
             if ahead < chunks:
@@ -372,14 +372,14 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                 if GATE and warp == WEIGHER and c + 1 < chunks:
                     # of a decay all chunks but the last have the same
                     if GATE == 2 or c < 2 or (c + 2) * W > T:
-                        put_weights(floats, WEIGHTS + (c + 1) % 3 * LISTS, a, lane)
+                        put_weights(WEIGHTS + (c + 1) % 3 * LISTS, a, lane)
                     a = gate_of(p_gate, gate, c + 2, lane, tokens)
                 if not late:
                     threads_sync(1, 32 * (FIRST + MIDDLE))
                 elif READ and not AHLA:
                     threads_sync(2, 32 * LAST)
                 if GATE:
-                    total = raised(floats[lists + TOTAL], power)
+                    total = raised(number(lists + TOTAL), power)
                     for i in range(STATE):
                         S[i] *= total
                 for s in range(BLOCKS):
@@ -394,8 +394,8 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                                 put_eight(O, 2 * t + 1, more)
                     if GATE:
                         w = lists + AFTER + 16 * s + j
-                        w0, w1 = raised(floats[w], power), raised(floats[w + 1], power)
-                        w8, w9 = raised(floats[w + 8], power), raised(floats[w + 9], power)
+                        w0, w1 = raised(number(w), power), raised(number(w + 1), power)
+                        w8, w9 = raised(number(w + 8), power), raised(number(w + 9), power)
                         b0, b1 = weighed(w0, w1, w8, w9, *b0), weighed(w0, w1, w8, w9, *b1)
                     for d in range(KEYS):
                         x = second_turned(keys + 16 * s * PITCH + 16 * d, PITCH)

@@ -88,6 +88,11 @@ CALL(threads_sync, int* r, int name, int threads) { return threads_sync(name, th
 CALL(value, float* r, int at) { return *r = value(*TILE(at)), 0; }
 CALL(put_value, int* r, int at, float x) { return *(Element*)TILE(at) = element(x), *r = 0; }
 CALL(put_pair, int* r, int at, float x, float y) { return put_pair((Element*)TILE(at), x, y), *r = 0; }
+// Weights and sums, by their number from the first byte on
+CALL(number, float* r, int at) { return *r = ((const float*)memory)[at], 0; }
+CALL(put_number, int* r, int at, float x) { return ((float*)memory)[at] = x, *r = 0; }
+CALL(dot_at, SUM_TYPE* r, int at) { return *r = ((const SUM_TYPE*)memory)[at], 0; }
+CALL(put_dot, int* r, int at, SUM_TYPE x) { return ((SUM_TYPE*)memory)[at] = x, *r = 0; }
 
 // Copies into tiles: 16 bytes, not yet there; or eight 16-bit numbers that become float32.
 CALL(copy16, int* r, int at, i64 from, int bytes) {
@@ -149,6 +154,16 @@ CALL(leave16, int* r, i64 to, int at) {  // write 16 bytes of them, or add them
 // Elements of arrays of any type
 CALL(get, float* r, i64 p, i64 at, i64 type) { return *r = get((const u8*)p, at, (int)type), 0; }
 CALL(put, int* r, i64 p, i64 at, i64 type, double x) { return put((u8*)p, at, (int)type, x), *r = 0; }
+struct Four {
+    float x[4];
+};
+CALL(load4, Four* r, i64 p) {
+    const float4 x = *(const float4*)p;
+    return *r = {x.x, x.y, x.z, x.w}, 0;
+}
+CALL(store4, int* r, i64 p, float a, float b, float c, float d) {
+    return *(float4*)p = make_float4(a, b, c, d), *r = 0;
+}
 CALL(get64, double* r, i64 p, i64 at, i64 type) {
     return *r = type == 3   ? ((const double*)p)[at]
                 : type == 4 ? (double)((const u8*)p)[at]

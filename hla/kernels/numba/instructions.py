@@ -23,12 +23,14 @@ class Text(NamedTuple):
     """A kernel in Python: what makes it, and the words of its arguments in their order.
 
     Arguments are a named tuple of integers each (its class), an ``int``, a ``float``, or so many
-    integers as a tuple; all of 8 bytes. ``macros`` gives those of instructions.cu.
+    integers as a tuple; all of 8 bytes. ``macros`` gives those of instructions.cu, ``registers``
+    is the most that a thread may have.
     """
 
     make: Callable[[Constants, Any], Callable[..., None]]
     arguments: tuple[Any, ...]
     macros: Callable[[Constants], Constants] = lambda constants: {}
+    registers: int = 255
 
 
 DEFAULTS: Constants = {
@@ -55,10 +57,13 @@ class Instructions:
             "weighed": block(*[f32] * 4, *[u32] * words), "power_of_2": f32(f32),
             "threads_sync": i32(i32, i32),
             "value": f32(i32), "put_value": i32(i32, f32), "put_pair": i32(i32, f32, f32),
+            "number": f32(i32), "put_number": i32(i32, f32),
+            "dot_at": dot(i32), "put_dot": i32(i32, dot),
             "copy16": i32(i32, i64, i32), "widen8": i32(i32, i64, i64, i32),
             "copies_commit": i32(), "copies_wait": i32(i32), "syncwarp": i32(),
             "put_out": i32(i32, f32, f32), "out": f32(i32), "leave16": i32(i64, i32),
             "get": f32(i64, i64, i64), "put": i32(i64, i64, i64, f64),
+            "load4": types.UniTuple(f32, 4)(i64), "store4": i32(i64, f32, f32, f32, f32),
             "get64": f64(i64, i64, i64), "put64": i32(i64, i64, i64, f64),
             "get_block": sums(i64, i64, i64, i64, i32, i32),
             "put_block": i32(i64, i64, i64, i64, i32, i32, *[f32] * 8),

@@ -389,12 +389,9 @@ def placed(
     Without what its first segment has where that is left out.
     """
     places = {name: None if ref is None else call.place(ref) for name, ref in refs.items()}
-    if s.short and s.reverse:
-        log = call.request.gate == "log_gate"
-        for name, x in places.items():
-            if x is not None and (log or name != "gate"):
-                axis, n = (-3, 1) if name in STATES else (-1 if name == "gate" else -2, s.tokens)
-                places[name] = x._replace(layout=x.layout.behind(axis, n))
+    gate = "gate" if call.request.gate == "log_gate" else "decay"
+    kinds = dict.fromkeys(STATES, "state") | {"gate": gate}
+    places = {name: scan.left_out(s, x, kinds.get(name, "rows")) for name, x in places.items()}
     return places, [0 if ref is None else call.dtypes[ref.name].itemsize for ref in refs.values()]
 
 
