@@ -24,6 +24,8 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"hla {release}"
 html_show_copyright = html_use_index = False
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 myst_enable_extensions = ["dollarmath", "substitution"]
 html_math_renderer = "mathml"  # typeset at build time: no script
 myst_heading_anchors = 3
@@ -241,7 +243,7 @@ def history(app, error):
 
 
 def setup(app):
-    """Add the benchmarks and their history; keep (*batch, T, D) from opening an emphasis."""
+    """Add the benchmarks; keep the star of (*batch, T, D) from opening an emphasis."""
     results = Path(__file__).parent / "benchmarks"
     myst_substitutions["benchmarks"] = benchmarks(results)
     myst_substitutions["speed"] = speed(results)
