@@ -4,9 +4,11 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
+from packaging.requirements import Requirement
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -18,6 +20,9 @@ from hla.bench.workloads import CALL, HOST, WORKLOADS
 
 project = "hla"
 author = "the hla authors"
+ROOT = Path(__file__).parents[1]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+ADDRESS = SETTINGS.get("urls", {}).get("Repository")  # of the project, once it has one
 release = version = hla.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
@@ -30,6 +35,7 @@ myst_enable_extensions = ["dollarmath", "substitution"]
 html_math_renderer = "mathml"  # typeset at build time: no script
 myst_heading_anchors = 3
 smartquotes = False  # x' is a transpose
+html_theme_options = {"source_repository": ADDRESS} if ADDRESS else {}
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 autodoc_typehints = "none"  # the signature by name, not the overloads; types are in the text
@@ -120,19 +126,62 @@ def requests():
     return table(*rows)
 
 
+def fields(parts):
+    """Names and sizes of a state's fields, by D = 3 and V = 2, as text."""
+    axes = {3: "D", 2: "V"}
+    shapes = ((n, ", ".join(axes[size] for size in x.shape)) for n, x in parts._asdict().items())
+    return ", ".join(f"{name} ({shape})" if shape else name for name, shape in shapes)
+
+
+def states():
+    """What `hla.scan` returns as a state for each operator and mask: a type and its fields."""
+    q, v = np.ones((4, 3)), np.ones((4, 2))
+    asked = [{"operator": o, "mask": m} for o in contract.OPERATORS for m in ("causal", "prefix")]
+    asked += [{"operator": "hla2", "ridge": 0.1}]
+    asked += [{"operator": o, "decay": 0.9, "convention": "paper"} for o in ("hla2", "hla3")]
+    rows = [("state", "of", "fields")]
+    for options in asked:
+        _, state = hla.scan(q, q, v, return_state=True, **options)
+        of = [options["operator"], options.get("mask")]
+        of += [name for name in ("ridge", "convention") if name in options]
+        named = ", ".join(filter(None, of)).replace("convention", 'convention="paper"')
+        rows.append((f"`{type(state).__name__}`", named, fields(state)))
+    return table(*rows)
+
+
+def segments():
+    """What `hla.summarize` returns for each operator and mask."""
+    q, v = np.ones((4, 3)), np.ones((4, 2))
+    rows = [("segment", "of", "fields")]
+    for operator in contract.OPERATORS:
+        for mask in ("causal", "prefix"):
+            segment = hla.summarize(q, q, v, operator=operator, mask=mask)
+            rows.append((f"`{type(segment).__name__}`", f"{operator}, {mask}", fields(segment)))
+    return table(*rows)
+
+
 myst_substitutions = {"backends": capabilities(), "requests": requests()}
+myst_substitutions |= {"states": states(), "segments": segments()}
+
+
+def results(folder):
+    """Every committed result of `hla bench`, by its file's name."""
+    paths = sorted(folder.glob("*.json"), key=lambda path: path.stem)
+    return {path: json.loads(path.read_text("utf-8")) for path in paths}
 
 
 def benchmarks(folder):
-    """Every result of `hla bench` in a folder: what was measured where, and a table a workload."""
+    """Every result of `hla bench`: its plot, what was measured where, and a table a workload."""
     shown = []
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text("utf-8"))
+    for path, result in results(folder).items():
         first, machine, rows = result["first"], result["machine"], result["rows"]
         load = "" if machine["load"] is None else f", load {machine['load']:.1f}"
         host = f"{machine['processor']}, {machine['cores']} cores{load}"
         places = [*machine["accelerators"], host]
         versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+        shown.append(f"## {path.stem}")
+        if path.with_suffix(".png").exists():
+            shown.append(f"![Forward times of {path.stem}](benchmarks/{path.stem}.png)")
         shown.append(
             f"**{'; '.join(places)}**: {sizes(first)}. {result['date'][:10]},"
             f" commit {result['commit'] or 'unknown'}; {versions}."
@@ -159,16 +208,23 @@ def sizes(case):
 
 
 def speed(folder):
-    """The README's table: what hla's kernels take in every result, and what the peers take."""
+    """The README's table: what hla's kernels take, and what the peers of their run take.
+
+    A row stands once, from the first result that has it; a result of several lengths is a plot.
+    """
     rows = [("what", "arrays (backend)", "ms", "share of the floor", "FLA", "softmax attention")]
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text("utf-8"))
+    seen = set()
+    for result in results(folder).values():
+        if grown(result):
+            continue
         for r in result["rows"]:
             backend, library, *_ = [*r["name"].split("/"), ""]
             if r["peer"] or backend == "array_api" or r["workload"] not in WORKLOADS:
                 continue
-            if r["operator"] == "linear" or r["tokens"] != result["first"]["tokens"]:
+            line = r["workload"], r["operator"], r["name"]
+            if r["operator"] == "linear" or line in seen:
                 continue
+            seen.add(line)
             ratio = r["times_faster"]
             softmax = next((ratio[name] for name in SOFTMAX if name in ratio), None)
             first = next((ratio[name] for name in ("FLA", "FLA recurrent") if name in ratio), None)
@@ -183,6 +239,49 @@ def speed(folder):
                 )
             )
     return table(*rows)
+
+
+NEEDED = {
+    "NumPy": "numpy",
+    "array-api-compat": "array-api-compat",
+    "torch": "torch",
+    "Triton": "triton",
+    "JAX": "jax",
+    "CuPy": "cupy-cuda13x",
+    "Numba": "numba",
+    "numba-cuda": "numba-cuda",
+}
+
+
+def versions(folder):
+    """What pyproject.toml allows, the oldest that .ci/run tests, and what made the results."""
+    extras = (x for xs in SETTINGS["optional-dependencies"].values() for x in xs)
+    asked = [Requirement(text) for text in (*SETTINGS["dependencies"], *extras)]
+    pins = (ROOT / "constraints-floors.txt").read_text("utf-8").splitlines()
+    pinned = {r.name: r for r in map(Requirement, (p for p in pins if not p.startswith("#")))}
+    ran = [result["versions"] for result in results(folder).values()]
+    rows = [("what", "releases", "oldest tested by CI", "GPU results by")]
+    pythons = ", ".join(dict.fromkeys(v["python"] for v in ran))
+    rows.append(("Python", SETTINGS["requires-python"], "", pythons))
+    for name, package in NEEDED.items():
+        bounds = dict.fromkeys(str(r.specifier) for r in asked if r.name == package and r.specifier)
+        tested = str(pinned[package].specifier).removeprefix("==") if package in pinned else ""
+        used = ", ".join(dict.fromkeys(v[package] for v in ran if package in v))
+        rows.append((name, " or, for its kernels, ".join(bounds), tested, used))
+    return table(*rows)
+
+
+def lengths(folder):
+    """The plots of the home page: of every result that has several lengths."""
+    some = (p for p, result in results(folder).items() if grown(result))
+    return "\n\n".join(
+        f"![Forward time of hla2 and its peers against T](benchmarks/{p.stem}.png)" for p in some
+    )
+
+
+def grown(result):
+    """Whether a result has several lengths."""
+    return len({r["tokens"] for r in result["rows"]}) > 1
 
 
 def timings(rows):
@@ -243,10 +342,9 @@ def history(app, error):
 
 
 def setup(app):
-    """Add the benchmarks; keep the star of (*batch, T, D) from opening an emphasis."""
-    results = Path(__file__).parent / "benchmarks"
-    myst_substitutions["benchmarks"] = benchmarks(results)
-    myst_substitutions["speed"] = speed(results)
+    """Add the benchmarks and their history; keep (*batch, T, D) from opening an emphasis."""
+    for made in (benchmarks, speed, lengths, versions):
+        myst_substitutions[made.__name__] = made(ROOT / "docs" / "benchmarks")
     app.add_html_math_renderer("mathml", mathml("inline"), mathml("block"))
 
     def escape(app, what, name, obj, options, lines):

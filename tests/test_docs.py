@@ -6,13 +6,14 @@ import json
 import re
 import runpy
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 from conftest import environment, installed
 
-import hla
-from hla import backends, bench
+import hla.states
+from hla import backends, bench, contract
 from hla.bench.peers import PEERS
 from hla.bench.workloads import COMPILED, HOST, WORKLOADS
 from hla.contract import Machine
@@ -20,7 +21,8 @@ from hla.core import programs
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *(ROOT / x for x in ("CHANGELOG.md", "CONTRIBUTING.md")), *ROOT.glob("docs/*.md")]
+TEXTS = "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"
+PAGES = [README, *(ROOT / x for x in TEXTS), *ROOT.glob("docs/*.md")]
 PAGES.sort()
 FENCE = re.compile(r"^```(.*)\n(?::caption: (.*)\n\n)?((?:.*\n)*?)```$", re.MULTILINE)
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -87,27 +89,33 @@ def test_operator_table_is_the_programs(page, column, table):
         assert steps[-1][0] == "o"
 
 
-def test_the_layer_of_the_tour_survives_casts():
-    """No cast of the layer touches its decays; torch.func takes it as it comes."""
+@pytest.mark.parametrize("operator", contract.OPERATORS)
+def test_the_layer_of_the_docs_survives_casts(operator):
+    """As a whole or token by token; torch.func takes it as it comes."""
     torch = installed("torch")
-    code = next(c for _, _, c in blocks(ROOT / "docs" / "tour.md") if "class Mixer" in c)
-    namespace = {"torch": torch, "hla": hla}
-    exec(compile(code, "tour", "exec"), namespace)
-    layer, x = namespace["Mixer"](48, 12), torch.randn(2, 6, 48)
-    want, decay = layer(x), layer.options(x)["decay"]
+    code = next(c for _, _, c in blocks(ROOT / "docs" / "layer.md") if "class Mixer" in c)
+    namespace = {}
+    exec(compile(code, "layer", "exec"), namespace)
+    torch.manual_seed(0)
+    layer, x = namespace["Mixer"](48, 12, operator), torch.randn(2, 6, 48)
+    want, _ = layer(x)
     parameters = dict(layer.named_parameters())
+    state = None
+    for t in range(6):
+        o, state = layer(x[:, t : t + 1], state)
+        torch.testing.assert_close(o[:, 0], want[:, t], rtol=1e-4, atol=1e-5)
 
     def loss(parameters):
-        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+        return torch.func.functional_call(layer, parameters, (x,))[0].square().sum()
 
     found = torch.func.grad(loss)(parameters)
     slopes = torch.autograd.grad(loss(parameters), list(parameters.values()))
     torch.testing.assert_close(list(found.values()), list(slopes))
     for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
         narrow = layer.to(dtype)
-        assert (narrow.options(x)["decay"] == decay).all()
-        o = narrow(x.to(dtype))
-        assert o.dtype == narrow.step(x[:, 0].to(dtype))[0].dtype == dtype
+        o, (_, memory) = narrow(x.to(dtype))
+        assert o.dtype == dtype
+        assert {m.dtype for m in memory} <= {torch.float32, torch.float64}
         assert (o.float() - want).norm() < 0.1 * want.norm()
 
 
@@ -143,12 +151,13 @@ def test_committed_benchmarks_are_those_of_the_commands_beside_them():
     (code,) = (c for language, _, c in blocks(ROOT / "docs" / "benchmarks.md") if language == "sh")
     lines = [shlex.split(line) for line in code.replace("\\\n", "").strip().splitlines()]
     copied = set()
-    for command, copy in zip(lines[::2], lines[1::2], strict=True):
+    for command, copy, plot in zip(lines[::3], lines[1::3], lines[2::3], strict=True):
         assert command[:2] == ["hla", "bench"]
         parser = argparse.ArgumentParser()
         bench.add_arguments(parser)
         args = parser.parse_args(command[2:])
         assert copy == ["cp", f"{args.out}/bench.json", copy[-1]]
+        assert plot == [x.replace(".json", ".png") for x in copy]
         copied.add(ROOT / copy[-1])
         result = json.loads((ROOT / copy[-1]).read_text("utf-8"))
         plan = list(bench._plan(args))
@@ -161,6 +170,7 @@ def test_committed_benchmarks_are_those_of_the_commands_beside_them():
             backend, library, device = (*row["name"].split("/"), "", "")[:3]
             assert (PEERS[backend].library if row["peer"] else library) in args.library
             assert row["peer"] or [device] == args.device
+            assert row["peer"] or not args.backend or backend in args.backend
     assert copied == set((ROOT / "docs" / "benchmarks").glob("*.json"))
 
 
@@ -210,3 +220,75 @@ def test_benchmarks_page_shows_every_figure_of_its_results():
         assert [float(x) for x in quartiles] == pytest.approx(
             [1e3 * x for x in r.get("quartiles") or ()], rel=5e-4
         )
+
+
+def test_the_plots_are_of_the_committed_results():
+    """A plot names the result that it shows, in its own file."""
+    from hla.bench.report import source
+
+    plots = sorted((ROOT / "docs" / "benchmarks").glob("*.png"))
+    for plot in plots:
+        result = json.loads(plot.with_suffix(".json").read_text("utf-8"))
+        assert source(result).encode() in plot.read_bytes()
+    assert [p.with_suffix(".json") for p in plots] == sorted(plots[0].parent.glob("*.json"))
+    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    shown = conf["benchmarks"](plots[0].parent)
+    assert re.findall(r"benchmarks/(.*)\.png", shown) == [p.stem for p in plots]
+    against = re.findall(r"benchmarks/(.*)\.png", conf["lengths"](plots[0].parent))
+    for page in (README, ROOT / "docs" / "index.md"):
+        text = page.read_text("utf-8").replace("{{ lengths }}", conf["lengths"](plots[0].parent))
+        assert sorted(re.findall(r"benchmarks/(.*)\.png", text)) == sorted(["h100", *against])
+
+
+def test_supported_versions_are_those_of_the_metadata():
+    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    lines = conf["versions"](ROOT / "docs" / "benchmarks").splitlines()
+    rows = {c[1].strip(): c[2:-1] for c in (line.split("|") for line in lines)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert rows["Python"][0].strip() == project["requires-python"]
+    extras = project["optional-dependencies"]
+    for name, package in conf["NEEDED"].items():
+        asked = [*project["dependencies"], *itertools.chain(*extras.values())]
+        found = re.findall(rf"^{package}(?:\[\w+\])?(>=[\d.]+)", "\n".join(asked), re.MULTILINE)
+        assert rows[name][0].strip().split(" or, for its kernels, ") == list(dict.fromkeys(found))
+    floors = (ROOT / "constraints-floors.txt").read_text("utf-8")
+    for name, pin in re.findall(r"^([\w-]+)==(.*)$", floors, re.MULTILINE):
+        (row,) = (rows[n] for n, package in conf["NEEDED"].items() if package == name)
+        assert row[1].strip() == pin
+
+
+def test_reports_are_asked_for_what_says_where_they_ran():
+    forms = {p.stem: p.read_text("utf-8") for p in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")}
+    assert set(forms) == {"config", "fault", "speed", "wish"}
+    for name in ("fault", "speed"):
+        required = re.findall(
+            r"label: (.*)\n(?:      .*\n)*    validations:\n      required: true", forms[name]
+        )
+        assert any("hla info" in x for x in required)
+        assert any("hla.explain" in x for x in required)
+    assert all("hla info" in forms[name] for name in ("fault", "speed", "wish"))
+
+
+def test_the_project_has_no_address_yet_and_one_place_for_it():
+    """Its pages take the address from pyproject.toml, which has none."""
+    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    assert conf["ADDRESS"] is None
+    assert conf["html_theme_options"] == {}
+    texts = [*PAGES, ROOT / "CITATION.cff", *ROOT.glob(".github/**/*.yml")]
+    named = {
+        x
+        for p in texts
+        for x in re.findall(r"(?:github|gitlab)\.com/[^\s)]*", p.read_text("utf-8"))
+    }
+    assert named == set()
+
+
+def test_the_api_page_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text("utf-8")
+    told = set(re.findall(r"auto\w+:: (\S+)", page))
+    assert set(hla.__all__) - {"states"} <= told
+    types = {name for name in vars(hla.states) if re.fullmatch(r"\w+(State|Segment)", name)}
+    assert types == {x.removeprefix("hla.states.") for x in told if x.startswith("hla.states.")}
+    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    tables = "".join(conf["myst_substitutions"][name] for name in ("states", "segments"))
+    assert set(re.findall(r"`(\w+)`", tables)) == {x for x in types if "Packed" not in x}

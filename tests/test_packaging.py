@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 import hla
 
 ROOT = Path(__file__).parents[1]
-TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "hla").rglob("*.py")]
+TEXTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "hla").rglob("*.py")]
 
 
 @pytest.fixture

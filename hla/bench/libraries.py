@@ -300,8 +300,8 @@ def _numba(accelerator: bool) -> Library:
 
     def array(x: Host, dtype: str) -> Array:
         found = np.ascontiguousarray(_numpy(False).array(x, dtype))
-        bits = np.dtype(f"u{found.itemsize}")  # Numba copies no array of bfloat16
-        return cuda.to_device(found.view(bits)).view(found.dtype)
+        bits = found.view(f"u{found.itemsize}")  # Numba copies no array of bfloat16
+        return cuda.to_device(bits).view(found.dtype)
 
     def wait(out: Arrays) -> Arrays:
         cuda.synchronize()
@@ -341,7 +341,8 @@ def to_host(x: Array) -> Host:
     if hasattr(x, "detach"):
         x = x.detach().cpu().double()
     elif hasattr(x, "copy_to_host"):
-        x = x.copy_to_host()
+        bits = x.view(f"u{x.dtype.itemsize}")  # Numba copies no array of bfloat16
+        x = bits.copy_to_host().view(x.dtype)
     elif hasattr(x, "get"):
         x = x.get()
     return np.asarray(x).astype(np.float64)

@@ -189,12 +189,26 @@ def plot(path: Path, result: dict[str, Any], rows: Iterable[Row]) -> None:
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3, which="both")
     axes.set_axisbelow(True)
-    figure.savefig(path, format="png", dpi=150)
+    about = {"Comment": source(result)}
+    figure.savefig(path, format="png", dpi=150, metadata=about)
+
+
+def source(result: dict[str, Any]) -> str:
+    """Which result a plot shows, as the plot's file says it."""
+    return f"hla bench, {result['date']}, commit {result['commit'] or 'unknown'}"
+
+
+def _named(row: Row) -> str:
+    """Name a row for who knows no backend."""
+    if row.peer:
+        return row.label
+    backend, library, place = row.name.split("/")
+    return f"hla, {library} ({'generic code' if backend == 'array_api' else backend}, {place})"
 
 
 def _lines(axes: Any, rows: list[Row], lengths: list[int]) -> None:
-    for label in dict.fromkeys(r.label for r in rows):
-        line = [r for r in rows if r.label == label]
+    for label in dict.fromkeys(map(_named, rows)):
+        line = [r for r in rows if _named(r) == label]
         xs, ys = [r.tokens for r in line], [1e3 * r.seconds for r in line]
         axes.plot(xs, ys, "o--" if line[0].peer else "s-", label=label, alpha=0.8)
     for accelerator in sorted({r.accelerator for r in rows}):
@@ -211,7 +225,7 @@ def _bars(axes: Any, rows: list[Row]) -> None:
     rows = sorted(rows, key=lambda r: r.seconds)
     times = [1e3 * r.seconds for r in rows]
     colours = ["#999999" if r.peer else "#0072B2" for r in rows]
-    bars = axes.barh([r.label for r in rows], times, color=colours)
+    bars = axes.barh([_named(r) for r in rows], times, color=colours)
     axes.bar_label(bars, [f"{ms:.3g}" for ms in times], padding=3, fontsize="small")
     for floor in {r.floor for r in rows if r.floor}:
         axes.axvline(1e3 * floor, color="black", linestyle=":")

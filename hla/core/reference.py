@@ -22,7 +22,12 @@ FORMS = ("chunked", "recurrent", "associative", "dense")
 
 
 class Gradients(NamedTuple):
-    """Gradients of a call; None for what was not given as an array."""
+    """Gradients of a call, each of the shape of what it is the gradient of.
+
+    dq, dk and dv have the dtype of q, k and v; ddecay and dlog_gate are float32, or float64 for
+    float64 inputs; dinitial_state is a state, packed where the given one was. The last three are
+    None where nothing, or a number, was given.
+    """
 
     dq: Array
     dk: Array
