@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from concurrent.futures import wait
 from types import SimpleNamespace
 
@@ -337,12 +338,26 @@ def compiler(monkeypatch):
     """What Triton's compiler is asked for: warm-ups, and launchers built."""
     installed("triton")
     launch = installed("hla.kernels.triton.launch")
-    warmed, built, modes = [], [], []
+    warmed, built, modes, translating = [], [], [], []
+
+    class Source:
+        """A kernel's text, whose translation takes a while."""
+
+        def make_ir(self, module):
+            assert launch._turn.locked()
+            assert not translating
+            translating.append(module)
+            time.sleep(0.01)
+            return translating.pop()
 
     class Function:
+        def __init__(self):
+            self.device_caches, self.ASTSource = {0: None}, Source
+
         def warmup(self, *args, grid, **options):
             warmed.append((self, args, grid, options))
-            modes[-1].submit(lambda: SimpleNamespace(src=self, metadata=grid))
+            text = self.ASTSource()
+            modes[-1].submit(lambda: SimpleNamespace(src=self, metadata=text.make_ir(module=grid)))
             if options.get("BROKEN"):
                 raise RuntimeError("compiles not")
 
@@ -352,7 +367,9 @@ def compiler(monkeypatch):
         modes.append(threads)
         yield
 
-    driver = SimpleNamespace(launcher_cls=lambda *given: built.append(given))
+    driver = SimpleNamespace(
+        launcher_cls=lambda *given: built.append(given), get_current_device=lambda: 0
+    )
     monkeypatch.setattr(launch, "_begun", {})
     monkeypatch.setattr(launch.triton, "AsyncCompileMode", mode, raising=False)
     monkeypatch.setattr(launch.triton.runtime, "driver", SimpleNamespace(active=driver))

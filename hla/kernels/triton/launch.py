@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from operator import itemgetter
@@ -299,6 +300,7 @@ class Aligned:
 
 
 _begun: dict[tuple[Any, ...], Future[None]] = {}  # by what kernels are compiled for
+_turn = threading.Lock()  # of the compiler's Python
 
 
 def compile_together(
@@ -338,7 +340,7 @@ def compile_together(
 def _compile(
     kernels: list[Kernel], arrays: list[Any], dtypes: Mapping[int, torch.dtype], where: torch.device
 ) -> None:
-    """Compile kernels at once."""
+    """Compile kernels at once, but for what Python does, in which threads would only hinder it."""
 
     def all_of_them(_: Any) -> None:
         with (
@@ -346,9 +348,33 @@ def _compile(
             triton.AsyncCompileMode(_Building(threads), ignore_errors=True),
         ):
             for kernel in kernels:
-                kernel.compile(arrays, dtypes)
+                with _turn:
+                    _take_turns(kernel.function)
+                    kernel.compile(arrays, dtypes)
 
     on_device(where, all_of_them)  # each thread has a device of its own
+
+
+def _take_turns(function: Any) -> None:
+    """Let a kernel be translated while no other is: that sets filters of all threads' warnings."""
+    function.device_caches[triton.runtime.driver.active.get_current_device()]  # makes ASTSource
+    function.ASTSource = _one_by_one(function.ASTSource)
+
+
+@functools.cache
+def _one_by_one(source: Any) -> Any:
+    """Return a class of kernels' texts that are translated one at a time."""
+    if hasattr(source, "turn"):
+        return source
+
+    class OneByOne(source):  # type: ignore[misc]
+        turn = _turn
+
+        def make_ir(self, *given: Any, **options: Any) -> Any:
+            with self.turn:
+                return super().make_ir(*given, **options)
+
+    return OneByOne
 
 
 class _Building(NamedTuple):
