@@ -74,6 +74,7 @@ class Device(NamedTuple):
     begin: Callable[[Ready, Sequence[Array], list[Any]], None] = (
         lambda ready, arrays, addresses: None  # before the first run of a plan
     )
+    foresee: Callable[[Any, Callable[[], Ready]], None] | None = None  # where, a gradient's plan
 
 
 def heads(
@@ -287,6 +288,9 @@ class Runner:
             given = dict(zip(kind.names(request), arrays, strict=True))
             plan = kind.plan(device, request, device.where(arrays[0]))
             ready = Ready(device, plan, request, given)
+            if device.foresee and request.gradient and not kind.back:
+                follows = functools.partial(following, ready, request, kind, given)
+                device.foresee(ready.call.where, follows)
             device.begin(ready, arrays, addresses)
             self.ready[key] = ready
         return ready
@@ -395,6 +399,29 @@ class Runner:
         dq, dk, dv = (by[f"d.{name}"] for name in "qkv")
         log = request.gate == "log_gate"
         return Gradients(dq, dk, dv, None if log else gate, gate if log else None, state)
+
+
+class Like(NamedTuple):
+    """An array that is not there yet."""
+
+    layout: Layout
+    dtype: Any
+
+
+def following(ready: Ready, request: Request, kind: Kind, given: Mapping[str, Array]) -> Ready:
+    """Return the backward's plan behind a forward's, to be compiled and not to be run.
+
+    For a gradient of o alone that lies in memory like o: of another one kernels may differ.
+    """
+    device, where = ready.device, ready.call.where
+    arrays = {name: Like(device.layout(x), x.dtype) for name, x in given.items()}
+    names = {slot: name for name, slot in ready.call.slots.items()}
+    made = [names[slot] for slot in (*ready.saved, ready.results["o"])]
+    others = [Like(ready.layouts[name], ready.dtypes[name]) for name in made]
+    back = Kind(True, kind.start, others[-1].dtype, tokens=kind.tokens)
+    arrays |= dict(zip(back.names(request)[len(arrays) :], others, strict=True))
+    like = device._replace(layout=lambda x: x.layout, where=lambda x: where)
+    return Ready(like, back.plan(device, request, where), request, arrays)
 
 
 def given(request: Request, inputs: Inputs) -> list[Array]:
