@@ -81,6 +81,23 @@ def test_kernels_fit_the_shared_memory_of_a_card(shared):
             assert kernels(dtype, D=D, card=card, operator="hla2", **gate)
 
 
+def test_small_temporaries_are_one_allocation():
+    """Of a gate's gradient; dy, three gradients and the gate's are arrays of their own."""
+    made, memory, card = [], HOSTED.memory, CARD._replace(capability=(9, 0))
+    names = {n: lambda x, *rest, n=n: made.append(n) or getattr(memory, n)(x, *rest)
+             for n in ("empty", "room")}  # fmt: skip
+    names |= {"card": lambda x: card, "load": lambda *args: lambda *args, **shared: None}
+    library = run.Library(memory._replace(**names))
+    q, k, v, do = np.zeros((4, 2, 300, 128), numpy_dtype("bfloat16"))
+    request, inputs, _ = prepare(
+        q, k, v, **GATE, decay=None, operator="hla2", scale=1.0, gradient=True
+    )
+    _, _, saved = library.forward(request, inputs)
+    made.clear()
+    library.backward(request, inputs, saved, do, None)
+    assert sorted(made) == ["empty"] * 5 + ["room"]
+
+
 def test_explain_says_where_kernels_were_not_timed():
     assert not launch.untimed(CARD._replace(capability=(9, 0)))
     assert launch.untimed(CARD).endswith("not timed, for compute capability 8.0")

@@ -53,6 +53,7 @@ class Memory(NamedTuple):
     dtype: Callable[[str], Any]
     address: Callable[[Array], int]
     inside: Callable[[launch.Card, Callable[[], Any]], Any]  # call a function on a device
+    room: Callable[[int, launch.Card], tuple[Any, int]] | None = None  # bytes, and their address
 
 
 class Kernels(NamedTuple):
@@ -172,6 +173,8 @@ def device(memory: Memory, kernels: Kernels) -> Device:
         address=address,
         alike=alike,
         begin=begin,
+        bare=lambda do: isinstance(do, launch.Kernel),
+        room=memory.room,
         run=lambda ready, arrays, addresses: memory.inside(
             ready.call.where, lambda: ready(arrays, addresses, None)
         ),
