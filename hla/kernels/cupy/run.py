@@ -33,7 +33,7 @@ from ...device.steps import (
 from ...device.tiles import Layout, whole
 from ...device.token import unpacked
 from ...states.packed import STATE_OF
-from . import between, launch, rows
+from . import between, hopper_states, launch, rows
 from . import step as one_token
 
 Array = Any
@@ -85,7 +85,7 @@ STEPS: dict[type, Callable[[launch.Load, Call, Any], Iterator[launch.Kernel]]] =
     Fading: between.fading,
     Carry: between.carry,
 }
-CUDA = Kernels(STEPS, rows.rows, rows.KERNELS, token=True)
+CUDA = Kernels(STEPS | {Launch: hopper_states.passes}, rows.rows, rows.KERNELS, token=True)
 
 
 def _by_library(memory: Memory, call: Call, step: Step) -> list[Do]:
