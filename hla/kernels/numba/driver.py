@@ -11,7 +11,6 @@ from cuda.bindings import driver
 from ..cupy.launch import Card
 from . import blocks, streams
 from .build import kept
-from .device import TEXTS
 from .instructions import Constants
 
 POINTER, SIZE = 1, 2  # CU_LAUNCH_PARAM_BUFFER_POINTER and _SIZE
@@ -51,7 +50,7 @@ class Function:
 
 
 _functions: dict[Any, Function] = {}
-_lock = threading.Lock()
+_locks: dict[Any, threading.Lock] = {}  # of each
 
 
 def load(name: str, constants: Constants, shared: int, card: Card) -> Function:
@@ -59,11 +58,11 @@ def load(name: str, constants: Constants, shared: int, card: Card) -> Function:
     key = name, tuple(constants.items()), shared, card.device
     found = _functions.get(key)
     if found is None:
-        with _lock:
+        with _locks.setdefault(key, threading.Lock()):
             if key in _functions:
                 return _functions[key]
             found = _functions[key] = blocks.inside(  # also of a thread that has no device yet
                 card.device,
-                lambda: Function(kept(name, TEXTS[name], constants, card.capability), shared),
+                lambda: Function(kept(name, constants, card.capability), shared),
             )
     return found
