@@ -181,7 +181,7 @@ def slow(*given):  # this process compiles until the other one has
     started.set()
     done.wait()
     return codes.setdefault("here", here(*given))
-build.machine_code = slow
+build.machine_code, build.idle = slow, lambda: True
 build.asked = lambda *given: codes.setdefault("other", asked(*given))
 kernels = ("fading.cu", {}, (9, 0)), ("picked", {}, (9, 0))
 first, second = (threading.Thread(target=build.kept, args=x) for x in kernels)

@@ -120,17 +120,18 @@ def made(x: array.Array, stream: int | None) -> Array:
     One like an earlier one is a copy of it with other memory: to make one anew takes ten times as
     long.
     """
-    if any(n > 1 and s == 0 for n, s in zip(x.shape, x.strides, strict=True)):
-        x = _arrays().mapped("copy", x)
-    if package.SIMULATED:
-        from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
-
-        return FakeCUDAArray(np.asarray(Interface(x, None)).view(x.dtype))
     key = x.shape, x.strides, x.dtype, x.device, stream
     like = _kinds.get(key)
     if like is None:
+        if any(n > 1 and s == 0 for n, s in zip(x.shape, x.strides, strict=True)):
+            x = _arrays().mapped("copy", x)
+        if package.SIMULATED:
+            from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+            return FakeCUDAArray(np.asarray(Interface(x, None)).view(x.dtype))
         if len(_kinds) >= KINDS:
             _kinds.clear()
+        key = x.shape, x.strides, x.dtype, x.device, stream
         like = _kinds[key] = blocks.inside(x.device, lambda: _kind(x, stream))
     memory = like.gpu_data
     found, pointer = copy.copy(like), type(memory.device_pointer)(x.address)

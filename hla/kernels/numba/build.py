@@ -1,7 +1,7 @@
 """Compile a kernel in Python, with its instructions, to machine code: no GPU is needed.
 
 Numba's own work, most of the seconds that a kernel takes, is Python behind one lock. So what is
-asked for while this process compiles is compiled by others, as many as there are cores.
+asked for while this process compiles is compiled by others, as long as cores are idle.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ except ImportError:  # where there is none, processes may compile a kernel each
 CHILD = "from hla.kernels.numba import build; build.answer()"
 SECONDS = 300  # that another process may take
 _here = threading.Lock()  # held while this process compiles
-_others = threading.BoundedSemaphore(max(1, (os.cpu_count() or 1) - 1))
+_others = threading.BoundedSemaphore(8)  # processes of some 300 MB
 
 
 def signature(text: Text) -> Any:
@@ -90,9 +90,11 @@ def alone(path: pathlib.Path) -> Iterator[None]:
 
 def compiled(name: str, constants: Constants, capability: tuple[int, int]) -> bytes:
     """Compile a kernel here, in another process while this one compiles."""
+    code = b""
     if not _here.acquire(blocking=False):
         with _others:
-            code = asked(name, constants, capability)
+            if idle():
+                code = asked(name, constants, capability)
         if code:
             return code
         _here.acquire()
@@ -100,6 +102,11 @@ def compiled(name: str, constants: Constants, capability: tuple[int, int]) -> by
         return machine_code(name, constants, capability)
     finally:
         _here.release()
+
+
+def idle() -> bool:
+    """Whether this machine has cores that nothing runs on."""
+    return os.getloadavg()[0] < (os.cpu_count() or 1) if hasattr(os, "getloadavg") else True
 
 
 def asked(name: str, constants: Constants, capability: tuple[int, int]) -> bytes:
