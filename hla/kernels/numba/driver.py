@@ -13,6 +13,7 @@ from . import blocks, streams
 from .build import kept
 from .instructions import Constants
 
+Extra = ctypes.c_void_p * 5
 POINTER, SIZE = 1, 2  # CU_LAUNCH_PARAM_BUFFER_POINTER and _SIZE
 
 
@@ -40,7 +41,8 @@ class Function:
         """Put it on the current stream."""
         (given,) = arguments
         size = ctypes.c_size_t(given.nbytes)
-        extra = (ctypes.c_void_p * 5)(POINTER, given.ctypes.data, SIZE, ctypes.addressof(size), 0)
+        at = given.__array_interface__["data"][0]
+        extra = Extra(POINTER, at, SIZE, ctypes.addressof(size), 0)
         (error,) = driver.cuLaunchKernel(
             self.handle, grid[0], 1, 1, block[0], 1, 1, shared_mem, streams.current(), 0,
             ctypes.addressof(extra),
