@@ -161,7 +161,8 @@ def inside(device: int, function: Callable[[], Any]) -> Any:
     """Call a function with a device as the current one."""
     if package.SIMULATED or _local.inside == device:
         return function()
-    before, error, found = _local.inside, *driver().cuCtxGetDevice()
+    before: int = _local.inside
+    error, found = driver().cuCtxGetDevice()
     there = not error and int(found) == device
     with nullcontext() if there else package.cuda.gpus[device]:
         _local.inside = device
