@@ -243,7 +243,7 @@ def history(app, error):
 
 
 def setup(app):
-    """Add the benchmarks; keep the star of (*batch, T, D) from opening an emphasis."""
+    """Add the benchmarks and their history; keep (*batch, T, D) from opening an emphasis."""
     results = Path(__file__).parent / "benchmarks"
     myst_substitutions["benchmarks"] = benchmarks(results)
     myst_substitutions["speed"] = speed(results)
