@@ -189,8 +189,7 @@ def plot(path: Path, result: dict[str, Any], rows: Iterable[Row]) -> None:
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3, which="both")
     axes.set_axisbelow(True)
-    about = {"Comment": source(result)}
-    figure.savefig(path, format="png", dpi=150, metadata=about)
+    figure.savefig(path, format="png", dpi=150, metadata={"Comment": source(result)})
 
 
 def source(result: dict[str, Any]) -> str:
