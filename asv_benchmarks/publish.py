@@ -1,7 +1,6 @@
 """Write asv's pages of every result of `hla bench` that was committed: python publish.py FOLDER."""
 
 import inspect
-import itertools
 import json
 import subprocess
 import sys
@@ -17,16 +16,14 @@ from benchmarks import LARGE, medians  # noqa: E402
 
 from hla.bench.workloads import Case  # noqa: E402
 
-KINDS = {
-    f"medians.{kind.__name__}.track_median": kind
-    for kind in (medians.Forward, medians.ForwardBackward, medians.Step)
-}
+KINDS = {kind.workload: kind for kind in (medians.Forward, medians.ForwardBackward, medians.Step)}
 
 
 def publish(html):
     """Publish each result under its card's name, at the commit that it measured."""
     results = [result for result in committed() if large(result)]
-    benchmarks = {name: described(name, results) for name in KINDS}
+    rows = [row for result in results for row in large(result)]
+    benchmarks = {title(row): described(row) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "results")
         write(found / "benchmarks.json", benchmarks, version=2)
@@ -34,7 +31,7 @@ def publish(html):
             card = result["machine"]["accelerators"][0]
             machine = {"machine": card, "cpu": result["machine"]["processor"]}
             write(found / card / "machine.json", machine, version=1)
-            write(found / card / f"{i}.json", entry(result, card, benchmarks), version=2)
+            write(found / card / f"{i}.json", entry(result, card), version=2)
         conf = {"project": "hla", "repo": str(ROOT), "branches": ["HEAD"], "results_dir": "results"}
         write(Path(folder, "asv.conf.json"), conf, version=1)
         words = "publish", "--no-pull", "--html-dir", str(html)
@@ -57,39 +54,34 @@ def committed():
 
 
 def large(result):
-    """Return the rows of a result that are of the suite's size on a GPU."""
+    """Return the rows of a result that are of the suite's size on a GPU, and of its workloads."""
     size = Case(result["first"]["operator"], **LARGE)
     same = result["first"] == size._asdict()
-    return [r for r in result["rows"] if same and r["tokens"] == size.tokens]
+    rows = [r for r in result["rows"] if same and r["tokens"] == size.tokens]
+    return [row for row in rows if row["workload"] in KINDS]
 
 
-def medians_of(name, result):
-    """Return the milliseconds of a benchmark by its parameters, as asv writes them."""
-    rows = [r for r in large(result) if r["workload"] == KINDS[name].workload]
-    return {(repr(r["name"]), repr(r["operator"])): 1e3 * r["seconds"] for r in rows}
+def title(row):
+    return f"{row['operator']} {row['workload']}, {row['name']}"
 
 
-def described(name, results):
-    """Describe a benchmark as asv does; its parameters' values are those that were measured."""
-    kind = KINDS[name]
-    measured = [params for result in results for params in medians_of(name, result)]
+def described(row):
+    """Describe a row as asv does a benchmark; over parameters its overview would average."""
+    kind = KINDS[row["workload"]]
     return {
-        "name": name,
+        "name": title(row),
         "type": "track",
+        "less_is_better": True,
         "unit": kind.track_median.unit,
         "code": inspect.getsource(kind),
         "version": None,
-        "param_names": kind.param_names,
-        "params": [list(dict.fromkeys(axis)) for axis in zip(*measured, strict=True)],
+        "param_names": [],
+        "params": [],
     }
 
 
-def entry(result, card, benchmarks):
+def entry(result, card):
     """Return a result as a file of asv's results."""
-    values = {}
-    for name, benchmark in benchmarks.items():
-        taken, axes = medians_of(name, result), benchmark["params"]
-        values[name] = [[taken.get(params) for params in itertools.product(*axes)], axes]
     return {
         "commit_hash": on_the_branch(result["commit"]),
         "date": int(1e3 * datetime.fromisoformat(result["date"]).timestamp()),
@@ -98,7 +90,7 @@ def entry(result, card, benchmarks):
         "python": result["versions"]["python"],
         "requirements": result["versions"],
         "result_columns": ["result", "params"],
-        "results": values,
+        "results": {title(row): [[1e3 * row["seconds"]], []] for row in large(result)},
     }
 
 

@@ -29,6 +29,8 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"hla {release}"
 html_show_copyright = html_use_index = False
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 myst_enable_extensions = ["dollarmath", "substitution"]
 html_math_renderer = "mathml"  # typeset at build time: no script
 myst_heading_anchors = 3

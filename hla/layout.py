@@ -53,6 +53,8 @@ class Layout(NamedTuple):
             return namespace(grad).reshape(grad[..., 0], self.gate_shape)
         if self.axis != -2:
             grad = moveaxis(grad, -1, self.axis + 1)
+        if grad.shape == self.gate_shape:
+            return grad
         lead = (1,) * (grad.ndim - len(self.gate_shape))
         return namespace(grad).reshape(sum_to(grad, (*lead, *self.gate_shape)), self.gate_shape)
 

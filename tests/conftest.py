@@ -24,6 +24,9 @@ if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not any(
     os.environ.setdefault("HLA_PALLAS_INTERPRET", "1")
     os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # programs run a few times
+elif "PYTEST_XDIST_WORKER" in os.environ:  # each compiles in one thread, and tries no variants
+    flags = "--xla_gpu_force_compilation_parallelism=1 --xla_gpu_autotune_level=0"
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX leaves the GPU some memory
 if "PYTEST_XDIST_WORKER" in os.environ:  # the test processes share the cores: no threads that spin
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

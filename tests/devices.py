@@ -60,6 +60,11 @@ class Device(NamedTuple):
         return self.interpreted and self.traces
 
     @property
+    def costly(self) -> bool:
+        """Whether it is an accelerator that takes tens of seconds to compile a class of calls."""
+        return self.traces and not self.interpreted
+
+    @property
     def dtype(self) -> str:
         """The dtype of what does not depend on it."""
         return "float32" if self.interpreted or "bfloat16" not in self.dtypes else "bfloat16"
@@ -129,12 +134,12 @@ def devices() -> tuple[Device, ...]:
     return found
 
 
-def per_device(names="", cases=((),), where=lambda device: True, sample=()):
+def per_device(names="", cases=((),), where=lambda device: True, sample=(), aot=()):
     """Parametrise a test by device, and by the cases of the other names (a list, or made of it).
 
     A case whose operator, mask, gate or dtype the backend does not take is none. Of a device that
     compiles every call all but those of a sample, which is the first case if none is given, are
-    marked as such.
+    marked as such, or ``aot`` where they are among those.
     """
     names, found = names.replace(",", " ").split(), []
     for device in filter(where, devices()):
@@ -145,14 +150,24 @@ def per_device(names="", cases=((),), where=lambda device: True, sample=()):
                 name = "-".join(map(str, (device.backend, *values)))
                 chosen = chosen or [values]
                 rest = device.compiles and values not in chosen
-                marks = [*device.marks, *([pytest.mark.compiled] if rest else [])]
+                mark = pytest.mark.aot if values in aot else pytest.mark.compiled
+                marks = [*device.marks, *([mark] if rest else [])]
                 found.append(pytest.param(device, *values, id=name, marks=marks))
     return pytest.mark.parametrize(("device", *names), found)
 
 
-def either(interpreted, accelerated):
-    """Cases of a device that is interpreted, and of one that compiles a kernel for each class."""
-    return lambda device: interpreted if device.interpreted else accelerated
+def either(interpreted, accelerated, costly=None):
+    """Cases of a device that is interpreted, and of one that compiles a kernel for each class.
+
+    Of one that takes tens of seconds to compile a class those whose kernels no other row has.
+    """
+
+    def cases(device):
+        if device.interpreted:
+            return interpreted
+        return costly if device.costly and costly is not None else accelerated
+
+    return cases
 
 
 def rows_of(where=lambda device: True) -> list:
@@ -219,12 +234,14 @@ def state_of(options, gate, seed=7, **shape):
 
 
 def run(arrays, options, given, backend):
-    """Output, states by field and every gradient by name."""
+    """Output, states by field and, of cotangents that are given, every gradient by name."""
     found, pullback = hla.vjp(**arrays, backend=backend, **options)
     o, *state = found if options.get("return_state") else (found,)
     results = {"o": o}
     for x in state:
         results |= {f"state {n}": y for n, y in x._asdict().items()}
+    if given is None:
+        return results
     gradients = pullback(*given)._asdict()
     start = gradients.pop("dinitial_state")
     results |= {n: x for n, x in gradients.items() if x is not None}

@@ -397,6 +397,7 @@ class Barrier:
         self.bytes = self.done = 0
         self.given = self.passed = [0] * PARTITIONS  # clocks of arrivals, of a whole phase
         self.seen: dict[int, int] = {}  # the last phase that a partition waited for
+        self.used = False
 
     def arrive(self, n, clock):
         self.left -= n
@@ -552,7 +553,21 @@ machine = Machine()
 def barrier_of(bar) -> Barrier:
     place = bar.a.ctypes.data
     check(place in machine.barriers and bar.a.size == 1, "this is no initialised barrier")
+    machine.barriers[place].used = True
     return machine.barriers[place]
+
+
+def unused():
+    """Find arrays of barriers that were initialised and that nobody used.
+
+    The compiler gives their memory away, and what is then read there is not defined.
+    """
+    used = {place: x.used for place, x in machine.barriers.items()}
+    if not any(used.values()):  # of no tokens
+        return []
+    arrays = [x.a for x in machine.memory if x.a.ctypes.data in used]
+    places = [range(a.ctypes.data, a.ctypes.data + a.nbytes, a.itemsize) for a in arrays]
+    return [a.shape for a, x in zip(arrays, places, strict=True) if not any(map(used.get, x))]
 
 
 def named(frame, bar):
@@ -938,6 +953,7 @@ def run(
     seed=0,
     exact=False,
     copies=True,
+    spare=(),
     **constants,
 ):
     """Run a kernel on NumPy arrays, which it writes.
@@ -958,6 +974,8 @@ def run(
     copies : bool
         Whether products that read what cp.async has written need a fence, as PTX has it; on an
         H100 they were never seen to.
+    spare : sequence of tuple of int
+        Shapes of arrays of barriers that a kernel has for other values than these.
     constants : what the kernel has as ``gl.constexpr``
     """
     global machine
@@ -970,5 +988,7 @@ def run(
         Interpreted(kernel.fn)(*given, **constants)
         part = machine.whole
         check(not part.products.open, "the kernel ends with a product in flight")
+        idle = unused()
+        check(idle == [*spare], f"initialised barriers of {idle} that nobody uses")
         while queues := machine.background():
             queues[0].popleft()()

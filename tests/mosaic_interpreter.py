@@ -106,7 +106,7 @@ class Machine:
         self.waiting = {}  # the barrier of each warpgroup that waits
         self.left, self.now, self.error = set(order), order[0], None
         self.stores = defaultdict(list)
-        self.bars = []
+        self.bars, self.scratch = [], None
 
     def ready(self, who):
         bar = self.waiting.get(who)
@@ -176,14 +176,17 @@ LOCAL = threading.local()
 
 
 def kernel(order):
-    def make(body, *, out_type, scratch_types, grid, num_threads, **_):
+    def make(body, *, out_type, mesh=None, scratch_types=None, **more):
+        mesh = mesh or SimpleNamespace(**more)
+        if scratch_types:
+            body = functools.partial(scoped, body, scratch_types)
+
         def call(*given):
             made = [np.full(x.shape, np.nan, np.dtype(x.dtype)) for x in out_type]
             refs = [x if isinstance(x, Ref) else Ref(np.asarray(x)) for x in (*given, *made)]
-            for program in range(grid[0]):
-                machine = Machine([x for x in order if x < num_threads], program)
-                scratch = {n: allocate(machine) for n, allocate in scratch_types.items()}
-                machine.run(functools.partial(body, *refs, **scratch))
+            for program in range(mesh.grid[0]):
+                machine = Machine([x for x in order if x < mesh.num_threads], program)
+                machine.run(functools.partial(body, *refs))
             return made
 
         return call
@@ -229,6 +232,20 @@ def run_state(f):
         return tuple(x.value for x in accs)
 
     return run
+
+
+def run_scoped(f, *types, collective_axes=None, **scratch):
+    """Run with what is allocated: once for all warpgroups if it is theirs."""
+    if collective_axes is None:
+        return f(*types)
+    machine = LOCAL.machine
+    if machine.scratch is None:
+        machine.scratch = {n: allocate(machine) for n, allocate in scratch.items()}
+    return f(**machine.scratch)
+
+
+def scoped(body, scratch, *refs):
+    run_scoped(functools.partial(body, *refs), collective_axes="warpgroup", **scratch)
 
 
 def fori_loop(first, last, body, carry):
@@ -290,11 +307,7 @@ def interpreted(monkeypatch, order=(0, 1, 2)):
     nothing = lambda *_, **__: None  # noqa: E731
     names = {
         "pl": SimpleNamespace(
-            when=when, ds=Slice, run_state=run_state,
-            run_scoped=lambda f, *types: f(*types),
-            kernel=lambda body, *, mesh, **more: kernel(order)(
-                body, scratch_types={}, **vars(mesh), **more
-            ),
+            when=when, ds=Slice, run_state=run_state, run_scoped=run_scoped, kernel=kernel(order),
         ),
         "jax": SimpleNamespace(
             ShapeDtypeStruct=jax.ShapeDtypeStruct, new_ref=lambda x: Ref(np.array(x)),
@@ -307,6 +320,8 @@ def interpreted(monkeypatch, order=(0, 1, 2)):
             broadcast_in_dim=spread,
         ),
         "jnp": np,
+        "alone": lambda _, run, like: run,
+        "varying": lambda shape, dtype, given: jax.ShapeDtypeStruct(shape, dtype),
         "ACC": Acc, "by_row": by_row, "by_column": by_column, "of_pairs": of_pairs,
         "gathered": gathered,
         "halved": halved, "with_halved": with_halved, "leave_columns": leave_columns,

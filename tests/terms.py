@@ -153,9 +153,14 @@ class Call:
         return found
 
     def all_terms(self):
-        """Those of the gate's gradient, by pass."""
-        do = sum(self.cotangents)
-        return self.adjoint({name: c * do for c, name in self.addends}, self.last)[2]
+        """Those of the gate's gradient, by pass and by way: a sum of the output, the last state.
+
+        A quotient's numerator and denominator are ways apart: at a strong decay they cancel.
+        """
+        for (c, name), do in itertools.product(self.addends, self.cotangents):
+            yield from self.adjoint({name: c * do}, None)[2]
+        if self.last is not None:
+            yield from self.adjoint({}, self.last)[2]
 
 
 def parts(inputs, options, given):
@@ -218,18 +223,20 @@ def gate_terms(inputs, options, given) -> Terms:
     return Terms(np.sqrt(squares) / by, (added if whole else np.sqrt(added)) / by)
 
 
-def gates_within_budget(got, want, dtype, inputs, options, given, operator=None, most=None):
+def gates_within_budget(
+    got, want, dtype, inputs, options, given, operator=None, most=None, terms=None
+):
     """Assert the budget of a gate's gradient: of each head of a decay, of blocks of 64 tokens.
 
     Wide types: thrice the formula, relative to the true gradient or to the root of the squares of
     its terms where that is more; of a decay also once the formula of their sizes added, since the
     terms of a long memory share the roundings of its states. A kernel of a narrow type: its
-    operator's, relative to `added`.
+    operator's, relative to `added`. ``terms`` are the call's, where they are there already.
     """
     assert got.shape == want.shape
     assert np.isfinite(want).all()
     assert np.isfinite(got).all(), "not finite"
-    terms = gate_terms(inputs, options, given)
+    terms = terms or gate_terms(inputs, options, given)
     shape = (-1, 1 if inputs.get("decay") is not None else want.shape[-1])
     got, want, root, added = (np.reshape(x, shape) for x in (got, want, *terms))
     extent = {"D": max(inputs["q"].shape[-1], inputs["v"].shape[-1]), "T": inputs["q"].shape[-2]}

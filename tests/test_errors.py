@@ -110,6 +110,7 @@ SCAN = {
     "decay complex": ({"decay": 0.5j}, TypeError, r"decay"),
     "decay integers": ({"decay": np.ones(H, int)}, BOTH, r"decay.*int"),
     "decay float16": ({"decay": np.full(H, 0.5, np.float16)}, BOTH, r"decay.*float16.*float32"),
+    "decay float16 number": ({"decay": np.float16(0.5)}, BOTH, r"decay.*float16.*float32"),
     "decay bfloat16": (
         {"decay": np.full(H, 0.5, numpy_dtype("bfloat16"))}, BOTH, r"decay.*bfloat16.*float32"
     ),

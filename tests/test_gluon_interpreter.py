@@ -143,6 +143,8 @@ def kernel(q, k, v, o, T, FAULT: gl.constexpr):
         mbarrier.init(free.index(i), count=2)
     mbarrier.init(y_full, count=1)
     mbarrier.init(y_free, count=1)
+    if FAULT == "barrier unused":
+        mbarrier.init(gl.allocate_shared_memory(gl.int64, [1], BAR), count=1)
     bars = (full, free, y_full, y_free)
     gl.warp_specialize(
         [
@@ -187,6 +189,7 @@ FAULTS = {
     "v overwritten": "a store writes what",
     "no wait for keys": "a copy is in flight|never written|unordered with a write|not fenced",
     "outside": "outside its array",
+    "barrier unused": r"initialised barriers of \[\(1,\)\] that nobody uses",
 }
 
 

@@ -16,7 +16,7 @@ from conftest import (
     states,
     symmetric,
 )
-from terms import Call, gates_within_budget
+from terms import Call, gate_terms, gates_within_budget
 
 import hla
 
@@ -157,13 +157,26 @@ def test_the_budget_of_gates_sees_each_head_and_block(operator, dtype):
         gradients = hla.vjp(**inputs, **gate, **options, backend="array_api")[1](*given)
         want = gradients.ddecay if "decay" in gate else gradients.dlog_gate
         same = dtype, inputs | gate, options, given, operator
+        terms = gate_terms(inputs | gate, options, given)
         gates_within_budget(want, want, *same)
         for head in range(heads):
             for part in ((),) if "decay" in gate else (slice(64), slice(64, None)):
                 wrong = want.copy()
                 wrong[(head, part) if part else head] = 0.0
                 with pytest.raises(AssertionError, match=f"head {head} "):
-                    gates_within_budget(wrong, want, *same)
+                    gates_within_budget(wrong, want, *same, terms=terms)
+
+
+def test_a_quotient_that_forgets_cancels_in_what_its_gates_gradient_is_added_from():
+    """At a decay near 0 o is v: numerator and denominator pull y by what leaves nothing."""
+    q, k, v = (x.astype("float32") for x in draw(2, 300, D=4, positive=True))
+    inputs = {"q": q, "k": k, "v": v, "decay": np.array([1e-6, 0.5], "float32")}
+    do = draw(2, 300, seed=4)[2].astype("float32")
+    options = {"operator": "hla2", "normalize": True}
+    got = hla.vjp(**inputs, **options)[1](do).ddecay
+    inputs, do = {n: x.astype(float) for n, x in inputs.items()}, do.astype(float)
+    want = hla.vjp(**inputs, **options)[1](do).ddecay
+    gates_within_budget(got, want, "float32", inputs, options, (do,))
 
 
 PAPER = {"operators": ("hla2", "hla3"), "masks": ("causal",), "forms": ("chunked",)}

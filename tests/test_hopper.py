@@ -116,7 +116,7 @@ class Case:
         self.powers = powers
         self.run = lambda: gluon_interpreter.run(
             hopper.pair_kernel, (math.prod(heads),), *self.args, seed=seed, exact=True,
-            **self.constants,
+            spare=[(3, 1)] if strong else [], **self.constants,
         )  # fmt: skip
 
     def wanted(self, at):

@@ -256,7 +256,7 @@ def test_symbolic_sizes(jax, operator, form, kind):
     for _ in range(2 if operator == "hla2" else 1):  # symbols of two exports are not compared
         full, token, gate, state = symbols()
         exported = export.export(jax.jit(pulled))(*full, gate, state)
-    for T in (1, 64, 129) if operator == "hla2" else (5,):
+    for T in (1, 129) if operator == "hla2" else (5,):
         given = inputs(T, batch=2)
         got = exported.call(*jax.tree.map(jax.numpy.asarray, given))
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(pulled(*given)), strict=True):

@@ -171,14 +171,51 @@ def test_results_like_earlier_ones_have_memory_of_their_own():
     assert not done.returncode, done.stderr
 
 
+SIDE_BY_SIDE = """
+import sys, threading
+from hla.kernels.numba import build
+build.without_device((9, 0))
+started, done = threading.Event(), threading.Event()
+codes, here, asked = {}, build.machine_code, build.asked
+def slow(*given):  # this process compiles until the other one has
+    started.set()
+    done.wait()
+    return codes.setdefault("here", here(*given))
+build.machine_code, build.idle = slow, lambda: True
+build.asked = lambda *given: codes.setdefault("other", asked(*given))
+kernels = ("fading.cu", {}, (9, 0)), ("picked", {}, (9, 0))
+first, second = (threading.Thread(target=build.kept, args=x) for x in kernels)
+first.start(); started.wait(); second.start(); second.join(); done.set(); first.join()
+assert sorted(codes) == ["here", "other"]
+assert all(code[:4] == bytes([127]) + b"ELF" for code in codes.values())
+if sys.argv[1] == "True":
+    build.compiled = None
+    assert [build.kept(*x) for x in kernels] == [codes["here"], codes["other"]]
+"""
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("writable", [True, False])
+def test_kernels_compile_side_by_side(tmp_path, writable):
+    """One by this process, one by another, both kept; nothing is raised where they cannot be."""
+    for needed in ("numba_cuda", "cuda.bindings"):
+        installed(needed)
+    folder = tmp_path / "folder"
+    if not writable:
+        folder.touch()
+    given = environment(NUMBA_ENABLE_CUDASIM="0", NUMBA_CACHE_DIR=str(folder))
+    command = [sys.executable, "-c", SIDE_BY_SIDE, str(writable)]
+    done = subprocess.run(command, capture_output=True, text=True, env=given)
+    assert not done.returncode, done.stderr
+    assert [x.suffix for x in folder.rglob("*.*")] == [".cubin"] * 2 * writable
+
+
 COMPILE = """
-import sys, types
-from numba.cuda import dispatcher
-from hla.kernels.numba import build, device
+import sys
+from hla.kernels.numba import build
 name, constants, arch = eval(sys.argv[1])
-card = types.SimpleNamespace(compute_capability=arch)  # for which device functions are compiled
-dispatcher.get_current_device = lambda: card
-code = build.machine_code(device.TEXTS[name], dict(constants), arch, "-Xptxas=-v")
+build.without_device(arch)
+code = build.machine_code(name, dict(constants), arch, "-Xptxas=-v")
 """
 
 

@@ -73,23 +73,28 @@ def test_a_floor_is_installed(floor):
     assert version(floor.name) in floor.specifier
 
 
-def test_the_test_extra_has_what_the_suite_skips_for(requirements):
-    """So that a new machine runs every test but those of other devices."""
-    asked = {
-        re.sub(r"\W.*", "", name)
-        for path in Path(__file__).parent.glob("test_*.py")
-        for name in re.findall(r'installed\("([\w.]+)"\)', path.read_text(encoding="utf-8"))
-    }
-    extra = {r.name.replace("-", "_") for r in requirements if 'extra == "test"' in str(r.marker)}
-    assert "threadpoolctl" in asked
+def test_the_extras_have_what_the_suite_skips_for(requirements):
+    """So that a new machine runs every test but those of other devices, and of the built pages."""
+
+    def those(*extras):
+        ours = [r for r in requirements if any(f'extra == "{x}"' in str(r.marker) for x in extras)]
+        return {r.name.replace("-", "_") for r in ours}
+
     own = {
         "hla",
         "broken",
         "nowhere_to_be_found",
         *(x.stem for x in Path(__file__).parent.glob("*")),
     }
-    asked = {{"absl": "absl_py"}.get(name, name) for name in asked}  # whose import is not its name
-    assert asked - own - {"cupy"} <= extra
+    everything = set()
+    for path in Path(__file__).parent.glob("test_*.py"):
+        found = re.findall(r'installed\("([\w.]+)"\)', path.read_text(encoding="utf-8"))
+        names = {re.sub(r"\W.*", "", name) for name in found}
+        asked = {{"absl": "absl_py"}.get(name, name) for name in names}  # whose import differs
+        extras = ("dev", "docs", "bench") if path.stem == "test_site" else ("test",)
+        assert asked - own - {"cupy"} <= those(*extras), path.name
+        everything |= asked
+    assert {"threadpoolctl", "playwright"} <= everything
 
 
 def test_extras_are_those_of_a_checkout(metadata):

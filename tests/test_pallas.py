@@ -276,6 +276,29 @@ def test_a_mesh_of_devices_lowers():
         assert "custom_call" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_kernels_of_warpgroups_lower_on_a_mesh(check):
+    """A sweep's gradients and a token's step, which replace arrays, by shard_map as well."""
+    installed("absl")
+    x = jnp.ones((2, 9, 64), "bfloat16")
+    token = hla.scan(x, x, x, backend="array_api", return_state=True)[1]
+    mesh = jax.make_mesh((1,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    heads = jax.sharding.PartitionSpec("heads")
+    split = functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=heads, out_specs=heads, check_vma=check
+    )
+    own = split(lambda x: hla.scan(x, x, x, backend="pallas"))
+    steps = [
+        split(lambda x, s, n=n: hla.step(x, x, x, s, backend="pallas", donate=n))
+        for n in (False, True)
+    ]
+    calls = [(jax.grad(lambda x: jnp.sum(own(x).astype("float32"))), x)]
+    calls += [(step, x[:, 0], token) for step in steps]
+    for call, *given in calls:
+        text = jax.jit(call).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+        assert "mosaic_gpu" in text
+
+
 @pytest.mark.aot
 def test_a_batch_is_split_by_a_mesh():
     """Each device does its part, by the partitioner or by types; what is shared is summed."""
@@ -320,6 +343,8 @@ def test_tokens_before_heads_are_read_where_they_lie():
 
     text = jax.jit(run).trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text()
     kernels = [line for line in text.splitlines() if "mosaic_gpu" in line]
+    # dq is written where dy lies, the last array of the last kernel but its zero
+    assert ["operand_index = 4" in x for x in kernels] == [False, False, True]
     rows = "tensor<2x72x4x128xbf16>"  # rows come in eights
     # q, k, v to o, y; these, do and y to dy, dv, dk; k, v, do, y, dy to dq
     assert [x.count(rows) for x in kernels] == [5, 8, 6]

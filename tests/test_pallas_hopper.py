@@ -138,7 +138,7 @@ def test_sweeps(operator, kind, monkeypatch):
         sweep, axis = (sweeps.AHLA, -3) if second else (sweeps.HLA2, -2)
         p = sweeps.Reverse(sweep, BATCH, kind, powers, scale, (True, True), axis=axis)
         found = [*(made := sweeps.reverse(p, (q, k, v, do, y), gate, R, Z)).rows, *made[1:3]]
-        p = hopper_queries.Queries(operator, BATCH, kind, powers, scale)
+        p = hopper_queries.Queries(operator, BATCH, kind, powers, scale, over=not second)
         dq = hopper_queries.queries(p, (k, v, do, y, found[0]), gate, S, F).dq
     (dy,) = wide(found[0])
     if second:
@@ -173,9 +173,9 @@ def test_sweeps_of_hla3(kind, monkeypatch):
         (dy, du), last, *_ = sweeps.reverse(p, (q, u, do, y), gate, R)
         p = sweeps.Reverse(sweeps.SUM, BATCH, kind, (1, 1), scale, (True, True))
         (dk, dv), end, half, *_ = sweeps.reverse(p, (q, k, v, du, dy), gate, P, Z)
-        p = hopper_queries.Queries("keys", BATCH, kind, (1, 1), scale)
+        p = hopper_queries.Queries("keys", BATCH, kind, (1, 1), scale, over=kind is not None)
         dq = hopper_queries.queries(p, (k, v, du, dy), gate, S, P).dq
-        p = hopper_queries.Queries("one", BATCH, kind, (3, 3), scale, adds=True)
+        p = hopper_queries.Queries("one", BATCH, kind, (3, 3), scale, adds=True, over=True)
         dq = hopper_queries.queries(p, (u, do, y, dq), gate, None, F).dq
     Q, K, X, G, Y, U, E, H = wide(q, k, v, do, y, u, np.asarray(dy), np.asarray(du))
     one, three = (Weights(gate, kind, n, T) for n in powers)

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import http.server
-import itertools
 import json
 import os
 import re
@@ -156,8 +155,8 @@ def test_the_site(tmp_path):
     Nor with asv's, which have the figures of the committed results. HLA_SCREENSHOTS names the
     folder of the pictures.
     """
-    for name in ("sphinx", "asv", "asv_tachyon"):
-        installed(name)
+    installed("sphinx")
+    installed("asv_tachyon")
     if not (ROOT / ".git").exists():
         pytest.skip("asv reads the history, and there is none here")
     html = tmp_path / "html"
@@ -165,9 +164,37 @@ def test_the_site(tmp_path):
     subprocess.run(build, check=True, cwd=ROOT, env=environment())
     measured = [json.loads(path.read_text("utf-8")) for path in RESULTS]
     rows = {row["seconds"] for r in measured for row in r["rows"] if row["workload"] in WORKLOADS}
-    graphs = (html / "asv" / "graphs").rglob("machine-*/medians.*.json")
-    points = [values for path in graphs for _, values in json.loads(path.read_text("utf-8"))]
-    assert {1e3 * seconds for seconds in rows} <= {*itertools.chain(*points)}
+    graphs = (html / "asv" / "graphs").rglob("machine-*/*, *.json")
+    points = [json.loads(path.read_text("utf-8")) for path in graphs]
+    assert {1e3 * seconds for seconds in rows} <= {one for point in points for _, one in point}
     pictures = Path(os.environ.get("HLA_SCREENSHOTS") or tmp_path / "pictures")
     pictures.mkdir(parents=True, exist_ok=True)
     assert faults(html, pictures, VIEWS) == {}
+
+
+def test_a_result_of_a_branch_enters_at_its_merge(tmp_path):
+    """Asv knows the first parents of HEAD alone."""
+
+    def git(*words):
+        name = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
+        command = ["git", *name, "-C", str(tmp_path), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(name):
+        git("commit", "--allow-empty", "-m", name)
+        return git("rev-parse", "HEAD")
+
+    git("init")
+    first = commit("first")
+    git("checkout", "-b", "side")
+    side = commit("side")
+    git("checkout", "main")
+    git("merge", "--no-ff", "side", "-m", "merge")
+    merge = git("rev-parse", "HEAD")
+    commit("last")
+    code = "import publish, sys; publish.ROOT = sys.argv.pop(1)\n"
+    code += "print(*map(publish.on_the_branch, sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(tmp_path), first, side, side[:7]]
+    path = environment(ROOT / "asv_benchmarks")
+    found = subprocess.run(command, env=path, check=True, capture_output=True, text=True).stdout
+    assert found.split() == [first, merge, merge]

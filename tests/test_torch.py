@@ -125,8 +125,11 @@ def test_gradients_go_only_where_asked(call):
             assert not any(x.requires_grad for x in f(*given.values()))
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("gate", ["per_head", "resets"])
+@pytest.mark.parametrize(
+    ("gate", "compiled"),
+    [("per_head", False), ("resets", False), ("resets", True)],
+    ids=["per_head-eager", "resets-eager", "resets-compiled"],
+)
 def test_a_gate_that_asks_for_no_gradient_costs_none(call, device, gate, compiled, monkeypatch):
     """The backend is not asked for it."""
     torch._dynamo.reset()
@@ -214,7 +217,13 @@ class Seen(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", CALLS[1:4:2], ids=NAMES[1:4:2])  # ten seconds each
+@pytest.mark.parametrize(  # ten seconds each
+    "options",
+    [
+        pytest.param(CALLS[1], id=NAMES[1]),
+        pytest.param(CALLS[3], id=NAMES[3], marks=pytest.mark.aot),
+    ],
+)
 def test_opcheck(call, options):
     """Schema, autograd, fake tensors and dynamic shapes of both operators."""
     tensors, f = call(*options)

@@ -10,6 +10,10 @@ import math
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from concurrent.futures import wait
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -329,36 +333,92 @@ def test_explain_names_the_fused_kernel(device, operator):
         assert ridged == f"whole, launches: {found}; one token: token_kernel"
 
 
-def test_kernels_of_a_plan_are_compiled_together(monkeypatch):
-    """Each once, where there are several new ones; arrays that are yet to be are a dtype."""
+@pytest.fixture
+def compiler(monkeypatch):
+    """What Triton's compiler is asked for: warm-ups, and launchers built."""
     installed("triton")
-    torch, launch = installed("torch"), installed("hla.kernels.triton.launch")
-    modes, made = [], []
+    launch = installed("hla.kernels.triton.launch")
+    warmed, built, modes, translating = [], [], [], []
+
+    class Source:
+        """A kernel's text, whose translation takes a while."""
+
+        def make_ir(self, module):
+            assert launch._turn.locked()
+            assert not translating
+            translating.append(module)
+            time.sleep(0.01)
+            return translating.pop()
 
     class Function:
+        def __init__(self):
+            self.device_caches, self.ASTSource = {0: None}, Source
+
         def warmup(self, *args, grid, **options):
-            made.append((args, grid, options, len(modes)))
+            warmed.append((self, args, grid, options))
+            text = self.ASTSource()
+            modes[-1].submit(lambda: SimpleNamespace(src=self, metadata=text.make_ir(module=grid)))
+            if options.get("BROKEN"):
+                raise RuntimeError("compiles not")
 
     @contextlib.contextmanager
     def mode(threads, *, ignore_errors):
-        modes.append(ignore_errors)
+        assert ignore_errors
+        modes.append(threads)
         yield
 
-    monkeypatch.setattr(launch, "_begun", set())
-    monkeypatch.setattr(launch.triton, "AsyncCompileMode", mode, raising=False)
-    q, functions = torch.ones(2, 3), (Function(), Function(), Function())
-    places = [Place(0, Layout((3,), (1,), 3)), Place(1, Layout((3,), (1,), 0)), None]
-    one, two, three = (
-        launch.Kernel(f, (4,), places, [4] * 3, 7, W=64, num_warps=4) for f in functions
+    driver = SimpleNamespace(
+        launcher_cls=lambda *given: built.append(given), get_current_device=lambda: 0
     )
-    launch.compile_together([one, two, one], [q], {0: torch.float32, 1: torch.bfloat16})
-    launch.compile_together([one, two, three], [q], {0: torch.float32, 1: torch.bfloat16})
-    assert modes == [True]
-    assert len(made) == 2
-    for (x, *rest), grid, options, within in made:
-        assert torch.equal(x, q[1])
+    monkeypatch.setattr(launch, "_begun", {})
+    monkeypatch.setattr(launch.triton, "AsyncCompileMode", mode, raising=False)
+    monkeypatch.setattr(launch.triton.runtime, "driver", SimpleNamespace(active=driver))
+
+    def kernel(**constants):
+        places = [Place(0, Layout((3,), (1,), 3)), Place(1, Layout((3,), (1,), 0)), None]
+        return launch.Kernel(Function(), (4,), places, [4] * 3, 7, **constants, num_warps=4)
+
+    return SimpleNamespace(kernel=kernel, warmed=warmed, built=built, modes=modes)
+
+
+def test_kernels_of_a_plan_are_compiled_together(compiler):
+    """Each once, and what launches it built beside; arrays that are yet to be are a dtype."""
+    torch, launch = installed("torch"), installed("hla.kernels.triton.launch")
+    one, two, three = (compiler.kernel(W=64) for _ in range(3))
+    more = [torch.ones(2, 3)], {0: torch.float32, 1: torch.bfloat16}, torch.device("cpu")
+    first = launch.compile_together([one, two, one], *more)
+    wait(first)
+    second = launch.compile_together([one, two, three], *more)
+    wait(second)
+    assert first == [first[0]] * 3
+    assert second == [first[0], first[0], second[2]] != [first[0]] * 3
+    assert len(compiler.modes) == 2
+    assert len(compiler.warmed) == 3
+    for function, (x, *rest), grid, options in compiler.warmed:
+        assert torch.equal(x, torch.ones(3))
         assert rest == [torch.bfloat16, None, 7]
-        assert (grid, options, within) == ((4, 1, 1), {"W": 64, "num_warps": 4}, 1)
+        assert (grid, options) == ((4, 1, 1), {"W": 64, "num_warps": 4})
+        assert (function, grid) in compiler.built
+    assert len(compiler.built) == 3
+
+
+def test_what_does_not_compile_is_left_to_its_first_call(compiler):
+    torch, launch = installed("torch"), installed("hla.kernels.triton.launch")
+    run = installed("hla.kernels.triton.run")
+    more = [], {0: torch.float32, 1: torch.bfloat16}, torch.device("cpu")
+    begun = launch.compile_together([compiler.kernel(BROKEN=True)], *more)
+    wait(begun)
+    assert isinstance(begun[0].exception(), RuntimeError)
+    asked = threading.Event()
+
+    def make():
+        asked.set()
+        raise ValueError("no such plan")
+
+    run.foresee(torch.device("cpu"), make)
+    assert not asked.is_set()
+    run.foresee(torch.device("cuda"), make)
+    assert asked.wait(60)
 
 
 @per_device(where=interpreted)

@@ -25,7 +25,7 @@ class PeakMemory:
     """Peak memory of the process, the library and the inputs included, without any check."""
 
     params = (tuple(TARGETS), LENGTHS)
-    param_names = ("target", "tokens")
+    param_names = ("runs on", "tokens")
 
     def setup(self, target, tokens):
         self.run = work(TARGETS[target], "forward", sequence(target, tokens)).run
@@ -41,7 +41,7 @@ class MemoryBeyond:
     """Host memory that a forward call takes beyond inputs and output, in a process of its own."""
 
     params = (tuple(TARGETS), LENGTHS)
-    param_names = ("target", "tokens")
+    param_names = ("runs on", "tokens")
 
     def setup(self, target, tokens):
         self.beyond = memory_of(TARGETS[target], sequence(target, tokens))
@@ -56,7 +56,7 @@ class DeviceMemoryBeyond:
     """Device memory that a call takes at its peak beyond inputs, outputs and gradients."""
 
     params = (tuple(TARGETS), OPERATORS, BOTH_WAYS)
-    param_names = ("target", "operator", "workload")
+    param_names = ("runs on", "operator", "workload")
 
     def setup(self, target, operator, workload):
         size = case(target, operator)

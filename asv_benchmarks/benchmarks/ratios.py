@@ -9,7 +9,7 @@ class OverPeer:
     """A time over the peer's: below 1 hla is faster."""
 
     params = (tuple(TARGETS), OPERATORS, PEERS)
-    param_names = ("target", "operator", "peer")
+    param_names = ("runs on", "operator", "peer")
     workload = "forward"
 
     def setup(self, target, operator, peer):
@@ -41,7 +41,7 @@ class OverFloor:
     """The time over the least that the machine's own matrix rate allows: at least 1."""
 
     params = (tuple(TARGETS), OPERATORS, BOTH_WAYS)
-    param_names = ("target", "operator", "workload")
+    param_names = ("runs on", "operator", "workload")
 
     def setup(self, target, operator, workload):
         self.run = prepare(workload, target, operator)

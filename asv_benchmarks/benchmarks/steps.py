@@ -9,7 +9,7 @@ class Step:
     """`hla.step` from the state that a scan left; the state is not donated."""
 
     params = (tuple(TARGETS), OPERATORS)
-    param_names = ("target", "operator")
+    param_names = ("runs on", "operator")
 
     def setup(self, target, operator):
         self.run = prepare("step", target, operator)
@@ -22,7 +22,7 @@ class HostTime:
     """Python's time of a short call: until it has returned, not until the work is done."""
 
     params = (tuple(TARGETS), OPERATORS, HOST)
-    param_names = ("target", "operator", "workload")
+    param_names = ("runs on", "operator", "workload")
 
     def setup(self, target, operator, workload):
         one = work(TARGETS[target], workload, CALL._replace(operator=operator))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from ..core.namespace import Array, device, namespace
 from ..core.passes import Shape
 from ..layout import Layout
@@ -27,13 +29,11 @@ def checked(
     if decay is not None and log_gate is not None:
         raise ValueError("decay and log_gate were both given; expected one (log_gate = log(decay))")
     first = layout.names[0]
+    if isinstance(decay, np.float16):
+        _of_enough_digits(decay, "float16")
     if decay is not None and not is_number(decay):
         decay = array("decay", decay, q, first, number="a number in (0, 1] or ")
-        if library_of(decay).dtype_name(decay) not in ("float32", "float64"):
-            raise TypeError(
-                f"decay has dtype {decay.dtype}; expected float32 or float64, made so and not cast"
-                " from less (bfloat16(0.999) is 1)"
-            )
+        _of_enough_digits(decay, library_of(decay).dtype_name(decay))
         what = f"the batch shape of {', '.join(layout.names)}. A decay of each token is a log_gate"
         broadcasts("decay", decay.shape, batch, what)
         layout = layout._replace(decay_shape=tuple(decay.shape))
@@ -48,6 +48,15 @@ def checked(
         broadcasts("log_gate", log_gate.shape, full, what)
         layout = layout._replace(gate_shape=tuple(log_gate.shape))
     return decay, log_gate, layout
+
+
+def _of_enough_digits(decay: Any, dtype: str) -> None:
+    """Refuse a decay in whose dtype what is near 1 is 1."""
+    if dtype not in ("float32", "float64"):
+        raise TypeError(
+            f"decay has dtype {decay.dtype}; expected float32 or float64, made so and not cast"
+            " from less (bfloat16(0.999) is 1)"
+        )
 
 
 def brought(

@@ -175,7 +175,7 @@ def plot(path: Path, result: dict[str, Any], rows: Iterable[Row]) -> None:
     first, machine = result["first"], result["machine"]
     some = [r for r in rows if (r.workload, r.operator) == ("forward", first["operator"])]
     some.sort(key=lambda r: r.tokens)
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     lengths = sorted({r.tokens for r in some})
     if len(lengths) == 1:
@@ -189,8 +189,7 @@ def plot(path: Path, result: dict[str, Any], rows: Iterable[Row]) -> None:
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3, which="both")
     axes.set_axisbelow(True)
-    about = {"Comment": source(result)}
-    figure.savefig(path, format="png", dpi=150, metadata=about)
+    figure.savefig(path, format="png", dpi=150, metadata={"Comment": source(result)})
 
 
 def source(result: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ Array = Any
 Again = Callable[[list[Array], list[Any]], list[Array]]  # of arrays and their addresses
 Do = Callable[[list[Array], list[Any], Any], None]  # of arrays, their addresses, a stream
 READY = 4096
+PIECE = 256  # bytes, of which a piece of memory has a multiple
+SMALL = 8  # an array that is smaller than the largest given one by so much
 
 
 class Place(NamedTuple):
@@ -74,6 +77,9 @@ class Device(NamedTuple):
     begin: Callable[[Ready, Sequence[Array], list[Any]], None] = (
         lambda ready, arrays, addresses: None  # before the first run of a plan
     )
+    foresee: Callable[[Any, Callable[[], Ready]], None] | None = None  # where, a gradient's plan
+    bare: Callable[[Do], bool] = lambda do: False  # whether it reads addresses alone
+    room: Callable[[int, Any], tuple[Any, Any]] | None = None  # so many bytes, and their address
 
 
 def heads(
@@ -134,6 +140,10 @@ class Ready:
             self.turns.append(Turn(tuple(x for x in new if x), do, gone))
         self.results = {name: slots[own] for name, own in plan.results.items()}
         self.saved = tuple(slots[name] for name in plan.saved)
+        self.bytes = 0  # of small temporaries, which are pieces of one allocation
+        self.pieces: list[tuple[int, int]] = []  # their slots, and bytes before them
+        if device.room and all(device.bare(do) for turn in self.turns for do in turn.do):
+            self.share([x.dtype.itemsize * math.prod(x.shape) for x in given.values()])
 
     def allocation(self, name: str, b: Buffer) -> tuple[int, int, Shape, Shape, Any] | None:
         """Lay out a buffer; return how to allocate it, None of a constant."""
@@ -149,6 +159,21 @@ class Ready:
             self.constants.append((slots[name], b.shape, b.fill, dtype))
             return None
         return slots[name], slots[b.reuses] if b.reuses else -1, b.shape, strides, dtype
+
+    def share(self, given: Sequence[int]) -> None:
+        """Allocate small temporaries at once: each as an array takes as long as a launch."""
+        kept = {*self.results.values(), *self.saved}
+        kept |= {reused for turn in self.turns for _, reused, *_ in turn.fresh}
+        for i, turn in enumerate(self.turns):
+            own = []
+            for slot, reused, shape, strides, dtype in turn.fresh:
+                size = dtype.itemsize * math.prod(shape)
+                if reused < 0 and slot not in kept and size * SMALL <= max(given):
+                    self.pieces.append((slot, self.bytes))
+                    self.bytes += -(-size // PIECE) * PIECE
+                else:
+                    own.append((slot, reused, shape, strides, dtype))
+            self.turns[i] = turn._replace(fresh=tuple(own))
 
     def outward(self, names: Sequence[str], axis: int) -> Ready | None:
         """Return the same with results as the caller lays them out; None where one is no array.
@@ -190,6 +215,10 @@ class Ready:
         for slot, shape, fill, dtype in self.constants:
             arrays[slot] = x = constant(fill, shape, dtype, where)
             addresses[slot] = address(x)
+        if self.bytes and device.room:
+            _held, first = device.room(self.bytes, where)  # until all is launched
+            for slot, before in self.pieces:
+                addresses[slot] = first + before
         for turn in self.turns:
             for slot, reused, shape, strides, dtype in turn.fresh:
                 if reused < 0:
@@ -287,6 +316,9 @@ class Runner:
             given = dict(zip(kind.names(request), arrays, strict=True))
             plan = kind.plan(device, request, device.where(arrays[0]))
             ready = Ready(device, plan, request, given)
+            if device.foresee and request.gradient and not kind.back:
+                follows = functools.partial(following, ready, request, kind, given)
+                device.foresee(ready.call.where, follows)
             device.begin(ready, arrays, addresses)
             self.ready[key] = ready
         return ready
@@ -395,6 +427,29 @@ class Runner:
         dq, dk, dv = (by[f"d.{name}"] for name in "qkv")
         log = request.gate == "log_gate"
         return Gradients(dq, dk, dv, None if log else gate, gate if log else None, state)
+
+
+class Like(NamedTuple):
+    """An array that is not there yet."""
+
+    layout: Layout
+    dtype: Any
+
+
+def following(ready: Ready, request: Request, kind: Kind, given: Mapping[str, Array]) -> Ready:
+    """Return the backward's plan behind a forward's, to be compiled and not to be run.
+
+    For a gradient of o alone that lies in memory like o: of another one kernels may differ.
+    """
+    device, where = ready.device, ready.call.where
+    arrays = {name: Like(device.layout(x), x.dtype) for name, x in given.items()}
+    names = {slot: name for name, slot in ready.call.slots.items()}
+    made = [names[slot] for slot in (*ready.saved, ready.results["o"])]
+    others = [Like(ready.layouts[name], ready.dtypes[name]) for name in made]
+    back = Kind(True, kind.start, others[-1].dtype, tokens=kind.tokens)
+    arrays |= dict(zip(back.names(request)[len(arrays) :], others, strict=True))
+    like = device._replace(layout=lambda x: x.layout, where=lambda x: where)
+    return Ready(like, back.plan(device, request, where), request, arrays)
 
 
 def given(request: Request, inputs: Inputs) -> list[Array]:

@@ -6,7 +6,6 @@ Numba's lack, on the stream that the interface names. Results are device arrays 
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from ..kernels.numba import array
 
 NUMBERS = 256  # that are kept on a device
+PLAIN = frozenset((type(None), bool, int, float, str))
 KINDS = 1024  # of results, of each of which one is kept without memory
 
 
@@ -120,20 +120,22 @@ def made(x: array.Array, stream: int | None) -> Array:
     One like an earlier one is a copy of it with other memory: to make one anew takes ten times as
     long.
     """
-    if any(n > 1 and s == 0 for n, s in zip(x.shape, x.strides, strict=True)):
-        x = _arrays().mapped("copy", x)
-    if package.SIMULATED:
-        from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
-
-        return FakeCUDAArray(np.asarray(Interface(x, None)).view(x.dtype))
     key = x.shape, x.strides, x.dtype, x.device, stream
     like = _kinds.get(key)
     if like is None:
+        if any(n > 1 and s == 0 for n, s in zip(x.shape, x.strides, strict=True)):
+            x = _arrays().mapped("copy", x)
+        if package.SIMULATED:
+            from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+            return FakeCUDAArray(np.asarray(Interface(x, None)).view(x.dtype))
         if len(_kinds) >= KINDS:
             _kinds.clear()
+        key = x.shape, x.strides, x.dtype, x.device, stream
         like = _kinds[key] = blocks.inside(x.device, lambda: _kind(x, stream))
-    memory = like.gpu_data
-    found, pointer = copy.copy(like), type(memory.device_pointer)(x.address)
+    memory, found = like.gpu_data, object.__new__(type(like))
+    found.__dict__.update(like.__dict__)
+    pointer = type(memory.device_pointer)(x.address)
     found.gpu_data = type(memory)(memory.context, pointer, memory.size, owner=x)
     return found
 
@@ -154,6 +156,8 @@ def _each(
     library: Generic, f: Callable[[Array], Any], tree: Any, call: Callable[[Any], Any] | None = None
 ) -> Any:
     """Apply ``f`` to every array of a library in tuples of tuples, ``call`` to every function."""
+    if type(tree) in PLAIN:
+        return tree
     if isinstance(tree, tuple):
         found = (_each(library, f, x, call) for x in tree)
         return type(tree)(*found) if hasattr(tree, "_fields") else tuple(found)

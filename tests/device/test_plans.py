@@ -251,6 +251,30 @@ def test_any_forward_meets_any_backward(operator, gate):
                 agree({n: getattr(grads, n)}, {n: want[n]})
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("gate", [None, "decay", "log_gate"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_forward_foresees_the_plan_of_its_backward(operator, gate, normalize):
+    """As it is then made, before the forward's own begins; of no other call."""
+    _, _, request, inputs, do = some(operator, gate=gate, normalize=normalize)
+    known, tokens = DEVICES["fused segments" if normalize else "in place"]
+    made, begun = [], []
+    own = known.device._replace(
+        foresee=lambda where, make: made.append(make()),
+        begin=lambda ready, arrays, addresses: begun.append((ready, len(made))),
+    )
+    runner = scan.Runner(own)
+    *_, saved = runner.forward(request, inputs, tokens)
+    runner.backward(request, inputs, saved, do, None, tokens)
+    (_, before), (ready, _) = begun
+    assert (len(made), before) == (1, 1)
+    assert made[0].plan == ready.plan
+    assert made[0].layouts == ready.layouts
+    assert made[0].dtypes == ready.dtypes
+    scan.Runner(own).forward(dataclasses.replace(request, gradient=False), inputs, tokens)
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("wanted", ["", "q", "k", "v", "qk", "kv"])
 def test_only_what_is_wanted_is_computed(wanted):
     arrays, options, request, inputs, do = some("hla3", normalize=False)

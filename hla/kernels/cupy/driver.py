@@ -63,6 +63,12 @@ def empty(shape: Shape, strides: Shape, dtype: Any, card: Card) -> Array:
     return cupy.ndarray(shape, dtype, cupy.cuda.alloc(size), steps)
 
 
+def room(size: int, card: Card) -> tuple[Any, int]:
+    """Allocate so many bytes, and return their address too."""
+    memory = cupy.cuda.alloc(size)
+    return memory, memory.ptr
+
+
 def view(x: Array, shape: Shape, strides: Shape) -> Array:
     """Return an array of the memory of x, of strides in elements."""
     return cupy.ndarray(shape, x.dtype, x.data, _bytes(shape, strides, x.dtype.itemsize)[1])
@@ -110,6 +116,6 @@ def inside(card: Card, function: Callable[[], Any]) -> Any:
 CUPY = Library(
     Memory(
         xp, load, lambda x: card_of(x.data.device_id), empty, view, constant, dtype,
-        lambda x: x.data.ptr, inside,
+        lambda x: x.data.ptr, inside, room,
     )
 )  # fmt: skip

@@ -15,7 +15,8 @@ from ...device.rows import flipped, gate_parts, masked, matched
 from ...device.scan import Call, Do
 from ...device.steps import Fused, Launch, Parts, Ref, Row
 from .hopper import GATES, HALF, SHARED, sweeps
-from .launch import WIDEST, Card, Constants, Load, passes
+from .hopper_states import passes
+from .launch import WIDEST, Card, Constants, Load
 
 Sweep = tuple[str, bool, tuple[int, ...]]  # name, whether last token first, of which steps
 SWEEPS: dict[str, tuple[Sweep, ...]] = {

@@ -33,7 +33,7 @@ from ...device.steps import (
 from ...device.tiles import Layout, whole
 from ...device.token import unpacked
 from ...states.packed import STATE_OF
-from . import between, launch, rows
+from . import between, hopper_states, launch, rows
 from . import step as one_token
 
 Array = Any
@@ -53,6 +53,7 @@ class Memory(NamedTuple):
     dtype: Callable[[str], Any]
     address: Callable[[Array], int]
     inside: Callable[[launch.Card, Callable[[], Any]], Any]  # call a function on a device
+    room: Callable[[int, launch.Card], tuple[Any, int]] | None = None  # bytes, and their address
 
 
 class Kernels(NamedTuple):
@@ -84,7 +85,7 @@ STEPS: dict[type, Callable[[launch.Load, Call, Any], Iterator[launch.Kernel]]] =
     Fading: between.fading,
     Carry: between.carry,
 }
-CUDA = Kernels(STEPS, rows.rows, rows.KERNELS, one_token.Steps)
+CUDA = Kernels(STEPS | {Launch: hopper_states.passes}, rows.rows, rows.KERNELS, one_token.Steps)
 
 
 def _by_library(memory: Memory, call: Call, step: Step) -> list[Do]:
@@ -172,6 +173,8 @@ def device(memory: Memory, kernels: Kernels) -> Device:
         address=address,
         alike=alike,
         begin=begin,
+        bare=lambda do: isinstance(do, launch.Kernel),
+        room=memory.room,
         run=lambda ready, arrays, addresses: memory.inside(
             ready.call.where, lambda: ready(arrays, addresses, None)
         ),

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -149,15 +150,26 @@ def here() -> int:
     return 0 if error else int(found)
 
 
+class _Local(threading.local):
+    inside = -1  # the device that `inside` has made the current one
+
+
+_local = _Local()
+
+
 def inside(device: int, function: Callable[[], Any]) -> Any:
     """Call a function with a device as the current one."""
-    if package.SIMULATED:
+    if package.SIMULATED or _local.inside == device:
         return function()
+    before: int = _local.inside
     error, found = driver().cuCtxGetDevice()
-    if not error and int(found) == device:
-        return function()
-    with package.cuda.gpus[device]:
-        return function()
+    there = not error and int(found) == device
+    with nullcontext() if there else package.cuda.gpus[device]:
+        _local.inside = device
+        try:
+            return function()
+        finally:
+            _local.inside = before
 
 
 def wait(stream: int, other: int) -> None:

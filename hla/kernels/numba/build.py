@@ -1,21 +1,42 @@
-"""Compile a kernel in Python, with its instructions, to machine code: no GPU is needed."""
+"""Compile a kernel in Python, with its instructions, to machine code: no GPU is needed.
+
+Numba's own work, most of the seconds that a kernel takes, is Python behind one lock. So what is
+asked for while this process compiles is compiled by others, as long as cores are idle.
+"""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import hashlib
 import importlib.resources
 import os
 import pathlib
+import subprocess
+import sys
 import threading
+import types as python
+from collections.abc import Iterator
 from typing import Any
 
 import numba
 from cuda.bindings import nvjitlink, nvrtc
 from numba import cuda, types
 
+from . import package
+from .device import TEXTS
 from .instructions import Constants, Instructions, Text, source
+
+try:
+    import fcntl
+except ImportError:  # where there is none, processes may compile a kernel each
+    fcntl = None  # type: ignore[assignment]
+
+CHILD = "from hla.kernels.numba import build; build.answer()"
+SECONDS = 300  # that another process may take
+_here = threading.Lock()  # held while this process compiles
+_others = threading.BoundedSemaphore(8)  # processes of some 300 MB
 
 
 def signature(text: Text) -> Any:
@@ -31,7 +52,7 @@ def _type(argument: Any) -> Any:
     return types.NamedUniTuple(types.int64, len(argument._fields), argument)
 
 
-def kept(name: str, text: Text, constants: Constants, capability: tuple[int, int]) -> bytes:
+def kept(name: str, constants: Constants, capability: tuple[int, int]) -> bytes:
     """Return a kernel of that name as a cubin, from the disk where it was compiled before.
 
     Files are in the folder of Numba's cache, or the
@@ -40,16 +61,81 @@ def kept(name: str, text: Text, constants: Constants, capability: tuple[int, int
     whole = [*sources(), name, repr(sorted(constants.items())), repr(capability), versions()]
     key = hashlib.sha256("\0".join(whole).encode()).hexdigest()
     file = folder() / f"{name}-{key[:32]}.cubin"
-    try:
-        return file.read_bytes()
-    except OSError:
-        code = machine_code(text, constants, capability)
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-        part.write_bytes(code)
-        part.replace(file)
+        return file.read_bytes()
+    with alone(file.with_suffix(".lock")):
+        with contextlib.suppress(OSError):  # another process has compiled it meanwhile
+            return file.read_bytes()
+        code = compiled(name, constants, capability)
+        with contextlib.suppress(OSError):
+            part = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+            part.write_bytes(code)
+            part.replace(file)
     return code
+
+
+@contextlib.contextmanager
+def alone(path: pathlib.Path) -> Iterator[None]:
+    """Context that one process at a time is in, where such a file can be locked."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("w"))
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def compiled(name: str, constants: Constants, capability: tuple[int, int]) -> bytes:
+    """Compile a kernel here, in another process while this one compiles."""
+    code = b""
+    if not _here.acquire(blocking=False):
+        with _others:
+            if idle():
+                code = asked(name, constants, capability)
+        if code:
+            return code
+        _here.acquire()
+    try:
+        return machine_code(name, constants, capability)
+    finally:
+        _here.release()
+
+
+def idle() -> bool:
+    """Whether this machine has cores that nothing runs on."""
+    return os.getloadavg()[0] < (os.cpu_count() or 1) if hasattr(os, "getloadavg") else True
+
+
+def asked(name: str, constants: Constants, capability: tuple[int, int]) -> bytes:
+    """Compile a kernel by another process; return nothing where that cannot be."""
+    path = os.pathsep.join(filter(None, sys.path))
+    own = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "NUMBA_ENABLE_CUDASIM": "0"}
+    text = repr((name, dict(constants), capability)).encode()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD], input=text, capture_output=True, env=own, timeout=SECONDS
+        )
+    except (OSError, subprocess.SubprocessError):
+        return b""
+    return b"" if done.returncode else done.stdout
+
+
+def answer() -> None:
+    """Compile the kernel that is asked for, and write it: all that such a process does."""
+    name, constants, capability = ast.literal_eval(sys.stdin.read())
+    without_device(capability)
+    sys.stdout.buffer.write(machine_code(name, constants, capability))
+
+
+def without_device(capability: tuple[int, int]) -> None:
+    """Let Numba compile device functions for such a GPU, with none here."""
+    from numba.cuda import dispatcher
+
+    card = python.SimpleNamespace(compute_capability=capability)
+    dispatcher.get_current_device = lambda: card
 
 
 def folder() -> pathlib.Path:
@@ -70,13 +156,14 @@ def sources() -> tuple[str, ...]:
 @functools.cache
 def versions() -> str:
     """Return what compiles."""
-    return f"numba {numba.__version__}, NVRTC {nvrtc.nvrtcVersion()[1:]}"
+    return f"numba {numba.__version__}, {package.version()}, NVRTC {nvrtc.nvrtcVersion()[1:]}"
 
 
 def machine_code(
-    text: Text, constants: Constants, capability: tuple[int, int], *options: str
+    name: str, constants: Constants, capability: tuple[int, int], *options: str
 ) -> bytes:
     """Return a kernel with such constants as a cubin."""
+    text = TEXTS[name]
     macros, arch = text.macros(constants), "{}{}".format(*capability)
     kernel = text.make(constants, Instructions(macros))
     code, _ = cuda.compile(

@@ -11,9 +11,9 @@ from cuda.bindings import driver
 from ..cupy.launch import Card
 from . import blocks, streams
 from .build import kept
-from .device import TEXTS
 from .instructions import Constants
 
+Extra = ctypes.c_void_p * 5
 POINTER, SIZE = 1, 2  # CU_LAUNCH_PARAM_BUFFER_POINTER and _SIZE
 
 
@@ -41,7 +41,8 @@ class Function:
         """Put it on the current stream."""
         (given,) = arguments
         size = ctypes.c_size_t(given.nbytes)
-        extra = (ctypes.c_void_p * 5)(POINTER, given.ctypes.data, SIZE, ctypes.addressof(size), 0)
+        at = given.__array_interface__["data"][0]
+        extra = Extra(POINTER, at, SIZE, ctypes.addressof(size), 0)
         (error,) = driver.cuLaunchKernel(
             self.handle, grid[0], 1, 1, block[0], 1, 1, shared_mem, streams.current(), 0,
             ctypes.addressof(extra),
@@ -51,7 +52,7 @@ class Function:
 
 
 _functions: dict[Any, Function] = {}
-_lock = threading.Lock()
+_locks: dict[Any, threading.Lock] = {}  # of each
 
 
 def load(name: str, constants: Constants, shared: int, card: Card) -> Function:
@@ -59,11 +60,11 @@ def load(name: str, constants: Constants, shared: int, card: Card) -> Function:
     key = name, tuple(constants.items()), shared, card.device
     found = _functions.get(key)
     if found is None:
-        with _lock:
+        with _locks.setdefault(key, threading.Lock()):
             if key in _functions:
                 return _functions[key]
             found = _functions[key] = blocks.inside(  # also of a thread that has no device yet
                 card.device,
-                lambda: Function(kept(name, TEXTS[name], constants, card.capability), shared),
+                lambda: Function(kept(name, constants, card.capability), shared),
             )
     return found

@@ -14,6 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...core.passes import Shape
+from .lowering import alone
+from .sweep import varying
 from .warpgroups import (
     BF16,
     F32,
@@ -81,21 +83,55 @@ def launched(
     scratch: dict[str, Any],
     programs: int,
     threads: int,
+    over: int | None = None,
 ) -> Callable[..., Any]:
-    """Return a kernel of so many programs and warpgroups.
+    """Return a kernel of so many programs and warpgroups; its first result lies ``over`` an array.
 
     Its last input is one int32 of 0. Carried round loops as z = z & i, and used to index buffers of
     a fixed place, it keeps the compiler from moving their addresses out of loops into registers.
     """
-    call = plgpu.kernel(
-        body, out_type=list(outs), scratch_types=scratch, grid=(programs,), grid_names=("head",),
-        num_threads=threads, thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True,
-            approx_math=True, reduction_scratch_bytes=0,  # sums cross no warps
-        ),
+    params = plgpu.CompilerParams(
+        lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True,
+        approx_math=True, reduction_scratch_bytes=0,  # sums cross no warps
     )  # fmt: skip
+    mesh = {"grid": (programs,), "grid_names": ("head",), "num_threads": threads}
+    mesh["thread_name"] = "warpgroup"
+    if over is not None:
+        call = _replaced(body, outs, scratch, plgpu.Mesh(**mesh), params, over)
+    else:
+        call = plgpu.kernel(
+            body, out_type=list(outs), scratch_types=scratch, compiler_params=params, **mesh
+        )
     return lambda *x: call(*x, jnp.zeros((1,), jnp.int32))
+
+
+def _replaced(
+    body: Callable[..., None],
+    outs: Sequence[jax.ShapeDtypeStruct],
+    scratch: dict[str, Any],
+    mesh: Any,
+    params: Any,
+    over: int,
+) -> Callable[..., Any]:
+    """Return a kernel whose first result lies where its array of that number does.
+
+    XLA has a reference's last value where the first one was; no transform sees the reference.
+    """
+
+    def scoped(*refs: Any) -> None:
+        pl.run_scoped(functools.partial(body, *refs), collective_axes="warpgroup", **scratch)
+
+    def run(*given: Array) -> list[Array]:
+        refs = [*given]
+        refs[over] = jax.new_ref(given[over])
+        types = [varying(x.shape, x.dtype, given) for x in outs]
+        rest = pl.kernel(scoped, out_type=types, mesh=mesh, compiler_params=params)(*refs)
+        return [jax.freeze(refs[over]), *rest]
+
+    def like(*given: Array) -> list[Array]:
+        return [given[over], *(jnp.zeros(x.shape, x.dtype) for x in outs)]
+
+    return alone("", run, like)
 
 
 def wide(x: int) -> int:

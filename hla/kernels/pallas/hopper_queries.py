@@ -98,6 +98,7 @@ class Queries(NamedTuple):
     axis: int = -2  # of tokens, in memory
     dots: bool = False  # what a gate's gradient is made of is asked: of q
     every: int = 0  # and behind every so many chunks, states by what was kept
+    over: bool = False  # dq takes the memory of e, read chunk by chunk before it is written
 
     @property
     def letters(self) -> str:
@@ -166,11 +167,12 @@ def queries(
     def body(*refs: Any, **scratch: Any) -> None:
         _queries(p, T, parts, owners, there, refs, scratch)
 
-    outs = [out_shape(p.batch, T, B, p.axis)]
+    outs = [] if p.over else [out_shape(p.batch, T, B, p.axis)]
     sums = jax.ShapeDtypeStruct((*p.batch, 4 * owners, T + -T % W), F32)
     outs += [sums] * (p.states if p.dots else 0)
     outs += [jax.ShapeDtypeStruct((*x.shape[:-2], B), F32) for x in kept if p.every]
-    call = launched(body, outs, scratch, entries(p.batch) * parts, owners + 1)
+    over = p.letters.index("e") if p.over else None
+    call = launched(body, outs, scratch, entries(p.batch) * parts, owners + 1, over)
     dq, *found = call(*(laid(x, p.axis, B) for x in given), *rest)
     dots, left = found[: p.states if p.dots else 0], found[p.states if p.dots else 0 :]
     return Swept(cut(dq, T, D, p.axis), tuple(x[..., :T] for x in dots), tuple(left))
@@ -221,7 +223,7 @@ def _queries(
     given = {n: next(inputs) for n in p.letters}
     lists, S, F = (next(inputs) if x else None for x in there)
     kept = [next(inputs) for _ in range(p.states if p.every else 0)]
-    nil, dq = next(inputs), next(inputs)
+    nil, dq = next(inputs), given["e"] if p.over else next(inputs)
     sums = [next(inputs) for _ in range(p.states if p.dots else 0)]
     left = Left(sums, kept, [*inputs], p.every, T, p.scale) if p.dots else None
     i, warpgroup = lax.axis_index("head"), lax.axis_index("warpgroup")

@@ -314,6 +314,9 @@ def queries(call: Call, fused: Fused) -> Make:
     by = {"k": k, "v": v, "g": first.q[0], "y": y, "e": e if rest else o, "q": first.x}
     powers = (rest[0] if rest else first).power, first.power
     refs = [x.dots for x in (first, *rest) if x.dots] + [x.met for x in (first, *rest) if x.met]
+    like = (*first.batch, *call.layouts[o.name].shape[-2:])
+    # dq lies where dy or du did, but for hla3, whose dk is made of dy as well
+    over = e is not None and form != "keys" and call.layouts[e.name].shape == like
 
     def make(take: Take, gate: Gate) -> Made:
         from . import hopper_queries as sweep
@@ -324,6 +327,7 @@ def queries(call: Call, fused: Fused) -> Make:
         p = sweep.Queries(
             form, first.batch, call.request.gate, powers, first.read, alone, first.tokens,
             memory_axis(call, first.q[0].name), first.dots is not None, every(first),
+            over=over or alone,
         )  # fmt: skip
         given: Any = [taken(take, by[n]) for n in p.letters]
         states = gate_of(call, gate), taken(take, S), taken(take, F)

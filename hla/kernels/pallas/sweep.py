@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -110,10 +111,17 @@ def weights_of(count: int, C: int, c: Any) -> Any:
     return int(c == C - 1) if isinstance(c, int) else (c == C - 1).astype(jnp.int32)
 
 
-def nothing(given: Operands) -> Array:
+def nothing(given: Sequence[Array | None]) -> Array:
     """Return a zero that varies over a mesh as all operands together (`jax.shard_map`)."""
     zeros = (jnp.zeros_like(x, jnp.float32, shape=()) for x in given if x is not None)
     return functools.reduce(operator.add, zeros)
+
+
+def varying(shape: Shape, dtype: Any, given: Sequence[Array | None]) -> jax.ShapeDtypeStruct:
+    """Return the type of a kernel's result, which varies over a mesh as all its operands do."""
+    axes = getattr(jax.typeof(nothing(given)), "manual_axis_type", None)
+    more = {} if axes is None else {"manual_axis_type": axes}
+    return jax.ShapeDtypeStruct(shape, dtype, **more)
 
 
 def plain(p: Work, batch: Shape, given: Operands) -> Found:

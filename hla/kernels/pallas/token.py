@@ -29,6 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ...core.request import Inputs, Request
 from ...device.token import Turn, turns
 from .copies import Place, heads
+from .sweep import varying
 from .warpgroups import F32, WHOLE, leave
 
 Array = Any
@@ -69,11 +70,12 @@ def step(request: Request, inputs: Inputs) -> tuple[Array, Any]:
     given = dict.fromkeys(fields, 0.0) if inputs.state is None else inputs.state._asdict()
     states = [jnp.broadcast_to(given[name], shapes[name]).astype(F32) for name in fields]
     states = [jnp.reshape(x, (n, *x.shape[len(batch) :])) for x in states]
-    made = [jax.ShapeDtypeStruct((n, D), inputs.v.dtype)]
+    like = functools.partial(varying, given=[*flat.values(), *states])
+    made = [like((n, D), inputs.v.dtype)]
     if request.donate:  # a reference is both: XLA has the new state where the old one lies
         states, after = [jax.new_ref(x) for x in states], fields
     else:
-        made += [jax.ShapeDtypeStruct(x.shape, F32) for x in states]
+        made += [like(x.shape, F32) for x in states]
         after = tuple(f"new {name}" for name in fields)
     names = dict.fromkeys([*flat, *fields, "o", *after])
 

@@ -11,7 +11,6 @@ import functools
 import math
 from typing import Any
 
-import jax
 from jax import lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
@@ -19,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ...core.passes import Shape
 from .chunk import ROWS, W, Work, chunk
-from .sweep import OWN, Found, Operands, Plain, entry, nothing, weights_of
+from .sweep import OWN, Found, Operands, Plain, entry, varying, weights_of
 
 Array = Any
 
@@ -111,12 +110,9 @@ def tpu(p: Work, batch: Shape, given: Operands, interpret: Any = False) -> Found
             def _() -> None:
                 own["end"][0] = found.S
 
-    varies = {}
-    if (axes := getattr(jax.typeof(nothing(given)), "manual_axis_type", None)) is not None:
-        varies["manual_axis_type"] = axes
     found = pl.pallas_call(
         body,
-        out_shape=[jax.ShapeDtypeStruct(*shape, **varies) for shape, _ in outs.values()],
+        out_shape=[varying(*shape, given) for shape, _ in outs.values()],
         grid=(n, C),
         in_specs=list(blocks.values()),
         out_specs=[block for _, block in outs.values()],

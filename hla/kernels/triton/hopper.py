@@ -778,7 +778,9 @@ def pair_kernel(
     k_full, k_free = barriers(K, LOADS), barriers(K, 2 if AHLA else 1)
     v_full, v_free = barriers(V_, LOADS), barriers(V_, 1)
     there, taken = barriers(2, 1), barriers(2, 2 if KEEP or SUMS else 1)
-    ready, stored = barriers(1, 1), barriers(1, 1)
+    ready, stored = None, None  # see `barriers`
+    if READ and not WIDE:
+        ready, stored = barriers(1, 1), barriers(1, 1)
     lists, paired, divided = None, None, None
     if SUMS:
         lists = gl.allocate_shared_memory(gl.float32, [COUNT, W], LIST)

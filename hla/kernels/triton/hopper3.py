@@ -344,10 +344,11 @@ def triple_kernel(
     k_full, k_free = barriers(K, LOADS), barriers(K, 2)
     v_full, v_free = barriers(V_, LOADS), barriers(V_, 1)
     there, taken = barriers(2, 1), barriers(2, 2 if KEEP_Y or SUMS else 1)
-    u_there, u_taken = None, None  # none that nobody uses: its memory would be given away again
+    u_there, u_taken, ready, stored = None, None, None, None  # see `barriers`
     if KEEP_U:
         u_there, u_taken = barriers(1, 1), barriers(1, 1)
-    ready, stored = barriers(1, 1), barriers(1, 1)
+    if READ and not WIDE:
+        ready, stored = barriers(1, 1), barriers(1, 1)
     lists, paired, divided = None, None, None
     if SUMS:
         lists = gl.allocate_shared_memory(gl.float32, [COUNT, W], LIST)

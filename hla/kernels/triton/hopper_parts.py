@@ -145,8 +145,9 @@ def _fetch(
     """Copy a chunk's rows to shared memory; rows and columns that are not there are zeros."""
     p += row.to(gl.int64) * st
     if FAST:
-        t, d, m = _there(row, T, width, 0, W, B, FAST, WHOLE)
-        copy(tile, p + (t * st + d), mask=m)
+        for i in gl.static_range(W // 16):
+            t, d, m = _there(row, T, width, i * 16, 16, B, FAST, WHOLE)
+            copy(tile.slice(i * 16, 16, 0), p + (t * st + d), mask=m)
     else:
         for i in gl.static_range(W // 16):
             t, d, m = _there(row, T, width, i * 16, 16, B, FAST, WHOLE)

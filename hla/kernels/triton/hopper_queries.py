@@ -378,7 +378,9 @@ def queries_kernel(
     ALONE: gl.constexpr = 0 if GATE == 2 or not FAST else 1
     LOADS: gl.constexpr = 128 if FAST else 0  # a copy arrives with each of the mover's threads
     full, free = barriers(STAGES, LOADS + (1 - ALONE)), barriers(STAGES, HALVES)
-    there, stored = barriers(2, HALVES), barriers(2, 1)
+    there, stored = barriers(2, HALVES), None
+    if not DOTS:
+        stored = barriers(2, 1)
     MOVER: gl.constexpr = 32 if DOTS else 40  # registers; the first owner has what is left
     follow()
     if GATE == 1:

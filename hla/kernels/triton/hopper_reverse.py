@@ -654,9 +654,14 @@ def reverse_kernel(
     ALONE: gl.constexpr = 0 if GATE == 2 or not FAST else 1
     LOADS: gl.constexpr = 128 if FAST else 0  # a copy arrives with each of the mover's threads
     full = barriers(STAGES, LOADS + (1 - ALONE))
-    k_full = barriers(STAGES, LOADS if FAST else 1)
-    dy_there, dv_there, dk_there = barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 1)
-    k_read = barriers(STAGES, 1)
+    dy_there, dv_there = barriers(STAGES, 1), barriers(STAGES, 1)
+    k_full, dk_there, k_read = None, None, None  # see `barriers`
+    if Z and READ:
+        k_full = barriers(STAGES, LOADS if FAST else 1)
+    if Z:
+        dk_there = barriers(STAGES, 1)
+    if SUM:
+        k_read = barriers(STAGES, 1)
     MOVER: gl.constexpr = 40 if DOTS else 48  # registers; the first owner has what is left
     follow()
     if GATE == 1:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
@@ -298,28 +299,101 @@ class Aligned:
         return self.other if any(apart) else self.aligned
 
 
-_begun: set[tuple[Any, ...]] = set()  # what kernels were compiled for
+_begun: dict[tuple[Any, ...], Future[None]] = {}  # by what kernels are compiled for
+_turn = threading.Lock()  # of the compiler's Python
 
 
 def compile_together(
-    kernels: Sequence[Kernel], arrays: list[Any], dtypes: Mapping[int, torch.dtype]
-) -> None:
-    """Compile several kernels at once, each in a thread; what fails, its first call raises.
+    kernels: Sequence[Kernel],
+    arrays: list[Any],
+    dtypes: Mapping[int, torch.dtype],
+    where: torch.device,
+) -> list[Future[None]]:
+    """Begin to compile kernels, each in a thread; what fails, its first call raises.
 
-    Nearly all of the time is the assembler's, a process of its own. Kernels that others were alike
-    are left to their first call, which finds those.
+    Parameters
+    ----------
+    kernels : sequence of Kernel
+        Those that others were alike are left to their first call, which finds those.
+    arrays, dtypes
+        As `Kernel.compile` takes them.
+    where : torch.device
+        The kernels'.
+
+    Returns
+    -------
+    list of Future
+        What to wait for: also those that were begun before.
     """
-    new = {(x.function, *x.constants.values(), *x.options.values()): x for x in kernels}
-    new = {key: x for key, x in new.items() if key not in _begun}
-    _begun.update(new)
-    if len(new) < 2 or not hasattr(triton, "AsyncCompileMode"):
-        return
-    with (
-        ThreadPoolExecutor(len(new)) as threads,
-        triton.AsyncCompileMode(threads, ignore_errors=True),
-    ):
-        for kernel in new.values():
-            kernel.compile(arrays, dtypes)
+    if not hasattr(triton, "AsyncCompileMode"):
+        return []
+    keys = [(x.function, *x.constants.values(), *x.options.values()) for x in kernels]
+    new = {key: x for key, x in zip(keys, kernels, strict=True) if key not in _begun}
+    if new:
+        thread = ThreadPoolExecutor(1, "hla-compiles")
+        begun = thread.submit(_compile, list(new.values()), arrays, dtypes, where)
+        thread.shutdown(wait=False)  # it ends with its work, for which Python waits at exit
+        _begun.update(dict.fromkeys(new, begun))
+    return [_begun[key] for key in keys]
+
+
+def _compile(
+    kernels: list[Kernel], arrays: list[Any], dtypes: Mapping[int, torch.dtype], where: torch.device
+) -> None:
+    """Compile kernels at once, but for what Python does, in which threads would only hinder it."""
+
+    def all_of_them(_: Any) -> None:
+        with (
+            ThreadPoolExecutor(len(kernels), "hla-compiles") as threads,
+            triton.AsyncCompileMode(_Building(threads), ignore_errors=True),
+        ):
+            for kernel in kernels:
+                with _turn:
+                    _take_turns(kernel.function)
+                    kernel.compile(arrays, dtypes)
+
+    on_device(where, all_of_them)  # each thread has a device of its own
+
+
+def _take_turns(function: Any) -> None:
+    """Let a kernel be translated while no other is: that sets filters of all threads' warnings."""
+    function.device_caches[triton.runtime.driver.active.get_current_device()]  # makes ASTSource
+    function.ASTSource = _one_by_one(function.ASTSource)
+
+
+@functools.cache
+def _one_by_one(source: Any) -> Any:
+    """Return a class of kernels' texts that are translated one at a time."""
+    if hasattr(source, "turn"):
+        return source
+
+    class OneByOne(source):  # type: ignore[misc]
+        turn = _turn
+
+        def make_ir(self, *given: Any, **options: Any) -> Any:
+            with self.turn:
+                return super().make_ir(*given, **options)
+
+    return OneByOne
+
+
+class _Building(NamedTuple):
+    """Threads that also build what launches a kernel, up to Triton 3.6 with a C compiler.
+
+    It takes .6 s a kernel, and Triton keeps it on disk. A kernel is loaded when it is called: that
+    is nothing to do beside a user's work.
+    """
+
+    threads: Executor
+
+    def submit(self, compiled: Callable[[], Any]) -> Future[Any]:
+        return self.threads.submit(self.built, compiled)
+
+    @staticmethod
+    def built(compiled: Callable[[], Any]) -> Any:
+        kernel = compiled()
+        triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+        return kernel
 
 
 def stream_of(device: torch.device) -> int | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any
 
 import torch
@@ -232,14 +233,34 @@ def run(ready: Ready, tensors: list[Any], pointers: list[Any]) -> list[Any]:
 
 def begin(ready: Ready, arrays: Sequence[Any], pointers: list[Any]) -> None:
     """Compile the kernels of a plan at once, before its first run."""
-    if ready.call.where.type != "cuda":
-        return
-    every = [*pointers, *(None,) * (ready.more + 1)]
-    found = [do.choice(every) if isinstance(do, Aligned) else do
+    if ready.call.where.type == "cuda":
+        every = [*pointers, *(None,) * (ready.more + 1)]
+        futures.wait(_begun(ready, every, arrays))
+
+
+def foresee(where: torch.device, make: Callable[[], Ready]) -> None:
+    """Begin to compile the kernels of the backward's plan while those of the forward are compiled.
+
+    What fails, the backward raises. Memory is taken to be aligned, as what torch allocates is.
+    """
+
+    def work() -> None:
+        ready = make()
+        _begun(ready, [*(16,) * len(ready.call.slots), None], ())
+
+    if where.type == "cuda":
+        thread = futures.ThreadPoolExecutor(1, "hla-plans")
+        thread.submit(work)
+        thread.shutdown(wait=False)
+
+
+def _begun(ready: Ready, pointers: list[Any], arrays: Sequence[Any]) -> list[futures.Future[None]]:
+    """Begin to compile the kernels of a plan."""
+    found = [do.choice(pointers) if isinstance(do, Aligned) else do
              for turn in ready.turns for do in turn.do]  # fmt: skip
     kernels = [do for do in found if isinstance(do, Kernel)]
     dtypes = {ready.call.slots[name]: dtype for name, dtype in ready.dtypes.items()}
-    on_device(ready.call.where, lambda _: compile_together(kernels, list(arrays), dtypes))
+    return compile_together(kernels, list(arrays), dtypes, ready.call.where)
 
 
 RUNNER = Runner(
@@ -258,6 +279,7 @@ RUNNER = Runner(
         alike=alike,
         run=run,
         begin=begin,
+        foresee=foresee,
     )
 )
 

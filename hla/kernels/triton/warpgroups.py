@@ -57,7 +57,11 @@ def add(a, b):
 
 @gluon.jit
 def barriers(N: gl.constexpr, ARRIVALS: gl.constexpr):
-    """Allocate barriers, each of so many arrivals."""
+    """Allocate barriers, each of so many arrivals.
+
+    Of those that nobody uses Triton gives the memory away, still initialised: what is there then is
+    not defined (an H100 left NaN).
+    """
     bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(N):
         mbarrier.init(bars.index(i), count=ARRIVALS)
