@@ -192,7 +192,7 @@ def test_benchmarks_page_shows_every_figure_of_its_results():
     ]
     rows = [
         row
-        for path in sorted(folder.glob("*.json"))
+        for path in sorted(folder.glob("*.json"), key=lambda path: path.stem)
         for workload in (*WORKLOADS, COMPILED, *HOST)
         for row in json.loads(path.read_text("utf-8"))["rows"]
         if row["workload"] == workload
@@ -226,11 +226,11 @@ def test_the_plots_are_of_the_committed_results():
     """A plot names the result that it shows, in its own file."""
     from hla.bench.report import source
 
-    plots = sorted((ROOT / "docs" / "benchmarks").glob("*.png"))
+    plots = sorted((ROOT / "docs" / "benchmarks").glob("*.png"), key=lambda path: path.stem)
     for plot in plots:
         result = json.loads(plot.with_suffix(".json").read_text("utf-8"))
         assert source(result).encode() in plot.read_bytes()
-    assert [p.with_suffix(".json") for p in plots] == sorted(plots[0].parent.glob("*.json"))
+    assert {p.with_suffix(".json") for p in plots} == set(plots[0].parent.glob("*.json"))
     conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
     shown = conf["benchmarks"](plots[0].parent)
     assert re.findall(r"benchmarks/(.*)\.png", shown) == [p.stem for p in plots]
@@ -292,3 +292,13 @@ def test_the_api_page_has_every_public_name():
     conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
     tables = "".join(conf["myst_substitutions"][name] for name in ("states", "segments"))
     assert set(re.findall(r"`(\w+)`", tables)) == {x for x in types if "Packed" not in x}
+
+
+def test_what_the_pages_say_of_lengths_is_measured():
+    """Softmax attention is faster at 1024 tokens, and neither it nor FLA from 4096 on."""
+    found = json.loads((ROOT / "docs" / "benchmarks" / "h100-lengths.json").read_text("utf-8"))
+    ours = [r for r in found["rows"] if not r["peer"]]
+    assert {r["tokens"] for r in ours} == {1024, 4096, 16384, 65536}
+    for r in ours:
+        faster = {name for name, ratio in r["times_faster"].items() if ratio < 1}
+        assert faster == ({"torch SDPA", "jax SDPA"} if r["tokens"] == 1024 else set())
