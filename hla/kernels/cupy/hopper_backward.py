@@ -2,6 +2,11 @@
 
 For a gate's gradient they also leave sums by token, and states at periods' starts (`dots.cuh`).
 Gradients that heads share are left in float32, to be summed.
+
+In segments (`device.segments`) hla2's gradients read 2048 bytes a token and head for the states of
+all segments but one, beside the sweeps' 3584; with the forward 7552 of 8 segments, 2.64 ms for B =
+1, T = 65536, H = 16, D = V = 128 at 3.0 TB/s. One H100 took 3.04 (87%), Triton 3.34 that time;
+the forward alone, 1920 bytes, 0.78 (86%).
 """
 
 from __future__ import annotations
