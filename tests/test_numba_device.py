@@ -281,3 +281,24 @@ def test_passes_compile(dtype, gate, arch, spilled):
         registers, spills = built("pass.cu", most, arch)
         assert registers <= 255
         assert spills <= spilled
+
+
+@pytest.mark.aot
+def test_one_token_compiles():
+    """Two blocks of threads fit a multiprocessor; of sixteen rows at a time little is spilled."""
+    found = []
+
+    def load(*given):
+        found.append(given[:2])
+        return lambda *args, **kwargs: None
+
+    library = run.Library(simulator.SIMULATED.memory._replace(load=load), device.KERNELS)
+    tokens = np.zeros((3, 2, 128), numpy_dtype("bfloat16"))
+    options = {"one_token": True, "return_state": True, "decay": None, "log_gate": None}
+    request, inputs, _ = prepare(*tokens, scale=1.0, normalize=True, **options)
+    library.step(request, inputs, False)
+    ((name, constants),) = found
+    registers, spills = built(name, tuple(constants.items()), (9, 0))
+    assert name == "step.cu"
+    assert registers <= 128
+    assert spills <= 56
