@@ -785,7 +785,9 @@ def pair_kernel(
     if SUMS:
         lists = gl.allocate_shared_memory(gl.float32, [COUNT, W], LIST)
     if DEN:
-        paired, divided = barriers(1, 1), barriers(1, 1)
+        divided = barriers(1, 1)
+        if not AHLA:
+            paired = barriers(1, 1)
     FACTORED: gl.constexpr = GATE == 1 and not SUMS
     mild, k_ready = None, None
     follow()
