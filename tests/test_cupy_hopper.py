@@ -187,6 +187,17 @@ def test_segments(monkeypatch, case):
     assert {"carry.cu", "hopper_states.cu", "hopper.cu"} <= {name for name, _ in launches}
 
 
+@pytest.mark.parametrize("operator", some(["hla2", "hla3"], 0))
+def test_gradients_of_a_last_state_in_segments(monkeypatch, operator):
+    """They run by passes, of whose states some are symmetric."""
+    monkeypatch.setattr(launch, "segments", lambda request, card: launch.PERIOD)
+    launches = backend(monkeypatch, CARD)
+    inputs = inputs_of(600, "per_head", "bfloat16", D=40, V=40)
+    options = {"operator": operator, "scale": 0.25, "return_state": True}
+    within_the_budget(Device("hopper", "numpy", "cpu", ("bfloat16",)), inputs, options, "bfloat16")
+    assert {"carry.cu", "hopper_states.cu", "pass.cu"} <= {name for name, _ in launches}
+
+
 GATED = {  # operator, gate, T, D, V
     "hla2, a log gate": ("hla2", "resets", 200, 72, 128),
     "ahla, a decay": ("ahla", "per_head", 130, 64, 36),

@@ -41,8 +41,11 @@ def widths(call: Call, s: Launch) -> tuple[int, int]:
 
 
 def able(call: Call, s: Launch) -> bool:
-    """Whether the kernel does it: of few columns most of what it multiplies would be zeros."""
-    if call.where.capability != (9, 0) or s.q or not s.write:
+    """Whether the kernel does it: of few columns most of what it multiplies would be zeros.
+
+    A symmetric state is v k' + k v', of which it has the first alone.
+    """
+    if call.where.capability != (9, 0) or s.q or s.symmetric or not s.write:
         return False
     if not len(s.k) == len(s.v) == len(s.end) == 1 or s.end[0] is None:
         return False

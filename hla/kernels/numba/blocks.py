@@ -157,6 +157,15 @@ class _Local(threading.local):
 _local = _Local()
 
 
+_listing = threading.Lock()
+
+
+def _context(device: int) -> Any:
+    """Return what makes a device the current one; Numba lists devices at first use, unlocked."""
+    with _listing:
+        return package.cuda.gpus[device]
+
+
 def inside(device: int, function: Callable[[], Any]) -> Any:
     """Call a function with a device as the current one."""
     if package.SIMULATED or _local.inside == device:
@@ -164,7 +173,7 @@ def inside(device: int, function: Callable[[], Any]) -> Any:
     before: int = _local.inside
     error, found = driver().cuCtxGetDevice()
     there = not error and int(found) == device
-    with nullcontext() if there else package.cuda.gpus[device]:
+    with nullcontext() if there else _context(device):
         _local.inside = device
         try:
             return function()
