@@ -382,12 +382,9 @@ def rows_kernel(
 @triton.jit(do_not_specialize=["eps", "N1", "N2"])
 def add_kernel(
     p_o, p_parts, eps, V, N1, N2, so0, so1, so2, sod,
-    NORMALIZE: tl.constexpr, FOLLOWS: tl.constexpr, BLOCKS: tl.constexpr, BV: tl.constexpr,
+    NORMALIZE: tl.constexpr, BLOCKS: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Add what the programs of `rows_kernel` left of one batch entry, in order."""
-    if FOLLOWS:
-        gdc_launch_dependents()
-        gdc_wait()
     i = tl.program_id(0).to(tl.int64)
     i2, i1, i0 = i % N2, i // N2 % N1, i // N2 // N1
     p_parts += i * BLOCKS * (V + 1)
