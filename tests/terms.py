@@ -137,7 +137,7 @@ class Call:
     def products(self, s, dout, dv, end):
         """p do.o and p v.dv by token without what cancels, p <dS, S>; denominators apart."""
         q, k, v, o = (self.values[n] for n in (s.q, s.k, s.v, s.out))
-        inner = 0 * v[..., 0, 0] if end is None else (end * self.ends[s]).sum((-1, -2))
+        inner = np.zeros(v.shape[:-2]) if end is None else (end * self.ends[s]).sum((-1, -2))
         found = []
         for part in (slice(-1), slice(-1, None)) if v.shape[-1] > 1 else (slice(None),):
             read, late = (dout * o)[..., part].sum(-1), [q, dout[..., part]]
