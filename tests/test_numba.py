@@ -1,5 +1,10 @@
 """What Numba adds to the rows of its backend: a cache that may be missing, memory as it comes."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from conftest import draw, installed
@@ -47,3 +52,21 @@ def test_a_sum_of_no_products_is_zero():
     (o, end), pull = hla.vjp(q, k, np.ones((3, 5, 2)), return_state=True, backend="numba")
     for x in (o, *pull(o, type(end)(*map(np.zeros_like, end)))[:3]):
         assert not x.any()
+
+
+def test_devices_are_listed_by_one_thread_at_a_time(monkeypatch):
+    """Numba makes its list at the first use, and two threads that do so at once fail."""
+    from hla.kernels.numba import blocks
+
+    free = threading.Lock()
+
+    class Devices:
+        def __getitem__(self, number):
+            assert free.acquire(blocking=False)
+            time.sleep(0.01)
+            free.release()
+            return number
+
+    monkeypatch.setattr(blocks.package, "cuda", SimpleNamespace(gpus=Devices()))
+    with ThreadPoolExecutor(4) as threads:
+        assert [*threads.map(blocks._context, range(4))] == [0, 1, 2, 3]

@@ -154,10 +154,7 @@ class _Local(threading.local):
     inside = -1  # the device that `inside` has made the current one
 
 
-_local = _Local()
-
-
-_listing = threading.Lock()
+_local, _listing = _Local(), threading.Lock()
 
 
 def _context(device: int) -> Any:

@@ -15,7 +15,7 @@ copied ``STAGES - 1`` ahead; rows that are not aligned, or of another dtype, ele
 With c_t the sum of the log gate over the chunk up to t and e_t the same without t itself (what a
 strict pass reads), L = exp(c_t - c_j), a = exp(c_t), b = exp(c_last - c_j); the reverse pass
 exchanges a and b and transposes L. One warp sums two chunks ahead, in float64; c is kept as two
-so that differences have float32's digits whatever the gate. A reset is a gate of -1e6.
+floats, so that differences have float32's digits whatever the gate. A reset is a gate of -1e6.
 
 Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024: 0.18 ms at 3.0 TB/s for
 B = 8, T = 4096, H = 16. Products: 2 (1.25 W + 2 D) V operations, 76 k. One H100 took 0.296 ms for
