@@ -181,6 +181,15 @@ def test_backend_chooses_the_rows_and_leaves_the_peers(tmp_path, monkeypatch):
     assert set(backends.TABLE) <= set(parsed("--backend", *backends.names()).backend)
 
 
+def test_memory_beyond_is_never_negative(monkeypatch):
+    counted = {"VmRSS": 1 << 20, "VmHWM": 1 << 20}  # the kernel's counters are late: no growth yet
+    monkeypatch.setattr(measure, "_status", counted.get)
+    monkeypatch.setattr(Path, "write_text", lambda self, text: len(text))
+    assert measure.memory_beyond(NUMPY, SMALL) == 0
+    counted["VmHWM"] += SMALL.bytes + 4096
+    assert measure.memory_beyond(NUMPY, SMALL) == 4096
+
+
 def test_a_run_that_times_nothing_says_so_and_leaves_what_is_there(tmp_path, monkeypatch, capsys):
     needs("rich")
     needs("matplotlib")
