@@ -15,6 +15,7 @@ from numba import cuda, types
 
 from hla.contract import Capabilities, Machine
 from hla.kernels.cupy.run import Library, Memory
+from hla.kernels.numba import chunks
 from hla.kernels.numba.device import KERNELS, TEXTS
 
 NAME = "numba simulated"
@@ -45,6 +46,16 @@ class Warp:
         found = self.found[lane]
         self.taken.wait(WAIT)
         return found
+
+
+class Running:
+    """Numba's module as the kernel that runs has it, for functions of other files."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __getattr__(self, name):
+        return getattr(self.module.cuda, name)
 
 
 class Twin:
@@ -146,6 +157,14 @@ class Twin:
     def put_number(self, at, x):
         self._number("f4", at)[0] = x
 
+    def numbers(self, at):
+        assert at % 4 == 0
+        return tuple(self.shared(np.dtype("f4"), 4 * at, 4))
+
+    def put_numbers(self, at, *x):
+        assert at % 4 == 0
+        self.shared(np.dtype("f4"), 4 * at, 4)[:] = x
+
     def dot_at(self, at):
         return self._number(self.dot_kind, at)[0]
 
@@ -159,7 +178,7 @@ class Twin:
         to[:] = 0
         if size:
             assert address % 16 == 0
-            to[:] = np.frombuffer((ctypes.c_uint8 * 16).from_address(address), np.uint8)
+            to[:] = np.frombuffer((ctypes.c_uint8 * 16).from_address(int(address)), np.uint8)
 
     def widen8(self, at, address, kind, there):
         for i in range(8):
@@ -299,6 +318,7 @@ def load(name, constants, shared, card):
 
     def run(grid, block, arguments, shared_mem):
         LAUNCHES.append((name, constants))
+        chunks.cuda = Running(twin.module)
         with np.errstate(all="ignore"):
             cuda.jit(kernel)[grid, block, 0, shared_mem](*unpacked(text, *arguments))
 

@@ -58,6 +58,7 @@ class Instructions:
             "threads_sync": i32(i32, i32),
             "value": f32(i32), "put_value": i32(i32, f32), "put_pair": i32(i32, f32, f32),
             "number": f32(i32), "put_number": i32(i32, f32),
+            "numbers": types.UniTuple(f32, 4)(i32), "put_numbers": i32(i32, f32, f32, f32, f32),
             "dot_at": dot(i32), "put_dot": i32(i32, dot),
             "copy16": i32(i32, i64, i32), "widen8": i32(i32, i64, i64, i32),
             "copies_commit": i32(), "copies_wait": i32(i32), "syncwarp": i32(),
