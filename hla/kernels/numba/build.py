@@ -149,8 +149,10 @@ def folder() -> pathlib.Path:
 def sources() -> tuple[str, ...]:
     """Return every text that a kernel is made of."""
     here = importlib.resources.files(__package__)
-    names = ("backward", "between", "build", "causal", "chunks", "elements", "fused", "gate")
-    names += ("instructions", "step")
+    names = (
+        "backward", "between", "build", "causal", "chunks", "elements", "fused", "gate",
+        "instructions", "step",
+    )  # fmt: skip
     return (*(here.joinpath(f"{x}.py").read_text(encoding="utf-8") for x in names), source({}))
 
 
