@@ -252,6 +252,13 @@ class Twin:
         for i, at in self._each(row, column, rows, columns):
             self.put(address, at, kind, x[i])
 
+    def keep_block(self, address, pitch, factor, *x):
+        for i, at in self._each(pitch, 1, 16, 16):
+            self.put(address, at, 0, x[i] * factor)
+
+    def meet_block(self, address, pitch, *x):
+        return sum(x[i] * self.get(address, at, 0) for i, at in self._each(1, pitch, 16, 16))
+
     # Values of other lanes
 
     def up(self, x, n):

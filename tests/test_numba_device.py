@@ -202,6 +202,29 @@ def test_adjoint_in_segments(simulated, monkeypatch, operator):
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize(
+    ("operator", "gate", "T", "period", "segment"),
+    [
+        ("hla2", "resets", 98, 64, 0),
+        ("ahla", "per_head", 98, 64, 0),
+        ("hla3", "resets", 66, 32, 0),
+        ("hla2", "resets", 130, 64, 64),
+    ],
+)
+def test_adjoint_and_the_gate(simulated, monkeypatch, operator, gate, T, period, segment):
+    """Sums by token, and products of states at the starts of several periods; resets there too."""
+    monkeypatch.setattr(adjoint, "PERIOD", period)
+    monkeypatch.setattr(launch, "segments", lambda request, card: segment)
+    library = run.Library(simulator.SIMULATED.memory, device.KERNELS)
+    monkeypatch.setattr(simulator, "forward", library.forward)
+    monkeypatch.setattr(simulator, "backward", library.backward)
+    inputs = inputs_of(T, gate, "bfloat16", D=18, V=13, heads=1)
+    check(HOST, inputs, {"operator": operator, "scale": 0.25}, "bfloat16")
+    assert len(launched()) == 3
+    assert all(dict(x)["DOTS"] for name, x in simulator.LAUNCHES if name == "backward")
+
+
+@pytest.mark.aot
 @pytest.mark.parametrize("operator", ["hla2", "ahla"])
 def test_adjoint_with_a_gate_that_has_no_gradient(simulated, operator):
     """Resets within and at ends of chunks: all gradients but the gate's, of three chunks."""
@@ -396,11 +419,12 @@ def test_fused_kernels_compile(operator, arch, most):
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("operator", "arch", "most"), [("hla2", (9, 0), 32), ("ahla", (8, 0), 48), ("hla3", (9, 0), 32)]
+    ("operator", "gate", "arch", "most"),
+    [("hla2", {}, (9, 0), 32), ("ahla", {}, (8, 0), 48), ("hla2", GATE, (9, 0), 352)],
 )
-def test_two_passes_compile(operator, arch, most):
-    """As those of the forward: of a result that is added to what there is as well."""
-    found = [x for name, x in kernels("bfloat16", operator=operator) if name == "backward"]
+def test_two_passes_compile(operator, gate, arch, most):
+    """As those of the forward; what a gate's gradient spills is made before the loop."""
+    found = [x for name, x in kernels("bfloat16", operator=operator, **gate) if name == "backward"]
     for constants in found:
         registers, spills = built("backward", constants, arch)
         assert registers <= 255

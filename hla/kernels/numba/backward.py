@@ -14,6 +14,12 @@ ways round, as R of dy and dv, is held both ways round, and no warp needs anothe
 sum the second half does a chunk later what the first has left of it, in float32, in shared memory.
 What a result is added to is read like an operand.
 
+With DOTS it leaves what a gate's gradient is made of (gate.py): by token q . (F do) and q . (S dy)
+of what dq reads of each state; of the second of two reverse passes the same, and sums over the
+chunk's pairs by query and by key, whose weights are those of its P, their products those of the
+first pass's, not weighed. Of each period's start the reverse pass keeps its state in bfloat16, and
+that of dq leaves the product of both.
+
 Bytes a token and head, D = V = 128, of hla2: q, v, do, y, dy and dv 1536, q, k, dy and dk 1024, k,
 v, y, do, dy and dq 1536: 0.27, 0.18 and 0.27 ms for B = 8, T = 4096, H = 16 at 3.0 TB/s. Of a chunk
 of 32 tokens a warp does 152 products of 16 x 8 x 16 in each, as in the forward, which takes 0.282.
@@ -52,6 +58,12 @@ class Addresses(NamedTuple):
     start2: int
     end1: int
     end2: int
+    dots1: int
+    dots2: int
+    kept1: int
+    kept2: int
+    met1: int
+    met2: int
 
 
 FACTORS = 3  # of results, of first states, of last ones
@@ -62,16 +74,22 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     """Return the kernel with such constants, which calls the instructions ``t``."""
     f32, f64, i32, i64 = t.f32, t.f64, t.i32, t.i64
     copies_commit, copies_wait, threads_sync = t.copies_commit, t.copies_wait, t.threads_sync
-    numbers, put_numbers, value = t.numbers, t.put_numbers, t.value
+    numbers, put_numbers, value, across = t.numbers, t.put_numbers, t.value, t.across
+    number, put_number, load, second, multiply = (
+        t.number, t.put_number, t.load, t.second, t.multiply,
+    )  # fmt: skip
+    keep_block, meet_block, put = t.keep_block, t.meet_block, t.put
 
     # Of each pass the tiles of its queries, keys and values, and of what its result is added to
     (Q1, K1, V1, OLD1), (Q2, K2, V2, OLD2) = c["FIRST"], c["SECOND"]
     OF_VALUES, (POWER1, POWER2) = c["OF_VALUES"], c["POWERS"]  # which have columns of values
+    DOTS, X, EVERY = c["DOTS"], c["X"], c["EVERY"]
     SUM, REVERSE, GATE, (WIDE1, WIDE2) = c["SUM"], c["REVERSE"], c["GATE"], c["WIDE"]
     B, W, STAGES = c["B"], c["W"], c["STAGES"]
     COUNT, WARPS = len(OF_VALUES), B // 32  # of a pass
     AHEAD, THREADS = STAGES - 1 - SUM, 64 * WARPS
-    PITCH, TILE, TILE_P = B + PAD, W * (B + PAD), W * (W + PAD)
+    PITCH, PITCH_P = B + PAD, W + PAD
+    TILE, TILE_P = W * PITCH, W * PITCH_P
     STATE, SUMS, BLOCKS = B, W, W // 16  # numbers of a thread, and rows of blocks
 
     # Shared memory, in elements; weights and sums in floats
@@ -79,7 +97,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     TILES = OUT + (TILE if SUM else 2 * TILE)
     WEIGHTS = (TILES + 2 * TILE_P) // 2
 
-    _, _, place = shared_functions(t.device)
+    eight, put_eight, place = shared_functions(t.device)
     shared = functions(c, t, THREADS, reverse=bool(REVERSE))
     is_first, piece_of, put_weights, gate_of = (
         shared.is_first, shared.piece_of, shared.put_weights, shared.gate_of,
@@ -90,6 +108,10 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     )  # fmt: skip
     copy, LISTS = shared.copier(B), shared.lists
     HANDED = WEIGHTS + (3 * LISTS if GATE else 0)
+    AT_SUMS = HANDED + (2 * B * W if SUM else 0)
+    BY_KEY = WARPS * W + BLOCKS * W  # behind what warps read and what pairs are by query
+    SUMMED, PAIRS = BY_KEY + BLOCKS * W, BLOCKS * (BLOCKS + 1) // 2
+    ROOM, KEYS = 8, B // 16
 
     @t.device
     def row_of(chunk, chunks):
@@ -131,9 +153,98 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
             for i in range(4):
                 O[4 * n + i] += x[i]
 
+    @t.device
+    def put_read(O, x, sums, lane):
+        """Leave a warp's sums over its columns of what it has read, by token."""
+        j = 2 * (lane % 4)
+        for t in range(BLOCKS):
+            for r in range(2):
+                row, total = 16 * t + lane // 4 + 8 * r, f32(0)
+                for h in range(2):
+                    for i in range(4):
+                        found = value(x + row * PITCH + 16 * h + j + i % 2 + i // 2 * 8)
+                        total += O[16 * t + 8 * h + i // 2 * 4 + 2 * r + i % 2] * found
+                total += across(total, 1)
+                total += across(total, 2)
+                if j == 0:
+                    put_number(sums + row, total)
+
+    @t.device
+    def put_pairs(x, values, P, sums, rank, lane):
+        """Leave the sums over P and X V' of a chunk by query and by key, without each own pair."""
+        g, j = lane // 4, 2 * (lane % 4)
+        M, by_query, by_key = (
+            cuda.local.array(ROOM, f32), cuda.local.array(2, f32), cuda.local.array(4, f32),
+        )  # fmt: skip
+        for n in range(rank, PAIRS, WARPS):
+            t, s = 1 if n > 1 else 0, 1 if n > 0 else 0
+            for e in range(8):
+                M[e] = f32(0)
+            for d in range(KEYS):
+                a = load(x + 16 * t * PITCH + 16 * d, PITCH)
+                b = second(values + 16 * s * PITCH + 16 * d, PITCH)
+                put_eight(M, 0, multiply(*(eight(M, 0) + a + b)))
+            for e in range(4):
+                by_query[e % 2], by_key[e] = f32(0), f32(0)
+            for e in range(8):
+                r, h = e // 2 % 2, e % 2 + e // 4 * 2
+                row, column = g + 8 * r, j + e % 2 + e // 4 * 8
+                found = M[e] * value(P + (16 * t + row) * PITCH_P + 16 * s + column)
+                if t == s and row == column:
+                    found = f32(0)
+                by_query[r] += found
+                by_key[h] += found
+            for r in range(2):
+                found = by_query[r]
+                found += across(found, 1)
+                found += across(found, 2)
+                if j == 0:
+                    put_number(sums + WARPS * W + s * W + 16 * t + g + 8 * r, found)
+            for h in range(4):
+                found = by_key[h]
+                found += across(found, 4)
+                found += across(found, 8)
+                found += across(found, 16)
+                if g == 0:
+                    put_number(sums + BY_KEY + t * W + 16 * s + j + h % 2 + h // 2 * 8, found)
+
+    @t.device
+    def leave_sums(base, of, row, rows, tokens, sums, factor, lane):
+        """Write the sums of a chunk by a warp, a token a lane; of reverse passes by key behind."""
+        if lane < rows and lane < W:
+            read, by_key = f32(0), f32(0)
+            for w in range(WARPS):
+                read += number(sums + w * W + lane)
+            if REVERSE:
+                for b in range(BLOCKS):
+                    if b >= lane // 16:
+                        read += number(sums + (WARPS + b) * W + lane)
+                    if b <= lane // 16:
+                        by_key += number(sums + BY_KEY + b * W + lane)
+                put(base, (row + tokens + lane) * of.row, 2, f64(by_key * factor))
+            put(base, (row + lane) * of.row, 2, f64(read * factor))
+
+    @t.device
+    def keep(S, base, of, own, factor):
+        """Write a warp's rows of S', times a factor, in bfloat16."""
+        for n in range(2 * KEYS):
+            there = base + ((own + 16 * (n // KEYS)) * of.row + 16 * (n % KEYS)) * 2
+            keep_block(there, of.row, factor, *eight(S, n))
+
+    @t.device
+    def meet(S, base, of, own):
+        """Return the sum of a warp's rows of S' times columns of what the other sweep has kept."""
+        total = f32(0)
+        for n in range(2 * KEYS):
+            there = base + (own + 16 * (n // KEYS) + 16 * (n % KEYS) * of.row) * 2
+            total += meet_block(there, of.row, *eight(S, n))
+        for n in (1, 2, 4, 8, 16):
+            total += across(total, n)
+        return total
+
     def backward(
-        at, x0, x1, x2, x3, x4, x5, o1, o2, gate, start1, start2, end1, end2, factor, into, out,
-        size,
+        at, x0, x1, x2, x3, x4, x5, o1, o2, gate, start1, start2, end1, end2, dots1, dots2, kept1,
+        kept2, met1, met2, factor, into, out, size,
     ):  # fmt: skip
         S, O = cuda.local.array(STATE, f32), cuda.local.array(SUMS, f32)
         p = cuda.local.array(COUNT, i64)
@@ -196,6 +307,16 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
             if chunks > 1:
                 a = gate_of(p_gate, gate, row_of(1, chunks), lane, tokens)
         slot = i32(0)  # the place of its next chunk
+        # For a gate's gradient
+        dotted = DOTS and not (REVERSE and first)
+        p_dots, dots, p_kept, kept, p_met, met = at.dots1, dots1, at.kept1, kept1, at.met1, met1
+        if not first:
+            p_dots, dots, p_kept, kept, p_met, met = at.dots2, dots2, at.kept2, kept2, at.met2, met2
+        if DOTS:
+            p_dots += place(dots, head, 0, before, 0) * 4
+            p_kept += place(kept, head, 0, 0, 0) * 2
+            p_met += place(met, head, 0, 0, 0) * 4
+        sums = AT_SUMS + (0 if first else 2 * SUMMED)
 
         for c in range(chunks + SUM):
             copies_wait(AHEAD - 1)
@@ -207,6 +328,19 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
             keys = stage + (K1 if first else K2) * TILE
             values = stage + (V1 if first else V2) * TILE
             P = TILES + (0 if first else TILE_P)
+            x = stage + (Q1 if REVERSE else X) * TILE
+            border = 0  # a period's number where this chunk is the first of one, but of none
+            if DOTS:
+                border = (before + row_of(chunk, chunks)) // W
+                border = border // EVERY if dotted and works and border % EVERY == 0 else 0
+                if dotted and rank == WARPS - 1 and chunk > 0 and chunk <= chunks:
+                    row = row_of(chunk - 1, chunks)
+                    at_sums = sums + (chunk - 1 & 1) * SUMMED
+                    leave_sums(p_dots, dots, row, T - row, size.tokens, at_sums, f32(factor), lane)
+                if border and not REVERSE and p_met:
+                    found = meet(S, p_kept + (border - 1) * kept.segment * 2, kept, own)
+                    if lane == 0:
+                        put(p_met, (border - 1) * met.segment + rank * met.row, 2, f64(found))
             if works:
                 slot = slot + 1 if slot + 1 < STAGES else 0
                 # The one half makes its P first, the other reads its state first: one has latency
@@ -214,6 +348,8 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                 if first:
                     make_own_pairs(queries, keys, P, lists, rank, WARPS, power, lane)
                 read(S, O, queries, lists, power, lane)
+                if DOTS and dotted:
+                    put_read(O, x + own, sums + (chunk & 1) * SUMMED + rank * W, lane)
                 if not first:
                     make_own_pairs(queries, keys, P, lists, rank, WARPS, power, lane)
             ahead, to = c + AHEAD, slot + (AHEAD - 1) + late
@@ -250,6 +386,16 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                     else:
                         put_rows(O, made, f32(1), lane)
                         leave(p_o + 2 * row * o.row, o, made, T - row, left, lane)
+                if DOTS and REVERSE and not first:
+                    put_pairs(x, values, P, sums + (chunk & 1) * SUMMED, rank, lane)
+                    if border and p_kept:
+                        keep(S, p_kept + (border - 1) * kept.segment * 2, kept, own, f32(out))
+        if DOTS and chunks:
+            cuda.syncthreads()
+            if dotted and rank == WARPS - 1 and not (SUM and first):
+                row = row_of(chunks - 1, chunks)
+                at_sums = sums + (chunks - 1 & 1) * SUMMED
+                leave_sums(p_dots, dots, row, T - row, size.tokens, at_sums, f32(factor), lane)
         if p_end and is_first(end, head):
             for i in range(STATE):
                 S[i] *= f32(out)

@@ -203,6 +203,19 @@ APART(put_block, int* r, i64 p, i64 row, i64 column, i64 type, int rows, int col
     each(row, column, rows, columns, [&](int i, i64 at) { put((u8*)p, at, (int)type, c.x[i]); });
     return *r = 0;
 }
+// Of a matrix in bfloat16 with so many elements a row: write a block of sums times a factor; return the sum
+// of a block of sums times one that is there transposed.
+APART(keep_block, int* r, i64 p, i64 pitch, float factor, FLOATS) {
+    Sum c = SUM;
+    each(pitch, 1, 16, 16, [&](int i, i64 at) { put((u8*)p, at, 0, c.x[i] * factor); });
+    return *r = 0;
+}
+APART(meet_block, float* r, i64 p, i64 pitch, FLOATS) {
+    Sum c = SUM;
+    float total = 0.f;
+    each(1, pitch, 16, 16, [&](int i, i64 at) { total += c.x[i] * get((const u8*)p, at, 0); });
+    return *r = total, 0;
+}
 
 // Values of other lanes
 CALL(up, double* r, double x, int n) { return *r = __shfl_up_sync(~0u, x, n), 0; }

@@ -68,6 +68,7 @@ class Instructions:
             "get64": f64(i64, i64, i64), "put64": i32(i64, i64, i64, f64),
             "get_block": sums(i64, i64, i64, i64, i32, i32),
             "put_block": i32(i64, i64, i64, i64, i32, i32, *[f32] * 8),
+            "keep_block": i32(i64, i64, f32, *[f32] * 8), "meet_block": f32(i64, i64, *[f32] * 8),
             "up": f64(f64, i32), "of_lane": f64(f64, i32), "across": dot(dot, i32),
         }.items():  # fmt: skip
             setattr(self, name, cuda.declare_device(f"hla_{name}", signature))
