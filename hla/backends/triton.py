@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import threading
 from typing import Any
 
 from ..contract import Capabilities, Machine
@@ -96,6 +97,11 @@ def plan(request: Request) -> str:
 
 @functools.cache
 def _kernels() -> Any:
+    from triton.runtime import cache
+
+    # Triton hashes its own files before its first kernel, 430 MB: here while ours are imported
+    if not _interpreted() and (hashed := getattr(cache, "triton_key", None)):
+        threading.Thread(target=hashed, daemon=True).start()
     from ..kernels.triton import run
 
     return run
