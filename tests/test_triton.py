@@ -10,7 +10,6 @@ import math
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from concurrent.futures import wait
 from types import SimpleNamespace
@@ -374,6 +373,7 @@ def compiler(monkeypatch):
 
     driver = SimpleNamespace(launcher_cls=launcher, get_current_device=lambda: 0)
     monkeypatch.setattr(launch, "_begun", {})
+    monkeypatch.setattr(launch, "prepare_compiler", tuple)
     monkeypatch.setattr(launch.triton, "AsyncCompileMode", mode, raising=False)
     monkeypatch.setattr(launch.triton.runtime, "driver", SimpleNamespace(active=driver))
 
@@ -471,15 +471,27 @@ def test_what_launches_a_kernel_is_made_beside_its_translation(
     assert len(compiler.translated) == 2
 
 
-def test_the_compiler_is_hashed_while_kernels_are_imported(monkeypatch):
-    """By a GPU's first call, not by the interpreter's."""
-    triton, cache = installed("hla.backends.triton"), installed("triton.runtime.cache")
+def test_the_compiler_is_prepared_while_kernels_are_imported(monkeypatch):
+    """By a GPU's first call, not by the interpreter's; what fails of it, kernels raise."""
+    triton, launch = installed("hla.backends.triton"), installed("hla.kernels.triton.launch")
+    done = []
+
+    class Driver:
+        @property
+        def active(self):
+            done.append("driver")
+            raise RuntimeError("no driver")
+
+    monkeypatch.setattr(launch.triton.runtime.cache, "triton_key", lambda: done.append("hashed"))
+    monkeypatch.setattr(launch.triton.runtime, "driver", Driver())
+    begun = launch.prepare_compiler.__wrapped__()
+    wait(begun)
+    assert sorted(done) == ["driver", "hashed"]
     for interpreted in (True, False):
-        hashed = threading.Event()
-        monkeypatch.setattr(cache, "triton_key", hashed.set)
         monkeypatch.setattr(triton, "_interpreted", lambda found=interpreted: found)
+        monkeypatch.setattr(launch, "prepare_compiler", lambda: done.append("prepared"))
         assert triton._kernels.__wrapped__() is installed("hla.kernels.triton.run")
-        assert hashed.wait(0 if interpreted else 60) is not interpreted
+        assert len(done) == 2 + (not interpreted)
 
 
 @per_device(where=interpreted)

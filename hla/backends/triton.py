@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import threading
 from typing import Any
 
 from ..contract import Capabilities, Machine
@@ -97,11 +96,10 @@ def plan(request: Request) -> str:
 
 @functools.cache
 def _kernels() -> Any:
-    from triton.runtime import cache
+    if not _interpreted():
+        from ..kernels.triton import launch
 
-    # Triton hashes its own files before its first kernel, 430 MB: here while ours are imported
-    if not _interpreted() and (hashed := getattr(cache, "triton_key", None)):
-        threading.Thread(target=hashed, daemon=True).start()
+        launch.prepare_compiler()  # while the rest is imported
     from ..kernels.triton import run
 
     return run

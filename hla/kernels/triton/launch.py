@@ -304,6 +304,20 @@ _begun: dict[tuple[Any, ...], Future[None]] = {}  # by what kernels are compiled
 _turn = threading.Lock()  # of the compiler's Python
 
 
+@functools.cache
+def prepare_compiler() -> tuple[Future[Any], ...]:
+    """Begin what Triton does before its first kernel: .4 s each, which need no Python.
+
+    A C compiler makes its driver, unless that is on disk, and Triton hashes its own files, 430 MB.
+    What fails, the first kernel raises.
+    """
+    threads = ThreadPoolExecutor(2, "hla-compiles")
+    driver = threads.submit(lambda: triton.runtime.driver.active)
+    hashed = threads.submit(lambda: triton.runtime.cache.triton_key())
+    threads.shutdown(wait=False)
+    return driver, hashed
+
+
 def compile_together(
     kernels: Sequence[Kernel],
     arrays: list[Any],
@@ -354,6 +368,7 @@ def _compile(
     asked: Future[None],
 ) -> None:
     """Compile kernels at once, but for what Python does, in which threads would only hinder it."""
+    wait(prepare_compiler())
 
     def all_of_them(_: Any) -> None:
         with (
