@@ -452,7 +452,8 @@ def test_a_backwards_longest_kernel_is_compiled_first(compiler, monkeypatch):
     assert len(asked) == 1
     run.begin(ready(compiler.kernel(6)), arrays, [16, 16], broken)
     assert len(asked) == 2
-    assert [grid[0] for _, _, grid, _ in compiler.warmed[5:]] == [6]
+    run.begin(ready(compiler.kernel(7)), arrays, [16, 16], SimpleNamespace)  # a plan of nothing
+    assert [grid[0] for _, _, grid, _ in compiler.warmed[5:]] == [6, 7]
 
 
 @pytest.mark.parametrize(("version", "early"), [((3, 6), 1), ((3, 7), 0)])
@@ -469,6 +470,30 @@ def test_what_launches_a_kernel_is_made_beside_its_translation(
     monkeypatch.setattr(launch.triton.runtime.driver.active, "launcher_cls", None)
     wait(launch.compile_together([compiler.kernel()], *more))
     assert len(compiler.translated) == 2
+
+
+def test_a_kernel_is_translated_while_python_ends(compiler, monkeypatch):
+    """Nothing new can be begun then, and what was begun is kept on disk."""
+    launch = installed("hla.kernels.triton.launch")
+
+    class Ended(launch.ThreadPoolExecutor):
+        def submit(self, *_):
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(launch, "version", lambda: (3, 6))
+    monkeypatch.setattr(launch, "ThreadPoolExecutor", Ended)
+    assert launch._one_by_one(compiler.text)().make_ir(module=3) == 3
+
+
+def test_what_fails_before_kernels_are_asked_for_holds_nobody_up(compiler, monkeypatch):
+    torch, launch = installed("torch"), installed("hla.kernels.triton.launch")
+
+    def broken(*_, **__):
+        raise RuntimeError("another mode is active")
+
+    monkeypatch.setattr(launch.triton, "AsyncCompileMode", broken)
+    begun = launch.compile_together([compiler.kernel()], [], {}, torch.device("cpu"))
+    assert isinstance(begun[0].exception(60), RuntimeError)
 
 
 def test_the_compiler_is_prepared_while_kernels_are_imported(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -368,7 +369,7 @@ def _compile(
     asked: Future[None],
 ) -> None:
     """Compile kernels at once, but for what Python does, in which threads would only hinder it."""
-    wait(prepare_compiler())
+    wait(prepare_compiler(), timeout=60)  # of a process that forked meanwhile they never end
 
     def all_of_them(_: Any) -> None:
         with (
@@ -405,12 +406,18 @@ def _one_by_one(source: Any) -> Any:
 
         def make_ir(self, *given: Any, **options: Any) -> Any:
             with ThreadPoolExecutor(1, "hla-compiles") as meanwhile:
-                if version() <= (3, 6):
-                    meanwhile.submit(triton.runtime.driver.active.launcher_cls, self, _Unknown())
+                with contextlib.suppress(RuntimeError):  # no new thread while Python ends
+                    if version() <= (3, 6):
+                        meanwhile.submit(_launcher, self, _Unknown())
                 with self.turn:
                     return super().make_ir(*given, **options)
 
     return OneByOne
+
+
+def _launcher(source: Any, metadata: Any) -> None:
+    """Make what launches a kernel, which stays on disk."""
+    triton.runtime.driver.active.launcher_cls(source, metadata)
 
 
 class _Unknown:
@@ -434,7 +441,7 @@ class _Building(NamedTuple):
     @staticmethod
     def built(compiled: Callable[[], Any]) -> Any:
         kernel = compiled()
-        triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+        _launcher(kernel.src, kernel.metadata)
         return kernel
 
 

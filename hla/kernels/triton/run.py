@@ -241,20 +241,18 @@ def begin(
     The backward's longest, which takes longest of all, comes first, its others last. What fails of
     them, the backward raises. Their memory is taken to be aligned, as what torch allocates is.
     """
-    where, later = ready.call.where, None
-    if where.type != "cuda":
+    if ready.call.where.type != "cuda":
         return
     kernels = _kernels(ready, [*pointers, *(None,) * (ready.more + 1)])
+    later, theirs = ready, list[Kernel]()
     if follows is not None and not all(map(is_begun, kernels)):
         with contextlib.suppress(Exception):
             later = follows()
-    if later is None:
-        futures.wait(_begun(ready, kernels, arrays))
-        return
-    theirs = _kernels(later, [*(16,) * len(later.call.slots), None])
-    _begun(later, theirs[:1], ())
+            theirs = _kernels(later, [*(16,) * len(later.call.slots), None])
+            _begun(later, theirs[:1], ())
     begun = _begun(ready, kernels, arrays)
-    _begun(later, theirs[1:], ())
+    with contextlib.suppress(Exception):
+        _begun(later, theirs[1:], ())
     futures.wait(begun)
 
 
