@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import close, environment, installed, numpy_dtype, within_budget
 from devices import Device, check, host, inputs_of, state_of
+from numba import cuda
 
 import hla
 from hla import backends
@@ -20,6 +21,7 @@ from hla.libraries import exchange, rules
 installed("numba")
 simulator = importlib.import_module("numba_simulator")
 device = sys.modules["hla.kernels.numba.device"]
+between = sys.modules["hla.kernels.numba.between"]
 HOST = Device(simulator.NAME, "numpy", "cpu", simulator.CAPABILITIES.dtypes)
 
 
@@ -64,6 +66,31 @@ def test_segments(simulated, monkeypatch):
     o = hla.scan(**HOST.arrays(inputs, "float32"), operator="linear", backend=simulator.NAME)
     assert {"fading.cu", "carry.cu"} <= {name for name, _ in simulator.LAUNCHES}
     within_budget(host(o), want, "float32", D=12)
+
+
+@pytest.mark.parametrize("reverse", [0, 1])
+@pytest.mark.parametrize("ends", [False, True])
+def test_carry_reads_no_state_that_nobody_makes(reverse, ends):
+    """That of the last segment, unless the last state is requested."""
+    local, o, end = np.ones((3, 3, 2, 2), np.float32)
+    seen = set()
+
+    class Reads(simulator.Twin):
+        def get64(self, address, at, kind):
+            seen.add(int(at) // 4)
+            return super().get64(address, at, kind)
+
+    twin = Reads({})
+    kernel = device.TEXTS["carry.cu"].make({}, twin)
+    twin.module = sys.modules[kernel.__module__]
+    at = local.ctypes.data, o.ctypes.data, 0, end.ctypes.data * ends, 0
+    walk, fade = between.Walk(0, 0, 0, 2, 1), between.Fade(0, 0, 0, 0)
+    sizes = between.Segments(3, 2, 2, 1, 1, reverse, 1)
+    cuda.jit(kernel)[1, 4](at, walk, walk, fade, sizes, 1.0)
+    order = [2, 1, 0] if reverse else [0, 1, 2]
+    assert seen == {*order[: 2 + ends]}
+    assert [o[n, 1, 1] for n in order] == [0, 1, 2]
+    assert end[0, 1, 1] == (3 if ends else 1)
 
 
 @pytest.mark.aot

@@ -180,7 +180,9 @@ def carry(c: Constants, t: Any) -> Callable[..., None]:
                 S = f32(get(at[2], from_, 2))
             for i in range(p.parts):
                 n = p.parts - 1 - i if p.reverse else i
-                more = f32(get(at[0], first + n * size, 2))
+                more = f32(0)
+                if i + 1 < p.parts or at[3]:  # the last may not be there
+                    more = f32(get(at[0], first + n * size, 2))
                 put(at[1], first + n * size, 2, f64(S))
                 if at[4]:
                     S *= f32(math.exp(power * get(at[4], faded + n * fading.segment, 3)))
