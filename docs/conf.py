@@ -81,7 +81,7 @@ def capabilities():
     """What each backend computes, as its data has it."""
     head = (
         "backend",
-        "picked for",
+        "picked for (the first that can)",
         "libraries",
         "traced arrays of",
         "dtypes",
