@@ -231,6 +231,6 @@ def _bars(axes: Any, rows: list[Row]) -> None:
         axes.axvline(1e3 * floor, color="black", linestyle=":")
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(right=3 * times[-1])  # room for its label
+    axes.set_xlim(right=3 * max(times))  # room for its label
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="ms (median); dotted: the floor")
