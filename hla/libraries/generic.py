@@ -21,6 +21,12 @@ def compiling() -> bool:
     return torch is not None and bool(torch.compiler.is_compiling())
 
 
+def recording() -> bool:
+    """Whether torch reads or records the calls that are made: also by torch.jit.trace."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_compiling() or torch._C._is_tracing())
+
+
 class Facts(NamedTuple):
     """Facts of a request about an array beside its shape."""
 

@@ -54,6 +54,11 @@ def followed(x: Tensor) -> bool:
     return (x.requires_grad and torch.is_grad_enabled()) or transforming()
 
 
+def may_follow() -> bool:
+    """Whether torch may differentiate what does not tell: in a transform, or when a trace runs."""
+    return transforming() or bool(torch._C._is_tracing())
+
+
 def watched() -> bool:
     """Whether a mode or a transform sees every operation."""
     return _get_current_dispatch_mode() is not None or transforming()
