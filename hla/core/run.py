@@ -199,7 +199,10 @@ class Sweep:
         made = [n for n in self.makes if later is None or n in later or n not in self.reads]
         given = self.given | ({} if log is None else {"gate": log[..., None]})
         cuts, ends = pieces(tuple(given.values()), chunk)
-        names = (*given, *known, *(() if ends is None else ("tokens",)))
+        make, powers = library_of(self.like).chunk_totals, {s.power for s, *_ in self.passes}
+        tokens = {} if ends is None else {"tokens": ends}
+        each = [make(self.gate, powers, cut[-1], ends) | tokens for cut in cuts]
+        names = (*given, *known, *each[0])
         carry, parts, loop = self.begin(), list[tuple[Array, ...]](), library_of(self.like).fold
         for c in reversed(range(len(cuts))) if self.reverse else range(len(cuts)):
             W = cuts[c][0].shape[-2]
@@ -214,7 +217,7 @@ class Sweep:
                 out = [*made, *([GATE] if self.dots else [])]
                 return after, (*before, *(local[n] for n in out))
 
-            xs = (*cuts[c], *(x[c] for x in known.values()), *(() if ends is None else (ends,)))
+            xs = (*cuts[c], *(x[c] for x in known.values()), *each[c].values())
             carry, found = loop(body, carry, xs, (-3,) * len(xs), -3, self.reverse)
             parts.append(found)
         whole = list(zip(*(reversed(parts) if self.reverse else parts), strict=True))
@@ -279,7 +282,7 @@ class Sweep:
         for one, S in zip(self.states.values(), carry, strict=True):
             _, w = ws[one.power, one.kind]
             kv = times(local[one.k], w.key).mT @ scaled(one.write, local[one.v])
-            after.append(kv + times(S, w.total))
+            after.append(kv + times(S, local.get(f"total@{one.power}")))
         return tuple(after)
 
     def crossing(

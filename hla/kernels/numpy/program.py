@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...core.namespace import sum_to
+from ...core.namespace import library_of, sum_to
 from ...core.passes import CHUNK, Gate, Pass, Shape, Weights, broadcast, weights
 from ...core.programs import Passes, d
 from ...core.run import GATE, add, begun
@@ -190,6 +190,16 @@ def _constant(
     return _weighed(Gate(g), kinds, W, dtype)
 
 
+@functools.lru_cache(maxsize=16)
+def _constant_totals(
+    powers: frozenset[int], W: int, chunks: int, dtype: Any, shape: Shape, values: bytes
+) -> dict[str, Array]:
+    """Return the totals of the chunks of a constant decay."""
+    x, g = np.empty((chunks, W, 0), dtype), np.frombuffer(values, dtype).reshape(shape)
+    found: dict[str, Array] = library_of(x).chunk_totals(Gate(g), powers, x)
+    return found
+
+
 def _rows(work: int, most: int) -> int:
     """Return the rows, of ``work`` multiply-adds each, for which BLAS needs no threads of its own.
 
@@ -241,15 +251,35 @@ class _Sweep:
             return _constant(kinds, W, self.dtype, *known)
 
         for start, stop, G, W in _pieces(self.T, self.chunk, self.group)[:: -1 if reverse else 1]:
-            a = self.gate.log_gate
+            a, chunks = self.gate.log_gate, (stop - start) // W
+            if a is not None:
+                a = a[..., start:stop].reshape((*a.shape[:-1], chunks, W))
+            totals = self.totals(a, W, chunks)
             fixed = weigh(each, W) if a is None else {}
-            firsts = range(start, stop, G * W)
-            for first in reversed(firsts) if reverse else firsts:
-                rows = slice(first, first + G * W)
-                chunks = slice(first // self.chunk, first // self.chunk + G)
+            turns = range(0, chunks, G)
+            for i in reversed(turns) if reverse else turns:
                 if a is not None:
-                    fixed = weigh(Gate(log_gate=a[..., rows].reshape((*a.shape[:-1], G, W))), W)
-                yield _Turn(rows, chunks, (G, W), fixed)
+                    fixed = weigh(Gate(log_gate=a[..., i : i + G, :]), W)
+                found = dict[tuple[int, str], tuple[Weights, Weights]]()
+                for key, both in fixed.items():
+                    total = totals.get(f"total@{key[0]}")
+                    if total is not None:
+                        part = total[..., i : i + G, :, :]
+                        both = both[0]._replace(total=part), both[1]._replace(total=part)
+                    found[key] = both
+                first = start + i * W
+                here = slice(first // self.chunk, first // self.chunk + G)
+                yield _Turn(slice(first, first + G * W), here, (G, W), found)
+
+    def totals(self, a: Array | None, W: int, chunks: int) -> dict[str, Array]:
+        """Return the totals of chunks, which rounding spoils where there is more than one."""
+        powers, g = frozenset(s.power for s in self.steps if chunks > 1), self.gate.decay
+        if g is not None:
+            return _constant_totals(powers, W, chunks, self.dtype, g.shape, g.tobytes())
+        if a is None:
+            return {}
+        found: dict[str, Array] = library_of(a).chunk_totals(self.gate, powers, a[..., None])
+        return found
 
     def buffer(self, name: str, *shape: int) -> Array:
         """Return the reused array of this name and shape, its contents undefined."""
@@ -332,7 +362,7 @@ class _Sweep:
         for i, j in itertools.pairwise(order):
             here, there = states[..., i, :, :], states[..., j, :, :]
             if w.total is not None:
-                here = here * w.total[..., min(i - reverse, w.total.shape[-3] - 1), :, :]
+                here = here * w.total[..., i - reverse, :, :]
             np.add(there, here, out=there)
         state[...] = states[..., order[-1], :, :]
         return out[..., before, :, :]
