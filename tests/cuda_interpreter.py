@@ -44,7 +44,7 @@ def _folder():
 
 @functools.cache
 def _version():
-    return subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
+    return subprocess.check_output([COMPILER, "--version"], text=True)
 
 
 def compiled(text, end, *arguments):
