@@ -128,7 +128,8 @@ class Generic:
                 n = xp.zeros((chunks,), dtype=x.dtype, device=self.device(x))
                 n = power * (n + (W if ends is None else ends[:, 0, 0]))
                 n = xp.reshape(n, (1,) * g.ndim + (chunks,))
-                log = n * xp.log(xp.where(g > 0, g, xp.ones_like(g)))[..., None]
+                read = xp.where(g > 0.5, g, xp.ones_like(g))  # what `_joint` reads, and no other
+                log = n * xp.log(read)[..., None]
                 total = self.powers(g[..., None], n)
             one = type(chunks) is int and chunks == 1
             found[f"total@{power}"] = (total if one else self._joint(total, log))[..., None, None]

@@ -250,34 +250,33 @@ class _Sweep:
             known = ((), None) if g is None else (g.shape, g.tobytes())
             return _constant(kinds, W, self.dtype, *known)
 
+        a, whole = self.gate.log_gate, self.totals()
         for start, stop, G, W in _pieces(self.T, self.chunk, self.group)[:: -1 if reverse else 1]:
-            a, chunks = self.gate.log_gate, (stop - start) // W
-            if a is not None:
-                a = a[..., start:stop].reshape((*a.shape[:-1], chunks, W))
-            totals = self.totals(a, W, chunks)
             fixed = weigh(each, W) if a is None else {}
-            turns = range(0, chunks, G)
-            for i in reversed(turns) if reverse else turns:
+            firsts = range(start, stop, G * W)
+            for first in reversed(firsts) if reverse else firsts:
+                rows = slice(first, first + G * W)
+                chunks = slice(first // self.chunk, first // self.chunk + G)
                 if a is not None:
-                    fixed = weigh(Gate(log_gate=a[..., i : i + G, :]), W)
+                    fixed = weigh(Gate(log_gate=a[..., rows].reshape((*a.shape[:-1], G, W))), W)
+                here = whole if stop <= self.T - self.T % self.chunk else {}  # not of the rest
                 found = dict[tuple[int, str], tuple[Weights, Weights]]()
-                for key, both in fixed.items():
-                    total = totals.get(f"total@{key[0]}")
-                    if total is not None:
-                        part = total[..., i : i + G, :, :]
-                        both = both[0]._replace(total=part), both[1]._replace(total=part)
-                    found[key] = both
-                first = start + i * W
-                here = slice(first // self.chunk, first // self.chunk + G)
-                yield _Turn(slice(first, first + G * W), here, (G, W), found)
+                for key, (left, right) in fixed.items():
+                    if (total := here.get(f"total@{key[0]}")) is not None:
+                        total = total[..., chunks, :, :]
+                        left, right = (w._replace(total=total) for w in (left, right))
+                    found[key] = left, right
+                yield _Turn(rows, chunks, (G, W), found)
 
-    def totals(self, a: Array | None, W: int, chunks: int) -> dict[str, Array]:
-        """Return the totals of chunks, which rounding spoils where there is more than one."""
-        powers, g = frozenset(s.power for s in self.steps if chunks > 1), self.gate.decay
+    def totals(self) -> dict[str, Array]:
+        """Return the totals of whole chunks, however they are grouped; one has its weights'."""
+        chunks, g, a = self.T // self.chunk, self.gate.decay, self.gate.log_gate
+        powers = frozenset(s.power for s in self.steps if chunks > 1)
         if g is not None:
-            return _constant_totals(powers, W, chunks, self.dtype, g.shape, g.tobytes())
+            return _constant_totals(powers, self.chunk, chunks, self.dtype, g.shape, g.tobytes())
         if a is None:
             return {}
+        a = a[..., : chunks * self.chunk].reshape((*a.shape[:-1], chunks, self.chunk))
         found: dict[str, Array] = library_of(a).chunk_totals(self.gate, powers, a[..., None])
         return found
 
