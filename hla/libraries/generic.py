@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ def compiling() -> bool:
 def recording() -> bool:
     """Whether torch reads or records the calls that are made: also by torch.jit.trace."""
     torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.compiler.is_compiling() or torch._C._is_tracing())
+    return compiling() or (torch is not None and bool(torch._C._is_tracing()))
 
 
 class Facts(NamedTuple):
@@ -98,18 +98,19 @@ class Generic:
         return x**n
 
     def chunk_totals(
-        self, gate: Any, powers: Collection[int], x: Array, ends: Array | None = None
+        self, gate: Any, powers: Set[int], x: Array, ends: Array | None = None
     ) -> dict[str, Array]:
         """Return what each chunk leaves of a state, (..., chunks, 1, 1), as "total@" and a power.
 
         A constant decay's rounding, the same in every chunk, would add up. So each is rounded up
         or down such that the product of any that follow one another is right to its last digits.
+        Nothing for one chunk, whose total is its weights'.
 
         Parameters
         ----------
         gate : Gate
             The call's.
-        powers : collection of int
+        powers : set of int
             Exponents of the gate.
         x : array, (..., chunks, W, features)
             Of the dtype and device of the results; the log gate, if the gate is one.
@@ -118,9 +119,9 @@ class Generic:
         """
         xp, (chunks, W) = self.xp, x.shape[-3:-1]
         found, g = dict[str, Array](), gate.decay
-        for power in sorted(powers) if gate.arrays else ():
-            if not power:
-                continue
+        if not gate.arrays or (type(chunks) is int and chunks == 1):
+            return found
+        for power in sorted(powers - {0}):
             if g is None:
                 log = power * xp.sum(x[..., 0], axis=-1)
                 total = xp.exp(log)
@@ -131,8 +132,7 @@ class Generic:
                 read = xp.where(g > 0.5, g, xp.ones_like(g))  # what `_joint` reads, and no other
                 log = n * xp.log(read)[..., None]
                 total = self.powers(g[..., None], n)
-            one = type(chunks) is int and chunks == 1
-            found[f"total@{power}"] = (total if one else self._joint(total, log))[..., None, None]
+            found[f"total@{power}"] = self._joint(total, log)[..., None, None]
         return found
 
     def _joint(self, total: Array, log: Array) -> Array:

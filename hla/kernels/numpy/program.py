@@ -271,7 +271,7 @@ class _Sweep:
     def totals(self) -> dict[str, Array]:
         """Return the totals of whole chunks, however they are grouped; one has its weights'."""
         chunks, g, a = self.T // self.chunk, self.gate.decay, self.gate.log_gate
-        powers = frozenset(s.power for s in self.steps if chunks > 1)
+        powers = frozenset(s.power for s in self.steps)
         if g is not None:
             return _constant_totals(powers, self.chunk, chunks, self.dtype, g.shape, g.tobytes())
         if a is None:
