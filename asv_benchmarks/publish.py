@@ -37,6 +37,7 @@ def publish(html):
         words = "publish", "--no-pull", "--html-dir", str(html)
         run("asv", "--config", f"{folder}/asv.conf.json", *words)
     run("asv_tachyon", "install", "--no-backup", str(html))  # asv's own page needs the network
+    (html / "error.html").unlink()  # asv's own page shows it, where there is no network
     commits = [on_the_branch(result["commit"]) for result in results]
     subjects = {commit: git("show", "-s", "--format=%s", commit)[0] for commit in commits}
     write(html / "commits.json", subjects)

@@ -30,7 +30,7 @@ html_theme = "furo"
 html_title = f"hla {release}"
 html_show_copyright = html_use_index = False
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["pages.css"]
 myst_enable_extensions = ["dollarmath", "substitution"]
 html_math_renderer = "mathml"  # typeset at build time: no script
 myst_heading_anchors = 3
@@ -81,7 +81,7 @@ def capabilities():
     """What each backend computes, as its data has it."""
     head = (
         "backend",
-        "picked for",
+        "picked for (the first that can)",
         "libraries",
         "traced arrays of",
         "dtypes",
@@ -212,7 +212,8 @@ def speed(folder):
 
     A row stands once, from the first result that has it; a result of several lengths is a plot.
     """
-    rows = [("what", "arrays (backend)", "ms", "share of the floor", "FLA", "softmax attention")]
+    peers = "FLA's time / hla's", "softmax attention's / hla's"
+    rows = [("what", "arrays (backend)", "ms", "floor / ms", *peers)]
     seen = set()
     for result in results(folder).values():
         if grown(result):

@@ -18,7 +18,7 @@ from .device.token import unpacked
 from .dispatch import Explanation, Info
 from .errors import Unsupported
 from .layout import Layout
-from .libraries import NODES, compiling, library_of
+from .libraries import NODES, library_of, recording
 from .options import (
     DEFAULTS,
     OPTIONS,
@@ -119,7 +119,7 @@ def scan(q: Any, k: Any, v: Any, **options: Any) -> Any:
     >>> hla.scan(q, k, v)[:, 0]
     array([1., 3., 6.])
     """
-    if compiling():
+    if recording():
         return _node("scan")(q, k, v, **filled("scan", DEFAULTS, options))
     call = again.seen("scan", q, k, v, None, options)
     found = call and again.take(call)
@@ -201,7 +201,7 @@ def step(q_t: Any, k_t: Any, v_t: Any, state: Any = None, **options: Any) -> Any
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
-    if compiling():
+    if recording():
         return _node("step")(q_t, k_t, v_t, state, **filled("step", STEP, options))
     call = again.seen("step", q_t, k_t, v_t, state, options)
     found = call and again.take(call)
@@ -262,7 +262,7 @@ def summarize(q: Any, k: Any, v: Any, **options: Unpack[SegmentOptions]) -> Any:
         return library_of(q).lent(summarize, q, k, v, **options)
     given = filled("summarize", SEGMENT, options)
     ordered(given["mask"], "segments")
-    run = _node("summarize") if compiling() else _summarize
+    run = _node("summarize") if recording() else _summarize
     return run(q, k, v, **given)
 
 
@@ -303,7 +303,7 @@ def combine(left: S, right: Any) -> S:
     library = library_of(getattr(right, "rho", None))
     if library.borrowed:
         return library.lent(combine, left, right)  # type: ignore[no-any-return]
-    run = _node("combine") if compiling() else _combine
+    run = _node("combine") if recording() else _combine
     joined: S = run(left, right)
     return joined
 
@@ -357,7 +357,7 @@ return_state, form, chunk_size, convention, backend
     ValueError, TypeError, Unsupported
         As in `scan`.
     """
-    earlier = None if compiling() else again.seen("vjp", q, k, v, None, options)
+    earlier = None if recording() else again.seen("vjp", q, k, v, None, options)
     found = earlier and again.take(earlier)
     if found is not None:
         return found
@@ -365,7 +365,7 @@ return_state, form, chunk_size, convention, backend
         return library_of(q).lent(vjp, q, k, v, **options)
     options = filled("vjp", DEFAULTS, options)
     backend = options.pop("backend")
-    if compiling():
+    if recording():
         o, state, saved = _node("forward")(q, k, v, backend, **options)
         pull = functools.partial(_node("backward"), q, k, v, backend, **options)
     else:

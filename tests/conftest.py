@@ -76,6 +76,8 @@ def pytest_configure(config):
     # A JAX tracer has no device: where JAX has a GPU, it counts as there, also for host arrays.
     traced = "ignore:running the generic array code .pallas:hla.SlowPathWarning"
     config.addinivalue_line("filterwarnings", traced)
+    if cache := getattr(config, "cache", None):  # test processes and later runs share what g++ made
+        os.environ.setdefault("HLA_CUDA_HOST_CACHE", str(cache.mkdir("cuda-host")))
 
 
 @pytest.hookimpl(wrapper=True)

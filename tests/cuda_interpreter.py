@@ -32,27 +32,42 @@ HEADERS = threading.Lock()
 TWINS = {"ptx.cuh": "cuda_host.cuh", "warpgroup.cuh": "hopper_host.cuh"}  # of included files
 
 
+COMMAND = ["-std=c++17", "-O0", "-w", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
+
+
 @functools.cache
 def _folder():
+    """Where what g++ made is kept, for other processes too: each file is there when it is whole."""
     given = os.environ.get("HLA_CUDA_HOST_CACHE")
     return pathlib.Path(given or tempfile.mkdtemp(prefix="hla-cuda-host"))
 
 
-def compile_into(built, *arguments):
-    command = [COMPILER, "-std=c++17", "-O0", "-w", "-fPIC", "-fno-strict-aliasing"]
-    part = f"{built}.{os.getpid()}.{threading.get_ident()}"  # kernels are loaded side by side
-    subprocess.run([*command, "-U_FORTIFY_SOURCE", *arguments, "-o", part], check=True)
-    os.replace(part, built)
+@functools.cache
+def _version():
+    return subprocess.check_output([COMPILER, "--version"], text=True)
+
+
+def compiled(text, end, *arguments):
+    """The file that g++ makes of a text, once for a text and a g++."""
+    key = "\n".join((_version(), *COMMAND, *map(str, arguments), text))
+    at = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}{end}"
+    if not at.exists():
+        with tempfile.TemporaryDirectory(dir=at.parent) as own:  # kernels are loaded side by side
+            given, made = (pathlib.Path(own, x) for x in ("kernel.h", "made"))
+            given.write_text(text)
+            command = [COMPILER, *COMMAND, *arguments, given, "-o", made]
+            subprocess.run(command, check=True)
+            made.replace(at)
+    return at
 
 
 @functools.cache
 def _headers():
     """What the twins include, compiled once: a third of a kernel's time."""
     texts = [pathlib.Path(__file__).with_name(x).read_text() for x in TWINS.values()]
-    path = _folder() / "headers.h"
-    path.write_text("\n".join(re.findall("#include <.*>", "\n".join(texts))) + "\n")
-    compile_into(f"{path}.gch", "-x", "c++-header", path)
-    return path
+    text = "\n".join(re.findall("#include <.*>", "\n".join(texts))) + "\n"
+    made = compiled(text, ".h.gch", "-x", "c++-header")
+    return made.with_suffix("")  # by which g++ finds it
 
 
 @functools.cache
@@ -71,13 +86,9 @@ extern "C" void launch(unsigned grid, unsigned threads, const void* p) {{
 }}
 extern "C" int size() {{ return sizeof(argument); }}
 """
-    at = _folder() / hashlib.sha256(text.encode()).hexdigest()[:24]
-    built = at.with_suffix(".so")
-    if not built.exists():
-        at.with_suffix(".cpp").write_text(text)
-        with HEADERS:
-            headers = _headers()
-        compile_into(built, "-shared", "-include", headers, at.with_suffix(".cpp"))
+    with HEADERS:
+        headers = _headers()
+    built = compiled(text, ".so", "-shared", "-include", headers, "-x", "c++")
     return ctypes.CDLL(str(built))
 
 

@@ -96,19 +96,26 @@ class Call:
             self.cotangents = [np.concatenate([do / den, zero], -1)]
             self.cotangents += [np.concatenate([0 * do, x], -1) for x in dens]
 
+    def each_way(self):
+        """Cotangents of the outputs, along a first axis one for each sum that a result is of."""
+        ways, found = [*itertools.product(self.addends, self.cotangents)], {}
+        for i, ((c, name), do) in enumerate(ways):
+            found.setdefault(name, np.zeros((len(ways), *do.shape)))[i] = c * do
+        return found
+
     def of_random_signs(self):
-        """Draws of the cotangents of the outputs, each token of each with a sign of its own.
+        """Draws of the cotangents, along a first axis, each token of each with a sign of its own.
 
         A first state's gradient is a sum over tokens at every level of a program. The mean of its
         square over draws is the sum of the squares of what each token adds, by every way.
         """
-        rng = np.random.default_rng(5)
+        rng, draws = np.random.default_rng(5), []
         for _ in range(DRAWS):
-            signed: dict = {}
+            draws.append(signed := {})
             for (c, name), do in itertools.product(self.addends, self.cotangents):
                 sign = rng.choice([-1.0, 1.0], (*do.shape[:-1], 1))
                 signed[name] = signed.get(name, 0) + sign * c * do / math.sqrt(DRAWS)
-            yield signed
+        return {name: np.stack([x[name] for x in draws]) for name in draws[0]}
 
     def run(self, s, q, k, v, state, reverse=False):
         """One pass."""
@@ -116,7 +123,10 @@ class Call:
         return causal_pass(q, k, v, self.gate, **kind if s.kind != "full" else {"kind": "full"})
 
     def adjoint(self, do, last):
-        """Gradients of values by name and of states by fields; `products`."""
+        """Gradients of values by name and of states by fields; `products`.
+
+        What ``do`` has in front of the batch axes, what depends on it has too.
+        """
         grads, states, products = dict(do), {}, []
         for s in reversed(self.steps):
             q, k, v = (self.values[n] for n in (s.q, s.k, s.v))
@@ -157,8 +167,7 @@ class Call:
 
         A quotient's numerator and denominator are ways apart: at a strong decay they cancel.
         """
-        for (c, name), do in itertools.product(self.addends, self.cotangents):
-            yield from self.adjoint({name: c * do}, None)[2]
+        yield from self.adjoint(self.each_way(), None)[2]
         if self.last is not None:
             yield from self.adjoint({}, self.last)[2]
 
@@ -171,15 +180,18 @@ def parts(inputs, options, given):
         call.start is not None
     ) else {}  # fmt: skip
 
-    def add(name, x):
+    def add(name, x, own=2):  # axes of its own, behind those of the batch
         if name in shapes:
-            found[name] = np.hypot(found.get(name, 0.0), summed(np.asarray(x), shapes[name]))
+            ways = x if x.ndim > len(call.batch) + own else x[None]
+            squares = sum(summed(y, shapes[name]) ** 2 for y in ways)
+            found[name] = np.sqrt(found.get(name, 0.0) ** 2 + squares)
 
     def add_states(states):
         for names, x in states.items():
             for name, y in zip(names, (x[..., :-1], x[..., -1]) if len(names) > 1 else (x,),
                                strict=True):  # fmt: skip
-                add(f"dstate {name}", y + y.mT if name in ("S", "Q") else y)
+                y = y + y.mT if name in ("S", "Q") else y
+                add(f"dstate {name}", y, 1 + name[0].isupper())
 
     def add_all(do, last):
         grads, states, _ = call.adjoint(do, last)
@@ -189,13 +201,11 @@ def parts(inputs, options, given):
         add_states(states)
 
     found["o"] = np.sqrt(sum(x[..., : inputs["v"].shape[-1]] ** 2 for x in call.outputs))
-    for (c, name), do in itertools.product(call.addends, call.cotangents):
-        add_all({name: c * do}, None)
+    add_all(call.each_way(), None)
     if call.last is not None:
         add_all({}, call.last)
     if call.start is not None:
-        for do in call.of_random_signs():
-            add_states(call.adjoint(do, None)[1])
+        add_states(call.adjoint(call.of_random_signs(), None)[1])
     return found
 
 
@@ -216,7 +226,8 @@ def gate_terms(inputs, options, given) -> Terms:
             squares = squares + summed((d**2).sum(-1).reshape(shape), gate.shape)
             added = added + summed(abs(d).sum(-1).reshape(shape), gate.shape)
             continue
-        token, after = read**2 + write**2, np.concatenate([d[..., 1:], inner[..., None]], -1)
+        after = np.broadcast_to(inner[..., None], (*d.shape[:-1], 1))
+        token, after = read**2 + write**2, np.concatenate([d[..., 1:], after], -1)
         squares = squares + summed(token + after**2, gate.shape)
         added = added + summed(from_here(token) + inner[..., None] ** 2, gate.shape)
     by = gate if name == "decay" else 1.0

@@ -186,6 +186,44 @@ def test_export_saves_a_program_with_a_state(strict):
         agree(got, want)
 
 
+def vjp_of(q, k, v, log_gate):
+    (o, state), pullback = hla.vjp(q, k, v, operator="ahla", log_gate=log_gate, return_state=True)
+    return o, *state, *pullback(o, state)[:3]
+
+
+def joined(q, k, v, log_gate):
+    segment = hla.summarize(q, k, v, log_gate=log_gate)
+    return tuple(x for x in hla.combine(segment, segment) if x is not None)
+
+
+def continued(q, k, v, log_gate):
+    _, state = hla.scan(q, k, v, operator="hla3", log_gate=log_gate, return_state=True)
+    token = q[..., 0, :], k[..., 0, :], v[..., 0, :]
+    o, state = hla.step(*token, state, operator="hla3", decay=0.9)
+    return o, *state
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("call", [vjp_of, joined, continued])
+def test_a_trace_serves_every_length(call):
+    """torch.jit.trace records operators, not the loop over the chunks that it saw."""
+    trace = torch.jit.trace(call, tuple(tensors(7).values()), check_trace=False)
+    for T in (1, 7, 130):
+        given = tensors(T).values()
+        agree(trace(*given), call(*given))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_was_traced_without_gradients_has_them():
+    def call(q, k, v):
+        return hla.scan(q, k, v, operator="hla3", normalize=True)
+
+    trace = torch.jit.trace(call, tuple(tensors(7, "none").values()), check_trace=False)
+    given = [x.requires_grad_() for x in tensors(70, "none", positive=True).values()]
+    results = ((f(*given) ** 2).sum() for f in (trace, call))
+    agree(*(torch.autograd.grad(x, given) for x in results))
+
+
 def test_opcheck():
     """Schema, autograd, fake tensors and dynamic shapes of the operators over generic code."""
     from hla.libraries.torch_graph import nodes

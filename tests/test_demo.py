@@ -273,6 +273,26 @@ BAD = {
 }
 
 
+def test_the_text_says_which_operator_was_ahead():
+    """First order or another, beside the model that has no operator."""
+    from hla.demo import report
+
+    text = corpus(bytes(WINDOW * 40), WINDOW)
+    scores = {NO_MIXER: 2.5, "linear": 2.0, "hla2": 2.1, "hla3": 2.2}
+
+    def said(**scores):
+        models = [
+            Trained(Job(Config(name), text, 1, 0), {}, [], [(1, bits)], 1.0)
+            for name, bits in scores.items()
+        ]
+        return report.text_shows(report.Results(models, [], {}, None))
+
+    assert "first order wins on text (linear 2.000, hla2 2.100, no mixer 2.500)" in said(**scores)
+    ahead = said(**scores | {"hla3": 1.5})
+    assert "hla3 is ahead here (linear 2.000, hla3 1.500, no mixer 2.500)" in ahead
+    assert "Of the operators" not in said(linear=2.0)
+
+
 @pytest.mark.parametrize(("case", "message"), BAD.items(), ids=list(BAD))
 def test_bad_text_is_one_line_and_writes_nothing(case, message, tmp_path, capfd):
     path = tmp_path / "text"

@@ -89,15 +89,20 @@ def test_operator_table_is_the_programs(page, column, table):
         assert steps[-1][0] == "o"
 
 
+def torch_mixer():
+    """Return the layer of the docs."""
+    code = next(c for _, _, c in blocks(ROOT / "docs" / "layer.md") if "class Mixer" in c)
+    namespace = {}
+    exec(compile(code, "layer", "exec"), namespace)
+    return namespace["Mixer"]
+
+
 @pytest.mark.parametrize("operator", contract.OPERATORS)
 def test_the_layer_of_the_docs_survives_casts(operator):
     """As a whole or token by token; torch.func takes it as it comes."""
     torch = installed("torch")
-    code = next(c for _, _, c in blocks(ROOT / "docs" / "layer.md") if "class Mixer" in c)
-    namespace = {}
-    exec(compile(code, "layer", "exec"), namespace)
     torch.manual_seed(0)
-    layer, x = namespace["Mixer"](48, 12, operator), torch.randn(2, 6, 48)
+    layer, x = torch_mixer()(48, 12, operator), torch.randn(2, 6, 48)
     want, _ = layer(x)
     parameters = dict(layer.named_parameters())
     state = None
@@ -117,6 +122,22 @@ def test_the_layer_of_the_docs_survives_casts(operator):
         assert o.dtype == dtype
         assert {m.dtype for m in memory} <= {torch.float32, torch.float64}
         assert (o.float() - want).norm() < 0.1 * want.norm()
+
+
+def test_the_layer_of_the_docs_is_exported_for_every_size():
+    """One program for any batch and length, from the start and from a state."""
+    torch = installed("torch")
+    layer, x = torch_mixer()(8, 2, "hla2"), torch.randn(3, 8, 8)
+    batch, tokens = (torch.export.Dim(name, min=2) for name in ("batch", "tokens"))
+    _, state = layer(x)
+    of_state = torch.utils._pytree.tree_map(lambda _: {0: batch}, state)
+    for start, sizes in ((), ()), ((state,), (of_state,)):
+        shapes = ({0: batch, 1: tokens}, *sizes)
+        program = torch.export.export(layer, (x, *start), dynamic_shapes=shapes)
+        for given in (torch.randn(2, 70, 8), torch.randn(5, 3, 8)):
+            before = (layer(given)[1],) if start else ()
+            found, want = program.module()(given, *before), layer(given, *before)
+            torch.testing.assert_close(found, want)
 
 
 def test_readme_has_the_two_commands():

@@ -11,11 +11,13 @@ from conftest import (
     FORMS,
     OPERATORS,
     Row,
+    budget,
     close,
     draw,
     installed,
     load,
     numpy_dtype,
+    rms,
     rows,
     same,
     to_numpy,
@@ -351,3 +353,32 @@ def test_sums_of_gates_stay_local(row: Row):
     )
     o = hla.scan(q, k, v, log_gate=a, **row.options)
     within_budget(to_numpy(o), want, "float32", D=8)
+
+
+@functools.cache
+def constant_gate(gate):
+    """Positive tokens with a gate of which float32 rounds g^64 by half of its last digit."""
+    T, D, g = 2**14, 2, np.float32(1 - 2.0**-18)
+    q, k, v, do = (abs(x).astype(np.float32) for x in (*draw(T, D=D, V=D), draw(T, V=D)[2]))
+    given = np.asarray(g if gate == "decay" else np.full(T, np.log(float(g)), np.float32))
+    inputs = {"q": q, "k": k, "v": v, gate: given}
+    wide = {n: x.astype(float) for n, x in inputs.items()}
+    o, pullback = hla.vjp(**wide, operator="linear", backend="array_api")
+    return inputs, do, o, getattr(pullback(do.astype(float)), f"d{gate}")
+
+
+CORE = [("numpy", "numpy"), *((x, "array_api") for x in ("numpy", "torch", "jax"))]
+
+
+@pytest.mark.parametrize("gate", ["decay", "log_gate"])
+@pytest.mark.parametrize(("name", "backend"), [*CORE, ("numpy", "numba")])
+def test_a_constant_gates_rounding_does_not_add_up(name, backend, gate):
+    inputs, do, want, grad = constant_gate(gate)
+    lib, size = load(name), {"D": 2, "decay": 1 - 2.0**-18}
+    arrays = {n: lib.array(x, "float32") for n, x in inputs.items()}
+    o, pullback = hla.vjp(**arrays, operator="linear", backend=backend)
+    within_budget(lib.numpy(o), want, "float32", **size)
+    found = lib.numpy(getattr(pullback(lib.array(do, "float32")), f"d{gate}"))
+    most = 3 * budget("float32", T=len(do), **size)[1]  # of the true value: nothing cancels
+    for x, y in zip(*(np.reshape(x, (-1, min(x.size, 64))) for x in (found, grad)), strict=True):
+        assert rms(x - y) <= most * rms(y)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import glob
 import http.server
 import json
 import os
@@ -24,6 +25,8 @@ WIDTHS = (1280, 390)
 # The views of asv's page beside its first; "multiples", by its own style, is wider than 390 pixels.
 TABS = ("explore", "heatmap", "grid", "compare", "regressions", "inventory")
 VIEWS = [f"asv/index.html#view={tab}" for tab in TABS]
+# Whether there is a font with the measures of formulas, which Debian's fonts-dejavu-extra has.
+MATHEMATICS = bool(glob.glob("/usr/share/fonts/**/DejaVuMathTeXGyre.ttf", recursive=True))
 ALONE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost"  # no other host is reached
 SEEN = """() => {
     const wide = [], all = selector => [...document.querySelectorAll(selector)];
@@ -35,6 +38,10 @@ SEEN = """() => {
         wide: wide.join(", "),
         ids: all("[id]").map(e => e.id),
         links: all("a[href]").map(e => String(e.href)),
+        level: all("math msub").filter(e => {
+            const [base, index] = [...e.children].map(part => part.getBoundingClientRect().bottom);
+            return index <= base + 1;
+        }).map(e => e.textContent),
         raw: all("math").map(e => e.textContent).filter(text => text.includes("\\\\")),
     };
 }"""
@@ -113,6 +120,9 @@ def visit(browser, home, name, pictures, report):
         page.screenshot(path=pictures / picture, full_page=True)
     for formula in seen["raw"]:
         report(f"not typeset: {formula}")
+    if MATHEMATICS:
+        for formula in seen["level"]:
+            report(f"an index on the line: {formula}")
     page.close()
     return seen
 
@@ -130,6 +140,10 @@ FAULTS = {
         "wider than 390",
     ),
     "formula": (r"<math><mi>\alpha</mi></math>", r"not typeset: \alpha"),
+    "index": (
+        "<math style='font-family: DejaVu Serif'><msub><mi>o</mi><mi>t</mi></msub></math>",
+        "an index on the line: ot",
+    ),
 }
 FINE = """
 <h1 id="top">Fine</h1> <a href="#top">up</a> <a href="https://elsewhere.example">not opened</a>
@@ -143,8 +157,9 @@ def test_each_fault_is_found(tmp_path):
         page = f"<!doctype html><meta charset=utf-8><body>{FINE}{fault}"
         (tmp_path / f"{name}.html").write_text(page, encoding="utf-8")
     found = faults(tmp_path, tmp_path)
-    assert found.keys() == {f"{name}.html" for name in FAULTS}
-    for name, (_, want) in FAULTS.items():
+    told = {name: fault for name, fault in FAULTS.items() if MATHEMATICS or name != "index"}
+    assert found.keys() == {f"{name}.html" for name in told}
+    for name, (_, want) in told.items():
         assert any(want in one for one in found[f"{name}.html"]), found
     assert len([*tmp_path.glob("*.png")]) == len(WIDTHS) * (len(FAULTS) + 1)
 

@@ -10,7 +10,6 @@ import math
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from concurrent.futures import wait
 from types import SimpleNamespace
@@ -33,7 +32,7 @@ from devices import (
 
 import hla
 from hla.arguments import prepare
-from hla.device.scan import Place
+from hla.device.scan import Place, Turn
 from hla.device.tiles import Layout
 
 
@@ -338,7 +337,7 @@ def compiler(monkeypatch):
     """What Triton's compiler is asked for: warm-ups, and launchers built."""
     installed("triton")
     launch = installed("hla.kernels.triton.launch")
-    warmed, built, modes, translating = [], [], [], []
+    warmed, built, modes, translating, translated = [], [], [], [], []
 
     class Source:
         """A kernel's text, whose translation takes a while."""
@@ -347,6 +346,7 @@ def compiler(monkeypatch):
             assert launch._turn.locked()
             assert not translating
             translating.append(module)
+            translated.append(module)
             time.sleep(0.01)
             return translating.pop()
 
@@ -367,18 +367,30 @@ def compiler(monkeypatch):
         modes.append(threads)
         yield
 
-    driver = SimpleNamespace(
-        launcher_cls=lambda *given: built.append(given), get_current_device=lambda: 0
-    )
+    def launcher(text, metadata):
+        assert not isinstance(text, Source) or metadata.shared is None
+        built.append((text, metadata))
+
+    driver = SimpleNamespace(launcher_cls=launcher, get_current_device=lambda: 0)
     monkeypatch.setattr(launch, "_begun", {})
+    monkeypatch.setattr(launch, "prepare_compiler", tuple)
     monkeypatch.setattr(launch.triton, "AsyncCompileMode", mode, raising=False)
     monkeypatch.setattr(launch.triton.runtime, "driver", SimpleNamespace(active=driver))
 
-    def kernel(**constants):
-        places = [Place(0, Layout((3,), (1,), 3)), Place(1, Layout((3,), (1,), 0)), None]
-        return launch.Kernel(Function(), (4,), places, [4] * 3, 7, **constants, num_warps=4)
+    def kernel(grid=4, operands=2, **constants):
+        places = [Place(0, Layout((3,), (1,), 3)), Place(1, Layout((3,), (1,), 0))][:operands]
+        return launch.Kernel(
+            Function(), (grid,), [*places, None], [4] * (operands + 1), 7, **constants, num_warps=4
+        )
 
-    return SimpleNamespace(kernel=kernel, warmed=warmed, built=built, modes=modes)
+    return SimpleNamespace(
+        kernel=kernel,
+        warmed=warmed,
+        built=built,
+        modes=modes,
+        translated=translated,
+        text=Source,
+    )
 
 
 def test_kernels_of_a_plan_are_compiled_together(compiler):
@@ -404,21 +416,107 @@ def test_kernels_of_a_plan_are_compiled_together(compiler):
 
 def test_what_does_not_compile_is_left_to_its_first_call(compiler):
     torch, launch = installed("torch"), installed("hla.kernels.triton.launch")
-    run = installed("hla.kernels.triton.run")
     more = [], {0: torch.float32, 1: torch.bfloat16}, torch.device("cpu")
     begun = launch.compile_together([compiler.kernel(BROKEN=True)], *more)
     wait(begun)
     assert isinstance(begun[0].exception(), RuntimeError)
-    asked = threading.Event()
 
-    def make():
-        asked.set()
+
+def test_a_backwards_longest_kernel_is_compiled_first(compiler, monkeypatch):
+    """Then the forward's and the backward's others; the backward's plan only where it is of use."""
+    torch, launch = installed("torch"), installed("hla.kernels.triton.launch")
+    run = installed("hla.kernels.triton.run")
+    monkeypatch.setattr(launch, "on_device", lambda where, launches: launches(None))
+
+    def ready(*kernels, where="cuda"):
+        call = SimpleNamespace(where=torch.device(where), slots={"x": 0, "y": 1})
+        dtypes = {"x": torch.float32, "y": torch.bfloat16}
+        return SimpleNamespace(call=call, more=0, turns=[Turn((), kernels, ())], dtypes=dtypes)
+
+    def follows():
+        asked.append(True)
+        return ready(*(compiler.kernel(*x) for x in ((1, 1), (2, 2), (3, 0))))
+
+    def broken():
+        asked.append(True)
         raise ValueError("no such plan")
 
-    run.foresee(torch.device("cpu"), make)
-    assert not asked.is_set()
-    run.foresee(torch.device("cuda"), make)
-    assert asked.wait(60)
+    asked, arrays = [], [torch.ones(2, 3), torch.ones(3)]
+    run.begin(ready(compiler.kernel(), where="cpu"), arrays, [16, 16], follows)
+    assert not asked
+    first = ready(compiler.kernel(4, 0), compiler.kernel(5, 1))
+    run.begin(first, arrays, [16, 16], follows)
+    wait(launch._begun.values())
+    assert [grid[0] for _, _, grid, _ in compiler.warmed] == [2, 5, 4, 1, 3]
+    run.begin(first, arrays, [16, 16], follows)
+    assert len(asked) == 1
+    run.begin(ready(compiler.kernel(6)), arrays, [16, 16], broken)
+    assert len(asked) == 2
+    run.begin(ready(compiler.kernel(7)), arrays, [16, 16], SimpleNamespace)  # a plan of nothing
+    assert [grid[0] for _, _, grid, _ in compiler.warmed[5:]] == [6, 7]
+
+
+@pytest.mark.parametrize(("version", "early"), [((3, 6), 1), ((3, 7), 0)])
+def test_what_launches_a_kernel_is_made_beside_its_translation(
+    compiler, monkeypatch, version, early
+):
+    """Where a C compiler makes it: what fails of that fails when the kernel is there."""
+    torch, launch = installed("torch"), installed("hla.kernels.triton.launch")
+    monkeypatch.setattr(launch, "version", lambda: version)
+    more = [], {0: torch.float32, 1: torch.bfloat16}, torch.device("cpu")
+    wait(launch.compile_together([compiler.kernel()], *more))
+    texts = [text for text, _ in compiler.built]
+    assert [isinstance(text, compiler.text) for text in texts] == [True] * early + [False]
+    monkeypatch.setattr(launch.triton.runtime.driver.active, "launcher_cls", None)
+    wait(launch.compile_together([compiler.kernel()], *more))
+    assert len(compiler.translated) == 2
+
+
+def test_a_kernel_is_translated_while_python_ends(compiler, monkeypatch):
+    """Nothing new can be begun then, and what was begun is kept on disk."""
+    launch = installed("hla.kernels.triton.launch")
+
+    class Ended(launch.ThreadPoolExecutor):
+        def submit(self, *_):
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(launch, "version", lambda: (3, 6))
+    monkeypatch.setattr(launch, "ThreadPoolExecutor", Ended)
+    assert launch._one_by_one(compiler.text)().make_ir(module=3) == 3
+
+
+def test_what_fails_before_kernels_are_asked_for_holds_nobody_up(compiler, monkeypatch):
+    torch, launch = installed("torch"), installed("hla.kernels.triton.launch")
+
+    def broken(*_, **__):
+        raise RuntimeError("another mode is active")
+
+    monkeypatch.setattr(launch.triton, "AsyncCompileMode", broken)
+    begun = launch.compile_together([compiler.kernel()], [], {}, torch.device("cpu"))
+    assert isinstance(begun[0].exception(60), RuntimeError)
+
+
+def test_the_compiler_is_prepared_while_kernels_are_imported(monkeypatch):
+    """By a GPU's first call, not by the interpreter's; what fails of it, kernels raise."""
+    triton, launch = installed("hla.backends.triton"), installed("hla.kernels.triton.launch")
+    done = []
+
+    class Driver:
+        @property
+        def active(self):
+            done.append("driver")
+            raise RuntimeError("no driver")
+
+    monkeypatch.setattr(launch.triton.runtime.cache, "triton_key", lambda: done.append("hashed"))
+    monkeypatch.setattr(launch.triton.runtime, "driver", Driver())
+    begun = launch.prepare_compiler.__wrapped__()
+    wait(begun)
+    assert sorted(done) == ["driver", "hashed"]
+    for interpreted in (True, False):
+        monkeypatch.setattr(triton, "_interpreted", lambda found=interpreted: found)
+        monkeypatch.setattr(launch, "prepare_compiler", lambda: done.append("prepared"))
+        assert triton._kernels.__wrapped__() is installed("hla.kernels.triton.run")
+        assert len(done) == 2 + (not interpreted)
 
 
 @per_device(where=interpreted)

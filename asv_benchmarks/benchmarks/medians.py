@@ -3,7 +3,9 @@
 from hla.bench.peers import GPU, PEERS, peer
 from hla.bench.workloads import Case, checked
 
-from . import LARGE, OPERATORS, TARGETS, prepare, seconds
+from . import LARGE, OPERATORS, QUICK, TARGETS, prepare, seconds
+
+BESIDE = () if QUICK else tuple(name for name in PEERS if GPU in PEERS[name].places)
 
 
 class Forward:
@@ -12,7 +14,7 @@ class Forward:
     On the host by its clock; peers are timed on a GPU alone.
     """
 
-    params = (*TARGETS, *(name for name in PEERS if GPU in PEERS[name].places)), OPERATORS
+    params = (*TARGETS, *BESIDE), OPERATORS
     param_names = ("runs on", "operator")
     workload = "forward"
 

@@ -96,6 +96,10 @@ def plan(request: Request) -> str:
 
 @functools.cache
 def _kernels() -> Any:
+    if not _interpreted():
+        from ..kernels.triton import launch
+
+        launch.prepare_compiler()  # while the rest is imported
     from ..kernels.triton import run
 
     return run

@@ -175,18 +175,18 @@ def plot(path: Path, result: dict[str, Any], rows: Iterable[Row]) -> None:
     first, machine = result["first"], result["machine"]
     some = [r for r in rows if (r.workload, r.operator) == ("forward", first["operator"])]
     some.sort(key=lambda r: r.tokens)
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(5.4, 4.6), layout="constrained")  # read at a phone's width too
     axes = figure.subplots()
     lengths = sorted({r.tokens for r in some})
     if len(lengths) == 1:
         _bars(axes, some)
     elif some:
         _lines(axes, some, lengths)
-        figure.legend(loc="outside right center", fontsize="small")
+        figure.legend(loc="outside lower center", ncols=2, fontsize="medium")
     places = [f"{machine['processor']}, {machine['cores']} cores", *machine["accelerators"]]
     about = f", T = {lengths[0]}" if len(lengths) == 1 else ""
-    title = f"{first['operator']} forward, {_what(first)}{about}\n{'; '.join(places)}"
-    axes.set_title(title, fontsize="medium")
+    what = f"{first['operator']} forward, {_what(first)}{about}"
+    figure.suptitle("\n".join([what, *places]), fontsize="medium")
     axes.grid(alpha=0.3, which="both")
     axes.set_axisbelow(True)
     figure.savefig(path, format="png", dpi=150, metadata={"Comment": source(result)})
@@ -217,7 +217,8 @@ def _lines(axes: Any, rows: list[Row], lengths: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, labels=[str(tokens) for tokens in lengths])
-    axes.set(xlabel="tokens T", ylabel="forward, ms (median)")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="tokens T", ylabel="ms (median)")
 
 
 def _bars(axes: Any, rows: list[Row]) -> None:
@@ -225,10 +226,11 @@ def _bars(axes: Any, rows: list[Row]) -> None:
     times = [1e3 * r.seconds for r in rows]
     colours = ["#999999" if r.peer else "#0072B2" for r in rows]
     bars = axes.barh([_named(r) for r in rows], times, color=colours)
-    axes.bar_label(bars, [f"{ms:.3g}" for ms in times], padding=3, fontsize="small")
+    axes.bar_label(bars, [f"{ms:.3g}" for ms in times], padding=3)
     for floor in {r.floor for r in rows if r.floor}:
         axes.axvline(1e3 * floor, color="black", linestyle=":")
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.margins(x=0.1)
-    axes.set(xlabel="forward, ms (median; hla blue); dotted: the floor")
+    axes.set_xlim(right=3 * max(times))  # room for its label
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="ms (median); dotted: the floor")

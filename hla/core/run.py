@@ -199,22 +199,24 @@ class Sweep:
         made = [n for n in self.makes if later is None or n in later or n not in self.reads]
         given = self.given | ({} if log is None else {"gate": log[..., None]})
         cuts, ends = pieces(tuple(given.values()), chunk)
-        names = (*given, *known, *(() if ends is None else ("tokens",)))
+        make, powers = library_of(self.like).chunk_totals, {s.power for s, *_ in self.passes}
+        tokens = {} if ends is None else {"tokens": ends}
+        each = [make(self.gate, powers, cut[-1], ends) | tokens for cut in cuts]
         carry, parts, loop = self.begin(), list[tuple[Array, ...]](), library_of(self.like).fold
         for c in reversed(range(len(cuts))) if self.reverse else range(len(cuts)):
-            W = cuts[c][0].shape[-2]
-            fixed = self.weigh(W, {}) if log is None and ends is None else None
+            fixed = self.weigh(cuts[c][0].shape[-2], {}) if log is None and ends is None else None
 
             def body(
-                carry: tuple[Array, ...], xs: tuple[Array, ...], W: int = W, fixed: Any = fixed
+                carry: tuple[Array, ...], xs: tuple[Array, ...], c: int = c, fixed: Any = fixed
             ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-                local = dict(zip(names, xs, strict=True))
-                after = self.chunk(local, fixed or self.weigh(W, local), carry)
+                local = dict(zip((*given, *known, *each[c]), xs, strict=True))
+                weights = fixed or self.weigh(cuts[c][0].shape[-2], local)
+                after = self.chunk(local, weights, carry)
                 before = (facing(carry[i], turned) for _, i, turned in keeps)
                 out = [*made, *([GATE] if self.dots else [])]
                 return after, (*before, *(local[n] for n in out))
 
-            xs = (*cuts[c], *(x[c] for x in known.values()), *(() if ends is None else (ends,)))
+            xs = (*cuts[c], *(x[c] for x in known.values()), *each[c].values())
             carry, found = loop(body, carry, xs, (-3,) * len(xs), -3, self.reverse)
             parts.append(found)
         whole = list(zip(*(reversed(parts) if self.reverse else parts), strict=True))
@@ -279,7 +281,7 @@ class Sweep:
         for one, S in zip(self.states.values(), carry, strict=True):
             _, w = ws[one.power, one.kind]
             kv = times(local[one.k], w.key).mT @ scaled(one.write, local[one.v])
-            after.append(kv + times(S, w.total))
+            after.append(kv + times(S, local.get(f"total@{one.power}", w.total)))
         return tuple(after)
 
     def crossing(

@@ -171,19 +171,22 @@ def text_shows(results: Results) -> str:
     assert isinstance(job.task, Corpus)
     share = job.steps * BATCH * WINDOW / len(job.task.train)
     seen = (
-        f"gzip and the counts know all of the training text by heart; the models saw {share:.1f}"
-        " times as many bytes, drawn from it, and keep only their parameters."
+        f"gzip and the counts have all of the training text at hand; the models read {share:.1f}"
+        " times its length and keep only their parameters."
     )
     bits = {m.config.operator: m.score for m in results.texts}
     higher = [name for name in ("hla2", "ahla", "hla3") if name in bits]
     if "linear" not in bits or not higher:
         return seen
     best = min(higher, key=lambda name: bits[name])
-    both = f"linear {bits['linear']:.3f}, {best} {bits[best]:.3f}"
+    named = [name for name in ("linear", best, NO_MIXER) if name in bits]
+    scores = ", ".join(f"{label(name)} {bits[name]:.3f}" for name in named)
     if bits["linear"] <= bits[best]:
-        shows = f"first order wins on text ({both}), as it does in larger models"
+        shows = f"first order wins on text ({scores}), as it does in larger models"
     else:
-        shows = f"{best} is ahead here ({both}), where first order won on language in larger models"
+        shows = (
+            f"{best} is ahead here ({scores}), where first order won on language in larger models"
+        )
     return f"{seen} Of the operators {shows}."
 
 

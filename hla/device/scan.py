@@ -74,10 +74,9 @@ class Device(NamedTuple):
     )
     rows: Callable[[Request, Any], tuple[Row, ...]] = lambda request, where: ()  # that fit it
     segments: Callable[[Request, Any], int] = lambda request, where: 0  # tokens of one; 0: whole
-    begin: Callable[[Ready, Sequence[Array], list[Any]], None] = (
-        lambda ready, arrays, addresses: None  # before the first run of a plan
-    )
-    foresee: Callable[[Any, Callable[[], Ready]], None] | None = None  # where, a gradient's plan
+    begin: Callable[[Ready, Sequence[Array], list[Any], Callable[[], Ready] | None], None] = (
+        lambda ready, arrays, addresses, follows: None
+    )  # before the first run of a plan; of a forward with gradients what makes its backward's
     bare: Callable[[Do], bool] = lambda do: False  # whether it reads addresses alone
     room: Callable[[int, Any], tuple[Any, Any]] | None = None  # so many bytes, and their address
 
@@ -316,10 +315,10 @@ class Runner:
             given = dict(zip(kind.names(request), arrays, strict=True))
             plan = kind.plan(device, request, device.where(arrays[0]))
             ready = Ready(device, plan, request, given)
-            if device.foresee and request.gradient and not kind.back:
+            follows = None
+            if request.gradient and not kind.back:
                 follows = functools.partial(following, ready, request, kind, given)
-                device.foresee(ready.call.where, follows)
-            device.begin(ready, arrays, addresses)
+            device.begin(ready, arrays, addresses, follows)
             self.ready[key] = ready
         return ready
 

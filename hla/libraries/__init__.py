@@ -9,7 +9,7 @@ from typing import Any, cast
 from ..core import namespace
 from ..core.namespace import Array
 from .generic import Generic
-from .generic import compiling as compiling
+from .generic import recording as recording
 from .numba import NUMBA, Arrays
 
 

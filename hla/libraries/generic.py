@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -19,6 +19,12 @@ def compiling() -> bool:
     """Whether torch.compile or a strict torch.export reads the code that is running."""
     torch = sys.modules.get("torch")
     return torch is not None and bool(torch.compiler.is_compiling())
+
+
+def recording() -> bool:
+    """Whether torch reads or records the calls that are made: also by torch.jit.trace."""
+    torch = sys.modules.get("torch")
+    return compiling() or (torch is not None and bool(torch._C._is_tracing()))
 
 
 class Facts(NamedTuple):
@@ -90,6 +96,53 @@ class Generic:
     def powers(self, x: Array, n: Array) -> Array:
         """Raise ``x`` to whole powers n >= 0, with its derivatives also where x is 0."""
         return x**n
+
+    def chunk_totals(
+        self, gate: Any, powers: Set[int], x: Array, ends: Array | None = None
+    ) -> dict[str, Array]:
+        """Return what each chunk leaves of a state, (..., chunks, 1, 1), as "total@" and a power.
+
+        A constant decay's rounding, the same in every chunk, would add up. So each is rounded up
+        or down such that the product of any that follow one another is right to its last digits.
+        Nothing for one chunk, whose total is its weights'.
+
+        Parameters
+        ----------
+        gate : Gate
+            The call's.
+        powers : set of int
+            Exponents of the gate.
+        x : array, (..., chunks, W, features)
+            Of the dtype and device of the results; the log gate, if the gate is one.
+        ends : array, (chunks, 1, 1), or None
+            The tokens of each chunk, where they are not W.
+        """
+        xp, (chunks, W) = self.xp, x.shape[-3:-1]
+        found, g = dict[str, Array](), gate.decay
+        if not gate.arrays or (type(chunks) is int and chunks == 1):
+            return found
+        for power in sorted(powers - {0}):
+            if g is None:
+                log = power * xp.sum(x[..., 0], axis=-1)
+                total = xp.exp(log)
+            else:
+                n = xp.zeros((chunks,), dtype=x.dtype, device=self.device(x))
+                n = power * (n + (W if ends is None else ends[:, 0, 0]))
+                n = xp.reshape(n, (1,) * g.ndim + (chunks,))
+                read = xp.where(g > 0.5, g, xp.ones_like(g))  # what `_joint` reads, and no other
+                log = n * xp.log(read)[..., None]
+                total = self.powers(g[..., None], n)
+            found[f"total@{power}"] = self._joint(total, log)[..., None, None]
+        return found
+
+    def _joint(self, total: Array, log: Array) -> Array:
+        """Round exp(log), which total nearly is, so that products along its axis are right."""
+        xp, near, zero = self.xp, total > 0.5, self.xp.zeros_like(total)
+        step = 2.0**-24 if total.dtype == xp.float32 else 2.0**-53  # of numbers from 0.5 to 1
+        log, found = xp.where(near, log, zero), xp.where(near, total, zero + 1)
+        lost = xp.cumulative_sum(found * (log - xp.log(found)) / step, axis=-1)
+        steps = self.padded(xp.floor(lost + 0.5), -1, 1, 0, 0.0)
+        return total + step * (steps[..., 1:] - steps[..., :-1])
 
     def triangle(self, x: Array, k: int, upper: bool) -> Array:
         """Clear ``x`` below (else above) the diagonal k of its last two axes."""

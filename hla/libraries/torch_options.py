@@ -79,7 +79,7 @@ def present(*given: Any) -> list[Tensor]:
     return [x for x in tree_flatten(given)[0] if x is not None]
 
 
-def whole(tensors: Sequence[Tensor], there: Sequence[bool]) -> list[Tensor | None]:
+def whole(tensors: Sequence[Tensor], there: Sequence[int]) -> list[Tensor | None]:
     """Put None where a tensor is not there."""
     left = iter(tensors)
     return [next(left) if x else None for x in there]

@@ -51,9 +51,9 @@ def derivative(
 def _plain(name: str, function: Plain, shapes: Plain, order: int) -> Rule:
     def run(
         tensors: Sequence[Tensor],
-        there: Sequence[bool],
+        there: Sequence[int],
         sizes: Any,
-        mapped: Sequence[bool],
+        mapped: Sequence[int],
         *options: Any,
     ) -> Any:
         def each(*some: Tensor) -> tuple[Tensor, ...]:
@@ -67,9 +67,9 @@ def _plain(name: str, function: Plain, shapes: Plain, order: int) -> Rule:
 
     def fake(
         tensors: Sequence[Tensor],
-        there: Sequence[bool],
+        there: Sequence[int],
         sizes: Any,
-        mapped: Sequence[bool],
+        mapped: Sequence[int],
         *options: Any,
     ) -> Any:
         batch: tuple[int, ...] = ()
@@ -102,19 +102,20 @@ def _plain(name: str, function: Plain, shapes: Plain, order: int) -> Rule:
         info: Any, in_dims: Any, tensors: Any, there: Any, sizes: Any, mapped: Any, *options: Any
     ) -> Any:
         """Put the axis in front, for the operator to map: here no transform can begin."""
-        axes = [d is not None for d in in_dims[0]]
+        axes = [int(d is not None) for d in in_dims[0]]
         tensors = [
             x if d is None else x.movedim(d, 0) for x, d in zip(tensors, in_dims[0], strict=True)
         ]
         found = rule.op(tensors, there, sizes, [*mapped, *axes], *options)
         return found, [0] * len(found)
 
-    schema = f"(Tensor[] tensors, bool[] there, int[] sizes, bool[] mapped, {OPTIONS}) -> Tensor[]"
+    # int[] there and mapped, each 0 or 1: torch.jit.trace records no bool[]
+    schema = f"(Tensor[] tensors, int[] there, int[] sizes, int[] mapped, {OPTIONS}) -> Tensor[]"
     rule = operator(name + "_backward" * order, schema, run, fake, setup, pull, vmap)
     return rule
 
 
-def _levels(mapped: Sequence[bool], tensors: Sequence[Tensor]) -> list[Sequence[bool]]:
+def _levels(mapped: Sequence[int], tensors: Sequence[Tensor]) -> list[Sequence[int]]:
     """Which tensors have an axis of each vmap, the innermost first, whose axis is the last."""
     n = len(tensors)
     return [mapped[i : i + n] for i in range(0, len(mapped), n)]
@@ -139,7 +140,7 @@ def plain(
     shapes : callable
         The same as ``function``, for tensors that have shapes alone.
     """
-    there = [x is not None for x in tensors]
+    there = [int(x is not None) for x in tensors]
     rule = _plain(name, function, shapes, len(sizes))
     return rule(present(*tensors), there, list(sizes), [], *options)
 

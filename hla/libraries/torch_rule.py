@@ -64,8 +64,8 @@ def _as_operator(
     backend: str, node: bool, request: Request, inputs: Inputs, learns: bool
 ) -> tuple[Tensor, Any, Sequence[Tensor]]:
     state = [] if inputs.state is None else list(inputs.state)
-    if node:  # a transform's tensors do not say whether they need gradients
-        keep = learns or request.gradient or tracing.transforming()
+    if node:
+        keep = learns or request.gradient or tracing.may_follow()
         options = options_of(backend, request)
         o, *rest = SCAN(*inputs[:5], state, *options, keep)
     else:  # the same without the dispatcher, which takes longer than a short pass

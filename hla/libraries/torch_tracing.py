@@ -1,6 +1,6 @@
 """Whether torch is compiling, tracing, transforming or following: each question, answered here.
 
-But `compiling`, which must not import torch.
+But `recording`, which must not import torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
-from .generic import compiling
+from .generic import recording
 
 functorch = torch._C._functorch
 
@@ -26,7 +26,7 @@ def transforming() -> bool:
 
 def transformed() -> bool:
     """Whether plain types and shapes may stand for something else now."""
-    return compiling() or bool(torch._C._is_tracing()) or transforming()
+    return recording() or transforming()
 
 
 def wrapped(x: Tensor) -> bool:
@@ -44,14 +44,18 @@ def traced(x: Tensor) -> bool:
         x.device.type == "meta"
         or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
         or wrapped(x)
-        or compiling()
-        or torch._C._is_tracing()
+        or recording()
     )
 
 
 def followed(x: Tensor) -> bool:
     """Whether torch differentiates what is made of ``x``, or may."""
     return (x.requires_grad and torch.is_grad_enabled()) or transforming()
+
+
+def may_follow() -> bool:
+    """Whether torch may differentiate what does not tell: in a transform, or when a trace runs."""
+    return transforming() or bool(torch._C._is_tracing())
 
 
 def watched() -> bool:

@@ -255,24 +255,23 @@ def test_any_forward_meets_any_backward(operator, gate):
 @pytest.mark.parametrize("gate", [None, "decay", "log_gate"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_forward_foresees_the_plan_of_its_backward(operator, gate, normalize):
-    """As it is then made, before the forward's own begins; of no other call."""
+    """As it is then made; of no other call."""
     _, _, request, inputs, do = some(operator, gate=gate, normalize=normalize)
     known, tokens = DEVICES["fused segments" if normalize else "in place"]
-    made, begun = [], []
+    begun = []
     own = known.device._replace(
-        foresee=lambda where, make: made.append(make()),
-        begin=lambda ready, arrays, addresses: begun.append((ready, len(made))),
+        begin=lambda ready, arrays, addresses, follows: begun.append((ready, follows)),
     )
     runner = scan.Runner(own)
     *_, saved = runner.forward(request, inputs, tokens)
     runner.backward(request, inputs, saved, do, None, tokens)
-    (_, before), (ready, _) = begun
-    assert (len(made), before) == (1, 1)
-    assert made[0].plan == ready.plan
-    assert made[0].layouts == ready.layouts
-    assert made[0].dtypes == ready.dtypes
+    (_, follows), (ready, nothing) = begun
+    made = follows()
+    assert made.plan == ready.plan
+    assert made.layouts == ready.layouts
+    assert made.dtypes == ready.dtypes
     scan.Runner(own).forward(dataclasses.replace(request, gradient=False), inputs, tokens)
-    assert len(made) == 1
+    assert nothing is begun[2][1] is None
 
 
 @pytest.mark.parametrize("wanted", ["", "q", "k", "v", "qk", "kv"])

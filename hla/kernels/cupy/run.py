@@ -154,7 +154,7 @@ def device(memory: Memory, kernels: Kernels) -> Device:
         size = x.dtype.itemsize
         return Layout(tuple(x.shape), tuple(s // size for s in x.strides))
 
-    def begin(ready: Ready, arrays: Sequence[Array], addresses: list[Any]) -> None:
+    def begin(ready: Ready, arrays: Sequence[Array], addresses: list[Any], follows: Any) -> None:
         """Load a plan's kernels; what it will allocate begins at whole 16 bytes."""
         every = [x for turn in ready.turns for x in turn.do if isinstance(x, launch.Kernel)]
         launch.load_all(every, [*addresses, *[ALIGNED] * ready.more, None])

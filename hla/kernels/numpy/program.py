@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...core.namespace import sum_to
+from ...core.namespace import library_of, sum_to
 from ...core.passes import CHUNK, Gate, Pass, Shape, Weights, broadcast, weights
 from ...core.programs import Passes, d
 from ...core.run import GATE, add, begun
@@ -190,6 +190,16 @@ def _constant(
     return _weighed(Gate(g), kinds, W, dtype)
 
 
+@functools.lru_cache(maxsize=16)
+def _constant_totals(
+    powers: frozenset[int], W: int, chunks: int, dtype: Any, shape: Shape, values: bytes
+) -> dict[str, Array]:
+    """Return the totals of the chunks of a constant decay."""
+    x, g = np.empty((chunks, W, 0), dtype), np.frombuffer(values, dtype).reshape(shape)
+    found: dict[str, Array] = library_of(x).chunk_totals(Gate(g), powers, x)
+    return found
+
+
 def _rows(work: int, most: int) -> int:
     """Return the rows, of ``work`` multiply-adds each, for which BLAS needs no threads of its own.
 
@@ -240,8 +250,8 @@ class _Sweep:
             known = ((), None) if g is None else (g.shape, g.tobytes())
             return _constant(kinds, W, self.dtype, *known)
 
+        a, whole = self.gate.log_gate, self.totals()
         for start, stop, G, W in _pieces(self.T, self.chunk, self.group)[:: -1 if reverse else 1]:
-            a = self.gate.log_gate
             fixed = weigh(each, W) if a is None else {}
             firsts = range(start, stop, G * W)
             for first in reversed(firsts) if reverse else firsts:
@@ -249,7 +259,26 @@ class _Sweep:
                 chunks = slice(first // self.chunk, first // self.chunk + G)
                 if a is not None:
                     fixed = weigh(Gate(log_gate=a[..., rows].reshape((*a.shape[:-1], G, W))), W)
-                yield _Turn(rows, chunks, (G, W), fixed)
+                here = whole if stop <= self.T - self.T % self.chunk else {}  # not of the rest
+                found = dict[tuple[int, str], tuple[Weights, Weights]]()
+                for key, (left, right) in fixed.items():
+                    if (total := here.get(f"total@{key[0]}")) is not None:
+                        total = total[..., chunks, :, :]
+                        left, right = (w._replace(total=total) for w in (left, right))
+                    found[key] = left, right
+                yield _Turn(rows, chunks, (G, W), found)
+
+    def totals(self) -> dict[str, Array]:
+        """Return the totals of whole chunks, however they are grouped; one has its weights'."""
+        chunks, g, a = self.T // self.chunk, self.gate.decay, self.gate.log_gate
+        powers = frozenset(s.power for s in self.steps)
+        if g is not None:
+            return _constant_totals(powers, self.chunk, chunks, self.dtype, g.shape, g.tobytes())
+        if a is None:
+            return {}
+        a = a[..., : chunks * self.chunk].reshape((*a.shape[:-1], chunks, self.chunk))
+        found: dict[str, Array] = library_of(a).chunk_totals(self.gate, powers, a[..., None])
+        return found
 
     def buffer(self, name: str, *shape: int) -> Array:
         """Return the reused array of this name and shape, its contents undefined."""
@@ -332,7 +361,7 @@ class _Sweep:
         for i, j in itertools.pairwise(order):
             here, there = states[..., i, :, :], states[..., j, :, :]
             if w.total is not None:
-                here = here * w.total[..., min(i - reverse, w.total.shape[-3] - 1), :, :]
+                here = here * w.total[..., i - reverse, :, :]
             np.add(there, here, out=there)
         state[...] = states[..., order[-1], :, :]
         return out[..., before, :, :]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
@@ -216,6 +217,7 @@ class Kernel:
         if constants.get("FOLLOWS"):
             options["launch_pdl"] = True
         self.options, self.compiled = options, None
+        self.key = (function, *constants.values(), *options.values())  # what it is compiled for
         self.start: Any = None
         self.head: tuple[Any, ...] = ()
         self.rest = (*scalars, *constants.values())
@@ -303,6 +305,20 @@ _begun: dict[tuple[Any, ...], Future[None]] = {}  # by what kernels are compiled
 _turn = threading.Lock()  # of the compiler's Python
 
 
+@functools.cache
+def prepare_compiler() -> tuple[Future[Any], ...]:
+    """Begin what Triton does before its first kernel: .4 s each, which need no Python.
+
+    A C compiler makes its driver, unless that is on disk, and Triton hashes its own files, 430 MB.
+    What fails, the first kernel raises.
+    """
+    threads = ThreadPoolExecutor(2, "hla-compiles")
+    driver = threads.submit(lambda: triton.runtime.driver.active)
+    hashed = threads.submit(lambda: triton.runtime.cache.triton_key())
+    threads.shutdown(wait=False)
+    return driver, hashed
+
+
 def compile_together(
     kernels: Sequence[Kernel],
     arrays: list[Any],
@@ -310,6 +326,8 @@ def compile_together(
     where: torch.device,
 ) -> list[Future[None]]:
     """Begin to compile kernels, each in a thread; what fails, its first call raises.
+
+    They are translated in order, behind those that were begun before.
 
     Parameters
     ----------
@@ -327,20 +345,31 @@ def compile_together(
     """
     if not hasattr(triton, "AsyncCompileMode"):
         return []
-    keys = [(x.function, *x.constants.values(), *x.options.values()) for x in kernels]
-    new = {key: x for key, x in zip(keys, kernels, strict=True) if key not in _begun}
+    new = {x.key: x for x in kernels if x.key not in _begun}
     if new:
+        asked: Future[None] = Future()
         thread = ThreadPoolExecutor(1, "hla-compiles")
-        begun = thread.submit(_compile, list(new.values()), arrays, dtypes, where)
+        begun = thread.submit(_compile, list(new.values()), arrays, dtypes, where, asked)
         thread.shutdown(wait=False)  # it ends with its work, for which Python waits at exit
         _begun.update(dict.fromkeys(new, begun))
-    return [_begun[key] for key in keys]
+        wait((asked, begun), return_when=FIRST_COMPLETED)
+    return [_begun[x.key] for x in kernels]
+
+
+def is_begun(kernel: Kernel) -> bool:
+    """Whether a kernel is being compiled or was, or is left to its first call."""
+    return kernel.key in _begun or not hasattr(triton, "AsyncCompileMode")
 
 
 def _compile(
-    kernels: list[Kernel], arrays: list[Any], dtypes: Mapping[int, torch.dtype], where: torch.device
+    kernels: list[Kernel],
+    arrays: list[Any],
+    dtypes: Mapping[int, torch.dtype],
+    where: torch.device,
+    asked: Future[None],
 ) -> None:
     """Compile kernels at once, but for what Python does, in which threads would only hinder it."""
+    wait(prepare_compiler(), timeout=60)  # of a process that forked meanwhile they never end
 
     def all_of_them(_: Any) -> None:
         with (
@@ -351,6 +380,7 @@ def _compile(
                 with _turn:
                     _take_turns(kernel.function)
                     kernel.compile(arrays, dtypes)
+            asked.set_result(None)
 
     on_device(where, all_of_them)  # each thread has a device of its own
 
@@ -363,7 +393,11 @@ def _take_turns(function: Any) -> None:
 
 @functools.cache
 def _one_by_one(source: Any) -> Any:
-    """Return a class of kernels' texts that are translated one at a time."""
+    """Return a class of kernels' texts that are translated one at a time.
+
+    Meanwhile a C compiler makes what launches a kernel, up to Triton 3.6: .6 s each. Triton keeps
+    it on disk, and no part of it depends on what the kernel becomes.
+    """
     if hasattr(source, "turn"):
         return source
 
@@ -371,17 +405,32 @@ def _one_by_one(source: Any) -> Any:
         turn = _turn
 
         def make_ir(self, *given: Any, **options: Any) -> Any:
-            with self.turn:
-                return super().make_ir(*given, **options)
+            with ThreadPoolExecutor(1, "hla-compiles") as meanwhile:
+                with contextlib.suppress(RuntimeError):  # no new thread while Python ends
+                    if version() <= (3, 6):
+                        meanwhile.submit(_launcher, self, _Unknown())
+                with self.turn:
+                    return super().make_ir(*given, **options)
 
     return OneByOne
 
 
-class _Building(NamedTuple):
-    """Threads that also build what launches a kernel, up to Triton 3.6 with a C compiler.
+def _launcher(source: Any, metadata: Any) -> None:
+    """Make what launches a kernel, which stays on disk."""
+    triton.runtime.driver.active.launcher_cls(source, metadata)
 
-    It takes .6 s a kernel, and Triton keeps it on disk. A kernel is loaded when it is called: that
-    is nothing to do beside a user's work.
+
+class _Unknown:
+    """What is known of a kernel before it is compiled."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _Building(NamedTuple):
+    """Threads that also make what launches a kernel.
+
+    A kernel is loaded when it is called: that is nothing to do beside a user's work.
     """
 
     threads: Executor
@@ -392,7 +441,7 @@ class _Building(NamedTuple):
     @staticmethod
     def built(compiled: Callable[[], Any]) -> Any:
         kernel = compiled()
-        triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+        _launcher(kernel.src, kernel.metadata)
         return kernel
 
 

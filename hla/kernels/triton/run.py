@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -44,6 +45,7 @@ from .launch import (
     addresses,
     compile_together,
     empty_strided,
+    is_begun,
     limits,
     on_device,
     passes,
@@ -231,34 +233,42 @@ def run(ready: Ready, tensors: list[Any], pointers: list[Any]) -> list[Any]:
     return on_device(ready.call.where, lambda stream: ready(tensors, pointers, stream))
 
 
-def begin(ready: Ready, arrays: Sequence[Any], pointers: list[Any]) -> None:
-    """Compile the kernels of a plan at once, before its first run."""
-    if ready.call.where.type == "cuda":
-        every = [*pointers, *(None,) * (ready.more + 1)]
-        futures.wait(_begun(ready, every, arrays))
+def begin(
+    ready: Ready, arrays: Sequence[Any], pointers: list[Any], follows: Callable[[], Ready] | None
+) -> None:
+    """Compile the kernels of a plan at once, before its first run, and begin those of its backward.
 
-
-def foresee(where: torch.device, make: Callable[[], Ready]) -> None:
-    """Begin to compile the kernels of the backward's plan while those of the forward are compiled.
-
-    What fails, the backward raises. Memory is taken to be aligned, as what torch allocates is.
+    The backward's longest, which takes longest of all, comes first, its others last. What fails of
+    them, the backward raises. Their memory is taken to be aligned, as what torch allocates is.
     """
+    if ready.call.where.type != "cuda":
+        return
+    kernels = _kernels(ready, [*pointers, *(None,) * (ready.more + 1)])
+    later, theirs = ready, list[Kernel]()
+    if follows is not None and not all(map(is_begun, kernels)):
+        with contextlib.suppress(Exception):
+            later = follows()
+            theirs = _kernels(later, [*(16,) * len(later.call.slots), None])
+            _begun(later, theirs[:1], ())
+    begun = _begun(ready, kernels, arrays)
+    with contextlib.suppress(Exception):
+        _begun(later, theirs[1:], ())
+    futures.wait(begun)
 
-    def work() -> None:
-        ready = make()
-        _begun(ready, [*(16,) * len(ready.call.slots), None], ())
 
-    if where.type == "cuda":
-        thread = futures.ThreadPoolExecutor(1, "hla-plans")
-        thread.submit(work)
-        thread.shutdown(wait=False)
-
-
-def _begun(ready: Ready, pointers: list[Any], arrays: Sequence[Any]) -> list[futures.Future[None]]:
-    """Begin to compile the kernels of a plan."""
+def _kernels(ready: Ready, pointers: list[Any]) -> list[Kernel]:
+    """Return the kernels of a plan, those of the most operands and constants first: the longest."""
     found = [do.choice(pointers) if isinstance(do, Aligned) else do
              for turn in ready.turns for do in turn.do]  # fmt: skip
     kernels = [do for do in found if isinstance(do, Kernel)]
+    sizes = {x: len(x.constants) + sum(y is not None for y in x.operands) for x in kernels}
+    return sorted(kernels, key=sizes.__getitem__, reverse=True)
+
+
+def _begun(
+    ready: Ready, kernels: Sequence[Kernel], arrays: Sequence[Any]
+) -> list[futures.Future[None]]:
+    """Begin to compile kernels of a plan."""
     dtypes = {ready.call.slots[name]: dtype for name, dtype in ready.dtypes.items()}
     return compile_together(kernels, list(arrays), dtypes, ready.call.where)
 
@@ -279,7 +289,6 @@ RUNNER = Runner(
         alike=alike,
         run=run,
         begin=begin,
-        foresee=foresee,
     )
 )
 
