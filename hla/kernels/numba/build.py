@@ -173,7 +173,7 @@ def machine_code(
         kernel, signature(text), device=False, cc=capability, output="ltoir", abi="numba"
     )
     parts = [code, instructions(source(macros), arch)]
-    return linked(parts, arch, text.registers, *options)
+    return linked(parts, arch, text.registers(constants), *options)
 
 
 def instructions(text: str, arch: str) -> bytes:

@@ -24,13 +24,13 @@ class Text(NamedTuple):
 
     Arguments are a named tuple of integers each (its class), an ``int``, a ``float``, or so many
     integers as a tuple; all of 8 bytes. ``macros`` gives those of instructions.cu, ``registers``
-    is the most that a thread may have.
+    the most that a thread may have, which those of a block share.
     """
 
     make: Callable[[Constants, Any], Callable[..., None]]
     arguments: tuple[Any, ...]
     macros: Callable[[Constants], Constants] = lambda constants: {}
-    registers: int = 255
+    registers: Callable[[Constants], int] = lambda constants: 255
 
 
 DEFAULTS: Constants = {
