@@ -39,6 +39,30 @@ def simulated(monkeypatch):
         cached.cache_clear()
 
 
+def test_simulated_threads_wait():
+    """For their warp, for what is left of their block, for so many; never for what does not come.
+
+    One that did not wait would read what is not there yet.
+    """
+    twin, found = simulator.Twin({}), np.zeros(64, int)
+
+    def kernel(found, threads):
+        x = cuda.threadIdx.x
+        found[x] = twin.across(x, 1)
+        if x >= 32:
+            return
+        cuda.syncthreads()
+        other = found[31 - x]
+        twin.threads_sync(1, threads)
+        found[x] = other
+
+    cuda.jit(kernel)[1, 64](found, 32)
+    turned = np.arange(64) ^ 1
+    np.testing.assert_array_equal(found, [*turned[31::-1], *turned[32:]])
+    with pytest.raises(AssertionError, match=r"wait for ever: \[\(1, 33\)\]"):
+        cuda.jit(kernel)[1, 64](found, 33)
+
+
 @pytest.mark.parametrize(
     ("operator", "gate", "T"), [("ahla", "per_head", 40), ("hla3", "resets", 34)]
 )
