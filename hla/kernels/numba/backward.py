@@ -24,8 +24,10 @@ Bytes a token and head, D = V = 128, of hla2: q, v, do, y, dy and dv 1536, q, k,
 v, y, do, dy and dq 1536: 0.27, 0.18 and 0.27 ms for B = 8, T = 4096, H = 16 at 3.0 TB/s. An H100
 took 0.366 (74%), 0.284 (63%) and 0.339 (80%), of ahla 0.415, 0.433 and 0.340, of hla3 0.361, 0.409,
 0.313 and 0.350. A step with gradients took 1.30 ms, of ahla 1.46, of hla3 2.71; by passes 1.82,
-2.31 and 3.58. Of a chunk of 32 tokens a warp does 152 products of 16 x 8 x 16 in each, as in the
-forward, which takes 0.29; its loop has 774 instructions, those of dy and dv 748, of dq 877.
+2.31 and 3.58. With a log gate and its gradient the three of hla2 took 1.070, 0.792 and 0.922, of
+ahla 1.067, 1.129 and 0.914, and a step 3.32 and 3.61, by passes 4.83 and 5.48. Of a chunk of 32
+tokens a warp does 152 products of 16 x 8 x 16 in each, as in the forward, which takes 0.29; its
+loop has 774 instructions, those of dy and dv 748, of dq 877.
 
 Constants are those of `adjoint.kernels`, arguments those of `cupy.hopper.sweeps`.
 """
