@@ -809,6 +809,20 @@ def test_within_the_budget_over_many_tokens(device, operator, dtype, D):
     check(device, inputs, {"operator": operator, "scale": D**-0.75, "return_state": True}, dtype)
 
 
+@per_device("operator, gate", [("hla2", "resets"), ("hla3", "per_head")], where=accelerated)
+def test_the_gradient_of_a_gate_from_a_first_state(device, operator, gate):
+    """Whose S is not symmetric, over three periods of which a gate leaves much."""
+    options = {"operator": operator, "scale": 0.05}
+    inputs = inputs_of(2200, gate, device.dtype, D=64, V=64)
+    if gate == "resets":
+        inputs["log_gate"] = rounded(inputs["log_gate"] / 512)
+    else:
+        inputs["decay"] = np.array((0.999, 1.0), np.float32).astype(np.float64)
+    state = state_of(options, gate, D=64, V=64)
+    S = rounded(np.random.default_rng(3).standard_normal(state.S.shape))
+    check(device, inputs | {"initial_state": state._replace(S=S)}, options, device.dtype)
+
+
 DIVIDED = [(o, g, "bfloat16", 128) for o in OPERATORS for g in ("none", "resets")]
 DIVIDED += [(o, "resets", "float32", 64) for o in ("hla2", "ahla")]
 

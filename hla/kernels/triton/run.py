@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import triton
+from array_api_compat import torch as xp
 
 from ...core.passes import Shape
 from ...core.reference import Gradients
 from ...core.request import Inputs, Request
-from ...device.elementwise import fit
+from ...device.elementwise import does, fit, part, skew
 from ...device.plan import dtype_of
 from ...device.scan import Again, Call, Device, Do, Place, Ready, Runner
 from ...device.shapes import shapes
@@ -28,6 +29,8 @@ from ...device.steps import (
     GateGradient,
     GateSum,
     Launch,
+    Ref,
+    Skew,
     Step,
     Sum,
 )
@@ -73,6 +76,8 @@ def steps(call: Call, step: Step) -> list[Do]:
     if isinstance(step, Border):
         pairs = [(call.place(S), call.place(dS)) for S, dS in step.pairs]
         return [functools.partial(_border, call.place(step.o), pairs)]
+    if isinstance(step, Skew):
+        return [does(call, functools.partial(skew, xp, step), _put)]
     if isinstance(step, Fading):
         return list(fading(call, step))
     if isinstance(step, Carry):
@@ -186,6 +191,11 @@ def _border(
         S, dS = view(arrays, start), view(arrays, grad)
         assert S is not None
         o += fit(torch, (S * dS).sum((-2, -1), dtype=torch.float64), o.shape)
+
+
+def _put(old: torch.Tensor, ref: Ref, x: torch.Tensor) -> torch.Tensor:
+    part(old, ref).copy_(x)
+    return old
 
 
 def _gates_summed(call: Call, s: GateSum) -> Do:
