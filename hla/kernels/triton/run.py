@@ -77,7 +77,7 @@ def steps(call: Call, step: Step) -> list[Do]:
         pairs = [(call.place(S), call.place(dS)) for S, dS in step.pairs]
         return [functools.partial(_border, call.place(step.o), pairs)]
     if isinstance(step, Skew):
-        return [does(call, functools.partial(skew, xp, step), _put)]
+        return [does(call, functools.partial(skew, xp, step, dtype=torch.float64), _put)]
     if isinstance(step, Fading):
         return list(fading(call, step))
     if isinstance(step, Carry):
