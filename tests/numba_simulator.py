@@ -4,20 +4,26 @@ This module is a backend: `pytest` fixtures put it into the table of backends by
 kernels call of instructions.cu has a twin here. What a warp does together waits for its lanes.
 """
 
+import collections
+import contextvars
 import ctypes
 import sys
 import threading
 
 import array_api_compat.numpy as xp
 import numpy as np
+from conftest import installed
 from cuda_interpreter import CARD, dtype, empty, view
 from numba import cuda, types
+from numba.cuda.simulator import kernel as simulator
 
 from hla.contract import Capabilities, Machine
 from hla.kernels.cupy.run import Library, Memory
+from hla.kernels.numba import chunks
 from hla.kernels.numba.device import KERNELS, TEXTS
 
 NAME = "numba simulated"
+greenlet = installed("greenlet")
 CAPABILITIES = Capabilities(
     ("float16", "bfloat16", "float32"), libraries=("numpy",), forms=("chunked",), packed=True
 )
@@ -25,26 +31,68 @@ KINDS = [dtype("bfloat16"), *map(np.dtype, ("f2", "f4", "f8", "?", "i8"))]
 LANES, ROWS = np.arange(32), np.arange(8)
 ROW = LANES[:, None] // 4 + ROWS // 2 % 2 * 8  # of a lane's eight elements of a block
 COLUMN = 2 * (LANES[:, None] % 4) + ROWS % 2 + ROWS // 4 * 8
-WAIT, LOCK = 60.0, threading.Lock()
+BLOCK = "block", None  # the threads of it that have not ended
 
 
-class Warp:
-    """What the lanes of a warp do together: each posts, the last computes, each takes its own."""
+def wait(group=BLOCK, function=None, given=None):
+    """Wait for the threads of a group (its name, their number); return this one's of the results.
 
-    def __init__(self):
-        self.there, self.taken = threading.Barrier(32, self.compute), threading.Barrier(32)
-        self.posted, self.found = [None] * 32, None
+    The function is given what every thread gave, in order, and finds a result for each.
+    """
+    return greenlet.getcurrent().parent.switch(group, function, given)
 
-    def compute(self):
-        (function,) = {id(f): f for f, _ in self.posted}.values()
-        self.found = function([x for _, x in self.posted])
 
-    def __call__(self, function, lane, given):
-        self.posted[lane] = function, given
-        self.there.wait(WAIT)
-        found = self.found[lane]
-        self.taken.wait(WAIT)
-        return found
+class Block(simulator.BlockManager):
+    """The threads of a block, which take turns: each runs until it waits, the last come first.
+
+    So each is ahead of the others or behind them, wherever it does not wait. Numba's own are
+    threads of the system, which it asks again and again whether they wait.
+    """
+
+    def run(self, grid_point, *args):
+        system = threading.current_thread()  # whose indices are those of the thread that runs
+        system.blockIdx, system.syncthreads = simulator.Dim3(*grid_point), wait
+        ready, waiting = [], collections.defaultdict(list)
+        for point in np.ndindex(*self._block_dim):
+            thread = greenlet.greenlet(self._f)
+            thread.gr_context, thread.index = contextvars.copy_context(), simulator.Dim3(*point)
+            ready.append((thread, args))
+        left = len(ready)
+        while ready:
+            thread, given = ready.pop()
+            system.threadIdx = thread.index
+            group, *posted = thread.switch(*given) or (BLOCK,)
+            if thread.dead:
+                left -= 1
+            else:
+                waiting[group].append((thread, *posted))
+            if group in waiting and len(waiting[group]) == (group[1] or left):
+                ready += _results(waiting.pop(group))
+        assert not waiting, f"some threads wait for ever: {list(waiting)}"
+
+
+def _results(posted):
+    """Pairs (thread, arguments of its next turn) of those of a group, in the order they came."""
+    (function,) = {id(function): function for _, function, _ in posted}.values()
+    if function is None:
+        return [(thread, (None,)) for thread, *_ in posted]
+    order = sorted(posted, key=lambda x: x[0].index.x)
+    found = function([given for *_, given in order])
+    results = {thread: x for (thread, *_), x in zip(order, found, strict=True)}
+    return [(thread, (results[thread],)) for thread, *_ in posted]
+
+
+simulator.BlockManager = Block
+
+
+class Running:
+    """Numba's module as the kernel that runs has it, for functions of other files."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __getattr__(self, name):
+        return getattr(self.module.cuda, name)
 
 
 class Twin:
@@ -76,12 +124,8 @@ class Twin:
         return threading.current_thread().threadIdx.x % 32
 
     def together(self, function, given):
-        thread = threading.current_thread()
-        block, x = thread._manager, thread.threadIdx.x
-        with LOCK:
-            if not hasattr(block, "warps"):
-                block.warps = [Warp() for _ in range(block._block_dim[0] // 32)]
-        return block.warps[x // 32](function, x % 32, given)
+        x = threading.current_thread().threadIdx.x
+        return wait((f"warp {x // 32}", 32), function, given)
 
     # Blocks: eight elements a lane
 
@@ -117,15 +161,7 @@ class Twin:
             return np.exp2(np.float32(x))
 
     def threads_sync(self, name, threads):
-        thread = threading.current_thread()
-        with LOCK:
-            if not hasattr(thread._manager, "barriers"):
-                thread._manager.barriers = {}
-            barriers = thread._manager.barriers
-            if name not in barriers:
-                barriers[name] = threading.Barrier(threads)
-        assert barriers[name].parties == threads
-        barriers[name].wait(WAIT)
+        wait((name, threads))
 
     def value(self, at):
         return self.shared(self.kind, at * self.kind.itemsize)[0].astype(np.float32)
@@ -146,6 +182,14 @@ class Twin:
     def put_number(self, at, x):
         self._number("f4", at)[0] = x
 
+    def numbers(self, at):
+        assert at % 4 == 0
+        return tuple(self.shared(np.dtype("f4"), 4 * at, 4))
+
+    def put_numbers(self, at, *x):
+        assert at % 4 == 0
+        self.shared(np.dtype("f4"), 4 * at, 4)[:] = x
+
     def dot_at(self, at):
         return self._number(self.dot_kind, at)[0]
 
@@ -159,7 +203,7 @@ class Twin:
         to[:] = 0
         if size:
             assert address % 16 == 0
-            to[:] = np.frombuffer((ctypes.c_uint8 * 16).from_address(address), np.uint8)
+            to[:] = np.frombuffer((ctypes.c_uint8 * 16).from_address(int(address)), np.uint8)
 
     def widen8(self, at, address, kind, there):
         for i in range(8):
@@ -172,7 +216,7 @@ class Twin:
         pass
 
     def syncwarp(self):
-        self.together(_same, None)
+        self.together(None, None)
 
     # Results
 
@@ -233,6 +277,13 @@ class Twin:
         for i, at in self._each(row, column, rows, columns):
             self.put(address, at, kind, x[i])
 
+    def keep_block(self, address, pitch, factor, *x):
+        for i, at in self._each(pitch, 1, 16, 16):
+            self.put(address, at, 0, x[i] * factor)
+
+    def meet_block(self, address, pitch, *x):
+        return sum(x[i] * self.get(address, at, 0) for i, at in self._each(1, pitch, 16, 16))
+
     # Values of other lanes
 
     def up(self, x, n):
@@ -251,10 +302,6 @@ def _product(given):
     left[ROW, COLUMN], right[ROW, COLUMN] = a, b
     found = c + (left @ right.T)[ROW, COLUMN]
     return [tuple(x) for x in found.astype(np.float32)]
-
-
-def _same(given):
-    return given
 
 
 def _up(given):
@@ -299,6 +346,7 @@ def load(name, constants, shared, card):
 
     def run(grid, block, arguments, shared_mem):
         LAUNCHES.append((name, constants))
+        chunks.cuda = Running(twin.module)
         with np.errstate(all="ignore"):
             cuda.jit(kernel)[grid, block, 0, shared_mem](*unpacked(text, *arguments))
 

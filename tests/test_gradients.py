@@ -24,44 +24,61 @@ H, T = 2, 9
 STREAMING = ("causal", "prefix")
 
 
-def slope(f, x, direction, h=2e-4):
-    """Directional derivative of a scalar function by five points, and its rounding error."""
-    (right, left), (far_right, far_left) = (
-        (f(x + s * direction), f(x - s * direction)) for s in (h, 2 * h)
-    )
-    return (8 * (right - left) - (far_right - far_left)) / (12 * h), 1e-14 * abs(right) / h
+def slopes(loss, inputs, directions, batch, h=2e-4):
+    """Derivatives of a loss, by five points in each direction of one input; their rounding errors.
+
+    All of the points are one call's: they lie along a new first axis of every input. `inputs` are
+    pairs (array, axes that are not of the batch) by name, of a batch of so many axes.
+    """
+    steps, points = h * np.array([1, -1, 2, -2]), {}
+    for name, (x, own) in inputs.items():
+        x = x.reshape((1,) * (batch + own - x.ndim) + x.shape)
+        points[name] = np.repeat(x[None], 4 * len(directions), axis=0)
+    for i, (name, direction) in enumerate(directions.items()):
+        x = points[name]
+        x[4 * i : 4 * i + 4] += np.multiply.outer(steps, direction).reshape(4, *x.shape[1:])
+    right, left, far_right, far_left = loss(points).reshape(-1, 4).T
+    found = (8 * (right - left) - (far_right - far_left)) / (12 * h), 1e-14 * abs(right) / h
+    return zip(*found, strict=True)
 
 
-def check_gradient(f, x, gradient, name, seed):
-    """The slope of f at x in a random direction; a -inf entry of x stays and must have 0."""
-    assert gradient.shape == x.shape, name
-    assert gradient.dtype == x.dtype
-    fixed = np.isneginf(x)
-    assert not gradient[fixed].any()
-    direction = np.random.default_rng(seed).standard_normal(x.shape)
-    direction = symmetric(name, np.where(fixed, 0.0, direction))
-    want, rounding = slope(f, x, direction)
-    size = np.linalg.norm(gradient) * np.linalg.norm(direction)
-    assert size > 0, f"{name} has no gradient"
-    assert abs(np.sum(gradient * direction) - want) <= 1e-7 * size + rounding, name
+def check_gradients(loss, inputs, gradients, batch):
+    """The slope at every input in a random direction; a -inf entry of one stays and must have 0."""
+    directions = {}
+    for seed, (name, gradient) in enumerate(gradients.items()):
+        x, _ = inputs[name]
+        assert gradient.shape == x.shape, name
+        assert gradient.dtype == x.dtype
+        fixed = np.isneginf(x)
+        assert not gradient[fixed].any()
+        direction = np.random.default_rng(seed).standard_normal(x.shape)
+        directions[name] = symmetric(name, np.where(fixed, 0.0, direction))
+    found = slopes(loss, inputs, directions, batch)
+    for (name, direction), (want, rounding) in zip(directions.items(), found, strict=True):
+        gradient = gradients[name]
+        size = np.linalg.norm(gradient) * np.linalg.norm(direction)
+        assert size > 0, f"{name} has no gradient"
+        assert abs(np.sum(gradient * direction) - want) <= 1e-7 * size + rounding, name
+
+
+OWN_AXES = {"q": 2, "k": 2, "v": 2, "decay": 0, "log_gate": 1}
 
 
 def check_vjp(inputs, options, start=None, dstate=None, do_seed=1):
     """Every field of hla.vjp's Gradients against finite differences of hla.scan."""
     o, _ = hla.vjp(**inputs, **options)
     do = np.random.default_rng(do_seed).standard_normal(o.shape)
-    fields = {} if start is None else start._asdict()
 
-    def loss(**changed):
-        arrays = {n: changed.get(n, x) for n, x in inputs.items()}
+    def loss(points):
+        arrays = {n: points[n] for n in inputs}
         if start is not None:
-            arrays["initial_state"] = type(start)(
-                *(changed.get("_" + n, x) for n, x in fields.items())
-            )
+            arrays["initial_state"] = type(start)(*(points[n] for n in start._fields))
         if dstate is None:
-            return np.sum(do * hla.scan(**arrays, **options))
-        o, state = hla.scan(**arrays, return_state=True, **options)
-        return np.sum(do * o) + sum(np.sum(d * x) for d, x in zip(dstate, state, strict=True))
+            terms = [do * hla.scan(**arrays, **options)]
+        else:
+            o, state = hla.scan(**arrays, return_state=True, **options)
+            terms = [do * o, *(d * x for d, x in zip(dstate, state, strict=True))]
+        return sum(x.reshape(len(x), -1).sum(-1) for x in terms)
 
     if dstate is None:
         got, pullback = hla.vjp(**inputs, initial_state=start, **options)
@@ -70,26 +87,26 @@ def check_vjp(inputs, options, start=None, dstate=None, do_seed=1):
         (got, _), pullback = hla.vjp(**inputs, initial_state=start, return_state=True, **options)
         gradients = pullback(do, dstate)
     close(got, hla.scan(**inputs, initial_state=start, **options), 1e-13)
-    names = ("dq", "dk", "dv", "ddecay", "dlog_gate", "dinitial_state")
-    assert gradients._fields == names
-    for seed, name in enumerate(names[:-1]):
-        gradient = getattr(gradients, name)
-        if name[1:] not in inputs:
-            assert gradient is None, name
-            continue
-        x = inputs[name[1:]]
-        check_gradient(lambda x, n=name[1:]: loss(**{n: x}), x, gradient, name, seed)
-    if start is None:
-        assert gradients.dinitial_state is None
-        return
-    assert gradients.dinitial_state._fields == start._fields
-    for seed, (name, x) in enumerate(fields.items()):
-        gradient = getattr(gradients.dinitial_state, name)
+    assert gradients._fields == ("dq", "dk", "dv", "ddecay", "dlog_gate", "dinitial_state")
+    *of_arrays, of_state = gradients
+    moved = {n: (x, OWN_AXES[n]) for n, x in inputs.items()}
+    checked = {}
+    for name, gradient in zip(OWN_AXES, of_arrays, strict=True):
+        assert (gradient is None) == (name not in inputs), name
+        if name in inputs:
+            checked[name] = gradient
+    assert (of_state is None) == (start is None)
+    if start is not None:
+        assert of_state._fields == start._fields
+    fields = () if start is None else zip(start._fields, start, of_state, strict=True)
+    for name, x, gradient in fields:
+        moved[name] = x, 1 if name.islower() else 2
         if name in ("eta", "m", "n", "h", "h1", "h2", "h3") and not gradient.any():
             assert dstate is None  # a denominator that nothing reads: none was asked for
             assert not options.get("normalize")
-            continue
-        check_gradient(lambda x, n=name: loss(**{"_" + n: x}), x, gradient, name, seed)
+        else:
+            checked[name] = gradient
+    check_gradients(loss, moved, checked, do.ndim - 2)
 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])

@@ -44,6 +44,7 @@ def hasten():
     for name, operate in COMPARISONS.items():
         setattr(own, name, quick(operate, getattr(own, name), compare=True))
     own.add = quick_pointers(own.add)
+    own.broadcast_impl_value = quick_broadcast(own.broadcast_impl_value)
     own.and_ = quick_masks(np.bitwise_and, own.and_)
     own.or_ = quick_masks(np.bitwise_or, own.or_)
     own.where = quick_where(own.where)
@@ -58,14 +59,44 @@ def patches(patch):
         key = frozenset(x.__name__ for x in seen if x in (core, language))
         if key not in made:
             scope = patch(fn)
-            made[key] = [(x, name, getattr(x, name)) for x, name, _ in scope._changes]
-            return scope
+            made[key] = [(x, n, called(x, n, getattr(x, n))) for x, n, _ in scope._changes]
+            scope.restore()
         scope = interpreter._LangPatchScope()
         for x, name, value in made[key]:
             scope.set_attr(x, name, value)
         return scope
 
     return patched
+
+
+def called(holder, name, patched):
+    """What is called in place of a patched function, which adds the semantic by three calls."""
+    function = (getattr(patched, "__kwdefaults__", None) or {}).get("member")
+    if function is None:  # it is a function of the interpreter's own
+        return patched
+    if holder is core.tensor and name in OPERATORS:
+        return operator(getattr(semantic.TritonSemantic, OPERATORS[name]), name)
+    if holder is core.tensor and name == "__getitem__":
+        return quick_index(patched)
+    function = getattr(function, "__wrapped__", function)  # beneath a check that it is given
+
+    def call(*args, _semantic=None, **options):
+        return function(*args, **options, _semantic=interpreter.interpreter_semantic)
+
+    return call
+
+
+def operator(method, name):
+    """An operator of tensors, whose second operand may be a constant of the kernel."""
+    more = (True,) if name.strip("_r") in ("add", "sub", "mul") else ()  # checked for overflow
+    turned, value = name[2:].startswith("r"), core._unwrap_if_constexpr
+
+    def operate(x, y):
+        y = value(y)
+        x, y = (y, x) if turned else (x, y)
+        return method(interpreter.interpreter_semantic, x, y, *more)
+
+    return operate
 
 
 def signatures(make):
@@ -96,6 +127,14 @@ ARITHMETIC = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 COMPARISONS = {
     "less_than": np.less, "less_equal": np.less_equal, "greater_than": np.greater,
     "greater_equal": np.greater_equal, "equal": np.equal, "not_equal": np.not_equal,
+}  # fmt: skip
+
+
+OPERATORS = {  # by the semantic's methods
+    "__add__": "add", "__radd__": "add", "__sub__": "sub", "__rsub__": "sub", "__mul__": "mul",
+    "__rmul__": "mul", "__lt__": "less_than", "__le__": "less_equal", "__gt__": "greater_than",
+    "__ge__": "greater_equal", "__eq__": "equal", "__ne__": "not_equal", "__and__": "and_",
+    "__or__": "or_",
 }  # fmt: skip
 
 
@@ -174,6 +213,29 @@ def quick_pointers(slow):
             return slow(self, x, y, *rest, **more)
         size = max(1, x.dtype.element_ty.primitive_bitwidth // 8)
         return tensor(x.handle.data + size * y.handle.data.astype(np.uint64), (x, y), x.dtype)
+
+    return run
+
+
+def quick_broadcast(slow):
+    """Two operands of one shape stay as they are; `tensors` gives equal shapes as one object."""
+
+    @functools.wraps(slow)
+    def run(self, x, y):
+        both = x.type.is_block() and y.type.is_block()
+        return (x, y) if both and x.shape is y.shape else slow(self, x, y)
+
+    return run
+
+
+def quick_index(slow):
+    """New axes of a block."""
+
+    def run(x, index):
+        new = type(index) is tuple and all(i is None or i == slice(None) for i in index)
+        if not new or not x.type.is_block():
+            return slow(x, index)
+        return tensor(x.handle.data[index], (x,), x.handle.dtype, x.dtype)
 
     return run
 
