@@ -188,7 +188,8 @@ class Builder:
                     own = [x._replace(o=(first,), add=True) for x in own]
             found += own
         self.buffers = {n: x for n, x in self.buffers.items() if n not in inner}
-        later = [x for x in found if x.states and halved(x, found)]
+        halves = row.parts and row.parts.block
+        later = [x for x in found if halves and x.states and halved(x, found)]
         found = [x._replace(end=(None,)) if x in later else x for x in found]
         steps: list[Step] = [Fused(row.name, tuple(found), inner)]
         if self.tokens:

@@ -237,7 +237,7 @@ class Parts(NamedTuple):
     writes: int  # and of reverse ones
     side: int  # of the square in which a state is kept
     met: int  # parts of <S, R>
-    block: int  # columns: of symmetric S and R blocks above the diagonal count for those below
+    block: int = 0  # columns of blocks of S and R: those above the diagonal count for those below
 
 
 class Row(NamedTuple):

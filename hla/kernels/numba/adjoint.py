@@ -39,7 +39,6 @@ def rows(request: Request, card: Card) -> tuple[Row, ...]:
     parts = Parts(CHUNK, PERIOD, reads=1, writes=1, side=B, met=B // 32)
     able = memory(TILES, CHUNK, 3, B, dotted=True) <= card.shared
     asked = gate_parts(request, parts) if able else None
-    asked = asked and asked._replace(without="")  # no half of a symmetric state is left out
     name = NAME.format(request.operator)
     return tuple(  # of hla3's last step dq is by a pass
         Row(name, x, segments=True, adds=True, parts=asked if x[0].step < 2 else None)
