@@ -23,9 +23,9 @@ from triton_interpreter import hasten  # noqa: E402
 
 import hla  # noqa: E402
 from hla.arguments import prepare  # noqa: E402
-from hla.device import plan, shapes  # noqa: E402
+from hla.device import plan, scan, shapes  # noqa: E402
 from hla.device.elementwise import gate_of, part, taking  # noqa: E402
-from hla.device.scan import Call, Runner  # noqa: E402
+from hla.device.scan import Call, Kind, Ready, Runner  # noqa: E402
 from hla.device.steps import Carry, Fused, GateGradient, Launch, Ref, Skew  # noqa: E402
 from hla.device.tiles import Layout  # noqa: E402
 from hla.kernels.triton import hopper_backward, launch, run  # noqa: E402
@@ -419,6 +419,32 @@ def test_what_is_not_served():
         assert not served(**options), options
     assert served(decay=0.5, convention="exact")
     assert not served(decay=0.5, convention="paper")
+
+
+def test_the_kernel_of_a_gate_by_tokens_is_compiled_with_the_others(monkeypatch):
+    """Of (B, T, H), which is copied when it runs: by its dtype, as what is yet to be."""
+    found = []
+
+    class Function:
+        def warmup(self, *operands, grid, **constants):
+            found.append(operands)
+
+    monkeypatch.setattr(run, "gate_kernel", Function())
+    q, k, v = (torch.zeros(2, 80, 3, 16, dtype=torch.bfloat16) for _ in "qkv")
+    options = {"operator": "hla2", "decay": None, "log_gate": torch.zeros(2, 80, 3), "scale": 1.0}
+    request, inputs, _ = prepare(q, k, v, gradient=True, axis=-3, **options)
+    device = run.RUNNER.device._replace(rows=rows, limits=lambda *call: launch.WIDE)
+    kind = Kind(True, False, torch.bfloat16)
+    given = [*scan.given(request, inputs), *[torch.zeros(2, 3, 80, 16, dtype=q.dtype)] * 2]
+    named = dict(zip(kind.names(request), given, strict=True))
+    ready = Ready(device, kind.plan(device, request, q.device), request, named)
+    kernels = run._kernels(ready, [16] * (len(given) + ready.more + 1))
+    dtypes = {ready.call.slots[name]: dtype for name, dtype in ready.dtypes.items()}
+    for kernel in kernels:
+        if isinstance(kernel.function, Function):
+            kernel.compile(given, dtypes)
+    assert len(kernels) == 4
+    assert [x[2] for x in found] == [torch.float32] * 2
 
 
 @pytest.mark.parametrize("T", [1024, 2100])

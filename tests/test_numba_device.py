@@ -230,16 +230,16 @@ def test_adjoint_in_segments(simulated, monkeypatch, operator):
     ("operator", "gate", "T", "period", "segment", "start"),
     [
         ("hla2", "resets", 98, 64, 0, False),
-        ("hla2", "per_head", 98, 32, 0, True),
         ("ahla", "per_head", 98, 64, 0, False),
         ("hla3", "resets", 66, 32, 0, False),
         ("hla2", "resets", 130, 64, 64, False),
+        ("hla2", "per_head", 70, 32, 0, True),
     ],
 )
 def test_adjoint_and_the_gate(simulated, monkeypatch, operator, gate, T, period, segment, start):
     """Sums by token, and products of states at the starts of several periods; resets there too.
 
-    A first S is not symmetric, which later ones are.
+    A first S is not symmetric, which later ones are; the gate is so mild that it lasts.
     """
     monkeypatch.setattr(adjoint, "PERIOD", period)
     monkeypatch.setattr(launch, "segments", lambda request, card: segment)
@@ -247,12 +247,12 @@ def test_adjoint_and_the_gate(simulated, monkeypatch, operator, gate, T, period,
     monkeypatch.setattr(simulator, "forward", library.forward)
     monkeypatch.setattr(simulator, "backward", library.backward)
     inputs = inputs_of(T, gate, "bfloat16", D=18, V=13, heads=1)
-    options = {"operator": operator, "scale": 0.25}
     if start:
-        state = state_of(options, gate, D=18, V=13, heads=1)
-        S = np.random.default_rng(1).standard_normal(state.S.shape).astype(np.float32)
+        inputs["decay"] = rounded(np.array([0.999]))
+        state = state_of({"operator": operator}, gate, D=18, V=13, heads=1)
+        S = rounded(np.random.default_rng(4).standard_normal(state.S.shape))
         inputs["initial_state"] = state._replace(S=S)
-    check(HOST, inputs, options, "bfloat16")
+    check(HOST, inputs, {"operator": operator, "scale": 0.25}, "bfloat16")
     assert len(launched()) == 3
     assert all(dict(x)["DOTS"] for name, x in simulator.LAUNCHES if name == "backward")
 
