@@ -36,7 +36,9 @@ What warps sum by columns meets in a tile of pairs that nobody reads any more. R
 bfloat16 before every PERIOD of tokens; queries multiply them by F and S.
 Of a first S, which need not be symmetric, that is not the whole of <S, dS>: `Skew` adds the rest.
 With a log gate 4000 bytes, 0.70 ms; one H100 took 0.97 (72%: the owners' work, not bytes), and
-1.266 with the forward, 1.22 of a decay; hla3 2.49 with the forward.
+1.266 with the forward, 1.22 of a decay; hla3 2.49 with the forward. From a first state that has a
+gradient B = 1, T = 65536 took 5.17, without one 4.29, by passes 8.62; B = 8, T = 4096 took 3.84,
+1.28 and 3.48, more than what is added explains.
 
 Bytes a token and head of hla2, D = V = 128, bfloat16: 3584, 0.627 ms for B = 8, T = 4096, H = 16
 at 3.0 TB/s; 0.681 ms on one H100 (92%), with a decay 0.724, with a log gate 0.781. Operations: 524
