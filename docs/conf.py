@@ -210,10 +210,11 @@ def sizes(case):
 def speed(folder):
     """The README's table: what hla's kernels take, and what the peers of their run take.
 
-    A row stands once, from the first result that has it; a result of several lengths is a plot.
+    A row stands once, from the first result that has it, beside those of the same sums; a result of
+    several lengths is a plot.
     """
     peers = "FLA's time / hla's", "softmax attention's / hla's"
-    rows = [("what", "arrays (backend)", "ms", "floor / ms", *peers)]
+    rows = []
     seen = set()
     for result in results(folder).values():
         if grown(result):
@@ -239,7 +240,9 @@ def speed(folder):
                     known(softmax, ".1f", "x"),
                 )
             )
-    return table(*rows)
+    order = list(dict.fromkeys(row[0] for row in rows))
+    rows.sort(key=lambda row: order.index(row[0]))
+    return table(("what", "arrays (backend)", "ms", "floor / ms", *peers), *rows)
 
 
 NEEDED = {

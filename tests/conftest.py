@@ -27,6 +27,8 @@ if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not any(
 elif "PYTEST_XDIST_WORKER" in os.environ:  # each compiles in one thread, and tries no variants
     flags = "--xla_gpu_force_compilation_parallelism=1 --xla_gpu_autotune_level=0"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
+    # no call stacks in the text of JAX's kernels, which took a seventh of lowering them
+    os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX leaves the GPU some memory
 if "PYTEST_XDIST_WORKER" in os.environ:  # the test processes share the cores: no threads that spin
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -263,9 +265,9 @@ def load(name, place="cpu") -> Library:
         )
     if name == "jax":
         xp.config.update("jax_enable_x64", True)
-        jnp, host = importlib.import_module("jax.numpy"), xp.devices(place)[0]
-        return Library(
-            name, lambda x, d: jnp.asarray(x, getattr(jnp, d), device=host), to_numpy, xp.Array
+        host = xp.devices(place)[0]
+        return Library(  # jnp.asarray would compile two programs for each shape
+            name, lambda x, d: xp.device_put(np.array(x, numpy_dtype(d)), host), to_numpy, xp.Array
         )
     if name == "array_api_strict":
         strict = type(xp.asarray(0.0))

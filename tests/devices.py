@@ -139,13 +139,18 @@ def per_device(names="", cases=((),), where=lambda device: True, sample=(), aot=
 
     A case whose operator, mask, gate or dtype the backend does not take is none. Of a device that
     compiles every call all but those of a sample, which is the first case if none is given, are
-    marked as such, or ``aot`` where they are among those.
+    marked as such, or ``aot`` where they are among those. Of an accelerator cases of one kind of
+    kernels follow each other: those that one test process runs it compiles once.
     """
     names, found = names.replace(",", " ").split(), []
+    kinds = [names.index(x) for x in ("dtype", "gate", "kind") if x in names]
     for device in filter(where, devices()):
         chosen = [*sample]
-        for case in cases(device) if callable(cases) else cases:
-            values = case if isinstance(case, tuple) else (case,)
+        rows = cases(device) if callable(cases) else cases
+        rows = [x if isinstance(x, tuple) else (x,) for x in rows]
+        if not device.interpreted:
+            rows.sort(key=lambda values: [str(values[i]) for i in kinds])
+        for values in rows:
             if not device.refuses(**dict(zip(names, values, strict=True))):
                 name = "-".join(map(str, (device.backend, *values)))
                 chosen = chosen or [values]

@@ -19,6 +19,7 @@ from numba.cuda.simulator import kernel as simulator
 
 from hla.contract import Capabilities, Machine
 from hla.kernels.cupy.run import Library, Memory
+from hla.kernels.numba import chunks
 from hla.kernels.numba.device import KERNELS, TEXTS
 
 NAME = "numba simulated"
@@ -82,6 +83,16 @@ def _results(posted):
 
 
 simulator.BlockManager = Block
+
+
+class Running:
+    """Numba's module as the kernel that runs has it, for functions of other files."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __getattr__(self, name):
+        return getattr(self.module.cuda, name)
 
 
 class Twin:
@@ -171,6 +182,14 @@ class Twin:
     def put_number(self, at, x):
         self._number("f4", at)[0] = x
 
+    def numbers(self, at):
+        assert at % 4 == 0
+        return tuple(self.shared(np.dtype("f4"), 4 * at, 4))
+
+    def put_numbers(self, at, *x):
+        assert at % 4 == 0
+        self.shared(np.dtype("f4"), 4 * at, 4)[:] = x
+
     def dot_at(self, at):
         return self._number(self.dot_kind, at)[0]
 
@@ -184,7 +203,7 @@ class Twin:
         to[:] = 0
         if size:
             assert address % 16 == 0
-            to[:] = np.frombuffer((ctypes.c_uint8 * 16).from_address(address), np.uint8)
+            to[:] = np.frombuffer((ctypes.c_uint8 * 16).from_address(int(address)), np.uint8)
 
     def widen8(self, at, address, kind, there):
         for i in range(8):
@@ -258,6 +277,13 @@ class Twin:
         for i, at in self._each(row, column, rows, columns):
             self.put(address, at, kind, x[i])
 
+    def keep_block(self, address, pitch, factor, *x):
+        for i, at in self._each(pitch, 1, 16, 16):
+            self.put(address, at, 0, x[i] * factor)
+
+    def meet_block(self, address, pitch, *x):
+        return sum(x[i] * self.get(address, at, 0) for i, at in self._each(1, pitch, 16, 16))
+
     # Values of other lanes
 
     def up(self, x, n):
@@ -320,6 +346,7 @@ def load(name, constants, shared, card):
 
     def run(grid, block, arguments, shared_mem):
         LAUNCHES.append((name, constants))
+        chunks.cuda = Running(twin.module)
         with np.errstate(all="ignore"):
             cuda.jit(kernel)[grid, block, 0, shared_mem](*unpacked(text, *arguments))
 

@@ -106,6 +106,26 @@ def test_quick_run_draws_a_plot(quick):
     assert (quick / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_of_little_difference_is_marked_by_few_numbers():
+    """Of times within one decade matplotlib's own marks lie on one another."""
+    installed("matplotlib")
+    from matplotlib.figure import Figure
+
+    from hla.bench import report
+
+    figure = Figure(figsize=(5.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    ours, peer = some_rows()
+    ours = dataclasses.replace(ours, seconds=0.205e-3, floor=0.18e-3)
+    report._bars(axes, [ours, dataclasses.replace(peer, seconds=1.6e-3)])
+    figure.draw_without_rendering()
+    shown = [x for x in axes.get_xticklabels(which="both") if x.get_text()]
+    where = [x.get_window_extent() for x in shown]
+    where = sorted((x.x0, x.x1) for x in where if axes.bbox.x0 <= (x.x0 + x.x1) / 2 <= axes.bbox.x1)
+    assert len(where) > 1
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(where))
+
+
 def parsed(*words):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 from conftest import installed
-from devices import Device, inputs_of
+from devices import Device, inputs_of, state_of
 from devices import check as within_the_budget
 
 import hla
@@ -198,28 +198,39 @@ def test_gradients_of_a_last_state_in_segments(monkeypatch, operator):
     assert {"carry.cu", "hopper_states.cu", "pass.cu"} <= {name for name, _ in launches}
 
 
-GATED = {  # operator, gate, T, D, V
-    "hla2, a log gate": ("hla2", "resets", 200, 72, 128),
-    "ahla, a decay": ("ahla", "per_head", 130, 64, 36),
-    "hla3, a log gate": ("hla3", "resets", 130, 24, 40),
+GATED = {  # operator, gate, T, D, V, whether there is a first state
+    "hla2, a log gate": ("hla2", "resets", 200, 72, 128, False),
+    "hla2, a decay, a state": ("hla2", "per_head", 200, 100, 40, True),
+    "ahla, a decay": ("ahla", "per_head", 130, 64, 36, False),
+    "hla3, a log gate": ("hla3", "resets", 130, 24, 40, False),
+    "hla3, a log gate, a state": ("hla3", "resets", 130, 72, 40, True),
 }
 
 
 @pytest.mark.parametrize("tokens", [0, 128])
-@pytest.mark.parametrize("case", some(GATED, 0))
+@pytest.mark.parametrize("case", some(GATED, 0, 1))
 def test_gradients_of_a_gate(monkeypatch, case, tokens):
-    """Sweeps leave what they are made of, states before each period of one chunk too."""
-    operator, gate, T, D, V = GATED[case]
+    """Sweeps leave what they are made of, states before each period of one chunk too.
+
+    A first S is not symmetric, which later ones are; gates are so mild that it lasts.
+    """
+    operator, gate, T, D, V, start = GATED[case]
     monkeypatch.setattr(hopper_backward, "PERIOD", 64)
     monkeypatch.setattr(launch, "segments", lambda request, card: tokens)
     launches = backend(monkeypatch, CARD)
     device = Device("hopper", "numpy", "cpu", ("bfloat16",))
     inputs = inputs_of(T, gate, "bfloat16", D=D, V=V)
     options = {"operator": operator, "scale": 0.25}
+    if start:
+        if gate == "resets":
+            inputs["log_gate"] = inputs["log_gate"] / 16
+        state = state_of(options, gate, D=D, V=V)
+        S = np.random.default_rng(1).standard_normal(state.S.shape).astype(np.float32)
+        inputs["initial_state"] = state._replace(S=S)
     within_the_budget(device, inputs, options, "bfloat16")
     names = {"hopper.cu", "hopper_reverse.cu", "hopper_queries.cu", "gate.cu", "sum.cu"}
     states = "pass.cu" if D < 33 else "hopper_states.cu"
-    names |= {states, "carry.cu", "fading.cu"} if tokens else set()
+    names |= {states, "carry.cu", "fading.cu"} if tokens or start else set()
     assert {name for name, _ in launches} == names
 
 

@@ -3,6 +3,7 @@
 Exact, every float a float64, errors are those of the algebra; in bfloat16 they are roundings.
 """
 
+import collections
 import dataclasses
 import importlib
 import types
@@ -22,10 +23,10 @@ from triton_interpreter import hasten  # noqa: E402
 
 import hla  # noqa: E402
 from hla.arguments import prepare  # noqa: E402
-from hla.device import plan, shapes  # noqa: E402
+from hla.device import plan, scan, shapes  # noqa: E402
 from hla.device.elementwise import gate_of, part, taking  # noqa: E402
-from hla.device.scan import Call, Runner  # noqa: E402
-from hla.device.steps import Fused, GateGradient, Launch, Ref  # noqa: E402
+from hla.device.scan import Call, Kind, Ready, Runner  # noqa: E402
+from hla.device.steps import Carry, Fused, GateGradient, Launch, Ref, Skew  # noqa: E402
 from hla.device.tiles import Layout  # noqa: E402
 from hla.kernels.triton import hopper_backward, launch, run  # noqa: E402
 from hla.states import AHLAState, HLA2State, HLA3State, LinearState  # noqa: E402
@@ -142,7 +143,7 @@ def gradients(
     for name in shapes.saved(request):
         matrix, values = SAVED[name]
         S = getattr(start, matrix, None)
-        S = None if S is None else S.reshape(*S.shape[:2], -1)
+        S = S[..., None] if matrix == "m" and S is not None else S
         S = None if S is None else LinearState(S, np.zeros(S.shape[:-1]))
         v = exact.get(values, np.ones((*exact["q"].shape[:-1], 1)))
         made_of = exact["q"], exact["k"], v
@@ -289,15 +290,26 @@ def test_bfloat16(kernels, operator, gate):
     ("ahla", 130, 100, 128, "per_head", False, 0, "float64"),
     ("hla3", 150, 128, 96, "log_gate", False, 0, "float64"),
     ("hla3", 200, 40, 24, "per_head", False, 128, "float64"),
+    ("hla2", 200, 128, 96, "log_gate", True, 0, "float64"),
+    ("hla2", 200, 100, 24, "per_head", True, 128, "float64"),
+    ("hla3", 200, 40, 24, "log_gate", True, 0, "float64"),
+    ("hla3", 200, 128, 24, "per_head", True, 128, "float64"),
     ("hla2", 300, 128, 128, "log_gate", False, 0, "bfloat16"),
     ("ahla", 200, 128, 128, "per_head", False, 0, "bfloat16"),
 ])  # fmt: skip
 def test_gradient_of_a_gate(kernels, monkeypatch, operator, T, D, V, gate, states, tokens, dtype):
-    """In the sweeps, by the products of states before every chunk but the first; in segments."""
+    """In the sweeps, by the products of states before every chunk but the first; in segments.
+
+    A first S is not symmetric, which later ones are; gates are so mild that it lasts.
+    """
     monkeypatch.setattr(hopper_backward, "PERIOD", 64)
     rng, exact = np.random.default_rng(T), dtype == "float64"
     made = kernels(exact=exact, seed=T)
     options = {"scale": 0.5} | gates(rng, gate, (H,), T)
+    if states and gate == "log_gate":
+        options["log_gate"] *= 0.05
+    elif states:
+        options["decay"] **= 0.05
     start = first_state(rng, operator, D, V) if states else None
     arrays = given(rng, T, D, V)
     dt = getattr(torch, dtype)
@@ -309,6 +321,8 @@ def test_gradient_of_a_gate(kernels, monkeypatch, operator, T, D, V, gate, state
     assert [(x["DOTS"], x["EVERY"]) for x in sweeps] == [(True, int(T > 64))] * count
     for name in ("dq", "dk", "dv") if exact else ():
         close(getattr(got, name), getattr(want, name), most=1e-6 if tokens else EXACT)
+    for x, y in zip(got.dinitial_state or (), want.dinitial_state or (), strict=True):
+        close(x, y, most=1e-6)
     rounded = {n: torch.tensor(x).to(dt).double().numpy() for n, x in arrays.items()}
     do, inputs = (rounded.pop("do"),), rounded | options
     scale = {"scale": inputs.pop("scale"), "operator": operator}
@@ -319,6 +333,22 @@ def test_gradient_of_a_gate(kernels, monkeypatch, operator, T, D, V, gate, state
         getattr(got, name).double().numpy(), getattr(want, name),
         "float32" if exact else dtype, inputs, scale, do, operator=operator,
     )  # fmt: skip
+
+
+def test_gradient_of_a_gate_of_heads_that_share_a_first_state(kernels, monkeypatch):
+    """Each query head's products of S, which it shares, by its own gradient of S."""
+    monkeypatch.setattr(hopper_backward, "PERIOD", 64)
+    rng, T, D = np.random.default_rng(6), 130, 72
+    kernels(exact=True)
+    options = {"scale": 0.5, "log_gate": -rng.uniform(0, 0.02, size=(2, 1, T))}
+    sizes = (2, 1, D, D), (2, 2, D, 40), (2, 1, D)
+    start = HLA2State(*(rng.standard_normal(x) for x in sizes))
+    arrays = given(rng, T, D, 40, (2, 2), keys=(2, 1))
+    got, want = gradients(arrays, options, torch.float64, start, trained=True)
+    for name in ("dq", "dk", "dv", "dlog_gate"):
+        close(getattr(got, name), getattr(want, name), most=1e-6)
+    for x, y in zip(got.dinitial_state, want.dinitial_state, strict=True):
+        close(x, y, most=1e-6)
 
 
 @pytest.mark.parametrize("gate", [None, "decay"])
@@ -391,18 +421,46 @@ def test_what_is_not_served():
     assert not served(decay=0.5, convention="paper")
 
 
-@pytest.mark.parametrize(("operator", "start", "sweeps"), [
-    ("hla2", False, 2), ("hla2", True, 0), ("ahla", True, 3), ("hla3", False, 4), ("hla3", True, 0),
-])  # fmt: skip
-def test_a_gates_gradient_needs_symmetric_states(operator, start, sweeps):
-    """Which a first S need not be: all by passes then, which count by chunks of their own."""
-    q, k, v = (torch.zeros(2, 80, 16, dtype=torch.bfloat16) for _ in "qkv")
-    options = {"operator": operator, "decay": None, "log_gate": torch.zeros(2, 80), "scale": 1.0}
+def test_the_kernel_of_a_gate_by_tokens_is_compiled_with_the_others(monkeypatch):
+    """Of (B, T, H), which is copied when it runs: by its dtype, as what is yet to be."""
+    found = []
+
+    class Function:
+        def warmup(self, *operands, grid, **constants):
+            found.append(operands)
+
+    monkeypatch.setattr(run, "gate_kernel", Function())
+    q, k, v = (torch.zeros(2, 80, 3, 16, dtype=torch.bfloat16) for _ in "qkv")
+    options = {"operator": "hla2", "decay": None, "log_gate": torch.zeros(2, 80, 3), "scale": 1.0}
+    request, inputs, _ = prepare(q, k, v, gradient=True, axis=-3, **options)
+    device = run.RUNNER.device._replace(rows=rows, limits=lambda *call: launch.WIDE)
+    kind = Kind(True, False, torch.bfloat16)
+    given = [*scan.given(request, inputs), *[torch.zeros(2, 3, 80, 16, dtype=q.dtype)] * 2]
+    named = dict(zip(kind.names(request), given, strict=True))
+    ready = Ready(device, kind.plan(device, request, q.device), request, named)
+    kernels = run._kernels(ready, [16] * (len(given) + ready.more + 1))
+    dtypes = {ready.call.slots[name]: dtype for name, dtype in ready.dtypes.items()}
+    for kernel in kernels:
+        if isinstance(kernel.function, Function):
+            kernel.compile(given, dtypes)
+    assert len(kernels) == 4
+    assert [x[2] for x in found] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("T", [1024, 2100])
+@pytest.mark.parametrize(("operator", "sweeps"), [("hla2", 2), ("ahla", 3), ("hla3", 4)])
+def test_a_gates_gradient_from_a_first_state(operator, sweeps, T):
+    """Its S need not be symmetric: what it adds at later periods is a step, for which dS runs."""
+    q, k, v = (torch.zeros(2, T, 16, dtype=torch.bfloat16) for _ in "qkv")
+    options = {"operator": operator, "decay": None, "log_gate": torch.zeros(2, T), "scale": 1.0}
     request, _, _ = prepare(q, k, v, gradient=True, **options)
-    found = plan.backward(request, launch.narrow(9), hopper_backward.rows(request), start=start)
-    assert sum(isinstance(step, Fused) for step in found.steps) == sweeps
-    chunks = {step.chunk for step in found.steps if isinstance(step, GateGradient)}
-    assert chunks == {64 if sweeps else 32}
+    for start in (False, True):
+        made = hopper_backward.rows(request)
+        steps = plan.backward(request, launch.narrow(9), made, start=start).steps
+        count = collections.Counter(map(type, steps))
+        added = int(start and T > 1024 and operator != "ahla")
+        assert (count[Fused], count[Skew], count[Carry], count[Launch]) == (sweeps, *[added] * 3)
+        assert {step.chunk for step in steps if isinstance(step, GateGradient)} == {64}
 
 
 @pytest.mark.parametrize(("operator", "V", "taken"), [

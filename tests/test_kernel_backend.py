@@ -355,27 +355,31 @@ def test_grouped_queries_share_keys_values_and_states(device, operator, mask, ga
     bits(again, hla.scan(**written, initial_state=full, **options))
 
 
-@per_device("operator", OPERATORS, sample=ON_DEMAND)
-def test_empty_axes(device, operator):
+# batch, T, D, V; an empty axis is run as one entry, so that the first two have kernels in common
+EMPTY = [((0, 2), 70, 5, 3), ((2,), 70, 5, 0), ((2,), 70, 0, 3), ((2,), 1, 0, 0)]
+
+
+@per_device("operator, sizes", [(o, x) for x in EMPTY for o in OPERATORS], sample=ON_DEMAND)
+def test_empty_axes(device, operator, sizes):
     """No batch and no values: empty. No features: zeros. Their gradients too."""
-    for batch, T, D, V in ((0, 70, 5, 3), (2, 70, 5, 0), (2, 70, 0, 3), (2, 1, 0, 0)):
-        inputs = {n: np.ones((batch, T, m)) for n, m in zip("qkv", (D, D, V), strict=True)}
-        inputs["decay"] = np.full(batch, 0.5)
-        arrays = device.arrays(inputs, "float32")
-        for mask in STREAMING:
-            options = {"operator": operator, "mask": mask, "return_state": True}
-            (o, state), pullback = hla.vjp(**arrays, backend=device.backend, **options)
-            assert o.shape == arrays["v"].shape
-            assert not host(o).any()
-            want = hla.scan(**inputs, **options)[1]
-            for x, y in zip(state, want, strict=True):
-                close(host(x), y, 1e-6)
-            for x, y in zip(pullback(o, state)[:4], arrays.values(), strict=True):
-                assert x.shape == y.shape
-                assert np.isfinite(host(x)).all()
-        del arrays["decay"]
-        o = hla.scan(**arrays, operator=operator, normalize=True, backend=device.backend)
+    batch, T, D, V = sizes
+    inputs = {n: np.ones((*batch, T, m)) for n, m in zip("qkv", (D, D, V), strict=True)}
+    inputs["decay"] = np.full(batch, 0.5)
+    arrays = device.arrays(inputs, "float32")
+    for mask in STREAMING:
+        options = {"operator": operator, "mask": mask, "return_state": True}
+        (o, state), pullback = hla.vjp(**arrays, backend=device.backend, **options)
+        assert o.shape == arrays["v"].shape
         assert not host(o).any()
+        want = hla.scan(**inputs, **options)[1]
+        for x, y in zip(state, want, strict=True):
+            close(host(x), y, 1e-6)
+        for x, y in zip(pullback(o, state)[:4], arrays.values(), strict=True):
+            assert x.shape == y.shape
+            assert np.isfinite(host(x)).all()
+    del arrays["decay"]
+    o = hla.scan(**arrays, operator=operator, normalize=True, backend=device.backend)
+    assert not host(o).any()
 
 
 @per_device("gate", either(GATES, ["resets"]), sample=ON_DEMAND)
@@ -807,6 +811,20 @@ def test_within_the_budget_over_many_tokens(device, operator, dtype, D):
     decay = (0.9, 0.99) if dtype == "float16" else (0.999, 1.0)  # float16 has not hla3's range
     inputs["decay"] = np.array(decay, np.float32).astype(np.float64)
     check(device, inputs, {"operator": operator, "scale": D**-0.75, "return_state": True}, dtype)
+
+
+@per_device("operator, gate", [("hla2", "resets"), ("hla3", "per_head")], where=accelerated)
+def test_the_gradient_of_a_gate_from_a_first_state(device, operator, gate):
+    """Whose S is not symmetric, over three periods of which a gate leaves much."""
+    options = {"operator": operator, "scale": 0.05}
+    inputs = inputs_of(2200, gate, device.dtype, D=64, V=64)
+    if gate == "resets":
+        inputs["log_gate"] = rounded(inputs["log_gate"] / 512)
+    else:
+        inputs["decay"] = np.array((0.999, 1.0), np.float32).astype(np.float64)
+    state = state_of(options, gate, D=64, V=64)
+    S = rounded(np.random.default_rng(3).standard_normal(state.S.shape))
+    check(device, inputs | {"initial_state": state._replace(S=S)}, options, device.dtype)
 
 
 DIVIDED = [(o, g, "bfloat16", 128) for o in OPERATORS for g in ("none", "resets")]

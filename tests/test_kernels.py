@@ -251,6 +251,48 @@ def test_states_are_carried_in_registers(compiled, blocks, once, gated):
     assert gated or not found["shuffles"]
 
 
+def stepped(kernel, split, gate, once):
+    """Return what `ahead` compiles of a kernel of one token of hla2, D and V 128."""
+    module = importlib.import_module("hla.kernels.triton.token")
+    names = getattr(module, kernel).arg_names
+    constants = {"GATE": gate, "NORMALIZE": True, "SPLIT": split, "WHOLE": True, "ONCE": once}
+    constants |= {"FOLLOWS": True, "R": 32, "BD": 128, "BV": 128, "BLOCKS": 4}
+    constants |= dict.fromkeys(
+        (n for n in names if re.fullmatch(r"s[qkvo]d|s[STFG]v|s[mn]d", n)), 1
+    )
+    absent = {"p_gate": not gate, "p_parts": not split}
+    constants |= {n: None for n, left in absent.items() if left}
+    constants = {n: x for n, x in constants.items() if n in names}
+    signature = {n: "*fp32" if n.startswith("p_") else "i32" for n in names}
+    signature |= dict.fromkeys({"p_q", "p_k", "p_v", "p_o"} & set(names), "*bf16")
+    signature |= dict.fromkeys({"scale", "eps"} & set(names), "fp32")
+    signature |= dict.fromkeys(constants, "constexpr")
+    even = [n for n in names if re.fullmatch(r"p_\w+|s\w+[0-9d]|[DV]", n) and n not in constants]
+    warps = 4 if kernel == "rows_kernel" else 1
+    return {
+        "kernel": f"hla.kernels.triton.token.{kernel}", "signature": signature,
+        "constants": constants, "aligned": even, "arch": 90,
+        "options": {"num_warps": warps, "launch_pdl": True},
+    }  # fmt: skip
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("kernel", "split", "gate", "once"),
+    [
+        ("rows_kernel", True, 0, ""),
+        ("rows_kernel", True, 2, ""),
+        ("rows_kernel", False, 1, "evict_first"),
+        ("add_kernel", True, 0, ""),
+    ],
+)
+def test_a_token_is_kept_in_registers(compiled, kernel, split, gate, once):
+    """Of states of a batch entry by many programs, whose parts of o are small, and by one."""
+    found = compiled(stepped(kernel, split, gate, once))
+    assert found["spills"] == 0
+    assert split or (set(found["offsets"]) == {"i64"} and not found["narrow"])
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("case", RACES, ids=named)
 def test_no_load_lands_on_what_a_product_still_reads(compiled, case):

@@ -1,5 +1,6 @@
 """Numba's kernels without a GPU: their text in Numba's simulator, and compiled ahead of time."""
 
+import dataclasses
 import importlib
 import re
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import close, environment, installed, numpy_dtype, within_budget
-from devices import Device, check, host, inputs_of, state_of
+from devices import Device, check, host, inputs_of, rounded, state_of
 from numba import cuda
 
 import hla
@@ -22,6 +23,7 @@ installed("numba")
 simulator = importlib.import_module("numba_simulator")
 device = sys.modules["hla.kernels.numba.device"]
 between = sys.modules["hla.kernels.numba.between"]
+adjoint = sys.modules["hla.kernels.numba.adjoint"]
 HOST = Device(simulator.NAME, "numpy", "cpu", simulator.CAPABILITIES.dtypes)
 
 
@@ -145,6 +147,135 @@ def test_values(simulated, operator, dtype, gate, T, D, V):
     inputs = inputs_of(T, gate, dtype, D=D, V=V)
     inputs["initial_state"] = state_of(options, gate, D=D, V=V)
     check(HOST, inputs, options | {"return_state": True}, dtype)
+
+
+def launched():
+    """What was launched of two passes: of each the numbers of its operands, and tokens a chunk."""
+    found = [dict(x) for name, x in simulator.LAUNCHES if name == "backward"]
+    return [(x["FIRST"], x["SECOND"], x["W"]) for x in found]
+
+
+ADJOINTS = {  # queries, keys, values and what a result is added to, of both passes
+    "hla2": [
+        ((0, 1, 2, -1), (3, 2, 1, -1)), ((0, 1, 2, -1), (0, 2, 1, -1)),
+        ((0, 1, 2, -1), (3, 4, 4, -1)),
+    ],
+    "ahla": [
+        ((0, 1, 2, -1), (3, 2, 1, -1)), ((0, 1, 2, 3), (4, 2, 1, -1)),
+        ((0, 1, 2, -1), (3, 4, 2, -1)),
+    ],
+    "hla3": [
+        ((0, 1, 2, -1), (3, 2, 1, -1)), ((0, 1, 2, -1), (3, 2, 1, -1)),
+        ((0, 1, 2, -1), (0, 2, 1, 3)), ((0, 1, 2, -1), (3, 2, 2, -1)),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("operator", "T", "D", "V", "W", "decay"),
+    [
+        ("hla2", 34, 16, 16, 32, 0.9),
+        ("ahla", 67, 13, 18, 16, 0.9),  # of as many chunks as there are weights, and two more
+        pytest.param("hla2", 34, 100, 90, 16, None, marks=pytest.mark.aot),
+        pytest.param("hla3", 34, 18, 16, 16, None, marks=pytest.mark.aot),
+    ],
+)
+def test_adjoint_by_two_passes_a_launch(simulated, monkeypatch, operator, T, D, V, W, decay):
+    """Every gradient: several chunks, a short one; rows of whole 16 bytes and others."""
+    monkeypatch.setattr(adjoint, "SIZES", tuple(x for x in adjoint.SIZES if x[0] == W))
+    inputs = inputs_of(T, dtype="bfloat16", D=D, V=V, heads=1)
+    check(HOST, inputs, {"operator": operator, "scale": 0.25, "decay": decay}, "bfloat16")
+    assert launched() == [(*x, W) for x in ADJOINTS[operator]]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("operator", ["hla2", "ahla"])
+def test_adjoint_from_states(simulated, operator):
+    """First and last states, their gradients, whose factors are those of tokens."""
+    options = {"operator": operator, "scale": 0.25, "decay": 0.9}
+    inputs = inputs_of(34, dtype="bfloat16", D=18, V=13, heads=1)
+    inputs["initial_state"] = state_of(options, "none", D=18, V=13, heads=1)
+    check(HOST, inputs, options | {"return_state": True}, "bfloat16")
+    assert launched()
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("operator", "shared"), [("hla2", "k"), ("hla2", "qk"), ("ahla", "kv")])
+def test_adjoint_of_shared_heads(simulated, operator, shared):
+    """Gradients that heads share are left in float32; of fewer heads than dF's dq is by passes."""
+    size = {"dtype": "bfloat16", "D": 16, "V": 16}
+    inputs, few = inputs_of(34, heads=2, **size), inputs_of(34, heads=1, **size)
+    inputs |= {n: few[n] for n in shared}
+    check(HOST, inputs, {"operator": operator, "scale": 0.25}, "bfloat16")
+    assert len(launched()) == (2 if shared == "qk" else 3)
+    assert any(any(dict(x)["WIDE"]) for name, x in simulator.LAUNCHES if name == "backward")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("operator", ["hla2", "ahla"])
+def test_adjoint_in_segments(simulated, monkeypatch, operator):
+    """Of several chunks each, the last one short, from states that were carried."""
+    monkeypatch.setattr(adjoint, "SIZES", adjoint.SIZES[-1:])
+    monkeypatch.setattr(launch, "segments", lambda request, card: 32)
+    library = run.Library(simulator.SIMULATED.memory, device.KERNELS)
+    monkeypatch.setattr(simulator, "forward", library.forward)
+    monkeypatch.setattr(simulator, "backward", library.backward)
+    inputs = inputs_of(66, dtype="bfloat16", D=16, V=16, heads=1)
+    check(HOST, inputs, {"operator": operator, "scale": 0.25, "decay": 0.9}, "bfloat16")
+    assert len(launched()) == 3
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("operator", "gate", "T", "period", "segment", "start"),
+    [
+        ("hla2", "resets", 98, 64, 0, False),
+        ("ahla", "per_head", 98, 64, 0, False),
+        ("hla3", "resets", 66, 32, 0, False),
+        ("hla2", "resets", 130, 64, 64, False),
+        ("hla2", "per_head", 70, 32, 0, True),
+    ],
+)
+def test_adjoint_and_the_gate(simulated, monkeypatch, operator, gate, T, period, segment, start):
+    """Sums by token, and products of states at the starts of several periods; resets there too.
+
+    A first S is not symmetric, which later ones are; the gate is so mild that it lasts.
+    """
+    monkeypatch.setattr(adjoint, "PERIOD", period)
+    monkeypatch.setattr(launch, "segments", lambda request, card: segment)
+    library = run.Library(simulator.SIMULATED.memory, device.KERNELS)
+    monkeypatch.setattr(simulator, "forward", library.forward)
+    monkeypatch.setattr(simulator, "backward", library.backward)
+    inputs = inputs_of(T, gate, "bfloat16", D=18, V=13, heads=1)
+    if start:
+        inputs["decay"] = rounded(np.array([0.999]))
+        state = state_of({"operator": operator}, gate, D=18, V=13, heads=1)
+        S = rounded(np.random.default_rng(4).standard_normal(state.S.shape))
+        inputs["initial_state"] = state._replace(S=S)
+    check(HOST, inputs, {"operator": operator, "scale": 0.25}, "bfloat16")
+    assert len(launched()) == 3
+    assert all(dict(x)["DOTS"] for name, x in simulator.LAUNCHES if name == "backward")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("operator", ["hla2", "ahla"])
+def test_adjoint_with_a_gate_that_has_no_gradient(simulated, operator):
+    """Resets within and at ends of chunks: all gradients but the gate's, of three chunks."""
+    inputs = inputs_of(66, "resets", "bfloat16", D=16, V=16, heads=1)
+    options = {"operator": operator, "scale": 0.25}
+    do = rounded(np.random.default_rng(3).standard_normal((1, 66, 16)), "bfloat16")
+    _, pull = hla.vjp(**inputs, backend="array_api", **options)
+    want = pull(do)
+    request, given, _ = prepare(
+        **HOST.arrays(inputs, "bfloat16"), decay=None, gradient=True, **options
+    )
+    request = dataclasses.replace(request, gate_given=False)
+    _, _, saved = simulator.forward(request, given)
+    found = simulator.backward(request, given, saved, HOST.array(do, "bfloat16"), None)
+    for x, y in zip(found[:3], want[:3], strict=True):
+        size = {"D": 16, "operator": operator, "gradient": True}
+        within_budget(host(x), y, "bfloat16", **size)
+    assert len(launched()) == 3
 
 
 def test_quotients_of_shared_heads(simulated):
@@ -308,7 +439,7 @@ GATE = {"log_gate": np.zeros((2, 300), np.float32)}
 @pytest.mark.aot
 @pytest.mark.parametrize(
     ("operator", "arch", "most"),
-    [("hla2", (8, 0), 16), ("ahla", (9, 0), 16), ("hla3", (9, 0), 144)],
+    [("hla2", (8, 0), 16), ("ahla", (9, 0), 16), ("hla3", (9, 0), 148)],
 )
 def test_fused_kernels_compile(operator, arch, most):
     """Two rows of a state's blocks a warp, all of 128 columns: little else is spilled."""
@@ -317,6 +448,22 @@ def test_fused_kernels_compile(operator, arch, most):
     registers, spills = built("fused.cu", constants, arch)
     assert registers <= 255
     assert spills <= most
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("operator", "gate", "arch", "most"),
+    [("hla2", {}, (9, 0), 32), ("ahla", {}, (8, 0), 48), ("hla2", GATE, (9, 0), 352)],
+)
+def test_two_passes_compile(operator, gate, arch, most):
+    """As those of the forward; what a gate's gradient spills is made before the loop."""
+    for name, constants in kernels("bfloat16", operator=operator, **gate):
+        if name not in ("backward", "gate.cu"):
+            continue
+        registers, spills = built(name, constants, arch)
+        threads = dict(constants)["PERIOD"] if name == "gate.cu" else 256
+        assert registers * threads <= 65536
+        assert spills <= (most if name == "backward" else 0)
 
 
 @pytest.mark.aot

@@ -109,6 +109,16 @@ def test_every_kernel_lowers_without_its_device(name, platform):
     assert ("mosaic_gpu" if platform == "cuda" else "tpu_custom_call") in exported.mlir_module()
 
 
+def test_a_gpu_kernel_is_that_of_other_factors_and_of_a_strict_pass():
+    """Launches of one shape class are lowered and compiled once."""
+    installed("absl")
+    run, given = installed("hla.kernels.pallas.mosaic").cuda, operands(WORK["narrow"])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+    works = WORK["narrow"], WORK["narrow"]._replace(read=0.5, write=1.0, strict=True)
+    exported = lowered(lambda x: [run(p, BATCH, x) for p in works], ["cuda"], shapes)
+    assert exported.mlir_module().count("@mosaic_gpu_v2") == 1
+
+
 def lowered(function, platforms, *given):
     """A program for platforms that need not be here; Mosaic's calls make no promise for later."""
     checks = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]

@@ -217,7 +217,7 @@ def _lines(axes: Any, rows: list[Row], lengths: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, labels=[str(tokens) for tokens in lengths])
-    axes.yaxis.set_major_formatter("{x:g}")
+    _mark(axes.yaxis)
     axes.set(xlabel="tokens T", ylabel="ms (median)")
 
 
@@ -232,5 +232,14 @@ def _bars(axes: Any, rows: list[Row]) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(right=3 * max(times))  # room for its label
-    axes.xaxis.set_major_formatter("{x:g}")
+    _mark(axes.xaxis)
     axes.set(xlabel="ms (median); dotted: the floor")
+
+
+def _mark(axis: Any) -> None:
+    """Mark a logarithmic axis at 1, 2 and 5 of each decade, of which it may have less than one."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")

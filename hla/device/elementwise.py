@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.passes import Gate, Shape
 from .scan import Call, Do
-from .steps import Border, Carry, Divide, Fading, GateGradient, GateSum, Ref, Step, Sum
+from .steps import Border, Carry, Divide, Fading, GateGradient, GateSum, Ref, Skew, Step, Sum
 
 Array = Any
 Take = Callable[[Ref], Array]  # what a reference means
@@ -166,6 +166,22 @@ def border(xp: Any, s: Border, take: Take, gate: Gate) -> Made:
     return [(s.o, sum(fit(xp, x, o.shape) for x in terms))]
 
 
+def skew(xp: Any, s: Skew, take: Take, gate: Gate, **sums: Any) -> Made:
+    """Do a Skew, with such options of sums.
+
+    Of S - S' it takes what is below the diagonal blocks, and half of what is in them.
+    """
+    met, S, R = take(s.met), take(s.S), take(s.R)[..., :-1, :, :]
+    A, found = (S - S.mT)[..., None, :, :], xp.zeros_like(met[..., 0])
+    for i in range(0, S.shape[-1], s.block):
+        rows = slice(i, i + s.block)
+        below, within = (A[..., rows, x] * R[..., rows, x] for x in (slice(i), rows))
+        found = found + xp.sum(below, axis=(-2, -1), **sums)
+        found = found + 0.5 * xp.sum(within, axis=(-2, -1), **sums)
+    left = xp.exp(s.power * xp.cumulative_sum(take(s.fading)[..., :-1], axis=-1))
+    return [(s.met, met + (left * found)[..., None])]
+
+
 def gate_sum(xp: Any, s: GateSum, take: Take, gate: Gate) -> Made:
     """Do a GateSum."""
     o = take(s.o)
@@ -205,6 +221,6 @@ def carry(xp: Any, s: Carry, take: Take, gate: Gate) -> Made:
 
 
 ELEMENTWISE: dict[type, Callable[[Any, Any, Take, Gate], Made]] = {
-    Sum: total, Divide: divide, Border: border, GateGradient: gate_gradient, GateSum: gate_sum,
-    Fading: fading, Carry: carry,
+    Sum: total, Divide: divide, Border: border, GateGradient: gate_gradient, Skew: skew,
+    GateSum: gate_sum, Fading: fading, Carry: carry,
 }  # fmt: skip

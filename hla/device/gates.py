@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.passes import Pass, Shape
 from ..core.programs import Passes
-from .steps import Border, GateGradient, Limits, Parts, Ref, Step, Sum
+from .steps import (
+    UNDOTTED,
+    Border,
+    Carry,
+    GateGradient,
+    Launch,
+    Limits,
+    Parts,
+    Ref,
+    Skew,
+    Step,
+    Sum,
+)
 
 if TYPE_CHECKING:
     from .plan import Builder
@@ -28,6 +40,7 @@ class Term:
         self.parts: Parts | None = None  # of the fused rows that do its launches
         self.period = 0  # and tokens between the states that they keep
         self.met: Ref | None = None
+        self.carried: Carry | None = None  # R, where the first S need not be symmetric
         self.one = False  # whether its k is its v
         self.ends = True
 
@@ -130,6 +143,27 @@ class GateTerms:
             found = [(Ref(p.end.removeprefix("d.")), end) for p, end in ends.items() if p.end]
             self.terms[s.step, batch].border += found
 
+    def first(self, x: Launch) -> list[Step]:
+        """Return what makes the gradient of a first S by periods, of a launch that leaves R + R'.
+
+        That is in segments, which are more programs than the whole would be.
+        """
+        b = self.builder
+        size = b.width(x.k[0].name), b.width(x.v[0].name)
+        term = next(t for t in self.terms.values() if t.states[True] == x.states)
+        steps = list(b.two(x._replace(q=(), o=(), **UNDOTTED), [size], term.period))
+        term.carried = next(s for s in steps if isinstance(s, Carry))
+        return steps
+
+    def skew(self, term: Term) -> list[Step]:
+        """Return what adds to a term's products what is of a first S alone."""
+        s, met = term.carried, term.met
+        if s is None or met is None or s.fading is None or term.parts is None:
+            return []
+        S = next(S for S, end in term.border if end == s.end)
+        part = met._replace(columns=(0, 1))
+        return [Skew(part, S, s.o, s.fading, s.power, term.parts.block)]
+
     def finished(self, pending: list[Pass]) -> list[Step]:
         """Return the steps for which nothing is waited."""
         steps: list[Step] = []
@@ -182,4 +216,4 @@ class GateTerms:
             term.chunk(b.limits, b.request.gate),
             period,
         )
-        return [*steps, GateGradient(o, *refs, *options, met=term.met)]
+        return [*steps, *self.skew(term), GateGradient(o, *refs, *options, met=term.met)]

@@ -16,7 +16,7 @@ from ..core.passes import Pass, Shape, broadcast
 from ..core.programs import Passes, adjoint, d, prune
 from ..core.request import Request
 from .gates import GateTerms
-from .segments import levels
+from .segments import halved, levels
 from .shapes import alive, named, saved
 from .steps import (
     UNDOTTED,
@@ -159,8 +159,7 @@ class Builder:
         """Return the rows that are used: for a gate's gradient by a step's passes all or none."""
         if not any(s.dot for s in steps):
             return self.rows
-        starts = {s.start for s in steps if s.start}
-        gated = [r for r in self.rows if r.parts and r.parts.without not in starts]
+        gated = [r for r in self.rows if r.parts]
         theirs = {s.step for r in gated for s in r.steps}
         pending = [s for s in steps if s.step in theirs]
         while found := next((g for r in gated if (g := self.waiting(r, pending))), None):
@@ -189,9 +188,14 @@ class Builder:
                     own = [x._replace(o=(first,), add=True) for x in own]
             found += own
         self.buffers = {n: x for n, x in self.buffers.items() if n not in inner}
+        halves = row.parts and row.parts.block
+        later = [x for x in found if halves and x.states and halved(x, found)]
+        found = [x._replace(end=(None,)) if x in later else x for x in found]
         steps: list[Step] = [Fused(row.name, tuple(found), inner)]
         if self.tokens:
             steps = list(levels(self, row, found, inner))
+        for x in later:
+            steps += self.gates.first(x)
         return before, steps, list(after.items())
 
     @staticmethod
@@ -367,6 +371,7 @@ class Builder:
             fading = self.fading(n) if x.power and self.request.gate else None
             for o, end, mine, start in zip(begin, x.end, local, x.start, strict=True):
                 yield Carry(o, end, mine, start, fading, x.power, x.reverse)
+        if n == self.tokens:
             self.states[x._replace(**WHATEVER)] = begin
         if x.q and n:
             yield x._replace(start=begin, end=none, tokens=n)
@@ -397,7 +402,7 @@ class Builder:
 
     def fading(self, n: int) -> Ref:
         """Return the sums of the log gate over segments."""
-        T, name = self.request.tokens, "fading"
+        T, name = self.request.tokens, f"fading#{n}"
         shape = (*self.request.gate_batch, -(-T // n))
         o = self.buffer(name, shape, "float64")
         if name not in self.written:

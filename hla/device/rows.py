@@ -22,13 +22,8 @@ def matched(request: Request) -> bool:
 
 
 def gate_parts(request: Request, parts: Parts) -> Parts | None:
-    """Return the parts of a gate's gradient that sweeps of an adjoint leave, if it is requested.
-
-    Of <S, dS> they are the whole where S is symmetric, which a first state need not be.
-    """
-    if request.gate is None or not request.gate_given:
-        return None
-    return parts._replace(without="" if request.operator == "ahla" else "S@0")
+    """Return the parts of a gate's gradient that sweeps of an adjoint leave, if it is requested."""
+    return parts if request.gate is not None and request.gate_given else None
 
 
 def flipped(ref: Ref | None) -> Ref | None:

@@ -65,7 +65,7 @@ def levels(b: Builder, row: Row, launches: list[Launch], inner: tuple[str, ...])
         depth = max(depths[-1], *(of.get(n, 0) for n in names(x.q)))
         of |= {n: max(depth, of.get(n, 0)) for n in names(x.o)}
     late = [
-        x for x, depth in zip(launches, depths, strict=True) if depth > 1 and _halved(x, launches)
+        x for x, depth in zip(launches, depths, strict=True) if depth > 1 and halved(x, launches)
     ]
     launches = [x._replace(end=(None,)) if x in late else x for x in launches]
     alone, carried, reads = _apart(b, launches)
@@ -92,7 +92,7 @@ def levels(b: Builder, row: Row, launches: list[Launch], inner: tuple[str, ...])
         yield from b.two(x._replace(q=(), o=()), [size], b.tokens)
 
 
-def _halved(x: Launch, launches: list[Launch]) -> bool:
+def halved(x: Launch, launches: list[Launch]) -> bool:
     """Whether a last state is requested of one of two that a row may leave as half sums."""
     return any(x.end) and any((x.k, x.v) == (y.v, y.k) and y.o == x.o for y in launches if y != x)
 

@@ -163,6 +163,21 @@ class GateGradient(NamedTuple):
     met: Ref | None = None  # (*batch, N, parts)
 
 
+class Skew(NamedTuple):
+    """Add to <S, R> at later periods, (*batch, N, 1), what is not of the symmetric part of S.
+
+    A fused row that makes R + R' alone has <S, R + R'> / 2, with blocks above the diagonal for
+    those below (`Parts`): the whole but for a first state S, which decays as it is.
+    """
+
+    met: Ref
+    S: Ref  # the first
+    R: Ref  # (*batch, 1 + N, D, D), behind each period; what is behind the last is not read
+    fading: Ref  # (*gate batch, 1 + N)
+    power: int
+    block: int
+
+
 class GateSum(NamedTuple):
     """Gradient of the gate from those of its logarithm by each pass, which are summed to its shape.
 
@@ -210,7 +225,7 @@ class Fused(NamedTuple):
     divide: Divide | None = None  # of what they make, at last
 
 
-Step = Launch | Sum | Divide | Border | GateGradient | GateSum | Fading | Carry | Fused
+Step = Launch | Sum | Divide | Border | GateGradient | Skew | GateSum | Fading | Carry | Fused
 
 
 class Parts(NamedTuple):
@@ -222,7 +237,7 @@ class Parts(NamedTuple):
     writes: int  # and of reverse ones
     side: int  # of the square in which a state is kept
     met: int  # parts of <S, R>
-    without: str = ""  # a first state with which it is none
+    block: int = 0  # columns of blocks of S and R: those above the diagonal count for those below
 
 
 class Row(NamedTuple):

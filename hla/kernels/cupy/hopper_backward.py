@@ -62,7 +62,8 @@ def rows(request: Request, card: Card) -> tuple[Row, ...]:
         return ()
     alike = request.operator != "hla3" or matched(request)
     B = side(D, V)
-    parts = gate_parts(request, Parts(CHUNK, PERIOD, B // HALF, 1, side=B, met=B // 16))
+    own = Parts(CHUNK, PERIOD, B // HALF, 1, side=B, met=B // 16, block=HALF)
+    parts = gate_parts(request, own)
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     return tuple(
         Row(name, tuple(s for s in back if s.reverse == last and s.step in of),

@@ -149,7 +149,10 @@ def folder() -> pathlib.Path:
 def sources() -> tuple[str, ...]:
     """Return every text that a kernel is made of."""
     here = importlib.resources.files(__package__)
-    names = ("between", "causal", "elements", "fused", "gate", "instructions", "build", "step")
+    names = (
+        "backward", "between", "build", "causal", "chunks", "elements", "fused", "gate",
+        "instructions", "step",
+    )  # fmt: skip
     return (*(here.joinpath(f"{x}.py").read_text(encoding="utf-8") for x in names), source({}))
 
 
@@ -170,7 +173,7 @@ def machine_code(
         kernel, signature(text), device=False, cc=capability, output="ltoir", abi="numba"
     )
     parts = [code, instructions(source(macros), arch)]
-    return linked(parts, arch, text.registers, *options)
+    return linked(parts, arch, text.registers(constants), *options)
 
 
 def instructions(text: str, arch: str) -> bytes:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from ...core.request import Request
+from ...device.steps import Row
 from ..cupy import fused as forward
 from ..cupy import run
-from . import between, causal, elements, fused, gate, step
+from ..cupy.launch import Card
+from . import adjoint, backward, between, causal, elements, fused, gate, step
 from .instructions import Text
 
 TEXTS: dict[str, Text] = {
-    "pass.cu": causal.TEXT, "fused.cu": fused.TEXT, "step.cu": step.TEXT, **between.KERNELS,
-    **gate.KERNELS, **elements.KERNELS,
+    "pass.cu": causal.TEXT, "fused.cu": fused.TEXT, "backward": backward.TEXT, "step.cu": step.TEXT,
+    **between.KERNELS, **gate.KERNELS, **elements.KERNELS,
 }  # fmt: skip
-KERNELS = run.Kernels(run.STEPS, forward.rows, forward.KERNELS, step.Steps)
+
+
+def rows(request: Request, card: Card) -> tuple[Row, ...]:
+    """Return the fused kernels of a request, of either direction."""
+    return forward.rows(request, card) + adjoint.rows(request, card)
+
+
+KERNELS = run.Kernels(run.STEPS, rows, {**forward.KERNELS, **adjoint.KERNELS}, step.Steps)

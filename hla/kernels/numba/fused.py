@@ -4,20 +4,12 @@
     ahla: u = pass(q, k, v)   o = pass(q, k, u)
     hla3: y = pass(q, k, k)   u = pass(q, k, v)   o = pass^3(q, y, u)
 
-The states are held transposed, S' (V, D) in float32 registers: a warp has 32 rows of one. Warps of
-the first part make y (of ahla u), those of the middle one hla3's u, those of the last part o, one
-chunk later: y and u pass between them in shared memory. Of hla3 a block has 64 values, and S anew.
-Of a chunk of W tokens, of keys K and values X of each pass, in blocks of 16 x 16,
-
-    P = lower(Q K')  [W, W]    O = Q S + P X  [W, V]    S' = S' + X' K  [V, D]
-
-Every block that is read from shared memory serves two products, of a warp's two rows of blocks. A
-part's P is made by its warps before they read their states, and read after a barrier of that part;
-ahla's serves both, hla3's first that of y and u. There is one barrier of all threads a chunk.
-Chunks are copied ``STAGES - 2`` ahead; rows of no whole 16 bytes element by element.
-
-Weights of a gate, in base 2, lie beside a chunk as lists of power 1, which a pass raises: until a
-token, its power of two, that of what comes after it, and that of the whole chunk.
+Warps of the first part make y (of ahla u), those of the middle one hla3's u, those of the last part
+o, one chunk later: y and u pass between them in shared memory. Of hla3 a block has 64 values, and S
+anew. What a part does of a chunk is in `chunks`. A part's P is made by its warps before they read
+their states, and read after a barrier of that part; ahla's serves both, hla3's first that of y and
+u. There is one barrier of all threads a chunk. Chunks are copied ``STAGES - 2`` ahead; rows of no
+whole 16 bytes element by element.
 
 Bytes a token and head, D = V = 128: q, k, v and o once, 1024 (y too: 1280): 0.179 ms for B = 8,
 T = 4096, H = 16 at 3.0 TB/s. Of a chunk of 32 a warp does about 152 products of 16 x 8 x 16. One
@@ -29,7 +21,6 @@ Constants are those of `cupy.fused.settings`, arguments those of `cupy.hopper.sw
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,9 +28,8 @@ from numba import cuda
 
 from ..cupy.launch import PAD
 from .causal import Head, Operand, shared_functions
+from .chunks import functions, macros
 from .instructions import Constants, Text
-
-LOG2E, LEAST, RESET = 1.4426950408889634, 1e-30, -160.0
 
 
 class Addresses(NamedTuple):
@@ -74,34 +64,19 @@ class Sizes(NamedTuple):
 ARGUMENTS = (Addresses, *[Operand] * len(Addresses._fields), *[float] * 3, Sizes)
 
 
-def macros(c: Constants) -> Constants:
-    """Return the macros of the instructions for the constants of a kernel."""
-    return {"NARROW": 1, "TYPE_O": 0, "PITCH_1": c["B"] + PAD, "PITCH_2": c["W"] + PAD}
-
-
 def make(c: Constants, t: Any) -> Callable[..., None]:
     """Return the kernel with such constants, which calls the instructions ``t``."""
-    f32, f64, i32, i64, device = t.f32, t.f64, t.i32, t.i64, t.device
-    load, load_turned, second, second_turned = t.load, t.load_turned, t.second, t.second_turned
-    multiply, block_of, weighed, put_pair, value = (
-        t.multiply, t.block_of, t.weighed, t.put_pair, t.value,
-    )  # fmt: skip
-    copy16, put_value, leave16, get, put = t.copy16, t.put_value, t.leave16, t.get, t.put
-    copies_commit, copies_wait, syncwarp = t.copies_commit, t.copies_wait, t.syncwarp
-    up, of_lane, get_block, put_block = t.up, t.of_lane, t.get_block, t.put_block
-    power_of_2, threads_sync = t.power_of_2, t.threads_sync
-    number, put_number = t.number, t.put_number
+    f32, f64, i32, i64 = t.f32, t.f64, t.i32, t.i64
+    copies_commit, copies_wait, threads_sync = t.copies_commit, t.copies_wait, t.threads_sync
 
     AHLA, HLA3, OPERATOR = c["OPERATOR"] == 1, c["OPERATOR"] == 3, c["OPERATOR"]
     GATE, READ, WIDE, KEEP, KEEP_U = c["GATE"], c["READ"], c["WIDE"], c["KEEP"], c["KEEP_U"]
-    B, W, STAGES, FAST, WHOLE = c["B"], c["W"], c["STAGES"], c["FAST"], c["WHOLE"]
+    B, W, STAGES = c["B"], c["W"], c["STAGES"]
     BV, KEYS, BLOCKS = 64 if HLA3 else B, B // 16, W // 16
     FIRST, MIDDLE, LAST = B // 32, 2 if HLA3 else 0, BV // 32
     WARPS, WEIGHER = FIRST + MIDDLE + LAST, FIRST - 1
     THREADS = 32 * WARPS
-    PITCH, PITCH_P = B + PAD, W + PAD
-    TILE, TILE_P = W * PITCH, W * PITCH_P
-    TRIANGLE = BLOCKS * (BLOCKS + 1) // 2
+    TILE, TILE_P = W * (B + PAD), W * (W + PAD)
 
     # Shared memory, in elements; weights in floats
     STAGE, MADE = 3 * TILE, 3 * TILE * STAGES
@@ -109,143 +84,18 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     OUT = US + (2 * TILE if HLA3 else 0)
     TILES = OUT + TILE
     WEIGHTS = (TILES + (2 if AHLA else 4) * TILE_P) // 2
-    BEFORE, AFTER, TOTAL, LISTS = W, 2 * W, 3 * W, 3 * W + 4
     STATE, SUMS = 16 * KEYS, 16 * BLOCKS
 
-    eight, put_eight, place = shared_functions(device)
-
-    @device
-    def is_first(of, head):
-        """Whether it is the first of the heads that share an array, of strides 0."""
-        one = of.head0 != 0 or head.index0 == 0
-        two = of.head1 != 0 or head.index1 == 0
-        return one and two and (of.head2 != 0 or head.index2 == 0)
-
-    @device
-    def raised(x, power):
-        return x if power == 1 else x * x if power == 2 else x * x * x
-
-    def copier(width):
-        """Return what copies this thread's pieces of a chunk's rows into a tile."""
-        in_row = width // 8
-        apart = THREADS // in_row
-
-        @device
-        def copy(tile, base, row_step, column_step, rows, left, thread):
-            for n in range(-(-W // apart)):
-                row = thread // in_row + n * apart
-                to = tile + row * PITCH + thread % in_row * 8
-                there = row < rows
-                if n * apart + apart <= W or row < W:
-                    if FAST:
-                        copy16(to, base + n * apart * row_step * 2,
-                               16 if there and (WHOLE or left > 0) else 0)  # fmt: skip
-                    else:
-                        for i in range(8):
-                            x = f32(0)
-                            if there and i < left:
-                                x = get(base, n * apart * row_step + i * column_step, 0)
-                            put_value(to + i, x)
-
-        return copy
-
-    copy_keys, copy_values = copier(B), copier(BV)
-
-    @device
-    def piece_of(base, of, head, first, columns, column0, thread, in_row):
-        """Return where this thread's first piece of a tile is, and the columns from there on."""
-        column = column0 + thread % in_row * 8
-        return base + place(of, head, 0, first + thread // in_row, column) * 2, columns - column
-
-    @device
-    def put_weights(lists, a, lane):
-        """Leave the weights of a chunk by one warp, a token a lane."""
-        a = a * LOG2E
-        a = RESET if a < RESET else a  # a NaN stays
-        for n in (1, 2, 4, 8, 16):
-            other = up(a, n)
-            if lane >= n:
-                a += other
-        last = of_lane(a, W - 1)
-        if lane < W:
-            put_number(lists + lane, f32(a))
-            put_number(lists + BEFORE + lane, power_of_2(f32(a)))
-            put_number(lists + AFTER + lane, power_of_2(f32(last - a)))
-            if lane == 0:
-                put_number(lists + TOTAL, power_of_2(f32(last)))
-
-    @device
-    def gate_of(base, of, chunk, lane, tokens):
-        """Return the gate of a lane's token in a chunk; of a decay its logarithm."""
-        t, a = chunk * W + lane, f64(0)
-        if t < tokens and lane < W:
-            a = f64(get(base, t * of.row if GATE == 2 else 0, of.type))
-            if GATE == 1:
-                a = math.log(LEAST if a < LEAST else a)  # a NaN stays
-        return a
-
-    def pair_maker(count):
-        """Return what leaves so many blocks of P in a row of blocks, from one on."""
-        room = 8 * count
-
-        @device
-        def make_pairs(q, k, tile, lists, t, first_s, power, lane):
-            g, j = lane // 4, 2 * (lane % 4)
-            A, rest = cuda.local.array(room, f32), cuda.local.array(room, f32)
-            for i in range(room):
-                A[i], rest[i] = f32(0), f32(0)
-            for d in range(KEYS):  # two sums: half as long a chain
-                a = load(q + t * 16 * PITCH + 16 * d, PITCH)
-                for n in range(count):
-                    b = second(k + (first_s + n) * 16 * PITCH + 16 * d, PITCH)
-                    if d % 2:
-                        put_eight(rest, n, multiply(*(eight(rest, n) + a + b)))
-                    else:
-                        put_eight(A, n, multiply(*(eight(A, n) + a + b)))
-            for n in range(count):
-                s = first_s + n
-                for e in range(8):
-                    i, row, column = 8 * n + e, g + e // 2 % 2 * 8, j + e % 2 + e // 4 * 8
-                    x = A[i] + rest[i]
-                    if GATE:  # where it overflows no pair is
-                        until = number(lists + 16 * t + row) - number(lists + 16 * s + column)
-                        x = x * power_of_2(until * f32(power))
-                    A[i] = f32(0) if t == s and row < column else x
-                for e in range(4):
-                    at = tile + (16 * t + g + e % 2 * 8) * PITCH_P + 16 * s + j + e // 2 * 8
-                    put_pair(at, A[8 * n + 2 * e], A[8 * n + 2 * e + 1])
-
-        return make_pairs
-
-    make_one, make_row = pair_maker(1), pair_maker(BLOCKS)
-
-    @device
-    def make_own_pairs(q, k, tile, lists, rank, warps, power, lane):
-        """Leave this warp's share of P, of a part of so many warps."""
-        if warps >= TRIANGLE:
-            pair = 5 - rank if HLA3 and rank > 1 else rank  # a scheduler has as many
-            if pair < TRIANGLE:
-                t, s = 1 if pair > 0 else 0, 1 if pair > 1 else 0
-                make_one(q, k, tile, lists, t, s, power, lane)
-        elif rank == 0:
-            make_row(q, k, tile, lists, BLOCKS - 1, 0, power, lane)
-        elif BLOCKS > 1 and rank == 1:
-            make_one(q, k, tile, lists, 0, 0, power, lane)
-
-    @device
-    def leave(base, of, made, rows, left, lane):
-        """Write a warp's 32 columns of what it has put into shared memory."""
-        syncwarp()
-        for n in range(W // 8):
-            row, at = 8 * n + lane // 4, made + (8 * n + lane // 4) * PITCH + lane % 4 * 8
-            if row < rows:
-                if not FAST:
-                    for i in range(8):
-                        if i < left:
-                            x = f64(value(at + i))
-                            put(base, 8 * n * of.row + i * of.column, 0, x)
-                elif WHOLE or left > 0:
-                    leave16(base + 8 * n * of.row * 2, 2 * at)
+    _, _, place = shared_functions(t.device)
+    shared = functions(c, t, THREADS)
+    is_first, piece_of, put_weights, gate_of = (
+        shared.is_first, shared.piece_of, shared.put_weights, shared.gate_of,
+    )  # fmt: skip
+    make_own_pairs, read, update, leave, get_state, put_state, put_rows, put_wide = (
+        shared.make_own_pairs, shared.read, shared.update, shared.leave, shared.get_state,
+        shared.put_state, shared.put_rows, shared.put_wide,
+    )  # fmt: skip
+    copy_keys, copy_values, LISTS = shared.copier(B), shared.copier(BV), shared.lists
 
     def forward(
         at, q, k, v, y, u, o, gate, start1, start2, start3, end1, end2, end3, factor1, factor2,
@@ -254,9 +104,9 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
         S, O = cuda.local.array(STATE, f32), cuda.local.array(SUMS, f32)
         thread = i32(cuda.threadIdx.x)
         warp, lane = thread // 32, thread % 32
-        g, j = lane // 4, 2 * (lane % 4)
         first, late = warp < FIRST, 1 if warp >= FIRST + MIDDLE else 0
         rank = warp - (0 if first else FIRST + MIDDLE if late else FIRST)
+        order = 5 - rank if HLA3 and rank > 1 else rank  # a scheduler has as many pairs
         power = 1 if AHLA or not late else OPERATOR
 
         index, tile = i64(cuda.blockIdx.x), i64(0)  # of a head, a segment and a tile of values
@@ -288,14 +138,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
             p_start, start = (at.start3, start3) if HLA3 else (at.start2, start2)
             p_made, of_made, factor = at.o, o, f32(factor3 if HLA3 else factor2)
             stores = READ and not WIDE
-        for i in range(STATE):
-            S[i] = f32(0)
-        if p_start:
-            for n in range(2 * KEYS):
-                row, column = row0 + 16 * (n // KEYS), 16 * (n % KEYS)
-                there = p_start + place(start, head, segment, row, column) * 4
-                x = get_block(there, start.row, start.column, 2, rows - row, D - column)
-                put_eight(S, n, x)
+        get_state(S, p_start, start, head, segment, row0, rows, D)
 
         p_q, left_q = piece_of(at.q, q, head, before, D, 0, thread, B // 8)
         p_k, left_k = piece_of(at.k, k, head, before, D, 0, thread, B // 8)
@@ -318,7 +161,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
         if GATE and warp == WEIGHER:
             a = gate_of(p_gate, gate, 0, lane, tokens)
             put_weights(WEIGHTS, a, lane)
-            a = gate_of(p_gate, gate, 1, lane, tokens)
+            a = gate_of(p_gate, gate, W, lane, tokens)
         own, slot = rank * 32, i32(0)  # its columns, and the place of its next chunk
 
         for c in range(chunks + 1):
@@ -341,23 +184,9 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                 # The first part makes its P first, the last reads its state first: one has latency
                 # to hide when the other has work
                 if first:
-                    make_own_pairs(stage, keys, P, lists, rank, FIRST, power, lane)
+                    make_own_pairs(stage, keys, P, lists, order, FIRST, power, lane)
                 if READ or not late:
-                    for i in range(SUMS):
-                        O[i] = f32(0)
-                    for d in range(KEYS):
-                        s0, s1 = block_of(*eight(S, d)), block_of(*eight(S, KEYS + d))
-                        for t in range(BLOCKS):
-                            b = load(stage + 16 * t * PITCH + 16 * d, PITCH)
-                            put_eight(O, 2 * t, multiply(*(eight(O, 2 * t) + b + s0)))
-                            put_eight(O, 2 * t + 1, multiply(*(eight(O, 2 * t + 1) + b + s1)))
-                    if GATE:
-                        for t in range(2 * BLOCKS):
-                            for r in range(2):
-                                w = number(lists + BEFORE + t // 2 * 16 + g + 8 * r)
-                                w = raised(w, power)
-                                for i in range(4):
-                                    O[8 * t + i // 2 * 4 + 2 * r + i % 2] *= w
+                    read(S, O, stage, lists, power, lane)
                     if late and not AHLA:
                         make_own_pairs(stage, keys, P, lists, rank, LAST, power, lane)
             ahead, to = c + (STAGES - 2), slot + (STAGES - 3) + late
@@ -374,47 +203,18 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
                     # of a decay all chunks but the last have the same
                     if GATE == 2 or c < 2 or (c + 2) * W > T:
                         put_weights(WEIGHTS + (c + 1) % 3 * LISTS, a, lane)
-                    a = gate_of(p_gate, gate, c + 2, lane, tokens)
+                    a = gate_of(p_gate, gate, (c + 2) * W, lane, tokens)
                 if not late:
                     threads_sync(1, 32 * (FIRST + MIDDLE))
                 elif READ and not AHLA:
                     threads_sync(2, 32 * LAST)
-                if GATE:
-                    total = raised(number(lists + TOTAL), power)
-                    for i in range(STATE):
-                        S[i] *= total
-                for s in range(BLOCKS):
-                    b0 = load_turned(values + 16 * s * PITCH + own, PITCH)
-                    b1 = load_turned(values + 16 * s * PITCH + own + 16, PITCH)
-                    if READ or not late:
-                        for t in range(BLOCKS):
-                            if t >= s:
-                                x = load(P + 16 * t * PITCH_P + 16 * s, PITCH_P)
-                                put_eight(O, 2 * t, multiply(*(eight(O, 2 * t) + x + b0)))
-                                more = multiply(*(eight(O, 2 * t + 1) + x + b1))
-                                put_eight(O, 2 * t + 1, more)
-                    if GATE:
-                        w = lists + AFTER + 16 * s + j
-                        w0, w1 = raised(number(w), power), raised(number(w + 1), power)
-                        w8, w9 = raised(number(w + 8), power), raised(number(w + 9), power)
-                        b0, b1 = weighed(w0, w1, w8, w9, *b0), weighed(w0, w1, w8, w9, *b1)
-                    for d in range(KEYS):
-                        x = second_turned(keys + 16 * s * PITCH + 16 * d, PITCH)
-                        put_eight(S, d, multiply(*(eight(S, d) + b0 + x)))
-                        put_eight(S, KEYS + d, multiply(*(eight(S, KEYS + d) + b1 + x)))
+                reads = True if READ else not late
+                update(S, O, reads, keys, values + own, P, lists, power, lane)
                 if WIDE and late and READ:
-                    for t in range(2 * BLOCKS):
-                        row, column = chunk * W + t // 2 * 16, row0 + t % 2 * 16
-                        there = at.o + place(o, head, 0, before + row, column) * 4
-                        for i in range(8):
-                            O[8 * t + i] *= factor
-                        put_block(there, o.row, o.column, 2, T - row, V - column, *eight(O, t))
+                    n = T - chunk * W
+                    put_wide(O, at.o, o, head, before + chunk * W, n, row0, V, factor)
                 elif READ or not late:
-                    for t in range(2 * BLOCKS):
-                        for i in range(4):
-                            row = t // 2 * 16 + g + i % 2 * 8
-                            to = made + row * PITCH + own + t % 2 * 16 + j + i // 2 * 8
-                            put_pair(to, O[8 * t + 2 * i] * factor, O[8 * t + 2 * i + 1] * factor)
+                    put_rows(O, made + own, factor, lane)
                     if stores:
                         to = p_made + 2 * chunk * W * of_made.row
                         leave(to, of_made, made + own, T - chunk * W, left, lane)
@@ -425,10 +225,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
             p_end, end = (at.end3, end3) if HLA3 else (at.end2, end2)
         # Of the heads that share a state the first writes it, and of a head's blocks the first
         if p_end and is_first(end, head) and (tile == 0 or not first):
-            for n in range(2 * KEYS):
-                row, column = row0 + 16 * (n // KEYS), 16 * (n % KEYS)
-                there = p_end + place(end, head, segment, row, column) * 4
-                put_block(there, end.row, end.column, 2, rows - row, D - column, *eight(S, n))
+            put_state(S, p_end, end, head, segment, row0, rows, D)
 
     return forward
 

@@ -245,7 +245,13 @@ def _macros(c: Constants) -> Constants:
     return {"SUM_TYPE": "double"}
 
 
+def _registers(c: Constants) -> int:
+    return min(255, 65536 // c["PERIOD"])  # of a multiprocessor, a thread a token
+
+
 KERNELS = {
-    "gate.cu": Text(gradient, (Operands, Operands, Sizes, float, float, AXES, AXES, int), _macros),
+    "gate.cu": Text(
+        gradient, (Operands, Operands, Sizes, float, float, AXES, AXES, int), _macros, _registers
+    ),
     "fading.cu": Text(fading, (int, int, Parts), _macros),
 }

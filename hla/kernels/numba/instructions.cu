@@ -91,6 +91,16 @@ CALL(put_pair, int* r, int at, float x, float y) { return put_pair((Element*)TIL
 // Weights and sums, by their number from the first byte on
 CALL(number, float* r, int at) { return *r = ((const float*)memory)[at], 0; }
 CALL(put_number, int* r, int at, float x) { return ((float*)memory)[at] = x, *r = 0; }
+struct Four {
+    float x[4];
+};
+CALL(numbers, Four* r, int at) {  // four, from a multiple of four on
+    const float4 x = *(const float4*)((const float*)memory + at);
+    return *r = {x.x, x.y, x.z, x.w}, 0;
+}
+CALL(put_numbers, int* r, int at, float a, float b, float c, float d) {
+    return *(float4*)((float*)memory + at) = make_float4(a, b, c, d), *r = 0;
+}
 CALL(dot_at, SUM_TYPE* r, int at) { return *r = ((const SUM_TYPE*)memory)[at], 0; }
 CALL(put_dot, int* r, int at, SUM_TYPE x) { return ((SUM_TYPE*)memory)[at] = x, *r = 0; }
 
@@ -154,9 +164,6 @@ CALL(leave16, int* r, i64 to, int at) {  // write 16 bytes of them, or add them
 // Elements of arrays of any type
 CALL(get, float* r, i64 p, i64 at, i64 type) { return *r = get((const u8*)p, at, (int)type), 0; }
 CALL(put, int* r, i64 p, i64 at, i64 type, double x) { return put((u8*)p, at, (int)type, x), *r = 0; }
-struct Four {
-    float x[4];
-};
 CALL(load4, Four* r, i64 p) {
     const float4 x = *(const float4*)p;
     return *r = {x.x, x.y, x.z, x.w}, 0;
@@ -195,6 +202,19 @@ APART(put_block, int* r, i64 p, i64 row, i64 column, i64 type, int rows, int col
     Sum c = SUM;
     each(row, column, rows, columns, [&](int i, i64 at) { put((u8*)p, at, (int)type, c.x[i]); });
     return *r = 0;
+}
+// Of a matrix in bfloat16 with so many elements a row: write a block of sums times a factor; return the sum
+// of a block of sums times one that is there transposed.
+APART(keep_block, int* r, i64 p, i64 pitch, float factor, FLOATS) {
+    Sum c = SUM;
+    each(pitch, 1, 16, 16, [&](int i, i64 at) { put((u8*)p, at, 0, c.x[i] * factor); });
+    return *r = 0;
+}
+APART(meet_block, float* r, i64 p, i64 pitch, FLOATS) {
+    Sum c = SUM;
+    float total = 0.f;
+    each(1, pitch, 16, 16, [&](int i, i64 at) { total += c.x[i] * get((const u8*)p, at, 0); });
+    return *r = total, 0;
 }
 
 // Values of other lanes

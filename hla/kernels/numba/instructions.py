@@ -24,13 +24,13 @@ class Text(NamedTuple):
 
     Arguments are a named tuple of integers each (its class), an ``int``, a ``float``, or so many
     integers as a tuple; all of 8 bytes. ``macros`` gives those of instructions.cu, ``registers``
-    is the most that a thread may have.
+    the most that a thread may have, which those of a block share.
     """
 
     make: Callable[[Constants, Any], Callable[..., None]]
     arguments: tuple[Any, ...]
     macros: Callable[[Constants], Constants] = lambda constants: {}
-    registers: int = 255
+    registers: Callable[[Constants], int] = lambda constants: 255
 
 
 DEFAULTS: Constants = {
@@ -58,6 +58,7 @@ class Instructions:
             "threads_sync": i32(i32, i32),
             "value": f32(i32), "put_value": i32(i32, f32), "put_pair": i32(i32, f32, f32),
             "number": f32(i32), "put_number": i32(i32, f32),
+            "numbers": types.UniTuple(f32, 4)(i32), "put_numbers": i32(i32, f32, f32, f32, f32),
             "dot_at": dot(i32), "put_dot": i32(i32, dot),
             "copy16": i32(i32, i64, i32), "widen8": i32(i32, i64, i64, i32),
             "copies_commit": i32(), "copies_wait": i32(i32), "syncwarp": i32(),
@@ -67,6 +68,7 @@ class Instructions:
             "get64": f64(i64, i64, i64), "put64": i32(i64, i64, i64, f64),
             "get_block": sums(i64, i64, i64, i64, i32, i32),
             "put_block": i32(i64, i64, i64, i64, i32, i32, *[f32] * 8),
+            "keep_block": i32(i64, i64, f32, *[f32] * 8), "meet_block": f32(i64, i64, *[f32] * 8),
             "up": f64(f64, i32), "of_lane": f64(f64, i32), "across": dot(dot, i32),
         }.items():  # fmt: skip
             setattr(self, name, cuda.declare_device(f"hla_{name}", signature))

@@ -262,7 +262,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     return token
 
 
-TEXT = Text(make, ARGUMENTS, registers=REGISTERS)
+TEXT = Text(make, ARGUMENTS, registers=lambda constants: REGISTERS)
 
 
 class Steps(step.Steps):

@@ -30,11 +30,11 @@ class Work(NamedTuple):
     D: int
     V: int
     reads: bool  # outputs are asked, not the state alone
-    strict: bool
+    strict: bool | None  # None: a kernel is told when it runs
     reverse: bool
     gated: bool
-    read: float
-    write: float
+    read: float | None  # None: a kernel is given the number when it runs
+    write: float | None
     dots: bool
     period: int  # chunks between the states that are kept; 0: none are
     start: bool
@@ -47,9 +47,22 @@ class Work(NamedTuple):
         """Sums a token that the gate's gradient is made of."""
         return (2 if self.reverse else 1) if self.dots else 0
 
+    @property
+    def weighed(self) -> bool:
+        """Whether keys are multiplied before the state takes them."""
+        return self.gated or self.write != 1
+
 
 class Tiles(Protocol):
-    """Arithmetic of tiles. An operand is what products take; arrays are float32."""
+    """Arithmetic of tiles. An operand is what products take; arrays are float32.
+
+    Factors of what is read and written, and the tokens by which a pair must be apart, are numbers
+    of Python or scalars.
+    """
+
+    read: Any
+    write: Any
+    apart: Any
 
     def product(self, a: Any, b: Any) -> Array:
         """Return a b'."""
@@ -87,6 +100,11 @@ class Chunk(NamedTuple):
     S: Array
 
 
+def times(x: Array, factor: Any) -> Array:
+    """Return a product, of a 1 that is known no work."""
+    return x if isinstance(factor, float) and factor == 1 else x * factor
+
+
 def chunk(m: Tiles, p: Work, q: Any, k: Any, v: Any, x: Any, S: Array) -> Chunk:
     """Do one chunk: operands q, k, v (and x where dots are asked) as they are stored, S (V, D)."""
     o: Array | None = None
@@ -94,26 +112,26 @@ def chunk(m: Tiles, p: Work, q: Any, k: Any, v: Any, x: Any, S: Array) -> Chunk:
     if p.reads:
         key, query = m.places()
         early, late = (query, key) if p.reverse else (key, query)
-        legal = early < late if p.strict else early <= late
+        legal = early + m.apart <= late
         A = m.product(k, q)
         if p.gated:
             each = (m.weights(i, axis, (W, W)) for i, axis in SPAN)
             span, rest = (next(each) + next(each) for _ in "ab")
             A = A * jnp.exp(jnp.where(legal, span + rest, 0.0))
-        A = A if p.write == 1 else A * p.write
+        A = times(A, m.write)
         A = jnp.where(legal, A, 0.0)  # a product with the mask would let inf through
         into = m.product(m.state(S), q)
         if p.gated:
             into = into * m.weights(INTO, 1, (p.V, W))
         if p.dots:
-            sums = (m.sum(into * p.read * m.values(x, turned=True), 0),)
+            sums = (m.sum(into * m.read * m.values(x, turned=True), 0),)
         if p.dots and p.reverse:
-            M = jnp.where(early != late, A * p.read * m.product(v, x), 0.0)
+            M = jnp.where(early != late, A * m.read * m.product(v, x), 0.0)
             sums = sums[0] + m.sum(M, 0), m.sum(M, 1)
         o = m.outer(v, m.stored("A", A), into)
-        o = o if p.read == 1 else o * p.read
-    if p.gated or p.write != 1:
-        rows = m.values(k) * p.write
+        o = times(o, m.read)
+    if p.weighed:
+        rows = m.values(k) * m.write
         k = m.stored("k", rows * m.weights(OUT, 0, (W, p.D)) if p.gated else rows)
     if p.gated:
         S = S * m.total()

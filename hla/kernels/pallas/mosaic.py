@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...core.passes import Shape
 from .chunk import ROWS, TOTAL, W, Work, chunk
-from .sweep import OWN, Found, Operands, entry, weights_of
+from .sweep import OWN, Entry, Found, Operands, entry, weights_of
 from .warpgroups import loaded, places
 from .warpgroups import turned as transposed
 
@@ -62,8 +62,11 @@ def planes(x: Array, count: int, columns: int) -> Array:
 class Tiles:
     """Tiles of one warpgroup: see `chunk.Tiles`. An operand is a list of its planes."""
 
-    def __init__(self, count: int, scratch: dict[str, Any], gate: Any) -> None:
+    def __init__(
+        self, count: int, scratch: dict[str, Any], gate: Any, numbers: tuple[Any, Any, Any]
+    ) -> None:
         self.count, self.scratch, self.gate = count, scratch, gate
+        self.read, self.write, self.apart = numbers
         pairs = [(i, j) for i in range(count) for j in range(count) if i + j < count]
         self.pairs = sorted(pairs, key=sum, reverse=True)
 
@@ -137,10 +140,8 @@ class Tiles:
 
 def cuda(p: Work, batch: Shape, given: Operands) -> Found:
     """Do a launch as kernels of Mosaic GPU, one program a head and 64 of its values."""
-    count, C = PLANES[p.dtype], given.k.shape[-2] // W
+    count, n = PLANES[p.dtype], math.prod(batch)
     D, tiles = 64 * -(-max(1, p.D) // 64), -(-max(1, p.V) // V)
-    n = math.prod(batch)
-    own = p._replace(D=D, V=V)
     arrays: dict[str, Array] = {}
     at: dict[str, Any] = {}
     for name, x, axes in zip(Operands._fields, given, OWN, strict=True):
@@ -154,22 +155,13 @@ def cuda(p: Work, batch: Shape, given: Operands) -> Found:
         elif name != "gate":
             x = planes(x, count, D if name in "qk" else tiles * V)
         arrays[name] = jnp.reshape(x, (math.prod(lead), *x.shape[len(lead) :]))
-    narrow = p.out == "bfloat16"
-    outs: dict[str, Any] = {}
+    weighed = None if p.weighed else 1.0
+    own = p._replace(D=D, V=V, read=None, write=weighed, strict=None)
+    arrays["factors"] = jnp.array([p.read, p.write], jnp.float32)
+    arrays["whole"] = jnp.array([0, p.strict], jnp.int32)
+    made = _kernel(own, n, tiles, tuple(at.items()), arrays)
     if p.reads:
-        shape = (n, C * W, tiles * V) if narrow else (n, tiles * V, C * W)
-        outs["o"] = jax.ShapeDtypeStruct(shape, jnp.dtype(p.out))
-    if p.sums:
-        outs["sums"] = jax.ShapeDtypeStruct((n, tiles, p.sums, C * W), jnp.float32)
-    if p.period:
-        shape = n, -(-C // p.period), tiles * V, D
-        outs["kept"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    if p.end:
-        outs["end"] = jax.ShapeDtypeStruct((n, tiles * V, D), jnp.float32)
-    found = _kernel(own, n, tiles, C, count, arrays, at, outs)
-    made = dict(zip(outs, found, strict=True))
-    if p.reads:
-        o = made["o"] if narrow else made["o"].mT
+        o = made["o"] if p.out == "bfloat16" else made["o"].mT
         made["o"] = o[..., : p.V]
     for name in made.keys() & {"kept", "end"}:
         made[name] = made[name][..., : p.V, : p.D]
@@ -177,30 +169,41 @@ def cuda(p: Work, batch: Shape, given: Operands) -> Found:
     return Found(**dict.fromkeys(Found._fields) | shaped)
 
 
-def _kernel(
-    p: Work,
-    n: int,
-    tiles: int,
-    C: int,
-    count: int,
-    arrays: dict[str, Array],
-    at: dict[str, Any],
-    outs: dict[str, Any],
-) -> Any:
-    """Run one kernel on flat arrays.
+def results(p: Work, n: int, tiles: int, C: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shapes and dtypes of what a kernel leaves, by name."""
+    outs: dict[str, Any] = {}
+    if p.reads:
+        shape = (n, C * W, tiles * V) if p.out == "bfloat16" else (n, tiles * V, C * W)
+        outs["o"] = jax.ShapeDtypeStruct(shape, jnp.dtype(p.out))
+    if p.sums:
+        outs["sums"] = jax.ShapeDtypeStruct((n, tiles, p.sums, C * W), jnp.float32)
+    if p.period:
+        shape = n, -(-C // p.period), tiles * V, p.D
+        outs["kept"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    if p.end:
+        outs["end"] = jax.ShapeDtypeStruct((n, tiles * V, p.D), jnp.float32)
+    return outs
 
-    Its last input is one int32 of 0. Of one chunk ptxas would otherwise know the first state, and
-    may set a register of that operand to 0 behind the product that reads it.
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _kernel(
+    p: Work, n: int, tiles: int, entries: tuple[tuple[str, Entry], ...], arrays: dict[str, Array]
+) -> dict[str, Array]:
+    """Run one kernel on flat arrays; one function of the program for all launches it can do.
+
+    Each takes seconds to compile. So numbers are inputs: the factors of what is read and written,
+    and `whole`, whether a pass is strict behind a 0. Of one chunk ptxas would otherwise know the
+    first state, and may set a register of that operand to 0 behind the product that reads it.
     """
-    arrays = {**arrays, "nil": jnp.zeros((1,), jnp.int32)}
+    C, count, at = arrays["k"].shape[-2] // W, PLANES[p.dtype], dict(entries)
+    outs = results(p, n, tiles, C)
     names = [name for name in ("q", "k", "v", "x") if name in arrays]
     columns = {"q": p.D, "k": p.D, "v": V, "x": V}
     narrow = p.out == "bfloat16"
-    weighed = p.gated or p.write != 1
     scratch: dict[str, Any] = {}
     sizes = {name: (W, columns[name]) for name in names}
     fixed = {"A": (W, W)} if p.reads else {}
-    fixed |= {"k kept": (W, p.D)} if weighed else {}
+    fixed |= {"k kept": (W, p.D)} if p.weighed else {}
     bytes_of = [sum(2 * count * a * b for a, b in x.values()) for x in (sizes, fixed)]
     stages = 2 if 2 * bytes_of[0] + bytes_of[1] + 4 * W * V < SHARED else 1
     stages = min(stages, C)
@@ -232,12 +235,14 @@ def _kernel(
 
         @pl.when(lax.axis_index("warpgroup") == 0)
         def _() -> None:
-            chunks = C + r["nil"][0]  # so that the compiler keeps the loop
+            chunks = C + r["whole"][0]  # so that the compiler keeps the loop
+            numbers = r["factors"][0], p.write or r["factors"][1], r["whole"][1]
+            step = functools.partial(turn, r, head, tile, mine, numbers)
             if p.start:
                 S = loaded(r["start"].at[at["start"](head), mine], WGMMA, optimized=False)
             else:
                 S = plgpu.layout_cast(jnp.full((V, p.D), 0, jnp.float32), WGMMA)
-            S = lax.fori_loop(i32(0), chunks, functools.partial(turn, r, head, tile, mine), S)
+            S = lax.fori_loop(i32(0), chunks, step, S)
             if p.reads:
                 plgpu.wait_smem_to_gmem(0)
             if p.end:
@@ -272,11 +277,13 @@ def _kernel(
 
             lax.fori_loop(i32(max(C - stages, 0)), i32(C), drain, None)
 
-    def turn(r: dict[str, Any], head: Array, tile: Array, mine: Any, c: Array, S: Array) -> Array:
+    def turn(
+        r: dict[str, Any], head: Array, tile: Array, mine: Any, numbers: Any, c: Array, S: Array
+    ) -> Array:
         slot, at_chunk = lax.rem(c, i32(stages)), place(c)
         plgpu.barrier_wait(r["full"].at[slot])
         kept = {"A": r.get("A"), "k": r.get("k kept")}
-        m = Tiles(count, kept, r["gates"].at[slot] if p.gated else None)
+        m = Tiles(count, kept, r["gates"].at[slot] if p.gated else None, numbers)
         q, k, v, x = (
             [r[name + "s"].at[slot, i] for i in range(count)] if name in names else None
             for name in ("q", "k", "v", "x")
@@ -305,7 +312,7 @@ def _kernel(
         plgpu.barrier_arrive(r["free"].at[slot])
         return found.S
 
-    return plgpu.kernel(
+    found = plgpu.kernel(
         body,
         out_type=list(outs.values()),
         scratch_types=list(scratch.values()),
@@ -315,3 +322,4 @@ def _kernel(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(*arrays.values())
+    return dict(zip(outs, found, strict=True))

@@ -62,7 +62,8 @@ def sweeps(request: Request, count: int) -> tuple[Row, ...]:
     alike = request.operator != "hla3" or matched(request)
     side = HALF if max(request.k_shape[-1], request.v_shape[-1]) <= HALF else WIDEST
     reads = 4 * side // HALF  # of each warp, and of both that have rows of a state
-    parts = gate_parts(request, Parts(CHUNK, PERIOD, reads, 4, side=side, met=side))
+    own = Parts(CHUNK, PERIOD, reads, 4, side=side, met=side, block=side)
+    parts = gate_parts(request, own)
     return tuple(
         Row(name, tuple(s for s in back if s.reverse == last and s.step in of),
             segments=True, parts=parts, adds=name in HLA3[1:])

@@ -40,12 +40,12 @@ def sweeps(where: str) -> Callable[[Work, Shape, Operands], Found]:
 
     Launches alike are one function of the program, whose kernel is lowered and compiled once.
     """
-    if where == "plain":
-        run = sweep.plain
-    elif where == "cuda":
+    if where == "cuda":  # whose kernels are such functions
         from . import mosaic
 
-        run = mosaic.cuda
+        return mosaic.cuda
+    if where == "plain":
+        run = sweep.plain
     else:
         from . import tpu
 

@@ -47,8 +47,9 @@ OWN = Operands(2, 2, 2, 2, 3, 2)  # axes that are an operand's own
 class Plain:
     """Tiles as jnp has them, of one chunk."""
 
-    def __init__(self, dtype: str, gate: Array | None) -> None:
-        self.dtype = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
+    def __init__(self, p: Work, gate: Array | None) -> None:
+        self.read, self.write, self.apart = p.read, p.write, int(bool(p.strict))
+        self.dtype = jnp.bfloat16 if p.dtype == "bfloat16" else jnp.float32
         self.precision = lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
         self.gate = gate
 
@@ -146,7 +147,7 @@ def plain(p: Work, batch: Shape, given: Operands) -> Found:
     turns = *map(chunks, (q, k, v, x)), gate
 
     def one(S: Array, q: Array, k: Array, v: Array, x: Array, gate: Array) -> Chunk:
-        m = Plain(p.dtype, gate)
+        m = Plain(p, gate)
         q, k, v, x = (None if y is None else m.operand(y) for y in (q, k, v, x))
         return chunk(m, p, q, k, v, x, S)
 
@@ -172,26 +173,32 @@ def plain(p: Work, batch: Shape, given: Operands) -> Found:
     return found
 
 
-def entry(batch: Shape, own: Shape) -> Any:
-    """Return the function of an entry of a batch that gives the operand's own, both flat."""
+class Entry(NamedTuple):
+    """Which of an operand's own entries an entry of a batch has, both flat."""
+
+    terms: tuple[tuple[int, int, int], ...]  # entries behind an axis, its size, of the operand
+
+    def __call__(self, i: Any) -> Any:
+        """Return the operand's entry."""
+        found = jnp.int32(0)
+        for behind, n, stride in self.terms:
+            found += lax.rem(lax.div(i, jnp.int32(behind)), jnp.int32(n)) * jnp.int32(stride)
+        return found
+
+
+def entry(batch: Shape, own: Shape) -> Entry:
+    """Return the entries of an operand that has fewer axes, or 1 along some."""
     own = (1,) * (len(batch) - len(own)) + own
-    terms: list[list[int]] = []  # entries behind an axis of the batch, its size, of the operand
+    terms: list[tuple[int, int, int]] = []
     behind, step = 1, 1
     for n, mine in zip(reversed(batch), reversed(own), strict=True):
         stride = step if mine != 1 else 0
         if n == 1:
             pass
         elif terms and terms[-1][2] * terms[-1][1] == stride:
-            terms[-1][1] *= n
+            first, size, least = terms[-1]
+            terms[-1] = first, size * n, least
         else:
-            terms.append([behind, n, stride])
+            terms.append((behind, n, stride))
         behind, step = behind * n, step * mine
-
-    def of(i: Any) -> Any:
-        found = jnp.int32(0)
-        for behind, n, stride in terms:
-            if stride:
-                found += lax.rem(lax.div(i, jnp.int32(behind)), jnp.int32(n)) * jnp.int32(stride)
-        return found
-
-    return of
+    return Entry(tuple(x for x in terms if x[-1]))

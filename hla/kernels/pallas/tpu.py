@@ -88,7 +88,7 @@ def tpu(p: Work, batch: Shape, given: Operands, interpret: Any = False) -> Found
         def _() -> None:
             S[...] = own["start"][0] if p.start else jnp.zeros(S.shape, jnp.float32)
 
-        m = Plain(p.dtype, own["gate"][0, 0] if p.gated else None)
+        m = Plain(p, own["gate"][0, 0] if p.gated else None)
         q, k, v, x = (m.operand(own[n][0]) if n in own else None for n in ("q", "k", "v", "x"))
         before = S[...]
         found = chunk(m, p, q, k, v, x, before)

@@ -34,7 +34,7 @@ by query, in both of which a token with itself cancels; queries, which then read
 in its place, c = q . (F do) and q . (S dy).
 What warps sum by columns meets in a tile of pairs that nobody reads any more. R and Z are kept in
 bfloat16 before every PERIOD of tokens; queries multiply them by F and S.
-Of <S, dS> that is the whole where S is symmetric, which a first state need not be: then passes do.
+Of a first S, which need not be symmetric, that is not the whole of <S, dS>: `Skew` adds the rest.
 With a log gate 4000 bytes, 0.70 ms; one H100 took 0.97 (72%: the owners' work, not bytes), and
 1.266 with the forward, 1.22 of a decay; hla3 2.49 with the forward.
 
@@ -88,7 +88,7 @@ def rows(request: Request) -> tuple[Row, ...]:
     if not plain or request.scale == 0 or not 0 < min(widths) <= max(widths) <= WIDEST:
         return ()
     B = side(*widths)
-    parts = gate_parts(request, Parts(CHUNK, PERIOD, B // 64, 1, side=B, met=B // 16))
+    parts = gate_parts(request, Parts(CHUNK, PERIOD, B // 64, 1, side=B, met=B // 16, block=64))
     back = adjoint(tuple(s for s in request.passes if "|" not in s.out))
     alike = request.operator != "hla3" or matched(request)
     return tuple(

@@ -217,7 +217,9 @@ class Kernel:
         if constants.get("FOLLOWS"):
             options["launch_pdl"] = True
         self.options, self.compiled = options, None
-        self.key = (function, *constants.values(), *options.values())  # what it is compiled for
+        absent = (x is None for x in (*operands, *scalars))
+        known = *constants.values(), *options.values()
+        self.key = (function, *absent, *sizes, *known)  # what it is compiled for
         self.start: Any = None
         self.head: tuple[Any, ...] = ()
         self.rest = (*scalars, *constants.values())

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
 import torch
 import triton
+from array_api_compat import torch as xp
 
 from ...core.passes import Shape
 from ...core.reference import Gradients
 from ...core.request import Inputs, Request
-from ...device.elementwise import fit
+from ...device.elementwise import does, fit, part, skew
 from ...device.plan import dtype_of
 from ...device.scan import Again, Call, Device, Do, Place, Ready, Runner
 from ...device.shapes import shapes
@@ -28,6 +29,8 @@ from ...device.steps import (
     GateGradient,
     GateSum,
     Launch,
+    Ref,
+    Skew,
     Step,
     Sum,
 )
@@ -73,6 +76,8 @@ def steps(call: Call, step: Step) -> list[Do]:
     if isinstance(step, Border):
         pairs = [(call.place(S), call.place(dS)) for S, dS in step.pairs]
         return [functools.partial(_border, call.place(step.o), pairs)]
+    if isinstance(step, Skew):
+        return [does(call, functools.partial(skew, xp, step, dtype=torch.float64), _put)]
     if isinstance(step, Fading):
         return list(fading(call, step))
     if isinstance(step, Carry):
@@ -146,8 +151,8 @@ def _sum(
 
 def _gate_gradient(call: Call, s: GateGradient) -> list[Do]:
     """Return what does a GateGradient: one kernel, of a gate that lies in order."""
-    given = (s.reads, s.writes, s.gate, s.border, s.S, s.R, s.met, s.o)
-    places = [None if x is None else call.place(x) for x in given]
+    refs = (s.reads, s.writes, s.gate, s.border, s.S, s.R, s.met, s.o)
+    places = [None if x is None else call.place(x) for x in refs]
     T, gate = call.request.tokens, call.place(s.gate)
     *batch, reads, _ = call.place(s.reads).layout.shape
     heads, writes = math.prod(batch), call.place(s.writes).layout.shape[-2]
@@ -161,20 +166,30 @@ def _gate_gradient(call: Call, s: GateGradient) -> list[Do]:
     order = whole(shape)
     places[2] = gate._replace(layout=Layout(shape, order))
     grid = (heads * triton.cdiv(T, s.period),)
-    kernel = Kernel(gate_kernel, grid, places, [0] * 8, s.power, s.factor, T, D, V, **options)
     if not grid[0]:
         return []
+    given = gate_kernel, grid, places, [0] * 8, s.power, s.factor, T, D, V
     if all(n == 1 or a == b for n, a, b in zip(shape, strides, order, strict=True)):
-        return [kernel]
+        return [Kernel(*given, **options)]
+    return [_OfCopy(gate, *given, **options)]
 
-    def do(arrays: list[Any], addresses: list[Any], stream: Any) -> None:
+
+class _OfCopy(Kernel):
+    """A kernel of a gate that is copied first, to lie in order; all else is allocated for it."""
+
+    def __init__(self, gate: Place, *given: Any, **constants: Any) -> None:
+        super().__init__(*given, **constants)
+        self.gate = gate
+
+    def compile(self, arrays: list[Any], dtypes: Mapping[int, torch.dtype]) -> None:
+        super().compile([], dtypes)
+
+    def __call__(self, arrays: list[Any], addresses: list[Any], stream: int | None) -> None:
         arrays, addresses = list(arrays), list(addresses)
-        x: Any = view(arrays, gate)
-        arrays[gate.slot] = x = x.contiguous()
-        addresses[gate.slot] = x.data_ptr()
-        kernel(arrays, addresses, stream)
-
-    return [do]
+        x: Any = view(arrays, self.gate)
+        arrays[self.gate.slot] = x = x.contiguous()
+        addresses[self.gate.slot] = x.data_ptr()
+        super().__call__(arrays, addresses, stream)
 
 
 def _border(
@@ -186,6 +201,11 @@ def _border(
         S, dS = view(arrays, start), view(arrays, grad)
         assert S is not None
         o += fit(torch, (S * dS).sum((-2, -1), dtype=torch.float64), o.shape)
+
+
+def _put(old: torch.Tensor, ref: Ref, x: torch.Tensor) -> torch.Tensor:
+    part(old, ref).copy_(x)
+    return old
 
 
 def _gates_summed(call: Call, s: GateSum) -> Do:

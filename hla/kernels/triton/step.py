@@ -206,10 +206,12 @@ def _prepare(
     gate = Operand(given[3] if first > 3 else None, int(request.gate == "log_gate"), 0)
     ends = [*(Operand(x, 2, 1) for x in given[:3]), gate]
     ends.append(Operand(Place(len(arrays), Layout(*fresh[0][:2])), 2, 1))
-    streamed = _streamed(request, batch, arrays[0].device)
+    device = arrays[0].device
+    streamed = _streamed(request, batch, device)
     if kind is HLA2State and old and alone:
         states = [Operand(x[n], rank(n), rank(n)) for n in fields for x in (old, new)]
-        split, size = _programs(request, batch, arrays[0].device), _parts(request, batch)
+        split, size = _programs(request, batch, device), _parts(request, batch)
+        streamed["FOLLOWS"] = streamed["FOLLOWS"] or (split > 1 and follows(device))
         parts = allocated((size,)) if split > 1 else None
         kernels = _by_rows(request, batch, [*ends, *states], parts, split, streamed)
     else:
@@ -303,7 +305,8 @@ def _by_rows(
             yield _kernel(
                 add_kernel, count, [places[4], left],
                 (request.eps, V, *counts[-2:], *strides[15:19]),
-                NORMALIZE=request.normalize, BLOCKS=BD // R, BV=BV, num_warps=1,
+                NORMALIZE=request.normalize, FOLLOWS=streamed["FOLLOWS"], BLOCKS=BD // R, BV=BV,
+                num_warps=1,
             )  # fmt: skip
 
 

@@ -13,8 +13,9 @@ in the order in which one program would, to the same bits.
 
 Bytes a batch entry, D = V = 128, float32: S and F in and out, 256 KB, packed 194 KB. At the 2.85
 TB/s of an H100 that multiplies in place, 0.094 and 0.071 ms for 1024 entries. In a CUDA graph one
-took 0.099 (95%), ahla 0.099, hla3 0.146, linear 0.052; of 16 entries 0.0050, where a graph's empty
-launch takes 0.0009. Packed took 0.082 (87%; 0.083 where lines of states do not leave the cache
+took 0.099 (95%), ahla 0.099, hla3 0.146, linear 0.052; of 16 entries 0.0047 (0.0050 where a launch
+waits for the end of the one before; of 64 entries 0.0069 and 0.0075), where a graph's empty launch
+takes 0.0009. Packed took 0.082 (87%; 0.083 where lines of states do not leave the cache
 first, or the next launch begins later): 0.092 with no loads ahead, 0.136 with the compiler's
 own, which copy four bytes at a time; with rows D - 1 - r beside rows r, of which no lane is idle,
 0.107 and more, for the sums then cross all lanes. Of 16 entries it takes 0.0144.
@@ -382,9 +383,12 @@ def rows_kernel(
 @triton.jit(do_not_specialize=["eps", "N1", "N2"])
 def add_kernel(
     p_o, p_parts, eps, V, N1, N2, so0, so1, so2, sod,
-    NORMALIZE: tl.constexpr, BLOCKS: tl.constexpr, BV: tl.constexpr,
+    NORMALIZE: tl.constexpr, FOLLOWS: tl.constexpr, BLOCKS: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Add what the programs of `rows_kernel` left of one batch entry, in order."""
+    if FOLLOWS:
+        gdc_launch_dependents()
+        gdc_wait()
     i = tl.program_id(0).to(tl.int64)
     i2, i1, i0 = i % N2, i // N2 % N1, i // N2 // N1
     p_parts += i * BLOCKS * (V + 1)
