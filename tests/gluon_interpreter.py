@@ -1,9 +1,9 @@
 """An interpreter of the part of Gluon that our kernels use: NumPy on the host, no GPU.
 
 `run` calls the Python function behind a Gluon kernel with Gluon's names replaced by those below.
-The partitions of `warp_specialize` are threads of which one runs at a time; a seeded random choice
-says which at every access to shared memory, copy, product, barrier and wait. Asynchronous copies
-and products take effect at random moments between their issue and the wait that covers them.
+The partitions of `warp_specialize` take turns; a seeded random choice says whose it is at every
+access to shared memory, copy, product, barrier and wait. Asynchronous copies and products take
+effect at random moments between their issue and the wait that covers them.
 
 What would be a hang, an unfenced access or a race on the device is a `Fault` here, with the line.
 Races are found whatever the order was: every partition has a clock that its arrivals advance and
@@ -17,17 +17,18 @@ import functools
 import operator
 import re
 import sys
-import threading
 import types
 from collections import deque
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from conftest import installed
 from triton import language as tl
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import JITFunction
 
+greenlet = installed("greenlet")
 UNWRITTEN, COPYING = 1 << 15, 1 << 14  # flags of an element; below: partitions not fenced from it
 PARTITIONS, NEVER = 8, 2**31 - 1
 RANK = ("int1", "int8", "int16", "int32", "int64", "bf16", "fp16", "fp32", "fp64")
@@ -36,10 +37,6 @@ STORAGE = {"fp32": np.float32, "fp64": np.float64, "bf16": np.float32, "fp16": n
 
 class Fault(AssertionError):
     """What the device would get wrong, or what Gluon would refuse."""
-
-
-class Stop(BaseException):
-    """Ends a partition when another one has failed."""
 
 
 def check(condition, message):
@@ -421,26 +418,13 @@ class Partition(NamedTuple):
     clock: list  # of each partition, when last heard of
 
 
-class Worker:
-    """The thread of a partition and what it waits for."""
+class Worker(greenlet.greenlet):
+    """A partition on its way, and what it waits for."""
 
     def __init__(self, partition, function, args):
-        self.partition, self.error, self.done = partition, None, False
+        super().__init__(lambda: function(*args))
+        self.partition = partition
         self.until = self.frame = self.reason = None
-        self.go = threading.Semaphore(0)
-        self.thread = threading.Thread(target=self.body, args=(function, args), daemon=True)
-
-    def body(self, function, args):
-        self.go.acquire()
-        try:
-            if not machine.stopped:
-                function(*args)
-        except Stop:
-            pass
-        except BaseException as error:
-            self.error = error
-        self.done = True
-        machine.back.release()
 
 
 class Machine:
@@ -460,7 +444,7 @@ class Machine:
         self.blame = ""
         self.early = False  # a later kernel may begin, and this one has not waited for the last
         self.workers: list[Worker] = []
-        self.back, self.stopped, self.worker = threading.Semaphore(0), False, None
+        self.worker = None
         self.partition = self.whole = self.part("whole", 0, warps)
 
     def part(self, name, number, warps):
@@ -481,10 +465,7 @@ class Machine:
             worker = self.worker
             worker.until, worker.reason = until, reason
             worker.frame = kernel_frame()
-            self.back.release()
-            worker.go.acquire()
-            if self.stopped:
-                raise Stop
+            worker.parent.switch()
             return
         while (queues := self.background()) and (
             (until and not until()) or self.random.random() < 0.3
@@ -510,19 +491,14 @@ class Machine:
             name = f"{function.__name__}"
             self.workers.append(Worker(self.part(name, i, n), function, args))
             self.workers[-1].partition.clock[:] = [max(2, c + 1) for c in clock]
-        for worker in self.workers:
-            worker.thread.start()
         try:
-            while live := [w for w in self.workers if not w.done]:
+            while live := [w for w in self.workers if not w.dead]:
                 self.turn(live)
         finally:
-            self.stopped = True
             for worker in self.workers:
-                if not worker.done:
-                    worker.go.release()
-            for worker in self.workers:
-                worker.thread.join()
-            self.partition, self.worker, self.stopped = outer, None, False
+                if not worker.dead:
+                    worker.throw()  # ends it where it stands
+            self.partition, self.worker = outer, None
             for worker in self.workers:
                 self.acquired(worker.partition.clock)
             self.workers = []
@@ -540,11 +516,7 @@ class Machine:
             return queues[i - len(able)].popleft()()
         self.worker = worker = able[i]
         self.partition = worker.partition
-        worker.go.release()
-        self.back.acquire()
-        if worker.error is not None:
-            raise worker.error
-        return None
+        return worker.switch()
 
 
 machine = Machine()

@@ -116,7 +116,10 @@ def convolve(x: Array, taps: Array, before: Array | None = None) -> tuple[Array,
         before = np.zeros((len(x), TAPS - 1, x.shape[-1]), x.dtype)
     padded = np.concatenate([before, x], axis=1)
     T = x.shape[1]
-    return sum(padded[:, i : i + T] * tap for i, tap in enumerate(taps)), padded
+    y = padded[:, :T] * taps[0]
+    for i, tap in enumerate(taps[1:], 1):
+        y += padded[:, i : i + T] * tap
+    return y, padded
 
 
 def convolve_vjp(dy: Array, taps: Array, padded: Array) -> tuple[Array, Array]:
@@ -233,18 +236,20 @@ def softmax_vjp(q: Array, k: Array, v: Array) -> tuple[Array, Pullback]:
     """Causal softmax attention over the second axis of (B, T, heads, D), with its pullback."""
     scale = q.shape[-1] ** -0.5
     later = np.triu(np.full((q.shape[1], q.shape[1]), -np.inf, q.dtype), 1)
-    weights = np.einsum("bthd,bshd->bhts", q, k) * scale + later
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (B, heads, T, D)
+    weights = q @ k.mT * scale + later
     weights = np.exp(weights - weights.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
 
     def pullback(do: Array) -> tuple[Array, Array, Array]:
-        dweights = np.einsum("bthd,bshd->bhts", do, v)
-        dv = np.einsum("bhts,bthd->bshd", weights, do)
+        do = do.swapaxes(1, 2)
+        dweights = do @ v.mT
         along = (dweights * weights).sum(axis=-1, keepdims=True)
         scores = weights * (dweights - along) * scale
-        return np.einsum("bhts,bshd->bthd", scores, k), np.einsum("bhts,bthd->bshd", scores, q), dv
+        dq, dk, dv = scores @ k, scores.mT @ q, weights.mT @ do
+        return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
-    return np.einsum("bhts,bshd->bthd", weights, v), pullback
+    return (weights @ v).swapaxes(1, 2), pullback
 
 
 def loss_and_gradients(

@@ -26,8 +26,13 @@ from .model import (
     predict,
 )
 
-PIECE = 4096
-WARM_UP, SCORES = 30, 8
+PIECE = 2048  # of the held-out text: what it needs at once stays in a core's cache
+WARM_UP, SCORES = 30, 5  # a score of the text takes as long as 30 steps
+
+BLAS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+# glibc keeps 32 MiB of arrays' memory: given back it comes again by pages, a fifth of a step.
+GLIBC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+ENVIRONMENT = dict.fromkeys(BLAS, "1") | dict.fromkeys(GLIBC, str(1 << 25))
 
 Report = Callable[["Job", int, float], None]
 
@@ -137,7 +142,7 @@ def generate(
 
 
 def train_all(jobs: Sequence[Job], report: Report) -> list[Trained]:
-    """Train each model in a process of its own, as many at once as there are cores.
+    """Train the models in as many processes as there are cores, each one after another.
 
     The products are too small to share one among cores: a process with one BLAS thread each is
     faster, and does not suffer when other programs run.
@@ -151,41 +156,51 @@ def train_all(jobs: Sequence[Job], report: Report) -> list[Trained]:
     resource_tracker.ensure_running()  # its own start would let interrupts through
     waiting, running = list(enumerate(jobs)), dict[Any, tuple[Any, int]]()
     done = dict[int, Trained]()
+
+    def begin(process: Any, here: Any) -> None:
+        number, job = waiting.pop()  # the last rows take longest
+        here.send(job)
+        running[here] = process, number
+
     try:
         while waiting or running:
             while waiting and len(running) < cores():
-                number, job = waiting.pop()  # the last rows take longest
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(job, sender), daemon=True)
-                with one_blas_thread(), interrupts_held():
+                here, there = context.Pipe()
+                process = context.Process(target=_work, args=(there,), daemon=True)
+                with environment(), interrupts_held():
                     process.start()
-                sender.close()
-                running[receiver] = process, number
+                there.close()
+                begin(process, here)
             ready: list[Any] = connection.wait(list(running))
-            for receiver in ready:
-                process, number = running[receiver]
+            for here in ready:
+                process, number = running[here]
                 job = jobs[number]
                 try:
-                    message = receiver.recv()
+                    message = here.recv()
                 except EOFError:
                     process.join()
                     raise RuntimeError(
                         f"training {job.config.operator} ended with exit code {process.exitcode}"
                     ) from None
-                if isinstance(message, Trained):
-                    done[number] = message
-                    del running[receiver]
-                else:
+                if not isinstance(message, Trained):
                     report(job, *message)
+                    continue
+                done[number] = message
+                if waiting:
+                    begin(process, here)
+                else:
+                    here.send(None)
+                    del running[here]
     finally:
         for process, _ in running.values():
             process.terminate()
     return [done[number] for number in range(len(jobs))]
 
 
-def _work(job: Job, sender: Any) -> None:
+def _work(there: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
-    sender.send(train(job, lambda job, step, bits: sender.send((step, bits))))
+    for job in iter(there.recv, None):
+        there.send(train(job, lambda job, step, bits: there.send((step, bits))))
 
 
 @contextmanager
@@ -209,11 +224,10 @@ def cores() -> int:
 
 
 @contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Give processes started inside one BLAS thread, which is only read when NumPy is loaded."""
-    names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-    unset = [name for name in names if name not in os.environ]
-    os.environ.update(dict.fromkeys(unset, "1"))
+def environment() -> Iterator[None]:
+    """Give processes started inside what is only read when they start, where it is not set."""
+    unset = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(unset)
     try:
         yield
     finally:
