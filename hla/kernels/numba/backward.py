@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 from numba import cuda
 
 from ..cupy.launch import PAD
-from .causal import Head, Operand, shared_functions
+from .causal import Operand, shared_functions
 from .chunks import functions, macros
 from .fused import Sizes
 from .instructions import Constants, Text
@@ -101,7 +101,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     TILES = OUT + (TILE if SUM else 2 * TILE)
     WEIGHTS = (TILES + 2 * TILE_P) // 2
 
-    eight, put_eight, place = shared_functions(t.device)
+    eight, put_eight, place, _, address, located = shared_functions(t)
     shared = functions(c, t, THREADS, reverse=bool(REVERSE))
     is_first, piece_of, put_weights, gate_of = (
         shared.is_first, shared.piece_of, shared.put_weights, shared.gate_of,
@@ -257,15 +257,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
         first = warp < WARPS
         rank, late = warp if first else warp - WARPS, 0 if first else SUM
 
-        index = i64(cuda.blockIdx.x)  # of a head and a segment
-        segment, before, tokens = i64(0), i64(0), size.tokens
-        if size.segment:
-            segments = (size.tokens + size.segment - 1) // size.segment
-            segment, index = index % segments, index // segments
-            before = segment * size.segment
-            tokens = min(size.segment, size.tokens - before)
-        index, head2 = index // size.heads2, index % size.heads2
-        head = Head(index // size.heads1, index % size.heads1, head2)
+        head, segment, before, tokens = located(i64(cuda.blockIdx.x), size)
         D, V, T = i32(size.keys), i32(size.values), i32(tokens)
         chunks = (T + W - 1) // W
         columns = (V if OF_VALUES[K1] else D) if first else (V if OF_VALUES[K2] else D)
@@ -303,8 +295,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
         p_o += place(o, head, 0, before + lane // 4, own + lane % 4 * 8) * 2
         p_gate, a = i64(0), f64(0)  # and the gate of the chunk whose weights are next
         if GATE:
-            p_gate = place(gate, head, 0, before if GATE == 2 else i64(0), 0)
-            p_gate = at.gate + p_gate * (2 if gate.type < 2 else 4 if gate.type == 2 else 8)
+            p_gate = address(at.gate, gate, head, 0, before if GATE == 2 else i64(0), 0)
         if GATE and warp == WARPS - 1:
             a = gate_of(p_gate, gate, row_of(0, chunks), lane, tokens)
             put_weights(WEIGHTS, a, lane)

@@ -101,8 +101,9 @@ def macros(c: Constants) -> Constants:
     return {name: c[name] for name in kept} | pitches
 
 
-def shared_functions(device: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+def shared_functions(t: Any) -> tuple[Callable[..., Any], ...]:
     """Return what the kernels of states in registers read and write sums and find rows by."""
+    i64, device = t.i64, t.device
 
     @device
     def eight(S, n):
@@ -122,7 +123,29 @@ def shared_functions(device: Callable[..., Any]) -> tuple[Callable[..., Any], ..
         at = head.index0 * of.head0 + head.index1 * of.head1 + head.index2 * of.head2
         return at + segment * of.segment + row * of.row + column * of.column
 
-    return eight, put_eight, place
+    @device
+    def width(type):
+        """Return the bytes of an element of a type by its number."""
+        return 2 if type < 2 else 4 if type == 2 else 8
+
+    @device
+    def address(base, of, head, segment, row, column):
+        """Return where a row of a head begins."""
+        return base + place(of, head, segment, row, column) * width(of.type)
+
+    @device
+    def located(index, size):
+        """Return a block's head, and of its segment the number, the first token and how many."""
+        segment, first, count = i64(0), i64(0), size.tokens
+        if size.segment:
+            segments = (size.tokens + size.segment - 1) // size.segment
+            segment, index = index % segments, index // segments
+            first = segment * size.segment
+            count = min(size.segment, size.tokens - first)
+        index, head2 = index // size.heads2, index % size.heads2
+        return Head(index // size.heads1, index % size.heads1, head2), segment, first, count
+
+    return eight, put_eight, place, width, address, located
 
 
 def make(c: Constants, t: Any) -> Callable[..., None]:
@@ -163,17 +186,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     PAIR_SUMS = AT_SUMS + 2 * WARPS * W  # reads (2, WARPS, W), then of pairs (3, by key and query)
     STATE, SUMS, ZEROS = 8 * KEYS, 8 * BLOCKS, (f32(0),) * 8
 
-    eight, put_eight, place = shared_functions(device)
-
-    @device
-    def width(type):
-        """Return the bytes of an element of a type by its number."""
-        return 2 if type < 2 else 4 if type == 2 else 8
-
-    @device
-    def address(base, of, head, segment, row, column):
-        """Return where a row of a head begins."""
-        return base + place(of, head, segment, row, column) * width(of.type)
+    eight, put_eight, _, width, address, located = shared_functions(t)
 
     def fetcher(columns_there, pitch, kind):
         """Return what copies the rows of a chunk into a tile, zeros behind its last row and column.
@@ -434,14 +447,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
         g, j, mine = lane // 4, 2 * (lane % 4), 16 * warp  # its first row of S'
         index = i64(cuda.blockIdx.x)  # of a tile, a segment and a head
         tile, index = index % size.tiles, index // size.tiles
-        segment, first, count = i64(0), i64(0), size.tokens
-        if size.segment:
-            segments = (size.tokens + size.segment - 1) // size.segment
-            segment, index = index % segments, index // segments
-            first = segment * size.segment
-            count = min(size.segment, size.tokens - first)
-        index, head2 = index // size.heads2, index % size.heads2
-        head = Head(index // size.heads1, index % size.heads1, head2)
+        head, segment, first, count = located(index, size)
         v0, strict = tile * BV, i32(size.strict)
         keys, values = i32(size.keys), i32(min(size.values - v0, i64(BV)))
         chunks, holds = i32((count + W - 1) // W), mine < values

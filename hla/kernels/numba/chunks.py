@@ -69,7 +69,7 @@ def functions(c: Constants, t: Any, threads: int, *, reverse: bool = False) -> C
     BEFORE, AFTER, TOTAL, LISTS = W, 2 * W, 3 * W, 3 * W + 4
     INTO, FADE = (AFTER, BEFORE) if REVERSE else (BEFORE, AFTER)  # of what is read, and written
 
-    eight, put_eight, place = shared_functions(device)
+    eight, put_eight, place, *_ = shared_functions(t)
 
     @device
     def is_first(of, head):

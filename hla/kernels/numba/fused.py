@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from numba import cuda
 
 from ..cupy.launch import PAD
-from .causal import Head, Operand, shared_functions
+from .causal import Operand, shared_functions
 from .chunks import functions, macros
 from .instructions import Constants, Text
 
@@ -86,7 +86,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
     WEIGHTS = (TILES + (2 if AHLA else 4) * TILE_P) // 2
     STATE, SUMS = 16 * KEYS, 16 * BLOCKS
 
-    _, _, place = shared_functions(t.device)
+    _, _, place, _, address, located = shared_functions(t)
     shared = functions(c, t, THREADS)
     is_first, piece_of, put_weights, gate_of = (
         shared.is_first, shared.piece_of, shared.put_weights, shared.gate_of,
@@ -113,14 +113,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
         if HLA3:
             tiles = (size.values + 63) // 64
             tile, index = index % tiles, index // tiles
-        segment, before, tokens = i64(0), i64(0), size.tokens
-        if size.segment:
-            segments = (size.tokens + size.segment - 1) // size.segment
-            segment, index = index % segments, index // segments
-            before = segment * size.segment
-            tokens = min(size.segment, size.tokens - before)
-        index, head2 = index // size.heads2, index % size.heads2
-        head = Head(index // size.heads1, index % size.heads1, head2)
+        head, segment, before, tokens = located(index, size)
         D, V, v0, T = i32(size.keys), i32(size.values), i32(64 * tile), i32(tokens)
         chunks = (T + W - 1) // W
         rows = D if first and not AHLA else V
@@ -155,8 +148,7 @@ def make(c: Constants, t: Any) -> Callable[..., None]:
         p_made += place(of_made, head, 0, before + lane // 4, row0 + lane % 4 * 8) * 2
         p_gate = i64(0)
         if GATE:
-            p_gate = place(gate, head, 0, before if GATE == 2 else i64(0), 0)
-            p_gate = at.gate + p_gate * (2 if gate.type < 2 else 4 if gate.type == 2 else 8)
+            p_gate = address(at.gate, gate, head, 0, before if GATE == 2 else i64(0), 0)
         a = f64(0)  # gate of the chunk whose weights are next
         if GATE and warp == WEIGHER:
             a = gate_of(p_gate, gate, 0, lane, tokens)
