@@ -159,10 +159,10 @@ def gate_gradient(xp: Any, s: GateGradient, take: Take, gate: Gate) -> Made:
     return [(s.o, xp.reshape(G, (*batch, periods * s.period))[..., :T])]
 
 
-def border(xp: Any, s: Border, take: Take, gate: Gate) -> Made:
-    """Do a Border."""
+def border(xp: Any, s: Border, take: Take, gate: Gate, **sums: Any) -> Made:
+    """Do a Border, with such options of sums."""
     o = take(s.o)
-    terms = (xp.sum(take(S) * take(dS), axis=(-2, -1)) for S, dS in s.pairs)
+    terms = (xp.sum(take(S) * take(dS), axis=(-2, -1), **sums) for S, dS in s.pairs)
     return [(s.o, sum(fit(xp, x, o.shape) for x in terms))]
 
 

@@ -16,7 +16,7 @@ from array_api_compat import torch as xp
 from ...core.passes import Shape
 from ...core.reference import Gradients
 from ...core.request import Inputs, Request
-from ...device.elementwise import does, fit, part, skew
+from ...device.elementwise import border, does, fit, part, skew
 from ...device.plan import dtype_of
 from ...device.scan import Again, Call, Device, Do, Place, Ready, Runner
 from ...device.shapes import shapes
@@ -73,11 +73,9 @@ def steps(call: Call, step: Step) -> list[Do]:
         return _gate_gradient(call, step)
     if isinstance(step, GateSum):
         return [_gates_summed(call, step)]
-    if isinstance(step, Border):
-        pairs = [(call.place(S), call.place(dS)) for S, dS in step.pairs]
-        return [functools.partial(_border, call.place(step.o), pairs)]
-    if isinstance(step, Skew):
-        return [does(call, functools.partial(skew, xp, step, dtype=torch.float64), _put)]
+    if isinstance(step, Border | Skew):
+        make: Any = border if isinstance(step, Border) else skew
+        return [does(call, functools.partial(make, xp, step, dtype=torch.float64), _put)]
     if isinstance(step, Fading):
         return list(fading(call, step))
     if isinstance(step, Carry):
@@ -190,17 +188,6 @@ class _OfCopy(Kernel):
         arrays[self.gate.slot] = x = x.contiguous()
         addresses[self.gate.slot] = x.data_ptr()
         super().__call__(arrays, addresses, stream)
-
-
-def _border(
-    place: Place, pairs: list[tuple[Place, Place]], arrays: list[Any], addresses: list[Any], _: Any
-) -> None:
-    o: Any = view(arrays, place)
-    o.zero_()
-    for start, grad in pairs:
-        S, dS = view(arrays, start), view(arrays, grad)
-        assert S is not None
-        o += fit(torch, (S * dS).sum((-2, -1), dtype=torch.float64), o.shape)
 
 
 def _put(old: torch.Tensor, ref: Ref, x: torch.Tensor) -> torch.Tensor:
