@@ -54,6 +54,27 @@ def test_a_sum_of_no_products_is_zero():
         assert not x.any()
 
 
+def test_a_thread_without_a_device_is_not_asked_for_it(monkeypatch):
+    """The driver reports an error where there is no context, which sanitizers count."""
+    from hla.kernels.numba import blocks
+
+    class Driver:
+        def __init__(self, context):
+            self.context = context
+
+        def cuCtxGetCurrent(self):
+            return 0, self.context
+
+        def cuCtxGetDevice(self):
+            assert self.context
+            return 0, 3
+
+    for context, device in ((0, 0), (4096, 3)):
+        monkeypatch.setattr(blocks, "driver", lambda context=context: Driver(context))
+        monkeypatch.setattr(blocks.package, "SIMULATED", False)
+        assert blocks.here() == device
+
+
 def test_devices_are_listed_by_one_thread_at_a_time(monkeypatch):
     """Numba makes its list at the first use, and two threads that do so at once fail."""
     from hla.kernels.numba import blocks

@@ -392,6 +392,19 @@ def test_kernels_compile_side_by_side(tmp_path, writable):
     assert [x.suffix for x in folder.rglob("*.*")] == [".cubin"] * 2 * writable
 
 
+@pytest.mark.aot
+def test_others_compile_on_cores_of_this_process(monkeypatch):
+    """Where a process may use some of a machine's cores, a load of so many leaves none idle."""
+    for needed in ("numba_cuda", "cuda.bindings"):
+        installed(needed)
+    from hla.kernels.numba import build
+
+    monkeypatch.setattr(build.os, "getloadavg", lambda: (3.0, 3.0, 3.0))
+    for cores, idle in ((2, False), (4, True)):
+        monkeypatch.setattr(build, "processors", lambda cores=cores: cores)
+        assert build.idle() is idle
+
+
 COMPILE = """
 import sys
 from hla.kernels.numba import build

@@ -21,7 +21,7 @@ controller = numpy_threads._controller
 @pytest.fixture(autouse=True)
 def unlimited(monkeypatch):
     """Eight cores, and no limit but what a test sets."""
-    monkeypatch.setattr(numpy_threads, "_processors", lambda: CORES)
+    monkeypatch.setattr(numpy_threads, "processors", lambda: CORES)
     monkeypatch.setattr(numpy_threads, "_controller", lambda: None)
     for name in numpy_threads.LIMITS:
         monkeypatch.delenv(name, raising=False)
@@ -133,7 +133,7 @@ def script(body):
         import numpy as np
         import hla
         from hla.kernels.numpy import threads as numpy_threads
-        numpy_threads._processors, numpy_threads._controller = lambda: 3, lambda: None
+        numpy_threads.processors, numpy_threads._controller = lambda: 3, lambda: None
         q, k, v = np.random.default_rng(0).standard_normal((3, 6, 200, 32))
         want = hla.scan(q, k, v)
     """

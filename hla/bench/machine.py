@@ -13,6 +13,8 @@ from typing import Any
 
 import hla
 
+from ..kernels.numpy.threads import processors
+
 PACKAGES = (
     *("numpy", "torch", "triton", "fla-core", "jax", "cupy-cuda13x", "cupy-cuda12x"),
     *("numba", "numba-cuda", "array-api-compat"),
@@ -37,11 +39,10 @@ def describe(commit: str | None = None) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "cores": cores,
+        "cores": processors(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": _threads(),
         "accelerators": accelerators(),

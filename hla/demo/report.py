@@ -19,12 +19,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import hla
 
 from .. import tables
+from ..kernels.numpy.threads import processors
 from ..tables import Column
 from . import composition
 from .composition import Chains
 from .corpus import BATCH, WINDOW, Bytes, Corpus, gzip_bits, order2_bits
 from .model import NO_MIXER, SOFTMAX, TAPS, parameter_count
-from .training import Job, Sample, Trained, cores
+from .training import Job, Sample, Trained
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 COLOURS = {
@@ -62,7 +63,7 @@ def introduce(console: Console, jobs: Sequence[Job]) -> None:
             f" {counted(config.heads, 'head')}, width {config.width},"
             f" {parameter_count(config):,} parameters; {some[0].steps:,} steps of {batch}."
         )
-    console.print(f"{min(cores(), len(jobs))} at a time.\n")
+    console.print(f"{min(processors(), len(jobs))} at a time.\n")
 
 
 def counted(number: int, noun: str) -> str:

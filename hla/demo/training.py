@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..kernels.numpy.threads import processors
 from . import composition
 from .composition import Chains
 from .corpus import Bytes, Corpus
@@ -164,7 +165,7 @@ def train_all(jobs: Sequence[Job], report: Report) -> list[Trained]:
 
     try:
         while waiting or running:
-            while waiting and len(running) < cores():
+            while waiting and len(running) < processors():
                 here, there = context.Pipe()
                 process = context.Process(target=_work, args=(there,), daemon=True)
                 with environment(), interrupts_held():
@@ -214,13 +215,6 @@ def interrupts_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @contextmanager

@@ -146,8 +146,14 @@ def here() -> int:
     """Return the number of the current device."""
     if package.SIMULATED:
         return 0
-    error, found = driver().cuCtxGetDevice()
-    return 0 if error else int(found)
+    return max(_current(), 0)
+
+
+def _current() -> int:
+    """Return the number of a thread's current device, -1 where it has none yet."""
+    cuda = driver()
+    error, context = cuda.cuCtxGetCurrent()
+    return int(done(cuda.cuCtxGetDevice())) if not error and int(context) else -1
 
 
 class _Local(threading.local):
@@ -168,9 +174,7 @@ def inside(device: int, function: Callable[[], Any]) -> Any:
     if package.SIMULATED or _local.inside == device:
         return function()
     before: int = _local.inside
-    error, found = driver().cuCtxGetDevice()
-    there = not error and int(found) == device
-    with nullcontext() if there else _context(device):
+    with nullcontext() if _current() == device else _context(device):
         _local.inside = device
         try:
             return function()

@@ -24,6 +24,7 @@ import numba
 from cuda.bindings import nvjitlink, nvrtc
 from numba import cuda, types
 
+from ..numpy.threads import processors
 from . import package
 from .device import TEXTS
 from .instructions import Constants, Instructions, Text, source
@@ -105,8 +106,8 @@ def compiled(name: str, constants: Constants, capability: tuple[int, int]) -> by
 
 
 def idle() -> bool:
-    """Whether this machine has cores that nothing runs on."""
-    return os.getloadavg()[0] < (os.cpu_count() or 1) if hasattr(os, "getloadavg") else True
+    """Whether this process has cores that nothing runs on."""
+    return os.getloadavg()[0] < processors() if hasattr(os, "getloadavg") else True
 
 
 def asked(name: str, constants: Constants, capability: tuple[int, int]) -> bytes:

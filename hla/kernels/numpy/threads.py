@@ -63,7 +63,7 @@ class Part:
 
 def _cores() -> int:
     """Threads that BLAS may have: the least of this process's cores and of every limit set."""
-    limits = [_processors()]
+    limits = [processors()]
     for name in LIMITS:  # as BLAS reads them: "4,2" is 4; what is no number above 0 is no limit
         found = re.match(r"\s*\+?(\d+)", os.environ.get(name, ""), re.ASCII)
         limits.append(int(found[1]) if found else 0)
@@ -73,7 +73,8 @@ def _cores() -> int:
     return min(limit for limit in limits if limit)
 
 
-def _processors() -> int:
+def processors() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "process_cpu_count"):
         return os.process_cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
