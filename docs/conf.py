@@ -228,7 +228,7 @@ def speed(folder):
                 continue
             seen.add(line)
             ratio = r["times_faster"]
-            softmax = next((ratio[name] for name in SOFTMAX if name in ratio), None)
+            softmax = min((ratio[name] for name in SOFTMAX if name in ratio), default=None)
             first = next((ratio[name] for name in ("FLA", "FLA recurrent") if name in ratio), None)
             rows.append(
                 (
