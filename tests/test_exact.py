@@ -164,7 +164,7 @@ def test_work_and_memory_grow_linearly(monkeypatch):
 @pytest.mark.parametrize("operator", ["hla2", "hla3"])
 def test_threads_that_share_a_state_do_not_disturb_each_other(operator, monkeypatch):
     """One query and key head for equal values; shared arrays spoiled a run in ten."""
-    monkeypatch.setattr(numpy_threads, "_cores", lambda: 3)
+    monkeypatch.setattr(numpy_threads, "_most", lambda: 3)
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1, 1500, 48)).astype(np.float32)
     v = np.repeat(rng.normal(size=(1, 1500, 48)).astype(np.float32), 8, axis=0)
@@ -181,7 +181,7 @@ def test_any_number_of_threads_gives_the_same_bits(cores, monkeypatch):
     options = {"operator": "hla3", "log_gate": -rng.uniform(size=(5, 200)), "return_state": True}
     results = []
     for n in (1, cores):
-        monkeypatch.setattr(numpy_threads, "_cores", lambda n=n: n)
+        monkeypatch.setattr(numpy_threads, "_most", lambda n=n: n)
         monkeypatch.setattr(numpy_threads, "SPREAD", 0)
         (o, state), pullback = hla.vjp(q, k[:, :1], v, **options)
         results.append([o, *state, *pullback(do, state)[:3]])

@@ -69,9 +69,9 @@ def test_a_thread_without_a_device_is_not_asked_for_it(monkeypatch):
             assert self.context
             return 0, 3
 
+    monkeypatch.setattr(blocks.package, "SIMULATED", False)
     for context, device in ((0, 0), (4096, 3)):
         monkeypatch.setattr(blocks, "driver", lambda context=context: Driver(context))
-        monkeypatch.setattr(blocks.package, "SIMULATED", False)
         assert blocks.here() == device
 
 

@@ -400,8 +400,8 @@ def test_others_compile_on_cores_of_this_process(monkeypatch):
     from hla.kernels.numba import build
 
     monkeypatch.setattr(build.os, "getloadavg", lambda: (3.0, 3.0, 3.0))
-    for cores, idle in ((2, False), (4, True)):
-        monkeypatch.setattr(build, "processors", lambda cores=cores: cores)
+    for count, idle in ((2, False), (4, True)):
+        monkeypatch.setattr(build, "cores", lambda count=count: count)
         assert build.idle() is idle
 
 

@@ -1,6 +1,5 @@
 """The built pages as a browser has them: Chromium, where it is installed, finds nothing wrong."""
 
-import bisect
 import collections
 import contextlib
 import functools
@@ -187,11 +186,8 @@ def test_the_site(tmp_path):
                 runs[measured].append(1e3 * row["seconds"])
     graphs = (html / "asv" / "graphs").rglob("machine-*/*, *.json")
     points = [json.loads(path.read_text("utf-8")) for path in graphs]
-    found = sorted(one for point in points for _, one in point)
-    for measured, times in runs.items():
-        mean = sum(times) / len(times)
-        near = found[bisect.bisect_left(found, mean * (1 - 1e-9)) :][:1]
-        assert near == [pytest.approx(mean, rel=1e-9)], measured
+    means = {sum(times) / len(times) for times in runs.values()}
+    assert means <= {one for point in points for _, one in point}
     pictures = Path(os.environ.get("HLA_SCREENSHOTS") or tmp_path / "pictures")
     pictures.mkdir(parents=True, exist_ok=True)
     assert faults(html, pictures, VIEWS) == {}

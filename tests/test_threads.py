@@ -21,7 +21,7 @@ controller = numpy_threads._controller
 @pytest.fixture(autouse=True)
 def unlimited(monkeypatch):
     """Eight cores, and no limit but what a test sets."""
-    monkeypatch.setattr(numpy_threads, "processors", lambda: CORES)
+    monkeypatch.setattr(numpy_threads, "cores", lambda: CORES)
     monkeypatch.setattr(numpy_threads, "_controller", lambda: None)
     for name in numpy_threads.LIMITS:
         monkeypatch.delenv(name, raising=False)
@@ -133,7 +133,7 @@ def script(body):
         import numpy as np
         import hla
         from hla.kernels.numpy import threads as numpy_threads
-        numpy_threads.processors, numpy_threads._controller = lambda: 3, lambda: None
+        numpy_threads.cores, numpy_threads._controller = lambda: 3, lambda: None
         q, k, v = np.random.default_rng(0).standard_normal((3, 6, 200, 32))
         want = hla.scan(q, k, v)
     """
@@ -182,6 +182,6 @@ def test_a_scan_at_the_exit_of_python_is_right():
 
 
 def test_calls_too_small_to_spread_look_nothing_up(monkeypatch):
-    monkeypatch.setattr(numpy_threads, "_cores", lambda: pytest.fail("looked up"))
+    monkeypatch.setattr(numpy_threads, "_most", lambda: pytest.fail("looked up"))
     small = np.ones((2, 10, 4))
     hla.scan(small, small, small)

@@ -13,7 +13,7 @@ from typing import Any
 
 import hla
 
-from ..kernels.numpy.threads import processors
+from ..kernels.numpy.threads import cores
 
 PACKAGES = (
     *("numpy", "torch", "triton", "fla-core", "jax", "cupy-cuda13x", "cupy-cuda12x"),
@@ -42,7 +42,7 @@ def describe(commit: str | None = None) -> dict[str, Any]:
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "cores": processors(),
+        "cores": cores(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": _threads(),
         "accelerators": accelerators(),

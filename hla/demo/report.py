@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import hla
 
 from .. import tables
-from ..kernels.numpy.threads import processors
+from ..kernels.numpy.threads import cores
 from ..tables import Column
 from . import composition
 from .composition import Chains
@@ -63,7 +63,7 @@ def introduce(console: Console, jobs: Sequence[Job]) -> None:
             f" {counted(config.heads, 'head')}, width {config.width},"
             f" {parameter_count(config):,} parameters; {some[0].steps:,} steps of {batch}."
         )
-    console.print(f"{min(processors(), len(jobs))} at a time.\n")
+    console.print(f"{min(cores(), len(jobs))} at a time.\n")
 
 
 def counted(number: int, noun: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..kernels.numpy.threads import processors
+from ..kernels.numpy.threads import cores
 from . import composition
 from .composition import Chains
 from .corpus import Bytes, Corpus
@@ -165,7 +165,7 @@ def train_all(jobs: Sequence[Job], report: Report) -> list[Trained]:
 
     try:
         while waiting or running:
-            while waiting and len(running) < processors():
+            while waiting and len(running) < cores():
                 here, there = context.Pipe()
                 process = context.Process(target=_work, args=(there,), daemon=True)
                 with environment(), interrupts_held():

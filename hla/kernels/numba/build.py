@@ -24,7 +24,7 @@ import numba
 from cuda.bindings import nvjitlink, nvrtc
 from numba import cuda, types
 
-from ..numpy.threads import processors
+from ..numpy.threads import cores
 from . import package
 from .device import TEXTS
 from .instructions import Constants, Instructions, Text, source
@@ -107,7 +107,7 @@ def compiled(name: str, constants: Constants, capability: tuple[int, int]) -> by
 
 def idle() -> bool:
     """Whether this process has cores that nothing runs on."""
-    return os.getloadavg()[0] < processors() if hasattr(os, "getloadavg") else True
+    return os.getloadavg()[0] < cores() if hasattr(os, "getloadavg") else True
 
 
 def asked(name: str, constants: Constants, capability: tuple[int, int]) -> bytes:

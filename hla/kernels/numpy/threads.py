@@ -61,9 +61,9 @@ class Part:
         )
 
 
-def _cores() -> int:
+def _most() -> int:
     """Threads that BLAS may have: the least of this process's cores and of every limit set."""
-    limits = [processors()]
+    limits = [cores()]
     for name in LIMITS:  # as BLAS reads them: "4,2" is 4; what is no number above 0 is no limit
         found = re.match(r"\s*\+?(\d+)", os.environ.get(name, ""), re.ASCII)
         limits.append(int(found[1]) if found else 0)
@@ -73,7 +73,7 @@ def _cores() -> int:
     return min(limit for limit in limits if limit)
 
 
-def processors() -> int:
+def cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "process_cpu_count"):
         return os.process_cpu_count() or 1
@@ -97,7 +97,7 @@ def _controller() -> Any:
 def _share(wanted: int) -> Iterator[int]:
     """Yield how many threads a call has: those of calls that run at one time share the limit."""
     global _working
-    limit = _cores()
+    limit = _most()
     with _lock:
         count = max(1, min(wanted, limit - _working))
         _working += count
