@@ -161,6 +161,21 @@ def test_work_and_memory_grow_linearly(monkeypatch):
     assert memory < 16
 
 
+def test_a_scale_makes_no_copy_of_the_queries(monkeypatch):
+    """NumPy's kernels scale q group by group, in each thread: one core would copy all of it."""
+    monkeypatch.setattr(numpy_threads, "_most", lambda: 2)
+    q, k, v = (x.astype(np.float32) for x in draw(4, 2**14, D=16, V=16))
+
+    def peak(scale):
+        tracemalloc.start()
+        hla.scan(q, k, v, scale=scale)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(0.3) < peak(1.0) + q.nbytes / 2
+
+
 @pytest.mark.parametrize("operator", ["hla2", "hla3"])
 def test_threads_that_share_a_state_do_not_disturb_each_other(operator, monkeypatch):
     """One query and key head for equal values; shared arrays spoiled a run in ten."""

@@ -14,7 +14,7 @@ from ..core.request import FLOATS, Inputs, Request
 from ..core.run import CORE, Engine
 from ..kernels.numpy import program, token
 
-SWEEP = Engine(program.run, program.pull)
+SWEEP = Engine(program.run, program.pull, scales=True)
 CAPABILITIES = Capabilities(
     FLOATS,
     libraries=("numpy",),

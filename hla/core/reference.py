@@ -43,12 +43,15 @@ def width(request: Request) -> int:
     return widths.get(request.form or "chunked", request.chunk_size or CHUNK)
 
 
-def accumulated(request: Request, inputs: Inputs) -> tuple[Env, Gate]:
-    """Return inputs and states by name in the accumulation dtype, q scaled; and the gate."""
+def accumulated(request: Request, inputs: Inputs, engine: Engine = CORE) -> tuple[Env, Gate]:
+    """Return inputs and states by name in the accumulation dtype, and the gate.
+
+    q is scaled unless the engine does it.
+    """
     xp = namespace(inputs.q)
     dtype = getattr(xp, request.accumulate)
     q, k, v = (xp.astype(x, dtype, copy=False) for x in inputs[:3])
-    if request.scaled:
+    if request.scaled and not engine.scales:
         q = q * request.scale
     gate = Gate(inputs.decay, inputs.log_gate)
     if library_of(q).meshes:
@@ -95,10 +98,13 @@ def forward(
 
 
 def _run(request: Request, inputs: Inputs, engine: Engine) -> Env:
-    values, gate = accumulated(request, inputs)
+    values, gate = accumulated(request, inputs, engine)
     steps = request.alive(request.program.steps, inputs.state is not None)
-    found: Env = engine.run(steps, values, gate, chunk=width(request), keep=request.gradient)
-    return found
+    return engine.run(steps, values, gate, keep=request.gradient, **_options(request, engine))
+
+
+def _options(request: Request, engine: Engine) -> dict[str, Any]:
+    return {"chunk": width(request)} | ({"scale": request.scale} if engine.scales else {})
 
 
 def saved_names(request: Request) -> tuple[str, ...]:
@@ -162,7 +168,7 @@ def backward(
     if env is None:  # the associative form has the chunked form's gradient
         request = dataclasses.replace(request, form="chunked")
         env = _run(request, inputs, engine)
-    values, gate = accumulated(request, inputs)
+    values, gate = accumulated(request, inputs, engine)
     values = dict(env) | values | joined(request, dstate, gradient=True)
     if do is not None:
         values["d.o"] = _unfinish(request, values, do)
@@ -171,20 +177,18 @@ def backward(
         values,
         gate,
         with_gate=request.gate_given,
-        chunk=width(request),
+        **_options(request, engine),
     )
     dq, dk, dv = (
         found[f"d.{x}"] if f"d.{x}" in found else namespace(values[x]).zeros_like(values[x])
         for x in "qkv"
     )
-    if request.scaled:
+    if request.scaled and not engine.scales:
         dq = dq * request.scale
     dv = dv[..., :-1] if request.ones else dv
     gates = gate_gradients(gate, found.get(GATE))
-    dinitial = gradient_fields(request, inputs.state, found)
-    return Gradients(
-        *(_of_input(*x) for x in zip((dq, dk, dv, *gates, dinitial), inputs, strict=True))
-    )
+    grads = (dq, dk, dv, *gates, gradient_fields(request, inputs.state, found))
+    return Gradients(*(_of_input(*x) for x in zip(grads, inputs, strict=True)))
 
 
 def _of_input(grad: Any, x: Any) -> Any:

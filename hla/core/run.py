@@ -134,10 +134,14 @@ def pull(
 
 
 class Engine(NamedTuple):
-    """What runs programs: `run` and `pull`, or a backend's own with the same signatures."""
+    """What runs programs: `run` and `pull`, or a backend's own with the same signatures.
+
+    One that ``scales`` is given q as it is and multiplies it by its argument ``scale``.
+    """
 
     run: Callable[..., Env]
     pull: Callable[..., Env]
+    scales: bool = False
 
 
 CORE = Engine(run, pull)
@@ -145,7 +149,8 @@ CORE = Engine(run, pull)
 
 def by_passes(run_pass: RunPass) -> Engine:
     """Return the engine of a backend whose only kernel is the pass."""
-    return Engine(*(functools.partial(f, run_pass=run_pass) for f in CORE))
+    f, back = (functools.partial(x, run_pass=run_pass) for x in (run, pull))
+    return Engine(f, back)
 
 
 def held(s: Pass) -> tuple[tuple[Any, ...], bool]:

@@ -55,8 +55,12 @@ def run(
     *,
     chunk: int = CHUNK,
     keep: bool = False,
+    scale: float = 1.0,
 ) -> dict[str, Any]:
-    """Run a program as `core.run.run` does; ``keep`` what `pull` needs, states under "kept"."""
+    """Run a program as `core.run.run` does, q times ``scale``.
+
+    ``keep`` what `pull` needs, states under "kept".
+    """
     env: dict[str, Any] = dict(values)
     states, kept = list[Array](), list[Array]()
     T, dtype = values["k"].shape[-2], values["k"].dtype
@@ -82,7 +86,7 @@ def run(
                 arrays[s.out] = part.output(env[s.out], 2)
         held = [part.output(x, 3) for x in kept]
         heads = math.prod(arrays["o"].shape[:-2])
-        sweep = _Sweep(steps, part.gate(gate), T, chunk, heads, dtype, buffers)
+        sweep = _Sweep(steps, part.gate(gate), T, chunk, heads, dtype, scale, buffers)
         after = sweep.forward(arrays, [part(S, 2).copy() for S in states], held)
         ends.append([(part.output(S, 2), end) for S, end in zip(states, after, strict=True)])
 
@@ -100,8 +104,9 @@ def pull(
     *,
     with_gate: bool,
     chunk: int = CHUNK,
+    scale: float = 1.0,
 ) -> dict[str, Array]:
-    """Run a program's adjoint as `core.run.pull` does, in one sweep."""
+    """Run a program's adjoint as `core.run.pull` does, q times ``scale``, in one sweep."""
     T, dtype = values["k"].shape[-2], values["k"].dtype
     shapes = [(*x.shape[:-3], *x.shape[-2:]) for x in values["kept"]]
     full = broadcast(*(values[x].shape[:-2] for x in "qkv"), *(x[:-2] for x in shapes))
@@ -118,7 +123,7 @@ def pull(
     def job(part: Part, buffers: Buffers) -> None:
         dout = part(do, 2)
         heads = math.prod(dout.shape[:-2])
-        sweep = _Sweep(steps, part.gate(gate), T, chunk, heads, dtype, buffers)
+        sweep = _Sweep(steps, part.gate(gate), T, chunk, heads, dtype, scale, buffers)
         names = {name for s in steps for name in (s.q, s.k, s.v)}
         sweep.backward(
             {name: part(values[name], 2) for name in names},
@@ -232,9 +237,10 @@ class _Sweep:
         chunk: int,
         heads: int,
         dtype: Any,
+        scale: float,
         buffers: Buffers,
     ) -> None:
-        self.steps, self.gate, self.T = steps, gate, T
+        self.steps, self.gate, self.T, self.scale = steps, gate, T, scale
         self.chunk, self.group, self.dtype = chunk, max(1, GROUP // max(1, heads * chunk)), dtype
         self.buffers = buffers
 
@@ -285,6 +291,14 @@ class _Sweep:
         if (name, shape) not in self.buffers:
             self.buffers[name, shape] = np.empty(shape, dtype=self.dtype)
         return self.buffers[name, shape]
+
+    def inputs(self, turn: _Turn, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Return a group's rows of the arrays, q scaled."""
+        local = {name: turn.view(x) for name, x in arrays.items()}
+        if self.scale != 1 and "q" in local:  # here, in a thread's cache, rather than all before
+            q = local["q"]
+            local["q"] = np.multiply(q, self.scale, out=self.buffer("q", *q.shape))
+        return local
 
     def left(
         self,
@@ -374,7 +388,7 @@ class _Sweep:
     ) -> list[Array]:
         """Write o and, where kept, intermediates and states; return the final states."""
         for turn in self.turns(reverse=False):
-            local = {name: turn.view(arrays[name]) for name in "qkv"}
+            local = self.inputs(turn, {name: arrays[name] for name in "qkv"})
             lefts: dict[str, tuple[tuple[str, int, str], Array]] = {}
             for i, s in enumerate(self.steps):
                 w, key = turn.weights[s.power, s.kind][0], (s.k, s.power, s.kind)
@@ -413,7 +427,7 @@ class _Sweep:
         """Write the gradients of q, k, v and the log gate; leave those of the states in R."""
         steps = list(enumerate(self.steps))
         for turn in self.turns(reverse=True):
-            local = {name: turn.view(x) for name, x in arrays.items()}
+            local = self.inputs(turn, arrays)
             into = _Into(self, {name: turn.view(x) for name, x in grads.items()})
             into.grads["o"] = turn.view(do)
             for i, s in reversed(steps):
@@ -422,6 +436,8 @@ class _Sweep:
                         continue
                     into.grads[s.out] = np.zeros_like(turn.view(do)[..., : R[i].shape[-1]])
                 self._step_back(turn, s, local, kept[i][..., turn.chunks, :, :], R[i], into, dlog)
+            if self.scale != 1:
+                into.targets["q"] *= self.scale
 
     def _step_back(
         self,
