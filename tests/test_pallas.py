@@ -96,6 +96,28 @@ def test_a_tpu_kernel_has_no_races(name, capfd):
         close(to_numpy(x), to_numpy(y), 1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid")
+@pytest.mark.parametrize("order", [(2, 0, 1), (1, 0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("name", WORK)
+def test_a_gpu_kernel_is_its_text_as_plain_jnp(name, order, monkeypatch):
+    """Values on the host, whichever of its warpgroups goes first."""
+    installed("absl")
+    from mosaic_interpreter import interpreted
+
+    mosaic, p = installed("hla.kernels.pallas.mosaic"), WORK[name]
+    given = operands(p, chunks=3)
+    want = sweep.plain(p, BATCH, given)
+    with interpreted(monkeypatch, order):
+        monkeypatch.setattr(mosaic, "_kernel", mosaic._kernel.__wrapped__)
+        found = mosaic.cuda(p, BATCH, jax.tree.map(np.asarray, given))
+    for field, x, y in zip(want._fields, found, want, strict=True):
+        if y is not None:
+            x, y = to_numpy(x), to_numpy(y)
+            x = x.sum(-3, keepdims=True) if field == "sums" else x
+            assert x.shape == y.shape
+            close(x, y, 4e-3 if field == "o" and p.out == "bfloat16" else 1e-5)
+
+
 @pytest.mark.parametrize("name", WORK)
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_every_kernel_lowers_without_its_device(name, platform):

@@ -95,14 +95,25 @@ class Plain:
         assert self.gate is not None
         return self.gate[TOTAL, 0]
 
+    def exp(self, x: Array) -> Array:
+        """Return powers of e."""
+        return jnp.exp(x)
+
     def places(self) -> tuple[Array, Array]:
         """Return the places of tokens along the rows and the columns of a W x W tile."""
         rows, columns = (lax.broadcasted_iota(jnp.int32, (W, W), i) for i in (0, 1))
         return rows, columns
 
-    def sum(self, x: Array, axis: int) -> Array:
-        """Return sums along one axis."""
-        return jnp.sum(x, axis=axis)
+    def columns(self, a: Array, b: Array, to: Array | None) -> Array:
+        """Return the sums of the columns of a * b, added to others."""
+        found = jnp.sum(a * b, axis=0)
+        return found if to is None else to + found
+
+    def of_pairs(self, a: Array, b: Array) -> tuple[Array, Array]:
+        """Return sums of the rows and of the columns of a * b but its diagonal."""
+        row, column = self.places()
+        x = jnp.where(row != column, a * b, 0.0)
+        return jnp.sum(x, axis=1), jnp.sum(x, axis=0)
 
 
 def weights_of(count: int, C: int, c: Any) -> Any:
