@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...core.passes import Shape
-from .chunk import ROWS, TOTAL, W, Work, chunk
+from .chunk import ROWS, TOTAL, W, Work, chunk, known
 from .ordered import ordered
 from .sweep import OWN, Entry, Found, Operands, entry, weights_of
 from .warpgroups import (
@@ -83,9 +83,7 @@ def planes(x: Array, count: int, columns: int) -> Array:
 class Tiles:
     """Tiles of one warpgroup: see `chunk.Tiles`. An operand is a list of its planes."""
 
-    def __init__(
-        self, count: int, scratch: dict[str, Any], gate: Any, numbers: tuple[Any, Any, Any]
-    ) -> None:
+    def __init__(self, count: int, scratch: Any, gate: Any, numbers: tuple[Any, Any, Any]) -> None:
         self.count, self.scratch, self.gate = count, scratch, gate
         self.read, self.write, self.apart = numbers
         pairs = [(i, j) for i in range(count) for j in range(count) if i + j < count]
@@ -95,13 +93,16 @@ class Tiles:
         """Return a b'."""
         return self.summed(a, [turned(x) for x in b])
 
-    def outer(self, a: list[Any], b: list[Any], to: Array) -> Array:
-        """Return ``to`` + a' b.
+    def outer(self, a: list[Any], b: list[Any], to: Array, left: Any = 1.0) -> Array:
+        """Return ``to`` + (left * a') b; what is multiplied by a number comes from registers.
 
         A tensor core's sum is cut, not rounded, at every 16 products. Of several planes it begins
         with nothing, as what is lost of a state would add up over all chunks.
         """
-        a = [turned(x) for x in a]
+        if known(left):
+            a = [turned(x) for x in a]
+        else:
+            a = self.state(self.values(a, turned=True) * left)
         if self.count > 1:
             return to + self.summed(a, b)
         return added((to,), ((a[0], b[0]),))[0]
@@ -111,12 +112,12 @@ class Tiles:
         return product(a[0].shape[0], b[0].shape[1], *((a[i], b[j]) for i, j in self.pairs))
 
     def state(self, S: Array) -> list[Array]:
-        """Return a state as an operand, in registers."""
+        """Return a tile of values as an operand, in registers."""
         return split(S, self.count)
 
-    def stored(self, name: str, x: Array) -> list[Any]:
-        """Return a tile as an operand, in shared memory."""
-        refs = [self.scratch[name].at[i] for i in range(self.count)]
+    def stored(self, x: Array) -> list[Any]:
+        """Return a tile of pairs as an operand, in shared memory."""
+        refs = [self.scratch.at[i] for i in range(self.count)]
         for ref, plane in zip(refs, split(x, self.count), strict=True):
             ref[...] = plane
         plgpu.commit_smem()
@@ -173,7 +174,7 @@ def cuda(p: Work, batch: Shape, given: Operands) -> Found:
         elif name != "gate":
             x = planes(x, count, D if name in "qk" else tiles * V)
         arrays[name] = jnp.reshape(x, (math.prod(lead), *x.shape[len(lead) :]))
-    read, write = 1.0 if p.gated else None, None if p.weighed else 1.0
+    read, write = 1.0 if p.gated else None, None if p.gated or p.write != 1 else 1.0
     own = p._replace(D=D, V=V, read=read, write=write, strict=None)
     arrays["factors"] = jnp.array([p.read, p.write], F32)
     arrays["whole"] = jnp.array([0, p.strict], jnp.int32)
@@ -221,15 +222,13 @@ def _kernel(
     names = [name for name in ("q", "k", "v", "x") if name in arrays]
     columns = {"q": p.D, "k": p.D, "v": V, "x": V}
     narrow = p.out == "bfloat16"
-    kept = {"A": W} if p.reads else {}
-    kept |= {"B": p.D} if p.weighed else {}
 
     def copies(name: str, owners: int) -> int:
         return owners if name in "vx" else 1
 
     def room(owners: int, stages: int) -> bool:
         rows = stages * sum(columns[x] * copies(x, owners) for x in names)
-        rows = count * (rows + owners * sum(kept.values()))
+        rows = count * (rows + owners * W * p.reads)
         return 2 * W * (rows + owners * V * (1 if narrow else 2)) < SHARED
 
     owners = 2 if tiles % 2 == 0 and room(2, 2) else 1
@@ -237,7 +236,8 @@ def _kernel(
     scratch: dict[str, Any] = {
         x + "s": tile(stages, copies(x, owners), count, W, columns[x]) for x in names
     }
-    scratch |= {x: tile(owners, count, W, width) for x, width in kept.items()}
+    if p.reads:
+        scratch["pairs"] = tile(owners, count, W, W)
     if p.gated:
         scratch["gates"] = plgpu.SMEM((stages, ROWS, W), F32)
     if p.reads and narrow:
@@ -310,8 +310,8 @@ def _kernel(
     ) -> Array:
         slot, at_chunk, mine = lax.rem(c, i32(stages)), place(c), pl.ds((first + own) * V, V)
         plgpu.barrier_wait(r["full"].at[slot])
-        stores = {x: r[x].at[own] for x in kept}
-        m = Tiles(count, stores, r["gates"].at[slot] if p.gated else None, numbers)
+        gate = r["gates"].at[slot] if p.gated else None
+        m = Tiles(count, r["pairs"].at[own] if p.reads else None, gate, numbers)
         q, k, v, x = (
             [r[x + "s"].at[slot, own if x in "vx" else 0, i] for i in range(count)]
             if x in names else None

@@ -16,7 +16,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from ...core.passes import Shape
-from .chunk import TOTAL, Chunk, W, Work, chunk
+from .chunk import TOTAL, Chunk, W, Work, chunk, known
 
 Array = Any
 
@@ -57,26 +57,27 @@ class Plain:
         """Cast to what is multiplied."""
         return x.astype(self.dtype)
 
-    def _dot(self, a: Array, b: Array, axis: int) -> Array:
-        dims = (((axis,), (axis,)), ((), ()))
+    def _dot(self, a: Array, b: Array, axis: int, other: int) -> Array:
+        dims = (((axis,), (other,)), ((), ()))
         return lax.dot_general(
             a, b, dims, precision=self.precision, preferred_element_type=jnp.float32
         )
 
     def product(self, a: Array, b: Array) -> Array:
         """Return a b'."""
-        return self._dot(a, b, 1)
+        return self._dot(a, b, 1, 1)
 
-    def outer(self, a: Array, b: Array, to: Array) -> Array:
-        """Return ``to`` + a' b."""
-        return to + self._dot(a, b, 0)
+    def outer(self, a: Array, b: Array, to: Array, left: Any = 1.0) -> Array:
+        """Return ``to`` + (left * a') b."""
+        a = a.T if known(left) else self.operand(self.values(a, turned=True) * left)
+        return to + self._dot(a, b, 1, 0)
 
     def state(self, S: Array) -> Array:
         """Return a state as an operand."""
         return self.operand(S)
 
-    def stored(self, name: str, x: Array) -> Array:
-        """Return a tile as an operand."""
+    def stored(self, x: Array) -> Array:
+        """Return a tile of pairs as an operand."""
         return self.operand(x)
 
     def values(self, x: Array, turned: bool = False) -> Array:
