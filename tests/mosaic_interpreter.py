@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 MODULES = (
-    "copies", "hopper", "hopper3", "hopper_queries", "hopper_reverse", "hopper_owners", "token",
-    "warpgroups",
+    "chunk", "copies", "hopper", "hopper3", "hopper_queries", "hopper_reverse", "hopper_owners",
+    "mosaic", "token", "warpgroups",
 )  # fmt: skip
 
 
@@ -314,10 +314,11 @@ def interpreted(monkeypatch, order=(0, 1, 2)):
             freeze=lambda ref: ref.x,
         ),
         "lax": SimpleNamespace(
-            axis_index=lambda n: LOCAL.machine.program if n == "head" else LOCAL.who,
+            axis_index=lambda n: LOCAL.who if n == "warpgroup" else LOCAL.machine.program,
             fori_loop=fori_loop, rem=lambda a, b: np.int32(a % b),
             div=lambda a, b: np.int32(a // b), bitwise_and=lambda a, b: a & b,
             broadcast_in_dim=spread,
+            reduce_precision=lambda x, *_: x.astype("bfloat16").astype(np.float32),
         ),
         "jnp": np,
         "alone": lambda _, run, like: run,

@@ -96,6 +96,28 @@ def test_a_tpu_kernel_has_no_races(name, capfd):
         close(to_numpy(x), to_numpy(y), 1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid")
+@pytest.mark.parametrize("order", [(2, 0, 1), (1, 0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("name", WORK)
+def test_a_gpu_kernel_is_its_text_as_plain_jnp(name, order, monkeypatch):
+    """Values on the host, whichever of its warpgroups goes first."""
+    installed("absl")
+    from mosaic_interpreter import interpreted
+
+    mosaic, p = installed("hla.kernels.pallas.mosaic"), WORK[name]
+    given = operands(p, chunks=3)
+    want = sweep.plain(p, BATCH, given)
+    with interpreted(monkeypatch, order):
+        monkeypatch.setattr(mosaic, "_kernel", mosaic._kernel.__wrapped__)
+        found = mosaic.cuda(p, BATCH, jax.tree.map(np.asarray, given))
+    for field, x, y in zip(want._fields, found, want, strict=True):
+        if y is not None:
+            x, y = to_numpy(x), to_numpy(y)
+            x = x.sum(-3, keepdims=True) if field == "sums" else x
+            assert x.shape == y.shape
+            close(x, y, 4e-3 if field == "o" and p.out == "bfloat16" else 1e-5)
+
+
 @pytest.mark.parametrize("name", WORK)
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_every_kernel_lowers_without_its_device(name, platform):
@@ -342,21 +364,23 @@ def test_a_batch_is_split_by_a_mesh():
     """)
 
 
-def test_tokens_before_heads_are_read_where_they_lie():
+@pytest.mark.parametrize("operator", ["hla2", "ahla"])
+def test_tokens_before_heads_are_read_where_they_lie(operator):
     """Under a trace fused kernels take [B, T, H, D] as given: transposes meet the caller's."""
     installed("absl")
     x = jax.ShapeDtypeStruct((2, 70, 4, 128), "bfloat16")
 
     def run(q, k, v, do):
-        o, pulled = jax.vjp(lambda *x: hla.scan(*x, axis=-3, backend="pallas"), q, k, v)
+        call = functools.partial(hla.scan, operator=operator, axis=-3, backend="pallas")
+        o, pulled = jax.vjp(call, q, k, v)
         return o, pulled(do)
 
     text = jax.jit(run).trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text()
     kernels = [line for line in text.splitlines() if "mosaic_gpu" in line]
-    # dq is written where dy lies, the last array of the last kernel but its zero
+    # dq is written where dy (du) lies, the last array of the last kernel but its zero
     assert ["operand_index = 4" in x for x in kernels] == [False, False, True]
     rows = "tensor<2x72x4x128xbf16>"  # rows come in eights
-    # q, k, v to o, y; these, do and y to dy, dv, dk; k, v, do, y, dy to dq
+    # q, k, v to o, y (u); these, do and y to dy, dv, dk; k, v, do, y, dy to dq
     assert [x.count(rows) for x in kernels] == [5, 8, 6]
     assert not any("2x4x72x128" in x for x in kernels)
 

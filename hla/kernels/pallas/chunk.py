@@ -5,7 +5,7 @@
 The state is held transposed, S' (V, D), so that every product on it has the state's V rows: then
 Hopper's wgmma takes it from registers. All operands are q, k, v as they are stored:
 
-    A' = L' * (K Q')  [W, W]    O' = a * (S' Q') + V' A'  [V, W]    S' = r S' + V' (b K)  [V, D]
+    A' = L' * (K Q')  [W, W]    O' = a * (S' Q') + V' A'  [V, W]    S' = r S' + (b * V') K  [V, D]
 
 The same text runs as plain jnp, as a TPU kernel and as a Mosaic GPU kernel: each has its `Tiles`.
 """
@@ -33,8 +33,8 @@ class Work(NamedTuple):
     strict: bool | None  # None: a kernel is told when it runs
     reverse: bool
     gated: bool
-    read: float | None  # None: a kernel is given the number when it runs
-    write: float | None
+    read: float | None  # of o; None: a kernel is given the number when it runs
+    write: float | None  # of pairs, and of what is kept of values that have no gate's weights
     dots: bool
     period: int  # chunks between the states that are kept; 0: none are
     start: bool
@@ -47,17 +47,11 @@ class Work(NamedTuple):
         """Sums a token that the gate's gradient is made of."""
         return (2 if self.reverse else 1) if self.dots else 0
 
-    @property
-    def weighed(self) -> bool:
-        """Whether keys are multiplied before the state takes them."""
-        return self.gated or self.write != 1
-
 
 class Tiles(Protocol):
     """Arithmetic of tiles. An operand is what products take; arrays are float32.
 
-    Factors of what is read and written, and the tokens by which a pair must be apart, are numbers
-    of Python or scalars.
+    Factors, and the tokens by which a pair must be apart, are numbers of Python or scalars.
     """
 
     read: Any
@@ -67,14 +61,14 @@ class Tiles(Protocol):
     def product(self, a: Any, b: Any) -> Array:
         """Return a b'."""
 
-    def outer(self, a: Any, b: Any, to: Array) -> Array:
-        """Return ``to`` + a' b."""
+    def outer(self, a: Any, b: Any, to: Array, left: Any = 1.0) -> Array:
+        """Return ``to`` + (left * a') b."""
 
     def state(self, S: Array) -> Any:
         """Return a state as an operand."""
 
-    def stored(self, name: str, x: Array) -> Any:
-        """Return a tile as an operand, which has the place of this name."""
+    def stored(self, x: Array) -> Any:
+        """Return a tile of pairs as an operand."""
 
     def values(self, x: Any, turned: bool = False) -> Array:
         """Return an operand's values, or their transpose."""
@@ -85,11 +79,17 @@ class Tiles(Protocol):
     def total(self) -> Array:
         """Return what the gate leaves of the state over the chunk."""
 
+    def exp(self, x: Array) -> Array:
+        """Return powers of e, which become inf or 0."""
+
     def places(self) -> tuple[Array, Array]:
         """Return the places of tokens along the rows and the columns of a W x W tile."""
 
-    def sum(self, x: Array, axis: int) -> Array:
-        """Return sums along one axis."""
+    def columns(self, a: Array, b: Array, to: Any) -> Any:
+        """Return the sums of the columns of a * b, added to others or None."""
+
+    def of_pairs(self, a: Array, b: Array) -> tuple[Any, Any]:
+        """Return sums of the rows and of the columns of a * b but its diagonal."""
 
 
 class Chunk(NamedTuple):
@@ -100,9 +100,14 @@ class Chunk(NamedTuple):
     S: Array
 
 
+def known(factor: Any) -> bool:
+    """Whether a factor is a 1 that is known."""
+    return isinstance(factor, float) and factor == 1
+
+
 def times(x: Array, factor: Any) -> Array:
     """Return a product, of a 1 that is known no work."""
-    return x if isinstance(factor, float) and factor == 1 else x * factor
+    return x if known(factor) else x * factor
 
 
 def chunk(m: Tiles, p: Work, q: Any, k: Any, v: Any, x: Any, S: Array) -> Chunk:
@@ -110,29 +115,24 @@ def chunk(m: Tiles, p: Work, q: Any, k: Any, v: Any, x: Any, S: Array) -> Chunk:
     o: Array | None = None
     sums: tuple[Array, ...] = ()
     if p.reads:
-        key, query = m.places()
-        early, late = (query, key) if p.reverse else (key, query)
-        legal = early + m.apart <= late
         A = m.product(k, q)
         if p.gated:
             each = (m.weights(i, axis, (W, W)) for i, axis in SPAN)
             span, rest = (next(each) + next(each) for _ in "ab")
-            A = A * jnp.exp(jnp.where(legal, span + rest, 0.0))
+            A = A * m.exp(span + rest)
         A = times(A, m.write)
+        key, query = m.places()
+        legal = query <= key - m.apart if p.reverse else key + m.apart <= query
         A = jnp.where(legal, A, 0.0)  # a product with the mask would let inf through
+        by_key, by_query = m.of_pairs(A, m.product(v, x)) if p.sums > 1 else (None, None)
+        pairs = m.stored(A)
         into = m.product(m.state(S), q)
         if p.gated:
             into = into * m.weights(INTO, 1, (p.V, W))
         if p.dots:
-            sums = (m.sum(into * m.read * m.values(x, turned=True), 0),)
-        if p.dots and p.reverse:
-            M = jnp.where(early != late, A * m.read * m.product(v, x), 0.0)
-            sums = sums[0] + m.sum(M, 0), m.sum(M, 1)
-        o = m.outer(v, m.stored("A", A), into)
+            sums = m.columns(into, m.values(x, turned=True), by_query), by_key
+        o = m.outer(v, pairs, into)
         o = times(o, m.read)
-    if p.weighed:
-        rows = m.values(k) * m.write
-        k = m.stored("k", rows * m.weights(OUT, 0, (W, p.D)) if p.gated else rows)
-    if p.gated:
-        S = S * m.total()
-    return Chunk(o, sums, m.outer(v, k, S))
+    left = m.weights(OUT, 1, (p.V, W)) if p.gated else m.write
+    S = S * m.total() if p.gated else S
+    return Chunk(o, sums[: p.sums], m.outer(v, k, S, left))

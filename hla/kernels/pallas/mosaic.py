@@ -1,12 +1,13 @@
 """The causal pass on an NVIDIA GPU of compute capability 9.0, in Pallas Mosaic GPU.
 
-A program has a head and 64 of its values, whose state (64, D) lies in the accumulators of one
-warpgroup; another loads chunks by TMA. A state is multiplied from registers, all else from shared
-memory, as `chunk` tells. Operands are bfloat16; of float16 and float32 they are sums of two and
-three such planes, whose products are added smallest first.
+A warpgroup has 64 values of a head, whose state (64, D) lies in its accumulators; a program has
+two such warpgroups where there is room, which wait while the other computes, and one that loads
+chunks by TMA. A state is multiplied from registers, all else from shared memory, as `chunk` tells.
+Operands are bfloat16; of float16 and float32 they are sums of two and three such planes, whose
+products are added smallest first.
 
-Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024 (q and k are read twice, by
-neighbours), and 32 of a gate's weights: 0.179 ms at 3.0 TB/s for B = 8, T = 4096, H = 16.
+Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024, and 32 of a gate's weights:
+0.179 ms at 3.0 TB/s for B = 8, T = 4096, H = 16.
 """
 
 from __future__ import annotations
@@ -22,28 +23,48 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...core.passes import Shape
-from .chunk import ROWS, TOTAL, W, Work, chunk
+from .chunk import ROWS, TOTAL, W, Work, chunk, known
+from .ordered import ordered
 from .sweep import OWN, Entry, Found, Operands, entry, weights_of
-from .warpgroups import loaded, places
-from .warpgroups import turned as transposed
+from .warpgroups import (
+    BF16,
+    F32,
+    LOG2E,
+    MOVER,
+    OWNER,
+    WGMMA,
+    Array,
+    added,
+    barrier,
+    by_column,
+    gathered,
+    i32,
+    leave_columns,
+    leave_rows,
+    loaded,
+    of_pairs,
+    places,
+    product,
+    put_turned,
+    taken_turned,
+    tile,
+    turned,
+    zeros,
+)  # fmt: skip
 
-Array = Any
-V = 64  # values of a program
+V = 64  # values of a warpgroup
+WARPS = 4  # of one, each of which leaves sums of its own values
 PLANES = {"bfloat16": 1, "float16": 2, "float32": 3}
-SHARED = 200 << 10  # bytes that a program's buffers may take
-SWIZZLE = plgpu.SwizzleTransform(128)
-NARROW = plgpu.TilingTransform((8, 64)), SWIZZLE
-WIDE = plgpu.TilingTransform((8, 32)), SWIZZLE
-WGMMA = plgpu.Layout.WGMMA
-TURNED = plgpu.Layout.WGMMA_TRANSPOSED
+SHARED = 216 << 10  # bytes that a program's buffers may take
+WIDE = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
 
 
 def split(x: Array, planes: int) -> list[Array]:
     """Return float32 values as a sum of bfloat16 ones, the largest first."""
     found = []
     for _ in range(planes):
-        found.append(x.astype(jnp.bfloat16))
-        x = x - found[-1].astype(jnp.float32)
+        found.append(x.astype(BF16))
+        x = x - found[-1].astype(F32)
     return found
 
 
@@ -51,20 +72,18 @@ def planes(x: Array, count: int, columns: int) -> Array:
     """Return an array (..., T, F) as bfloat16 planes (..., count, T, columns), zeros behind F."""
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, columns - x.shape[-1])])
     if count == 1:
-        return x.astype(jnp.bfloat16)[..., None, :, :]
-    x, found = x.astype(jnp.float32), []
+        return x.astype(BF16)[..., None, :, :]
+    x, found = x.astype(F32), []
     for _ in range(count):  # a cast there and back is dropped by XLA, this is not
         found.append(lax.reduce_precision(x, 8, 7))
         x = x - found[-1]
-    return jnp.stack(found, axis=-3).astype(jnp.bfloat16)
+    return jnp.stack(found, axis=-3).astype(BF16)
 
 
 class Tiles:
     """Tiles of one warpgroup: see `chunk.Tiles`. An operand is a list of its planes."""
 
-    def __init__(
-        self, count: int, scratch: dict[str, Any], gate: Any, numbers: tuple[Any, Any, Any]
-    ) -> None:
+    def __init__(self, count: int, scratch: Any, gate: Any, numbers: tuple[Any, Any, Any]) -> None:
         self.count, self.scratch, self.gate = count, scratch, gate
         self.read, self.write, self.apart = numbers
         pairs = [(i, j) for i in range(count) for j in range(count) if i + j < count]
@@ -72,36 +91,33 @@ class Tiles:
 
     def product(self, a: list[Any], b: list[Any]) -> Array:
         """Return a b'."""
-        return self.summed(a, [transposed(x) for x in b])
+        return self.summed(a, [turned(x) for x in b])
 
-    def outer(self, a: list[Any], b: list[Any], to: Array) -> Array:
-        """Return ``to`` + a' b.
+    def outer(self, a: list[Any], b: list[Any], to: Array, left: Any = 1.0) -> Array:
+        """Return ``to`` + (left * a') b; what is multiplied by a number comes from registers.
 
         A tensor core's sum is cut, not rounded, at every 16 products. Of several planes it begins
         with nothing, as what is lost of a state would add up over all chunks.
         """
-        a = [transposed(x) for x in a]
+        if known(left):
+            a = [turned(x) for x in a]
+        else:
+            a = self.state(self.values(a, turned=True) * left)
         if self.count > 1:
             return to + self.summed(a, b)
-        return pl.run_state(lambda to: plgpu.wgmma(to, a[0], b[0]))(plgpu.ACC.init(to))
+        return added((to,), ((a[0], b[0]),))[0]
 
     def summed(self, a: list[Any], b: list[Any]) -> Array:
         """Return a b of planes."""
-
-        def multiply(to: Any) -> Array:
-            for i, j in self.pairs:
-                plgpu.wgmma(to, a[i], b[j])
-            return to[...]
-
-        return pl.run_scoped(multiply, plgpu.ACC((a[0].shape[0], b[0].shape[1]), jnp.float32))
+        return product(a[0].shape[0], b[0].shape[1], *((a[i], b[j]) for i, j in self.pairs))
 
     def state(self, S: Array) -> list[Array]:
-        """Return a state as an operand, in registers."""
+        """Return a tile of values as an operand, in registers."""
         return split(S, self.count)
 
-    def stored(self, name: str, x: Array) -> list[Any]:
-        """Return a tile as an operand, in shared memory."""
-        refs = [self.scratch[name].at[i] for i in range(self.count)]
+    def stored(self, x: Array) -> list[Any]:
+        """Return a tile of pairs as an operand, in shared memory."""
+        refs = [self.scratch.at[i] for i in range(self.count)]
         for ref, plane in zip(refs, split(x, self.count), strict=True):
             ref[...] = plane
         plgpu.commit_smem()
@@ -111,12 +127,7 @@ class Tiles:
         """Return an operand's values, or their transpose."""
         found = None
         for ref in reversed(x):
-            if turned:
-                plane = loaded(transposed(ref), TURNED)
-                plane = plgpu.layout_cast(plane, WGMMA)
-            else:
-                plane = loaded(ref, WGMMA)
-            plane = plane.astype(jnp.float32)
+            plane = (taken_turned(ref) if turned else loaded(ref, WGMMA)).astype(F32)
             found = plane if found is None else found + plane
         return found
 
@@ -129,17 +140,25 @@ class Tiles:
         """Return what the gate leaves of the state over the chunk."""
         return self.gate[TOTAL, 0]
 
+    def exp(self, x: Array) -> Array:
+        """Return powers of e; of fewer planes than float32 has by one instruction."""
+        return jnp.exp(x) if self.count == PLANES["float32"] else jnp.exp2(x * LOG2E)
+
     def places(self) -> tuple[Array, Array]:
         """Return the places of tokens along the rows and the columns of a W x W tile."""
         return places()
 
-    def sum(self, x: Array, axis: int) -> Array:
-        """Return sums along one axis."""
-        return jnp.sum(x, axis=axis)
+    def columns(self, a: Array, b: Array, to: Array | None) -> Array:
+        """Return the sums of the columns of a * b, as a thread has them."""
+        return by_column(a, b, to)
+
+    def of_pairs(self, a: Array, b: Array) -> tuple[Array, Array]:
+        """Return sums of the rows and of the columns of a * b but its diagonal."""
+        return of_pairs(a, b)
 
 
 def cuda(p: Work, batch: Shape, given: Operands) -> Found:
-    """Do a launch as kernels of Mosaic GPU, one program a head and 64 of its values."""
+    """Do a launch as a kernel of Mosaic GPU."""
     count, n = PLANES[p.dtype], math.prod(batch)
     D, tiles = 64 * -(-max(1, p.D) // 64), -(-max(1, p.V) // V)
     arrays: dict[str, Array] = {}
@@ -151,18 +170,21 @@ def cuda(p: Work, batch: Shape, given: Operands) -> Found:
         at[name] = entry(batch, lead)
         if name == "start":
             widths = [(0, 0)] * len(lead) + [(0, tiles * V - p.V), (0, D - p.D)]
-            x = jnp.pad(x.astype(jnp.float32), widths)
+            x = jnp.pad(x.astype(F32), widths)
         elif name != "gate":
             x = planes(x, count, D if name in "qk" else tiles * V)
         arrays[name] = jnp.reshape(x, (math.prod(lead), *x.shape[len(lead) :]))
-    weighed = None if p.weighed else 1.0
-    own = p._replace(D=D, V=V, read=None, write=weighed, strict=None)
-    arrays["factors"] = jnp.array([p.read, p.write], jnp.float32)
+    read, write = 1.0 if p.gated else None, None if p.gated or p.write != 1 else 1.0
+    own = p._replace(D=D, V=V, read=read, write=write, strict=None)
+    arrays["factors"] = jnp.array([p.read, p.write], F32)
     arrays["whole"] = jnp.array([0, p.strict], jnp.int32)
     made = _kernel(own, n, tiles, tuple(at.items()), arrays)
     if p.reads:
         o = made["o"] if p.out == "bfloat16" else made["o"].mT
         made["o"] = o[..., : p.V]
+    if p.sums:
+        sums = jnp.reshape(made["sums"], (n, tiles, WARPS, p.sums, -1))
+        made["sums"] = ordered.sum(sums, axis=2)
     for name in made.keys() & {"kept", "end"}:
         made[name] = made[name][..., : p.V, : p.D]
     shaped = {name: jnp.reshape(x, (*batch, *x.shape[1:])) for name, x in made.items()}
@@ -176,12 +198,12 @@ def results(p: Work, n: int, tiles: int, C: int) -> dict[str, jax.ShapeDtypeStru
         shape = (n, C * W, tiles * V) if p.out == "bfloat16" else (n, tiles * V, C * W)
         outs["o"] = jax.ShapeDtypeStruct(shape, jnp.dtype(p.out))
     if p.sums:
-        outs["sums"] = jax.ShapeDtypeStruct((n, tiles, p.sums, C * W), jnp.float32)
+        outs["sums"] = jax.ShapeDtypeStruct((n, WARPS * tiles, p.sums, C * W), F32)
     if p.period:
         shape = n, -(-C // p.period), tiles * V, p.D
-        outs["kept"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        outs["kept"] = jax.ShapeDtypeStruct(shape, F32)
     if p.end:
-        outs["end"] = jax.ShapeDtypeStruct((n, tiles * V, p.D), jnp.float32)
+        outs["end"] = jax.ShapeDtypeStruct((n, tiles * V, p.D), F32)
     return outs
 
 
@@ -191,65 +213,73 @@ def _kernel(
 ) -> dict[str, Array]:
     """Run one kernel on flat arrays; one function of the program for all launches it can do.
 
-    Each takes seconds to compile. So numbers are inputs: the factors of what is read and written,
-    and `whole`, whether a pass is strict behind a 0. Of one chunk ptxas would otherwise know the
-    first state, and may set a register of that operand to 0 behind the product that reads it.
+    Each takes seconds to compile. So numbers are inputs: the factors that a gate's weights do not
+    have, and `whole`, whether a pass is strict behind a 0. Of one chunk ptxas would otherwise know
+    the first state, and may set a register of that operand to 0 behind the product that reads it.
     """
     C, count, at = arrays["k"].shape[-2] // W, PLANES[p.dtype], dict(entries)
     outs = results(p, n, tiles, C)
     names = [name for name in ("q", "k", "v", "x") if name in arrays]
     columns = {"q": p.D, "k": p.D, "v": V, "x": V}
     narrow = p.out == "bfloat16"
-    scratch: dict[str, Any] = {}
-    sizes = {name: (W, columns[name]) for name in names}
-    fixed = {"A": (W, W)} if p.reads else {}
-    fixed |= {"k kept": (W, p.D)} if p.weighed else {}
-    bytes_of = [sum(2 * count * a * b for a, b in x.values()) for x in (sizes, fixed)]
-    stages = 2 if 2 * bytes_of[0] + bytes_of[1] + 4 * W * V < SHARED else 1
-    stages = min(stages, C)
-    for name, size in sizes.items():
-        scratch[name + "s"] = plgpu.SMEM((stages, count, *size), jnp.bfloat16, transforms=NARROW)
-    for name, size in fixed.items():
-        scratch[name] = plgpu.SMEM((count, *size), jnp.bfloat16, transforms=NARROW)
-    if p.gated:
-        scratch["gates"] = plgpu.SMEM((stages, ROWS, W), jnp.float32)
-    if p.reads and narrow:
-        scratch["os"] = plgpu.SMEM((W, V), jnp.bfloat16, transforms=NARROW)
-    elif p.reads:
-        scratch["os"] = plgpu.SMEM((V, W), jnp.float32, transforms=WIDE)
-    copies = len(names) * count + p.gated
-    scratch["full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
-    scratch["free"] = plgpu.Barrier(num_barriers=stages)
 
-    def i32(x: int) -> Array:
-        return jnp.array(x, jnp.int32)
+    def copies(name: str, owners: int) -> int:
+        return owners if name in "vx" else 1
+
+    def room(owners: int, stages: int) -> bool:
+        rows = stages * sum(columns[x] * copies(x, owners) for x in names)
+        rows = count * (rows + owners * W * p.reads)
+        return 2 * W * (rows + owners * V * (1 if narrow else 2)) < SHARED
+
+    owners = 2 if tiles % 2 == 0 and room(2, 2) else 1
+    stages, parts = min(2 if room(owners, 2) else 1, C), tiles // owners
+    scratch: dict[str, Any] = {
+        x + "s": tile(stages, copies(x, owners), count, W, columns[x]) for x in names
+    }
+    if p.reads:
+        scratch["pairs"] = tile(owners, count, W, W)
+    if p.gated:
+        scratch["gates"] = plgpu.SMEM((stages, ROWS, W), F32)
+    if p.reads and narrow:
+        scratch["os"] = tile(owners, W, V)
+    elif p.reads:
+        scratch["os"] = plgpu.SMEM((owners, V, W), F32, transforms=WIDE)
+    loads = [(x, n, i) for x in names for n in range(copies(x, owners)) for i in range(count)]
+    scratch["full"] = barrier(stages, len(loads) + p.gated)
+    scratch["free"] = barrier(stages, owners)
 
     def place(c: Array) -> Array:
         return C - 1 - c if p.reverse else c
 
-    def body(*refs: Any) -> None:
-        r = dict(zip([*arrays, *outs, *scratch], refs, strict=True))
-        program = lax.axis_index("program")
-        head, tile = lax.div(program, i32(tiles)), lax.rem(program, i32(tiles))
-        mine = pl.ds(tile * V, V)
+    def body(*refs: Any, **scratch: Any) -> None:
+        r = dict(zip([*arrays, *outs], refs, strict=True)) | scratch
+        program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+        head, first = lax.div(program, i32(parts)), lax.rem(program, i32(parts)) * owners
 
-        @pl.when(lax.axis_index("warpgroup") == 0)
+        @pl.when(warpgroup < owners)
         def _() -> None:
+            if owners > 1:
+                plgpu.set_max_registers(OWNER, action="increase")
+            mine = pl.ds((first + warpgroup) * V, V)
             chunks = C + r["whole"][0]  # so that the compiler keeps the loop
-            numbers = r["factors"][0], p.write or r["factors"][1], r["whole"][1]
-            step = functools.partial(turn, r, head, tile, mine, numbers)
+            factors = p.read or r["factors"][0], p.write or r["factors"][1]
+            numbers = *factors, r["whole"][1]
+            step = functools.partial(turn, r, head, first, warpgroup, numbers)
             if p.start:
                 S = loaded(r["start"].at[at["start"](head), mine], WGMMA, optimized=False)
             else:
-                S = plgpu.layout_cast(jnp.full((V, p.D), 0, jnp.float32), WGMMA)
+                S = zeros(V, p.D)
             S = lax.fori_loop(i32(0), chunks, step, S)
             if p.reads:
                 plgpu.wait_smem_to_gmem(0)
             if p.end:
                 r["end"][head, mine] = S
 
-        @pl.when(lax.axis_index("warpgroup") == 1)
+        @pl.when(warpgroup == owners)
         def _() -> None:
+            if owners > 1:
+                plgpu.set_max_registers(MOVER, action="decrease")
+
             def load(c: Array, _: None) -> None:
                 slot = lax.rem(c, i32(stages))
 
@@ -259,12 +289,10 @@ def _kernel(
 
                 rows = pl.ds(place(c) * W, W)
                 full = r["full"].at[slot]
-                for name in names:
-                    for i in range(count):
-                        part = r[name].at[at[name](head), i, rows]
-                        if name in "vx":
-                            part = r[name].at[at[name](head), i, rows, mine]
-                        plgpu.copy_gmem_to_smem(part, r[name + "s"].at[slot, i], full)
+                for name, n, i in loads:
+                    cols = pl.ds((first + n) * V, V) if name in "vx" else pl.ds(0, p.D)
+                    part = r[name].at[at[name](head), i, rows, cols]
+                    plgpu.copy_gmem_to_smem(part, r[name + "s"].at[slot, n, i], full)
                 if p.gated:
                     row = weights_of(arrays["gate"].shape[1], C, place(c))
                     part = r["gate"].at[at["gate"](head), row]
@@ -278,16 +306,17 @@ def _kernel(
             lax.fori_loop(i32(max(C - stages, 0)), i32(C), drain, None)
 
     def turn(
-        r: dict[str, Any], head: Array, tile: Array, mine: Any, numbers: Any, c: Array, S: Array
+        r: dict[str, Any], head: Array, first: Array, own: Array, numbers: Any, c: Array, S: Array
     ) -> Array:
-        slot, at_chunk = lax.rem(c, i32(stages)), place(c)
+        slot, at_chunk, mine = lax.rem(c, i32(stages)), place(c), pl.ds((first + own) * V, V)
         plgpu.barrier_wait(r["full"].at[slot])
-        kept = {"A": r.get("A"), "k": r.get("k kept")}
-        m = Tiles(count, kept, r["gates"].at[slot] if p.gated else None, numbers)
+        gate = r["gates"].at[slot] if p.gated else None
+        m = Tiles(count, r["pairs"].at[own] if p.reads else None, gate, numbers)
         q, k, v, x = (
-            [r[name + "s"].at[slot, i] for i in range(count)] if name in names else None
-            for name in ("q", "k", "v", "x")
-        )
+            [r[x + "s"].at[slot, own if x in "vx" else 0, i] for i in range(count)]
+            if x in names else None
+            for x in ("q", "k", "v", "x")
+        )  # fmt: skip
         found = chunk(m, p, q, k, v, x, S)
         if p.period:
 
@@ -298,28 +327,33 @@ def _kernel(
 
         rows = pl.ds(at_chunk * W, W)
         for i, each in enumerate(found.sums):
-            r["sums"][head, tile, i, rows] = each
+            to = r["sums"].at[head, pl.ds(WARPS * (first + own), WARPS), i, rows]
+            leave_rows(to, each) if i else leave_columns(to, gathered(each))
         if p.reads:
+            out = r["os"].at[own]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if narrow:
-                o = plgpu.layout_cast(found.o.astype(jnp.bfloat16), TURNED)
-                transposed(r["os"])[...] = o
+                put_turned(out, found.o.astype(BF16))
             else:
-                r["os"][...] = found.o
+                out[...] = found.o
             plgpu.commit_smem()
             to = r["o"].at[head, rows, mine] if narrow else r["o"].at[head, mine, rows]
-            plgpu.copy_smem_to_gmem(r["os"], to)
+            plgpu.copy_smem_to_gmem(out, to)
         plgpu.barrier_arrive(r["free"].at[slot])
         return found.S
 
     found = plgpu.kernel(
         body,
         out_type=list(outs.values()),
-        scratch_types=list(scratch.values()),
-        grid=(n * tiles,),
+        scratch_types=scratch,
+        grid=(n * parts,),
         grid_names=("program",),
-        num_threads=2,
+        num_threads=owners + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            approx_math=p.dtype != "float32",
+            reduction_scratch_bytes=0,  # sums cross no warps
+        ),
     )(*arrays.values())
     return dict(zip(outs, found, strict=True))

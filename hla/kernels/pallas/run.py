@@ -102,7 +102,9 @@ def launched(call: Call, launch: Launch, take: Take, gate: Gate) -> Made:
     read, write = s.read, s.write
     if start is None and end is None and s.states is None:  # the pass is linear in k v
         read, write = read * write, 1.0
-    given, batch, cut = operands(call, s, take, gate)
+    given, batch, cut = operands(call, s._replace(read=read, write=write), take, gate)
+    if given.gate is not None:  # of states its weights have them
+        read, write = 1.0, read * write
     dtype = call.dtypes[s.o[0].name] if s.o else np.dtype("float32")
     p = Work(
         given.k.shape[-1], given.v.shape[-1], bool(s.q), s.strict, s.reverse,
@@ -189,7 +191,9 @@ def operands(call: Call, s: Launch, take: Take, gate: Gate) -> tuple[Operands, S
         else:
             log = cut(weights.of_decay(gate.decay, T, T) if log is None else log, -1)
         log = jnp.reshape(log, (*log.shape[:-1], log.shape[-1] // W, W))
-        factors = weights.vectors(log, s.power, strict=s.strict, reverse=s.reverse)
+        factors = weights.vectors(
+            log, s.power, strict=s.strict, reverse=s.reverse, read=s.read, write=s.write
+        )
     start = None if s.start[0] is None else take(s.start[0]).mT
     batch = (*s.batch, count) if s.tokens else s.batch
     return Operands(q, k, v, x, factors, start), batch, bool(s.tokens)

@@ -16,7 +16,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from ...core.passes import Shape
-from .chunk import TOTAL, Chunk, W, Work, chunk
+from .chunk import TOTAL, Chunk, W, Work, chunk, known
 
 Array = Any
 
@@ -57,26 +57,27 @@ class Plain:
         """Cast to what is multiplied."""
         return x.astype(self.dtype)
 
-    def _dot(self, a: Array, b: Array, axis: int) -> Array:
-        dims = (((axis,), (axis,)), ((), ()))
+    def _dot(self, a: Array, b: Array, axis: int, other: int) -> Array:
+        dims = (((axis,), (other,)), ((), ()))
         return lax.dot_general(
             a, b, dims, precision=self.precision, preferred_element_type=jnp.float32
         )
 
     def product(self, a: Array, b: Array) -> Array:
         """Return a b'."""
-        return self._dot(a, b, 1)
+        return self._dot(a, b, 1, 1)
 
-    def outer(self, a: Array, b: Array, to: Array) -> Array:
-        """Return ``to`` + a' b."""
-        return to + self._dot(a, b, 0)
+    def outer(self, a: Array, b: Array, to: Array, left: Any = 1.0) -> Array:
+        """Return ``to`` + (left * a') b."""
+        a = a.T if known(left) else self.operand(self.values(a, turned=True) * left)
+        return to + self._dot(a, b, 1, 0)
 
     def state(self, S: Array) -> Array:
         """Return a state as an operand."""
         return self.operand(S)
 
-    def stored(self, name: str, x: Array) -> Array:
-        """Return a tile as an operand."""
+    def stored(self, x: Array) -> Array:
+        """Return a tile of pairs as an operand."""
         return self.operand(x)
 
     def values(self, x: Array, turned: bool = False) -> Array:
@@ -95,14 +96,25 @@ class Plain:
         assert self.gate is not None
         return self.gate[TOTAL, 0]
 
+    def exp(self, x: Array) -> Array:
+        """Return powers of e."""
+        return jnp.exp(x)
+
     def places(self) -> tuple[Array, Array]:
         """Return the places of tokens along the rows and the columns of a W x W tile."""
         rows, columns = (lax.broadcasted_iota(jnp.int32, (W, W), i) for i in (0, 1))
         return rows, columns
 
-    def sum(self, x: Array, axis: int) -> Array:
-        """Return sums along one axis."""
-        return jnp.sum(x, axis=axis)
+    def columns(self, a: Array, b: Array, to: Array | None) -> Array:
+        """Return the sums of the columns of a * b, added to others."""
+        found = jnp.sum(a * b, axis=0)
+        return found if to is None else to + found
+
+    def of_pairs(self, a: Array, b: Array) -> tuple[Array, Array]:
+        """Return sums of the rows and of the columns of a * b but its diagonal."""
+        row, column = self.places()
+        x = jnp.where(row != column, a * b, 0.0)
+        return jnp.sum(x, axis=1), jnp.sum(x, axis=0)
 
 
 def weights_of(count: int, C: int, c: Any) -> Any:

@@ -25,8 +25,13 @@ RESET = -1024.0
 COARSE, FINE, LAST = 2.0**-2, 2.0**-14, 2.0**-32
 
 
-def vectors(gate: Array, power: int, *, strict: bool, reverse: bool) -> Array:
-    """Return the weights (*batch, C, ROWS, W) of a log gate (*batch, C, W); see `chunk.SPAN`."""
+def vectors(
+    gate: Array, power: int, *, strict: bool, reverse: bool, read: float = 1.0, write: float = 1.0
+) -> Array:
+    """Return the weights (*batch, C, ROWS, W) of a log gate (*batch, C, W); see `chunk.SPAN`.
+
+    What is read of the state and what is written to it have these factors, which cost nothing here.
+    """
     a = jnp.clip(power * gate.astype(jnp.float32), RESET, -RESET)  # keeps a NaN
     whole = jnp.where(jnp.isnan(a), 0.0, jnp.round(a / FINE))
     coarse = jnp.floor(whole * (FINE / COARSE))
@@ -50,7 +55,7 @@ def vectors(gate: Array, power: int, *, strict: bool, reverse: bool) -> Array:
     if reverse:
         columns, rows, into, out = rows, columns, out, into
     total = jnp.broadcast_to(exp(c[..., -1:]), into.shape)
-    found = [columns[0], rows[0], columns[1], rows[1], into, out]
+    found = [columns[0], rows[0], columns[1], rows[1], read * into, write * out]
     return jnp.stack(found + [total] * (ROWS - TOTAL), axis=-2)
 
 
