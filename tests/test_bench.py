@@ -876,10 +876,14 @@ def test_the_meter_of_numba_without_a_gpu(monkeypatch):
     assert len(written) == 1 + 2 + 20  # caches are cold before each call
 
 
-def test_queues_of_calls_less_their_writes(monkeypatch):
-    """JAX's meter: the clock is moved by the calls, and by the writes that come before them."""
+@pytest.mark.parametrize("late", [None, *range(8)])
+def test_queues_of_calls_less_their_writes(late, monkeypatch):
+    """JAX's meter: the clock is moved by the calls, and by the writes that come before them.
+
+    Where the host sees the end of one of the queues late, no sample is shorter than the work.
+    """
     jax = installed("jax")
-    Event.now, calls = 0.0, []
+    Event.now, calls, waits = 0.0, [], []
     monkeypatch.setattr(libraries, "COLD", 8)
     monkeypatch.setattr(time, "perf_counter", lambda: Event.now)
 
@@ -892,10 +896,36 @@ def test_queues_of_calls_less_their_writes(monkeypatch):
         calls.append(1)
         return ()
 
-    monkeypatch.setattr(jax, "jit", lambda f, donate_argnums: write)
-    assert libraries.queued_seconds(work, 0.12) == pytest.approx([2e-3] * 4)
+    def wait(out):
+        Event.now += 5e-3 * (len(waits) - 2 == late)  # two queues come before those that count
+        waits.append(out)
+
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    want = [2e-3] * 4
+    if late is not None and late % 2 == 0:
+        want[late // 2] += 5e-3 / 10  # seen in its own queue alone
+    assert libraries.queued_seconds(write, work, 0.12) == pytest.approx(want)
+    assert len(waits) == 2 + 2 * 4
     assert len(calls) == 1 + 2 + 4 * 10  # cold, to see how long a call takes, and what counts
-    assert libraries.queued_seconds(work, 0.0) == pytest.approx([2e-3] * 4)
+    assert libraries.queued_seconds(write, work, 0.0) == pytest.approx([2e-3] * 4)
+
+
+def test_the_writes_of_jax_s_meter_are_compiled_once(monkeypatch):
+    """A function of each call's own would be compiled in every round of every row."""
+    jax = installed("jax")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # whatever it runs on
+    monkeypatch.setattr(libraries, "COLD", 8)
+    compile, compiled = jax.jit, []
+
+    def jit(f, **options):
+        compiled.append(f)
+        return compile(f, **options)
+
+    monkeypatch.setattr(jax, "jit", jit)
+    meter = libraries._jax(True).meter
+    for _ in range(2):
+        meter.seconds(lambda: (), 0.0)
+    assert len(compiled) == 1
 
 
 @pytest.mark.gpu
