@@ -71,6 +71,8 @@ def test_quick_run_saves_every_row(quick):
     result = json.loads((quick / "bench.json").read_text())
     assert result["schema"] == bench.SCHEMA
     assert result["quick"] is result["complete"] is True
+    options = "--operator linear --tokens 70 20 --heads 1 --width 8 --library numpy torch --quick"
+    assert result["command"] == f"hla bench {options}"
     assert {"date", "commit", "import_seconds", "memory", "skipped"} <= set(result)
     assert {"python", "hla", "numpy"} <= set(result["versions"])
     machine = {"system", "processor", "cores", "load", "threads", "accelerators"}
