@@ -46,12 +46,16 @@ def publish(html):
 
 
 def committed():
-    """Return every complete result that stood in docs/benchmarks at some commit, newest first."""
+    """Return every complete result that stood in docs/benchmarks at some commit, newest first.
+
+    Once, whatever was written beside its figures later: a result is known by its commit and date.
+    """
     log = "log", "--raw", "--no-abbrev", "--format=", "--diff-filter=AM"
     lines = git(*log, "--", "docs/benchmarks/*.json")
     blobs = dict.fromkeys(line.split()[3] for line in lines)
     results = [json.loads("\n".join(git("cat-file", "blob", blob))) for blob in blobs]
-    return [result for result in results if result.get("complete", True)]
+    once = {(result["commit"], result["date"]): result for result in reversed(results)}
+    return [result for result in reversed(once.values()) if result.get("complete", True)]
 
 
 def large(result):

@@ -1,27 +1,34 @@
 """Sphinx settings; the tables come from the backends' data and the saved benchmarks."""
 
 import dataclasses
-import json
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import numpy as np
-from packaging.requirements import Requirement
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from measured import (
+    BENCHMARKS,
+    DEMO,
+    SETTINGS,
+    benchmarks,
+    cards,
+    demo,
+    fast,
+    helps,
+    spoken,
+    table,
+    versions,
+)
 
 import hla
 from hla import backends, contract, dispatch
 from hla.arguments import prepare
-from hla.bench.measure import SOFTMAX
-from hla.bench.workloads import CALL, HOST, WORKLOADS
 
 project = "hla"
 author = "the hla authors"
-ROOT = Path(__file__).parents[1]
-SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 ADDRESS = SETTINGS.get("urls", {}).get("Repository")  # of the project, once it has one
 release = version = hla.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc", "sphinx_copybutton"]
@@ -66,12 +73,6 @@ REQUESTS = {
 }
 
 
-def table(*rows):
-    """Rows of cells as a Markdown table, the first one its head."""
-    head, *rest = ("| " + " | ".join(str(cell) or "-" for cell in row) + " |" for row in rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *rest])
-
-
 def built_in():
     """Backends of the table, whatever this machine has."""
     return [backends.load(name) for name in backends.TABLE]
@@ -96,10 +97,6 @@ def capabilities():
         gradients = "yes" if c.gradients else "no"
         rows.append((f"`{backend.name}`", *map(", ".join, words), gradients))
     return table(*rows)
-
-
-def spoken(library):
-    return contract.NAMES.get(library, library)
 
 
 def answer(backend, *, width=8, tokens=8, dtype="float32", **options):
@@ -164,161 +161,6 @@ myst_substitutions = {"backends": capabilities(), "requests": requests()}
 myst_substitutions |= {"states": states(), "segments": segments()}
 
 
-def results(folder):
-    """Every committed result of `hla bench`, by its file's name."""
-    paths = sorted(folder.glob("*.json"), key=lambda path: path.stem)
-    return {path: json.loads(path.read_text("utf-8")) for path in paths}
-
-
-def benchmarks(folder):
-    """Every result of `hla bench`: its plot, what was measured where, and a table a workload."""
-    shown = []
-    for path, result in results(folder).items():
-        first, machine, rows = result["first"], result["machine"], result["rows"]
-        load = "" if machine["load"] is None else f", load {machine['load']:.1f}"
-        host = f"{machine['processor']}, {machine['cores']} cores{load}"
-        places = [*machine["accelerators"], host]
-        versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-        shown.append(f"## {path.stem}")
-        if path.with_suffix(".png").exists():
-            shown.append(f"![Forward times of {path.stem}](benchmarks/{path.stem}.png)")
-        shown.append(
-            f"**{'; '.join(places)}**: {sizes(first)}. {result['date'][:10]},"
-            f" commit {result['commit'] or 'unknown'}; {versions}."
-            f" `import hla`: {1e3 * result['import_seconds']:.0f} ms."
-        )
-        for workload in dict.fromkeys(r["workload"] for r in rows):
-            case = f" ({sizes(CALL._asdict())})" if workload in HOST else ""
-            some = [r for r in rows if r["workload"] == workload]
-            shown.append(f"{workload}{case}:\n\n{timings(some)}")
-        shown += [
-            f"{name}: {beyond / 2**20:.0f} MiB beyond input and output, first forward call."
-            for name, beyond in result["memory"].items()
-        ]
-        left_out = dict.fromkeys((s["name"], s["reason"]) for s in result["skipped"])
-        shown += [f"Not timed: {name}: {reason}" for name, reason in left_out]
-    return "\n\n".join(shown) or "No result is committed yet."
-
-
-def sizes(case):
-    """The sizes of a case but its length, which is a column."""
-    gate = "" if case["gate"] == "none" else f", {case['gate']}"
-    b, h, d = case["batch"], case["heads"], case["width"]
-    return f"B = {b}, H = {h}, D = V = {d}, {case['dtype']}{gate}"
-
-
-def speed(folder):
-    """The README's table: what hla's kernels take, and what the peers of their run take.
-
-    A row stands once, from the first result that has it, beside those of the same sums; a result of
-    several lengths is a plot.
-    """
-    peers = "FLA's time / hla's", "softmax attention's / hla's"
-    rows = []
-    seen = set()
-    for result in results(folder).values():
-        if grown(result):
-            continue
-        for r in result["rows"]:
-            backend, library, *_ = [*r["name"].split("/"), ""]
-            if r["peer"] or backend == "array_api" or r["workload"] not in WORKLOADS:
-                continue
-            line = r["workload"], r["operator"], r["name"]
-            if r["operator"] == "linear" or line in seen:
-                continue
-            seen.add(line)
-            ratio = r["times_faster"]
-            softmax = min((ratio[name] for name in SOFTMAX if name in ratio), default=None)
-            first = next((ratio[name] for name in ("FLA", "FLA recurrent") if name in ratio), None)
-            rows.append(
-                (
-                    f"{r['operator']} {r['workload']}",
-                    f"{library} ({backend})",
-                    ms(r["seconds"]),
-                    known(r["share_of_floor"], ".0%"),
-                    known(first, ".1f", "x"),
-                    known(softmax, ".1f", "x"),
-                )
-            )
-    order = list(dict.fromkeys(row[0] for row in rows))
-    rows.sort(key=lambda row: order.index(row[0]))
-    return table(("what", "arrays (backend)", "ms", "floor / ms", *peers), *rows)
-
-
-NEEDED = {
-    "NumPy": "numpy",
-    "array-api-compat": "array-api-compat",
-    "torch": "torch",
-    "Triton": "triton",
-    "JAX": "jax",
-    "CuPy": "cupy-cuda13x",
-    "Numba": "numba",
-    "numba-cuda": "numba-cuda",
-}
-
-
-def versions(folder):
-    """What pyproject.toml allows, the oldest that .ci/run tests, and what made the results."""
-    extras = (x for xs in SETTINGS["optional-dependencies"].values() for x in xs)
-    asked = [Requirement(text) for text in (*SETTINGS["dependencies"], *extras)]
-    pins = (ROOT / "constraints-floors.txt").read_text("utf-8").splitlines()
-    pinned = {r.name: r for r in map(Requirement, (p for p in pins if not p.startswith("#")))}
-    ran = [result["versions"] for result in results(folder).values()]
-    rows = [("what", "releases", "oldest tested by CI", "GPU results by")]
-    pythons = ", ".join(dict.fromkeys(v["python"] for v in ran))
-    rows.append(("Python", SETTINGS["requires-python"], "", pythons))
-    for name, package in NEEDED.items():
-        bounds = dict.fromkeys(str(r.specifier) for r in asked if r.name == package and r.specifier)
-        tested = str(pinned[package].specifier).removeprefix("==") if package in pinned else ""
-        used = ", ".join(dict.fromkeys(v[package] for v in ran if package in v))
-        rows.append((name, " or, for its kernels, ".join(bounds), tested, used))
-    return table(*rows)
-
-
-def lengths(folder):
-    """The plots of the home page: of every result that has several lengths."""
-    some = (p for p, result in results(folder).items() if grown(result))
-    return "\n\n".join(
-        f"![Forward time of hla2 and its peers against T](benchmarks/{p.stem}.png)" for p in some
-    )
-
-
-def grown(result):
-    """Whether a result has several lengths."""
-    return len({r["tokens"] for r in result["rows"]}) > 1
-
-
-def timings(rows):
-    """Rows of one workload of one result, with every column that `hla bench` prints."""
-    peers = list(dict.fromkeys(name for r in rows for name in r["times_faster"]))
-    columns = {
-        "operator": [r["operator"] for r in rows],
-        "T": [r["tokens"] for r in rows],
-        "runs on": [r["name"] for r in rows],
-        "ms": [ms(r["seconds"]) for r in rows],
-        "quartiles": [ms(*r.get("quartiles") or ()) for r in rows],
-        "host ms": [ms(r["host_seconds"]) for r in rows],
-        "floor, ms": [ms(r["floor"]) for r in rows],
-        "share": [known(r["share_of_floor"], ".0%") for r in rows],
-        "memory": [known(r["beyond"], ".2f") for r in rows],
-        "error": [known(r["error"], ".0e") for r in rows],
-    }
-    for peer in peers:
-        columns[peer] = [known(r["times_faster"].get(peer), ".2f", "x") for r in rows]
-    columns = {name: cells for name, cells in columns.items() if any(cells)}
-    return table(tuple(columns), *zip(*columns.values(), strict=True))
-
-
-def ms(*seconds):
-    """Seconds in milliseconds."""
-    return "-".join(f"{1e3 * one:.4g}" for one in seconds if one is not None)
-
-
-def known(value, form, unit=""):
-    """A value, or nothing."""
-    return "" if value is None else f"{value:{form}}{unit}"
-
-
 def mathml(display):
     """Return how the HTML writer shows a formula: MathML, which browsers typeset by themselves."""
 
@@ -347,8 +189,10 @@ def history(app, error):
 
 def setup(app):
     """Add the benchmarks and their history; keep (*batch, T, D) from opening an emphasis."""
-    for made in (benchmarks, speed, lengths, versions):
-        myst_substitutions[made.__name__] = made(ROOT / "docs" / "benchmarks")
+    for made in (benchmarks, fast, cards, versions):
+        myst_substitutions[made.__name__] = made(BENCHMARKS)
+    for made in (demo, helps):
+        myst_substitutions[made.__name__] = made(DEMO)
     app.add_html_math_renderer("mathml", mathml("inline"), mathml("block"))
 
     def escape(app, what, name, obj, options, lines):

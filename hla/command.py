@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,6 +24,24 @@ def at_least(least: int) -> Callable[[str], int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
 
     return parse
+
+
+def spelled(
+    name: str, add_arguments: Callable[[argparse.ArgumentParser], None], args: argparse.Namespace
+) -> str:
+    """Spell a command as a shell takes it: the options that differ from their defaults.
+
+    Without those that say where results go, and of which commit they are.
+    """
+    parser, words = argparse.ArgumentParser(), ["hla", name]
+    add_arguments(parser)
+    for option, value in vars(args).items():
+        if option in ("command", "commit", "out") or value == parser.get_default(option):
+            continue
+        words.append(f"--{option}")
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    return shlex.join(words)
 
 
 class Stream:

@@ -71,6 +71,8 @@ def test_quick_run_saves_every_row(quick):
     result = json.loads((quick / "bench.json").read_text())
     assert result["schema"] == bench.SCHEMA
     assert result["quick"] is result["complete"] is True
+    options = "--operator linear --tokens 70 20 --heads 1 --width 8 --library numpy torch --quick"
+    assert result["command"] == f"hla bench {options}"
     assert {"date", "commit", "import_seconds", "memory", "skipped"} <= set(result)
     assert {"python", "hla", "numpy"} <= set(result["versions"])
     machine = {"system", "processor", "cores", "load", "threads", "accelerators"}
@@ -589,7 +591,7 @@ def test_a_run_on_a_gpu_has_the_peers_the_floor_and_the_memory(tmp_path, monkeyp
     assert "FLA fused (gpu)" in out
     assert "Floor on the gpu" in out
     shutil.copy(tmp_path / "bench.json", tmp_path / "gpu.json")
-    conf = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "conf.py"))
+    conf = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "measured.py"))
     assert "| FLA fused | 200 |" in conf["benchmarks"](tmp_path)
 
 
@@ -876,10 +878,14 @@ def test_the_meter_of_numba_without_a_gpu(monkeypatch):
     assert len(written) == 1 + 2 + 20  # caches are cold before each call
 
 
-def test_queues_of_calls_less_their_writes(monkeypatch):
-    """JAX's meter: the clock is moved by the calls, and by the writes that come before them."""
+@pytest.mark.parametrize("late", [None, *range(8)])
+def test_queues_of_calls_less_their_writes(late, monkeypatch):
+    """JAX's meter: the clock is moved by the calls, and by the writes that come before them.
+
+    Where the host sees the end of one of the queues late, no sample is shorter than the work.
+    """
     jax = installed("jax")
-    Event.now, calls = 0.0, []
+    Event.now, calls, waits = 0.0, [], []
     monkeypatch.setattr(libraries, "COLD", 8)
     monkeypatch.setattr(time, "perf_counter", lambda: Event.now)
 
@@ -892,10 +898,36 @@ def test_queues_of_calls_less_their_writes(monkeypatch):
         calls.append(1)
         return ()
 
-    monkeypatch.setattr(jax, "jit", lambda f, donate_argnums: write)
-    assert libraries.queued_seconds(work, 0.12) == pytest.approx([2e-3] * 4)
+    def wait(out):
+        Event.now += 5e-3 * (len(waits) - 2 == late)  # two queues come before those that count
+        waits.append(out)
+
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    want = [2e-3] * 4
+    if late is not None and late % 2 == 0:
+        want[late // 2] += 5e-3 / 10  # seen in its own queue alone
+    assert libraries.queued_seconds(write, work, 0.12) == pytest.approx(want)
+    assert len(waits) == 2 + 2 * 4
     assert len(calls) == 1 + 2 + 4 * 10  # cold, to see how long a call takes, and what counts
-    assert libraries.queued_seconds(work, 0.0) == pytest.approx([2e-3] * 4)
+    assert libraries.queued_seconds(write, work, 0.0) == pytest.approx([2e-3] * 4)
+
+
+def test_the_writes_of_jax_s_meter_are_compiled_once(monkeypatch):
+    """A function of each call's own would be compiled in every round of every row."""
+    jax = installed("jax")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # whatever it runs on
+    monkeypatch.setattr(libraries, "COLD", 8)
+    compile, compiled = jax.jit, []
+
+    def jit(f, **options):
+        compiled.append(f)
+        return compile(f, **options)
+
+    monkeypatch.setattr(jax, "jit", jit)
+    meter = libraries._jax(True).meter
+    for _ in range(2):
+        meter.seconds(lambda: (), 0.0)
+    assert len(compiled) == 1
 
 
 @pytest.mark.gpu
@@ -979,7 +1011,7 @@ def test_what_would_take_too_long_is_left_out():
 
 
 def test_the_page_shows_every_committed_result(quick, tmp_path):
-    conf = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "conf.py"))
+    conf = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "measured.py"))
     assert conf["benchmarks"](tmp_path) == "No result is committed yet."
     shutil.copy(quick / "bench.json", tmp_path / "this.json")
     result = json.loads((quick / "bench.json").read_text())

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from hla.demo.training import (
     train,
     train_all,
 )
+from hla.machine import source
 
 MIXERS = [name for name in ROWS if name != NO_MIXER]
 
@@ -245,6 +247,12 @@ def test_quick_run_from_end_to_end(tmp_path, capsys):
     assert sorted(x.name for x in folder.iterdir()) == ["curves.png", "results.json"]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((folder / "results.json").read_text())
+    assert results["command"] == "hla demo --quick"
+    assert {"python", "hla", "numpy"} <= set(results["versions"])
+    assert {"processor", "cores", "load"} <= set(results["machine"])
+    assert {"date", "commit"} <= set(results)
+    assert results["seconds"] > 0
+    assert source("demo", results).encode() in (folder / "curves.png").read_bytes()
     assert tuple(results["models"]) == ROWS
     assert len({x["parameters"] for x in results["models"].values()}) == 1
     assert [x["operator"] for x in results["composition"]] == list(COMPOSED)
@@ -257,8 +265,12 @@ def test_own_binary_text_one_operator_given_steps(tmp_path, capsys, rng):
     path = tmp_path / "data.bin"
     path.write_bytes(rng.integers(0, 256, 6000, dtype=np.uint8).tobytes())
     words = ["demo", "--text", str(path), "--operator", "ahla", "--steps", "3", "--quick"]
-    assert main([*words, "--out", str(tmp_path)]) == 0
+    assert main([*words, "--commit", "abc", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
+    assert results["commit"] == "abc"
+    assert results["command"] == (
+        f"hla demo --operator ahla --steps 3 --text {shlex.quote(str(path))} --quick"
+    )
     assert list(results["models"]) == ["ahla"]
     assert len(results["models"]["ahla"]["training"]) == 3
     shown = capsys.readouterr().out
@@ -285,11 +297,15 @@ def test_the_text_says_which_operator_was_ahead():
             Trained(Job(Config(name), text, 1, 0), {}, [], [(1, bits)], 1.0)
             for name, bits in scores.items()
         ]
-        return report.text_shows(report.Results(models, [], {}, None))
+        return report.text_shows(report.Results(models, [], {}, None, {}))
 
-    assert "first order wins on text (linear 2.000, hla2 2.100, no mixer 2.500)" in said(**scores)
+    first = said(**scores)
+    assert first.endswith(
+        "Of the operators first order is ahead, by one model of each"
+        " (linear 2.000, hla2 2.100, no mixer 2.500)."
+    )
     ahead = said(**scores | {"hla3": 1.5})
-    assert "hla3 is ahead here (linear 2.000, hla3 1.500, no mixer 2.500)" in ahead
+    assert "hla3 is ahead, by one model of each (linear 2.000, hla3 1.500, no mixer 2.500)" in ahead
     assert "Of the operators" not in said(linear=2.0)
 
 

@@ -18,9 +18,12 @@ from hla.bench.peers import PEERS
 from hla.bench.workloads import COMPILED, HOST, WORKLOADS
 from hla.contract import Machine
 from hla.core import programs
+from hla.machine import source
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+MEASURED = runpy.run_path(str(ROOT / "docs" / "measured.py"))
+RESULTS = ROOT / "docs" / "benchmarks"
 TEXTS = "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"
 PAGES = [README, *(ROOT / x for x in TEXTS), *ROOT.glob("docs/*.md")]
 PAGES.sort()
@@ -168,42 +171,143 @@ def test_capability_tables_are_the_backends_data(monkeypatch):
     assert runpy.run_path(conf)["myst_substitutions"] == tables
 
 
-def test_committed_benchmarks_are_those_of_the_commands_beside_them():
-    (code,) = (c for language, _, c in blocks(ROOT / "docs" / "benchmarks.md") if language == "sh")
-    lines = [shlex.split(line) for line in code.replace("\\\n", "").strip().splitlines()]
-    copied = set()
-    for command, copy, plot in zip(lines[::3], lines[1::3], lines[2::3], strict=True):
-        assert command[:2] == ["hla", "bench"]
-        parser = argparse.ArgumentParser()
-        bench.add_arguments(parser)
-        args = parser.parse_args(command[2:])
-        assert copy == ["cp", f"{args.out}/bench.json", copy[-1]]
-        assert plot == [x.replace(".json", ".png") for x in copy]
-        copied.add(ROOT / copy[-1])
-        result = json.loads((ROOT / copy[-1]).read_text("utf-8"))
-        plan = list(bench._plan(args))
+def planned(command):
+    """What a command of `hla bench` times, and its options."""
+    words = shlex.split(command)
+    assert words[:2] == ["hla", "bench"]
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    args = parser.parse_args(words[2:])
+    return list(bench._plan(args)), args
+
+
+def test_committed_benchmarks_are_those_of_their_commands():
+    for path in RESULTS.glob("*.json"):
+        result = json.loads(path.read_text("utf-8"))
+        plan, args = planned(result["command"])
         assert result["first"] == plan[0][1]._asdict()
         tried = [*result["rows"], *result["skipped"]]
-        planned = {(workload, case.operator, case.tokens) for workload, case in plan}
-        assert {(r["workload"], r["operator"], r["tokens"]) for r in tried} == planned
+        wanted = {(workload, case.operator, case.tokens) for workload, case in plan}
+        assert {(r["workload"], r["operator"], r["tokens"]) for r in tried} == wanted
         assert result["quick"] == args.quick
         for row in result["rows"]:
             backend, library, device = (*row["name"].split("/"), "", "")[:3]
             assert (PEERS[backend].library if row["peer"] else library) in args.library
             assert row["peer"] or [device] == args.device
             assert row["peer"] or not args.backend or backend in args.backend
-    assert copied == set((ROOT / "docs" / "benchmarks").glob("*.json"))
 
 
-def test_the_readme_has_the_committed_speeds():
-    """What it measured stands in the table as it is; the sentences round it name no figure."""
-    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
-    assert conf["speed"](ROOT / "docs" / "benchmarks") in README.read_text("utf-8")
+def test_the_commands_to_add_results_time_every_kernel():
+    """The runs that the README shows are theirs, where they are of all those libraries."""
+    page = ROOT / "docs" / "benchmarks.md"
+    runs, copies = (code for language, _, code in blocks(page) if language == "sh")
+    commands = runs.replace("\\\n", "").strip().splitlines()
+    for several, command in zip((False, True), commands, strict=True):
+        plan, args = planned(command)
+        libraries = {"torch", "jax", "cupy", "numba"}
+        assert set(args.library) == libraries
+        native = {name: backends.load(name).capabilities.native for name in backends.TABLE}
+        assert set(args.backend) == {name for name in native if native[name] in libraries}
+        assert f"cp {args.out}/bench.$kind docs/benchmarks/" in copies
+        _, shown = MEASURED["widest"](RESULTS, several)
+        theirs, of = planned(shown["command"])
+        assert theirs == plan or set(of.library) != libraries
+    assert "python docs/measured.py" in copies
+
+
+def test_the_readme_is_written_of_the_committed_results():
+    text = README.read_text("utf-8")
+    assert MEASURED["written"](text) == text
+    with pytest.raises(AssertionError, match="0 places for 'fast'"):
+        MEASURED["written"](text.replace("<!-- fast -->", ""))
+
+
+def test_the_table_of_speed_is_one_run():
+    """Every row is one of its result's, and every row of a kernel of higher order is there."""
+    _, result = MEASURED["widest"](RESULTS, several=False)
+    assert result["commit"][:7] in README.read_text("utf-8")
+    assert MEASURED["card"](result) in README.read_text("utf-8")
+    lines = (x.strip("| ").split(" | ") for x in README.read_text("utf-8").splitlines())
+    shown = {(x[0], x[1]): x[2:] for x in lines if len(x) == 6 and x[0][-4:] in ("ward", "step")}
+    for r in result["rows"]:
+        backend, library, *_ = [*r["name"].split("/"), ""]
+        if r["peer"] or backend == "array_api" or r["operator"] == "linear":
+            continue
+        what = f"{r['operator']} {r['workload']}", f"{library} ({backend})"
+        time, share, fla, softmax = shown.pop(what)
+        peers = r["times_faster"]
+        assert float(time) == pytest.approx(1e3 * r["seconds"], rel=5e-4)
+        assert share == ("-" if r["floor"] is None else f"{r['floor'] / r['seconds']:.0%}")
+        assert fla == f"{peers['FLA recurrent' if r['workload'] == 'step' else 'FLA']:.1f}x"
+        assert softmax == f"{min(peers[p] for p in peers if 'SDPA' in p):.1f}x"
+    assert shown == {}
+
+
+def test_the_sentences_on_speed_are_of_their_rows():
+    """Ranges over the rows of a library; at which lengths a peer is faster than which kernels."""
+
+    def row(tokens, name, **ratios):
+        return {"tokens": tokens, "name": name, "peer": False, "times_faster": ratios}
+
+    rows = [
+        *(
+            row(1, n, FLA=x, **{"jax SDPA": y})
+            for n, x, y in (("a/b/gpu", 2, 0.5), ("c/d/gpu", 3, 2))
+        ),
+        *(row(2, n, FLA=x, **{"jax SDPA": 3}) for n, x in (("a/b/gpu", 2), ("c/d/gpu", 0.9))),
+        *(row(4, n, FLA=0.9, **{"jax SDPA": 3}) for n in ("a/b/gpu", "c/d/gpu", "array_api/b/gpu")),
+    ]
+    rows[-1]["times_faster"] = {"FLA": 9, "jax SDPA": 0.1}
+    rows.append({**row(4, "FLA"), "peer": True})
+    said = MEASURED["faster"]({"rows": rows}, ("jax SDPA", "torch SDPA"))
+    assert said == "faster than some at T = 1 and slower than each at T = 2 and 4"
+    said = MEASURED["faster"]({"rows": rows}, ("FLA",))
+    assert said == (
+        "slower than each at T = 1, faster than some at T = 2 and faster than each at T = 4"
+    )
+    assert MEASURED["faster"]({"rows": rows[:2]}, ("FLA",)) == "slower than each at every length"
+    assert MEASURED["between"]([3.04, 2.0, 2.5]) == "2.0 to 3.0 times"
+    assert MEASURED["between"]([2.0, 2.04]) == "2.0 times"
+
+
+def test_generic_code_is_slower_than_the_peers_as_the_home_page_says():
+    found = [
+        r
+        for path in RESULTS.glob("*.json")
+        for r in json.loads(path.read_text("utf-8"))["rows"]
+        if r["name"].startswith("array_api/") and r["workload"] != "step"
+    ]
+    assert found
+    for r in found:
+        peers = {name: x for name, x in r["times_faster"].items() if name != "jnp chunks"}
+        assert {"FLA", "torch SDPA"} <= set(peers)
+        assert max(peers.values()) < 1
+
+
+def test_what_the_pages_say_of_quality_is_measured():
+    """The judgement round the figures; the figures are those of the committed result."""
+    folder = ROOT / "docs" / "demo"
+    result = json.loads((folder / "results.json").read_text("utf-8"))
+    assert result["command"] == "hla demo"
+    assert re.fullmatch("[0-9a-f]{40}", result["commit"])
+    bits = {name: m["bits_per_byte"] for name, m in result["models"].items()}
+    assert min(bits.values()) > bits["linear"] - 0.05  # little or nothing
+    for row in result["composition"]:
+        assert row["accuracy"] > 0.9 if row["operator"] == "ahla" else row["accuracy"] < 0.5
+    said, shown = MEASURED["helps"](folder).replace("\n", " "), MEASURED["demo"](folder)
+    for name, x in bits.items():
+        assert (f"{x:.3f} without" if name == "none" else f"{name} {x:.3f}") in said
+        assert f"| {MEASURED['titled'](name)} | {x:.3f} |" in shown
+    for operator in dict.fromkeys(row["operator"] for row in result["composition"]):
+        right = [r["accuracy"] for r in result["composition"] if r["operator"] == operator]
+        cells = MEASURED["titled"](operator), *(f"{x:.1%}" for x in right)
+        assert f"| {' | '.join(cells)} |" in shown
+        assert f"{cells[0]} {min(right):.0%}" in said
+    assert source("demo", result).encode() in (folder / "curves.png").read_bytes()
 
 
 def test_benchmarks_page_shows_every_figure_of_its_results():
-    folder = ROOT / "docs" / "benchmarks"
-    shown = runpy.run_path(str(ROOT / "docs" / "conf.py"))["benchmarks"](folder).splitlines()
+    shown = MEASURED["benchmarks"](RESULTS).splitlines()
     cells = [line.strip("| ").split(" | ") for line in shown if line.startswith("| ")]
     starts = [i for i, row in enumerate(cells) if row[0] == "operator"]
     found = [
@@ -213,7 +317,7 @@ def test_benchmarks_page_shows_every_figure_of_its_results():
     ]
     rows = [
         row
-        for path in sorted(folder.glob("*.json"), key=lambda path: path.stem)
+        for path in sorted(RESULTS.glob("*.json"), key=lambda path: path.stem)
         for workload in (*WORKLOADS, COMPILED, *HOST)
         for row in json.loads(path.read_text("utf-8"))["rows"]
         if row["workload"] == workload
@@ -245,36 +349,30 @@ def test_benchmarks_page_shows_every_figure_of_its_results():
 
 def test_the_plots_are_of_the_committed_results():
     """A plot names the result that it shows, in its own file."""
-    from hla.bench.report import source
-
-    plots = sorted((ROOT / "docs" / "benchmarks").glob("*.png"), key=lambda path: path.stem)
+    plots = sorted(RESULTS.glob("*.png"), key=lambda path: path.stem)
     for plot in plots:
         result = json.loads(plot.with_suffix(".json").read_text("utf-8"))
-        assert source(result).encode() in plot.read_bytes()
-    assert {p.with_suffix(".json") for p in plots} == set(plots[0].parent.glob("*.json"))
-    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
-    shown = conf["benchmarks"](plots[0].parent)
+        assert source("bench", result).encode() in plot.read_bytes()
+    assert {p.with_suffix(".json") for p in plots} == set(RESULTS.glob("*.json"))
+    shown = MEASURED["benchmarks"](RESULTS)
     assert re.findall(r"benchmarks/(.*)\.png", shown) == [p.stem for p in plots]
-    against = re.findall(r"benchmarks/(.*)\.png", conf["lengths"](plots[0].parent))
-    for page in (README, ROOT / "docs" / "index.md"):
-        text = page.read_text("utf-8").replace("{{ lengths }}", conf["lengths"](plots[0].parent))
-        assert sorted(re.findall(r"benchmarks/(.*)\.png", text)) == sorted(["h100", *against])
+    drawn = [MEASURED["widest"](RESULTS, several)[0].stem for several in (False, True)]
+    assert re.findall(r"benchmarks/(.*)\.png", README.read_text("utf-8")) == drawn
 
 
 def test_supported_versions_are_those_of_the_metadata():
-    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
-    lines = conf["versions"](ROOT / "docs" / "benchmarks").splitlines()
+    lines = MEASURED["versions"](RESULTS).splitlines()
     rows = {c[1].strip(): c[2:-1] for c in (line.split("|") for line in lines)}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert rows["Python"][0].strip() == project["requires-python"]
     extras = project["optional-dependencies"]
-    for name, package in conf["NEEDED"].items():
+    for name, package in MEASURED["NEEDED"].items():
         asked = [*project["dependencies"], *itertools.chain(*extras.values())]
         found = re.findall(rf"^{package}(?:\[\w+\])?(>=[\d.]+)", "\n".join(asked), re.MULTILINE)
         assert rows[name][0].strip().split(" or, for its kernels, ") == list(dict.fromkeys(found))
     floors = (ROOT / "constraints-floors.txt").read_text("utf-8")
     for name, pin in re.findall(r"^([\w-]+)==(.*)$", floors, re.MULTILINE):
-        (row,) = (rows[n] for n, package in conf["NEEDED"].items() if package == name)
+        (row,) = (rows[n] for n, package in MEASURED["NEEDED"].items() if package == name)
         assert row[1].strip() == pin
 
 
@@ -292,6 +390,7 @@ def test_reports_are_asked_for_what_says_where_they_ran():
 
 def test_the_project_has_no_address_yet_and_one_place_for_it():
     """Its pages take the address from pyproject.toml, which has none."""
+    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
     conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
     assert conf["ADDRESS"] is None
     assert conf["html_theme_options"] == {}
@@ -311,15 +410,6 @@ def test_the_api_page_has_every_public_name():
     types = {name for name in vars(hla.states) if re.fullmatch(r"\w+(State|Segment)", name)}
     assert types == {x.removeprefix("hla.states.") for x in told if x.startswith("hla.states.")}
     conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
     tables = "".join(conf["myst_substitutions"][name] for name in ("states", "segments"))
     assert set(re.findall(r"`(\w+)`", tables)) == {x for x in types if "Packed" not in x}
-
-
-def test_what_the_pages_say_of_lengths_is_measured():
-    """Softmax attention is faster at 1024 tokens, and neither it nor FLA from 4096 on."""
-    found = json.loads((ROOT / "docs" / "benchmarks" / "h100-lengths.json").read_text("utf-8"))
-    ours = [r for r in found["rows"] if not r["peer"]]
-    assert {r["tokens"] for r in ours} == {1024, 4096, 16384, 65536}
-    for r in ours:
-        faster = {name for name, ratio in r["times_faster"].items() if ratio < 1}
-        assert faster == ({"torch SDPA", "jax SDPA"} if r["tokens"] == 1024 else set())

@@ -25,7 +25,7 @@ FLOORS = {  # from the bottom; a module belongs to the longest name that it star
     "dispatch": ("dispatch",),
     "api": ("",),
     "package": ("__init__",),
-    "programs": ("__main__", "bench", "cli", "command", "demo", "tables"),
+    "programs": ("__main__", "bench", "cli", "command", "demo", "machine", "tables"),
 }
 ORDER = list(FLOORS)
 FRAMEWORKS = ("cupy", "jax", "numba", "torch", "triton")

@@ -1,7 +1,7 @@
 """`hla bench`: time every backend on this machine beside its peers and the floor of the same run.
 
 `workloads` has the timed calls and checks them, `peers` what they are compared with, `libraries`
-and `measure` time them, `machine` describes the machine, and `report` prints the results. The asv
+and `measure` time them, and `report` prints the results. The asv
 suite times the same workloads by the same code.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import backends
-from ..command import at_least, prepare_files, save
-from .machine import describe
+from ..command import at_least, prepare_files, save, spelled
+from ..machine import accelerators, describe
 from .measure import (
     DEVICES,
     LIBRARIES,
@@ -106,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
     first = plan[0][1]
     rows: list[Row] = []
     skipped: list[Skipped] = []
-    result: dict[str, Any] = {"schema": SCHEMA, "quick": args.quick, **describe(args.commit)}
+    result: dict[str, Any] = {"schema": SCHEMA, "command": spelled("bench", add_arguments, args)}
+    result |= {"quick": args.quick, **describe(args.commit)}
+    result["machine"]["accelerators"] = accelerators()
     result |= {"first": first._asdict(), "memory": {}, "complete": False}
     libraries = tuple(args.library or LIBRARIES)
     where: dict[str, Any] = {"devices": dict.fromkeys(args.device or DEVICES)}

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -202,18 +203,25 @@ def _jax(accelerator: bool) -> Library:
             raise NotImplementedError("JAX has no float64 here; set JAX_ENABLE_X64=1")
         return jax.device_put(x.astype(jax.numpy.dtype(dtype)), place)
 
-    meter = Meter(queued_seconds) if accelerator else None
+    write = jax.jit(lambda x: x + 1, donate_argnums=0)
+    meter = Meter(functools.partial(queued_seconds, write)) if accelerator else None
     return Library(array, jax.block_until_ready, jax.jit, vjp, meter)
 
 
-def queued_seconds(start: Callable[[], Arrays], seconds: float) -> list[float]:
+def queued_seconds(
+    write: Callable[[Array], Array], start: Callable[[], Arrays], seconds: float
+) -> list[float]:
     """Time calls of JAX, which has no events, in queues, with caches cold before each call.
 
-    As `event_seconds` does, but by the host's clock: each sample is the time of a queue less that
-    of as long a queue of the writes that empty the caches, divided by its calls.
+    As `event_seconds` does, but by the host's clock: each sample is the time of a queue less the
+    median of as long queues of the writes that empty the caches, divided by its calls. The median,
+    since the host may see the end of any queue late, by milliseconds where others use its cores:
+    less its own queue of writes a sample would then be shorter than the work.
 
     Parameters
     ----------
+    write : callable
+        Writes an array anew where it lies.
     start : callable
         Starts the work; need not wait for it.
     seconds : float
@@ -226,7 +234,6 @@ def queued_seconds(start: Callable[[], Arrays], seconds: float) -> list[float]:
     """
     import jax
 
-    write = jax.jit(lambda x: x + 1, donate_argnums=0)
     cold = write(jax.numpy.zeros(COLD, "uint8"))
 
     def queue(calls: int, start: Callable[[], Arrays]) -> float:
@@ -241,7 +248,9 @@ def queued_seconds(start: Callable[[], Arrays], seconds: float) -> list[float]:
     queue(1, start)  # the call that nothing is warm for
     each = queue(2, start) / 2
     calls = max(1, min(MOST, int(seconds / each / QUEUES)))
-    return [(queue(calls, start) - queue(calls, tuple)) / calls for _ in range(QUEUES)]
+    both = [(queue(calls, start), queue(calls, tuple)) for _ in range(QUEUES)]
+    writes = statistics.median(alone for _, alone in both)
+    return [(whole - writes) / calls for whole, _ in both]
 
 
 def _cupy(accelerator: bool) -> Library:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import tables
+from ..machine import source
 from ..tables import Column
 from .measure import Row, Skipped
 from .peers import PEERS
@@ -189,12 +190,7 @@ def plot(path: Path, result: dict[str, Any], rows: Iterable[Row]) -> None:
     figure.suptitle("\n".join([what, *places]), fontsize="medium")
     axes.grid(alpha=0.3, which="both")
     axes.set_axisbelow(True)
-    figure.savefig(path, format="png", dpi=150, metadata={"Comment": source(result)})
-
-
-def source(result: dict[str, Any]) -> str:
-    """Which result a plot shows, as the plot's file says it."""
-    return f"hla bench, {result['date']}, commit {result['commit'] or 'unknown'}"
+    figure.savefig(path, format="png", dpi=150, metadata={"Comment": source("bench", result)})
 
 
 def _named(row: Row) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..command import at_least, prepare_files, save
+from ..command import at_least, prepare_files, save, spelled
+from ..machine import describe
 from .composition import Chains
 from .corpus import Corpus
 from .model import NO_MIXER, SOFTMAX, Config
@@ -48,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("hla-demo"), metavar="DIR", help="default: hla-demo"
     )
     parser.add_argument(
+        "--commit", help="what to record as hla's commit (default: that of its git checkout)"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="a few steps on 32 KiB: shows only that all of it runs"
     )
 
@@ -69,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
 
     console = tables.console()
     jobs = planned(args, corpus)
+    about = {"command": spelled("demo", add_arguments, args), **describe(args.commit)}
+    begun = time.perf_counter()
     report.introduce(console, jobs)
     if args.quick:
         console.print("--quick: too little to learn from, it shows that all of it runs.\n")
@@ -82,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     writer = chosen(texts)
     sample = generate(writer, prompt, QUICK_SAMPLE if args.quick else SAMPLE, args.seed)
     composed = [model for model in models if isinstance(model.job.task, Chains)]
-    results = report.Results(texts, composed, report.baselines(corpus), sample)
+    about["seconds"] = time.perf_counter() - begun
+    results = report.Results(texts, composed, report.baselines(corpus), sample, about)
     files = {JSON: report.write_json, PLOT: report.draw}
     saved = [n for n, write in files.items() if save(args.out / n, partial(write, results))]
     report.print_text(console, results)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,10 +16,9 @@ from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-import hla
-
 from .. import tables
 from ..kernels.numpy.threads import cores
+from ..machine import source
 from ..tables import Column
 from . import composition
 from .composition import Chains
@@ -111,12 +110,16 @@ def _bar(job: Job) -> str:
 
 
 class Results(NamedTuple):
-    """All measurements; `baselines` are held-out bits a byte of methods without training."""
+    """All measurements; `baselines` are held-out bits a byte of methods without training.
+
+    `about` is the command, and where and how long it ran.
+    """
 
     texts: Sequence[Trained]
     composed: Sequence[Trained]
     baselines: dict[str, float]
     sample: Sample
+    about: dict[str, Any]
 
     @property
     def bits(self) -> dict[str, float]:
@@ -182,13 +185,8 @@ def text_shows(results: Results) -> str:
     best = min(higher, key=lambda name: bits[name])
     named = [name for name in ("linear", best, NO_MIXER) if name in bits]
     scores = ", ".join(f"{label(name)} {bits[name]:.3f}" for name in named)
-    if bits["linear"] <= bits[best]:
-        shows = f"first order wins on text ({scores}), as it does in larger models"
-    else:
-        shows = (
-            f"{best} is ahead here ({scores}), where first order won on language in larger models"
-        )
-    return f"{seen} Of the operators {shows}."
+    ahead = "first order" if bits["linear"] <= bits[best] else best
+    return f"{seen} Of the operators {ahead} is ahead, by one model of each ({scores})."
 
 
 def print_composed(console: Console, results: Results) -> None:
@@ -258,7 +256,7 @@ def write_json(results: Results, path: Path) -> None:
             "tokens_per_second": m.tokens_per_second,
             "parameters": parameter_count(m.config),
             "held_out": m.scores,
-            "training": m.losses,
+            "training": curve(m),
         }
         for m in results.texts
     }
@@ -266,15 +264,16 @@ def write_json(results: Results, path: Path) -> None:
         {
             "operator": m.config.operator,
             "seed": m.job.seed,
+            "steps": m.job.steps,
             "accuracy": m.score,
             "held_out": m.scores,
-            "training": m.losses,
+            "training": curve(m),
             "sizes": asdict(m.config),
         }
         for m in results.composed
     ]
     document = {
-        "versions": {"hla": hla.__version__, "numpy": np.__version__},
+        **results.about,
         "corpus": corpus,
         "sizes": {k: v for k, v in asdict(job.config).items() if k != "operator"},
         "training": {"steps": job.steps, "seed": job.seed, "batch": BATCH, "window": WINDOW},
@@ -283,8 +282,12 @@ def write_json(results: Results, path: Path) -> None:
         "composition": composed,
         "sample": results.sample.text.decode(errors="replace"),
     }
-    text = json.dumps(document, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def curve(model: Trained) -> list[float]:
+    """Bits of every training batch, to a ten-thousandth."""
+    return [round(bits, 4) for bits in model.losses]
 
 
 def draw(results: Results, path: Path) -> None:
@@ -332,4 +335,4 @@ def draw(results: Results, path: Path) -> None:
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     middle.margins(x=0.15)
-    figure.savefig(path, format="png", dpi=150)
+    figure.savefig(path, format="png", dpi=150, metadata={"Comment": source("demo", results.about)})

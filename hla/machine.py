@@ -1,4 +1,4 @@
-"""Where a figure was measured: date, commit, versions, processor and devices."""
+"""Where a figure was measured: date, commit, versions, processor and its load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import hla
 
-from ..kernels.numpy.threads import cores
+from .kernels.numpy.threads import cores
 
 PACKAGES = (
     *("numpy", "torch", "triton", "fla-core", "jax", "cupy-cuda13x", "cupy-cuda12x"),
@@ -45,10 +45,14 @@ def describe(commit: str | None = None) -> dict[str, Any]:
         "cores": cores(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": _threads(),
-        "accelerators": accelerators(),
     }
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"date": now, "commit": commit or _commit(), "versions": versions, "machine": machine}
+
+
+def source(program: str, result: dict[str, Any]) -> str:
+    """Which result a plot shows, as the plot's file says it."""
+    return f"hla {program}, {result['date']}, commit {result['commit'] or 'unknown'}"
 
 
 def accelerators() -> list[str]:
