@@ -46,7 +46,7 @@ def publish(html):
 
 
 def committed():
-    """Return every complete result that stood in docs/benchmarks at some commit, newest first.
+    """Return every complete result that stood in docs/benchmarks at some commit, the latest first.
 
     Once, whatever was written beside its figures later: a result is known by its commit and date.
     """

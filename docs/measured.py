@@ -259,11 +259,15 @@ def demo(folder):
     result, answers = trained(folder)
     corpus, steps, sizes = (result[name] for name in ("corpus", "training", "sizes"))
     small = result["composition"][0]["sizes"]
-    rows = [(name, f"{x:.3f}", "", "") for name, x in result["baselines"].items()]
+    scored = [step for step, _ in next(iter(result["models"].values()))["held_out"]]
+    rows = [
+        (name, *[""] * (len(scored) - 1), f"{x:.3f}") for name, x in result["baselines"].items()
+    ]
     rows += [
-        (titled(name), *(f"{m[key]:{form}}" for key, form in MEASURED.items()))
+        (titled(name), *(f"{bits:.3f}" for _, bits in m["held_out"]))
         for name, m in result["models"].items()
     ]
+    parameters = dict.fromkeys(f"{m['parameters']:,}" for m in result["models"].values())
     seeds = dict.fromkeys(row["seed"] for row in result["composition"])
     chained = [(titled(name), *(f"{x:.1%}" for x in xs)) for name, xs in answers.items()]
     return "\n\n".join(
@@ -272,19 +276,17 @@ def demo(folder):
             f"**{host(result['machine'])}**: {result['seconds']:.0f} s. {made_by(result)}.",
             "![Losses, scores and right answers](demo/curves.png)",
             f"Text: {corpus['name']}, {corpus['train']:,} bytes, and {corpus['held']:,} held out."
-            f" {sizes['blocks']} blocks of {sizes['heads']} heads, width {sizes['width']};"
+            f" {sizes['blocks']} blocks of {sizes['heads']} heads, width {sizes['width']},"
+            f" {listed(list(parameters))} parameters;"
             f" {steps['steps']:,} steps of {steps['batch']} x {steps['window']} bytes, seed"
-            f" {steps['seed']}.",
-            table(("model", "bits a byte", "tokens/s in training", "parameters"), *rows),
+            f" {steps['seed']}. Bits a byte of what was held out, by steps:",
+            table(("model", *scored), *rows),
             f"Chained facts: told b -> c, then a -> b; asked a, wanted c. One layer of"
             f" {small['heads']} head, width {small['width']},"
             f" {result['composition'][0]['steps']:,} steps; the share of right answers.",
             table(("one layer of", *(f"seed {seed}" for seed in seeds)), *chained),
         ]
     )
-
-
-MEASURED = {"bits_per_byte": ".3f", "tokens_per_second": ",.0f", "parameters": ",d"}
 
 
 def titled(operator):

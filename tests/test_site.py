@@ -201,19 +201,33 @@ def suite_sized():
     return found
 
 
-def test_a_result_of_a_branch_enters_at_its_merge(tmp_path):
-    """Asv knows the first parents of HEAD alone."""
+@pytest.fixture
+def repository(tmp_path):
+    """A new repository: what runs git in it, and what runs a line of asv's publisher on it."""
 
     def git(*words):
         name = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
         command = ["git", *name, "-C", str(tmp_path), *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
+    def publisher(line, *words):
+        code = f"import publish, sys; publish.ROOT = sys.argv.pop(1)\nprint({line})"
+        command = [sys.executable, "-c", code, str(tmp_path), *words]
+        path = environment(ROOT / "asv_benchmarks")
+        return subprocess.run(command, env=path, check=True, capture_output=True, text=True).stdout
+
+    git("init")
+    return git, publisher
+
+
+def test_a_result_of_a_branch_enters_at_its_merge(repository):
+    """Asv knows the first parents of HEAD alone."""
+    git, publisher = repository
+
     def commit(name):
         git("commit", "--allow-empty", "-m", name)
         return git("rev-parse", "HEAD")
 
-    git("init")
     first = commit("first")
     git("checkout", "-b", "side")
     side = commit("side")
@@ -221,9 +235,20 @@ def test_a_result_of_a_branch_enters_at_its_merge(tmp_path):
     git("merge", "--no-ff", "side", "-m", "merge")
     merge = git("rev-parse", "HEAD")
     commit("last")
-    code = "import publish, sys; publish.ROOT = sys.argv.pop(1)\n"
-    code += "print(*map(publish.on_the_branch, sys.argv[1:]))"
-    command = [sys.executable, "-c", code, str(tmp_path), first, side, side[:7]]
-    path = environment(ROOT / "asv_benchmarks")
-    found = subprocess.run(command, env=path, check=True, capture_output=True, text=True).stdout
+    found = publisher("*map(publish.on_the_branch, sys.argv[1:])", first, side, side[:7])
     assert found.split() == [first, merge, merge]
+
+
+def test_a_result_with_more_beside_its_figures_enters_once(repository, tmp_path):
+    """Twice it would be a mean of itself; the newest text of it counts."""
+    git, publisher = repository
+    folder = tmp_path / "docs" / "benchmarks"
+    folder.mkdir(parents=True)
+    for name, beside in ("first", {"date": 1}), ("other", {"date": 2}), ("first", {"command": "x"}):
+        path = folder / f"{name}.json"
+        before = json.loads(path.read_text()) if path.exists() else {"commit": "a"}
+        path.write_text(json.dumps(before | beside))
+        git("add", ".")
+        git("commit", "-m", name)
+    found = json.loads(publisher("publish.json.dumps(publish.committed())"))
+    assert found == [{"commit": "a", "date": 2}, {"commit": "a", "date": 1, "command": "x"}]

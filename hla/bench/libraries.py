@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import os
 import shutil
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -214,9 +213,9 @@ def queued_seconds(
     """Time calls of JAX, which has no events, in queues, with caches cold before each call.
 
     As `event_seconds` does, but by the host's clock: each sample is the time of a queue less the
-    median of as long queues of the writes that empty the caches, divided by its calls. The median,
-    since the host may see the end of any queue late, by milliseconds where others use its cores:
-    less its own queue of writes a sample would then be shorter than the work.
+    least of as long queues of the writes that empty the caches, divided by its calls. The least,
+    since the host may see the end of any queue late, by milliseconds where others use its cores,
+    and none early: less its own queue of writes a sample could be shorter than the work.
 
     Parameters
     ----------
@@ -249,7 +248,7 @@ def queued_seconds(
     each = queue(2, start) / 2
     calls = max(1, min(MOST, int(seconds / each / QUEUES)))
     both = [(queue(calls, start), queue(calls, tuple)) for _ in range(QUEUES)]
-    writes = statistics.median(alone for _, alone in both)
+    writes = min(alone for _, alone in both)
     return [(whole - writes) / calls for whole, _ in both]
 
 

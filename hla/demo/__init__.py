@@ -92,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
     about["seconds"] = time.perf_counter() - begun
     results = report.Results(texts, composed, report.baselines(corpus), sample, about)
     files = {JSON: report.write_json, PLOT: report.draw}
-    saved = [n for n, write in files.items() if save(args.out / n, partial(write, results))]
+    result = report.document(results)
+    saved = [n for n, write in files.items() if save(args.out / n, partial(write, result))]
     report.print_text(console, results)
     report.print_composed(console, results)
     report.print_sample(console, results, writer, prompt)

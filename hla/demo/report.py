@@ -245,8 +245,8 @@ def _readable(text: bytes) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\u00b7" for c in shown)
 
 
-def write_json(results: Results, path: Path) -> None:
-    """Write all that was measured."""
+def document(results: Results) -> dict[str, Any]:
+    """All that was measured, as it is saved."""
     job = results.texts[0].job
     assert isinstance(job.task, Corpus)
     corpus = {"name": job.task.name, "train": len(job.task.train), "held": len(job.task.held)}
@@ -272,7 +272,7 @@ def write_json(results: Results, path: Path) -> None:
         }
         for m in results.composed
     ]
-    document = {
+    return {
         **results.about,
         "corpus": corpus,
         "sizes": {k: v for k, v in asdict(job.config).items() if k != "operator"},
@@ -282,7 +282,6 @@ def write_json(results: Results, path: Path) -> None:
         "composition": composed,
         "sample": results.sample.text.decode(errors="replace"),
     }
-    path.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def curve(model: Trained) -> list[float]:
@@ -290,49 +289,52 @@ def curve(model: Trained) -> list[float]:
     return [round(bits, 4) for bits in model.losses]
 
 
-def draw(results: Results, path: Path) -> None:
-    """Learning curves of the text, the held-out bits of every row, answers over steps."""
-    figure = Figure(figsize=(14, 4.5), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=(3, 2, 3))
-    for model in results.texts:
-        operator = model.config.operator
-        losses = np.array(model.losses)
+def write_json(result: dict[str, Any], path: Path) -> None:
+    """Write a `document`."""
+    path.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw a `document`: curves of the text, its held-out bits, answers over steps."""
+    figure = Figure(figsize=(5.4, 11), layout="constrained")  # read at a phone's width too
+    curves, bars, answers = figure.subplots(3, 1, height_ratios=(4, 3, 4))
+    bits = dict(result["baselines"])
+    for operator, model in result["models"].items():
+        losses = np.array(model["training"])
         width = max(1, len(losses) // 50)
         smooth = np.convolve(losses, np.ones(width) / width, "valid")
         steps = np.arange(len(smooth)) + (width + 1) / 2
-        left.plot(steps, smooth, color=COLOURS[operator], alpha=0.35, linewidth=1)
-        left.plot(
-            *zip(*model.scores, strict=True),
-            "o-",
-            color=COLOURS[operator],
-            markersize=4,
-            label=label(operator),
-        )
-    for (name, bits), dashes in zip(results.baselines.items(), (":", "--"), strict=True):
-        left.axhline(bits, color="black", linestyle=dashes, linewidth=1, label=name)
-    low = min(results.bits.values())
-    left.set(xlabel="training steps", ylabel="bits per byte", ylim=(low - 0.2, None))
-    left.set_title("Text: held-out (dots) and training (thin)", fontsize=10)
-    left.legend(frameon=False, fontsize=9)
-    names = list(results.bits)
-    colours = {label(operator): colour for operator, colour in COLOURS.items()}
-    bars = middle.barh(
-        names, list(results.bits.values()), color=[colours.get(n, "#bbbbbb") for n in names]
+        colour, name = COLOURS[operator], label(operator)
+        curves.plot(steps, smooth, color=colour, alpha=0.35, linewidth=1)
+        held_out = zip(*model["held_out"], strict=True)
+        curves.plot(*held_out, "o-", color=colour, markersize=4, label=name)
+        bits[name] = model["bits_per_byte"]
+    for (name, baseline), dashes in zip(result["baselines"].items(), (":", "--"), strict=True):
+        curves.axhline(baseline, color="black", linestyle=dashes, linewidth=1, label=name)
+    curves.set(
+        xlabel="training steps", ylabel="bits per byte", ylim=(min(bits.values()) - 0.2, None)
     )
-    middle.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
-    middle.invert_yaxis()
-    middle.set_title("Held-out bits per byte (less is better)", fontsize=10)
+    curves.set_title("Text: held-out (dots) and training (thin)", fontsize=10)
+    curves.legend(frameon=False, fontsize=9)
+    colours = {label(operator): colour for operator, colour in COLOURS.items()}
+    drawn = bars.barh(
+        list(bits), list(bits.values()), color=[colours.get(n, "#bbbbbb") for n in bits]
+    )
+    bars.bar_label(drawn, fmt="%.3f", padding=3, fontsize=9)
+    bars.invert_yaxis()
+    bars.margins(x=0.15)
+    bars.set_title("Held-out bits per byte (less is better)", fontsize=10)
     named = set[str]()
-    for model in results.composed:
-        operator = model.config.operator
+    for row in result["composition"]:
+        operator = row["operator"]
         shown = "_" * (operator in named) + label(operator)  # each name once in the legend
         named.add(operator)
-        right.plot(*zip(*model.scores, strict=True), "o-", color=COLOURS[operator], label=shown)
-    right.set(xlabel="training steps", ylabel="right answers", ylim=(0, 1.05))
-    right.set_title("Chained facts, one layer (more is better)", fontsize=10)
+        right = zip(*row["held_out"], strict=True)
+        answers.plot(*right, "o-", color=COLOURS[operator], label=shown)
+    answers.set(xlabel="training steps", ylabel="right answers", ylim=(0, 1.05))
+    answers.set_title("Chained facts, one layer (more is better)", fontsize=10)
     if named:
-        right.legend(frameon=False, fontsize=9)
-    for axes in (left, middle, right):
+        answers.legend(frameon=False, fontsize=9)
+    for axes in (curves, bars, answers):
         axes.spines[["top", "right"]].set_visible(False)
-    middle.margins(x=0.15)
-    figure.savefig(path, format="png", dpi=150, metadata={"Comment": source("demo", results.about)})
+    figure.savefig(path, format="png", dpi=150, metadata={"Comment": source("demo", result)})
