@@ -17,6 +17,7 @@ typedef unsigned long long u64;
 typedef long long i64;
 #define DEVICE inline
 #define UNROLL
+#define QUICK __attribute__((optimize("O2")))  // most of what a kernel runs
 #define __device__
 #define __global__
 #define __shared__
@@ -105,7 +106,7 @@ inline void __syncwarp() { exchange(0); }
 
 inline u32 shared_address(const void* p) { return (u32)((const u8*)p - memory); }
 
-inline void matrices(u32 (&x)[4], u32 row, bool turned) {
+QUICK inline void matrices(u32 (&x)[4], u32 row, bool turned) {
     if (row % 16) fail("a row of ldmatrix is not aligned");
     auto rows = exchange(row);
     int lane = threadIdx.x & 31;
@@ -123,7 +124,7 @@ inline void ldmatrix_turned(u32 (&x)[4], u32 row) { matrices(x, row, true); }
 inline float of_bf16(u32 x) { return __uint_as_float(x << 16); }
 inline float of_bf16_high(u32 x) { return __uint_as_float(x & 0xffff0000u); }
 struct Factors { u32 a[4], b[2]; };
-inline void mma_bf16(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
+QUICK inline void mma_bf16(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
     auto all = exchange(Factors{{a[0], a[1], a[2], a[3]}, {b0, b1}});
     int g = (threadIdx.x & 31) / 4, j = threadIdx.x % 4;
     for (int i = 0; i < 4; i++) {
@@ -137,7 +138,7 @@ inline void mma_bf16(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
         c[i] = (float)sum;
     }
 }
-inline void mma_tf32(float* c, const u32* a, u32 b0, u32 b1) {
+QUICK inline void mma_tf32(float* c, const u32* a, u32 b0, u32 b1) {
     auto all = exchange(Factors{{a[0], a[1], a[2], a[3]}, {b0, b1}});
     int g = (threadIdx.x & 31) / 4, j = threadIdx.x % 4;
     for (int i = 0; i < 4; i++) {

@@ -73,7 +73,7 @@ template <int TB, int N> void multiply(float (&d)[N], const u32* a, u32 b, bool 
 }
 inline void products() {}
 inline void products_begun() {}
-inline void finish(const Product& p) {
+QUICK inline void finish(const Product& p) {
     static float a[64][16], b[128][16];
     for (int k = 0; k < 16; k++) {
         for (int m = 0; m < 64; m++) {
