@@ -1,14 +1,14 @@
 // Twin of ptx.cuh for a C++ compiler of the host: every thread of a block is a fiber.
 //
 // What a warp does together (ldmatrix, mma.sync, shuffles) is done when its last lane arrives. A copy
-// to shared memory arrives when it is waited for; until then its place holds NaN.
+// to shared memory arrives when it is waited for; until then its place holds NaN. Lists are arrays:
+// g++ spends more on one of the standard library's containers than on most kernels.
 #include <math.h>
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
-#include <vector>
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -17,6 +17,7 @@ typedef unsigned long long u64;
 typedef long long i64;
 #define DEVICE inline
 #define UNROLL
+#define QUICK __attribute__((optimize("O2")))  // most of what a kernel runs
 #define __device__
 #define __global__
 #define __shared__
@@ -37,25 +38,34 @@ alignas(1024) u8 memory[256 << 10];
 
 struct Index { unsigned x, y = 0, z = 0; };
 struct Copy { u32 to, bytes; const void* from; };
+inline void fail(const char* why) { fprintf(stderr, "%s\n", why); abort(); }
+template <class T, int N> struct List {
+    T all[N];
+    int count;
+    void add(const T& x) { if (count == N) fail("a list is full"); all[count++] = x; }
+    void drop(int n) { count -= n; memmove(all, all + n, count * sizeof(T)); }
+};
 struct Fiber {
     ucontext_t first;
     jmp_buf at;
-    char* stack;
     bool begun, done;
-    std::vector<std::vector<Copy>> groups;
-    std::vector<Copy> open;
+    List<Copy, 512> copies;  // that have not arrived
+    List<int, 64> groups;    // how many copies each that is committed has
+    int open;                // copies since
 };
 struct Meeting { unsigned arrived = 0, generation = 0; };
 static Index threadIdx, blockIdx;
-static std::vector<Fiber> fibers;
+constexpr int MOST_THREADS = 1024;
+static Fiber fibers[MOST_THREADS];
+static unsigned block_threads;
 static jmp_buf scheduler;
 static unsigned idle;
 static Meeting warps[32], everybody;
-static u8 given[2][1024][64];
+static u8 given[2][MOST_THREADS][64];
 
 inline void yield() {
     unsigned me = threadIdx.x;
-    if (++idle > 4 * fibers.size() + 8) { fprintf(stderr, "all threads wait\n"); abort(); }
+    if (++idle > 4 * block_threads + 8) fail("all threads wait");
     if (!_setjmp(fibers[me].at)) _longjmp(scheduler, 1);
 }
 inline void meet(Meeting& m, unsigned count) {
@@ -63,7 +73,7 @@ inline void meet(Meeting& m, unsigned count) {
     if (++m.arrived == count) { m.arrived = 0; m.generation++; idle = 0; return; }
     while (m.generation == generation) yield();
 }
-inline void __syncthreads() { meet(everybody, (unsigned)fibers.size()); }
+inline void __syncthreads() { meet(everybody, block_threads); }
 
 // Give a value to the lanes of the warp; return what a lane gave, once all have.
 template <class T> struct Exchange {
@@ -96,8 +106,8 @@ inline void __syncwarp() { exchange(0); }
 
 inline u32 shared_address(const void* p) { return (u32)((const u8*)p - memory); }
 
-inline void matrices(u32 (&x)[4], u32 row, bool turned) {
-    if (row % 16) { fprintf(stderr, "a row of ldmatrix at %u\n", row); abort(); }
+QUICK inline void matrices(u32 (&x)[4], u32 row, bool turned) {
+    if (row % 16) fail("a row of ldmatrix is not aligned");
     auto rows = exchange(row);
     int lane = threadIdx.x & 31;
     for (int m = 0; m < 4; m++)
@@ -114,7 +124,7 @@ inline void ldmatrix_turned(u32 (&x)[4], u32 row) { matrices(x, row, true); }
 inline float of_bf16(u32 x) { return __uint_as_float(x << 16); }
 inline float of_bf16_high(u32 x) { return __uint_as_float(x & 0xffff0000u); }
 struct Factors { u32 a[4], b[2]; };
-inline void mma_bf16(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
+QUICK inline void mma_bf16(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
     auto all = exchange(Factors{{a[0], a[1], a[2], a[3]}, {b0, b1}});
     int g = (threadIdx.x & 31) / 4, j = threadIdx.x % 4;
     for (int i = 0; i < 4; i++) {
@@ -128,7 +138,7 @@ inline void mma_bf16(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
         c[i] = (float)sum;
     }
 }
-inline void mma_tf32(float* c, const u32* a, u32 b0, u32 b1) {
+QUICK inline void mma_tf32(float* c, const u32* a, u32 b0, u32 b1) {
     auto all = exchange(Factors{{a[0], a[1], a[2], a[3]}, {b0, b1}});
     int g = (threadIdx.x & 31) / 4, j = threadIdx.x % 4;
     for (int i = 0; i < 4; i++) {
@@ -142,25 +152,31 @@ inline void mma_tf32(float* c, const u32* a, u32 b0, u32 b1) {
 }
 
 inline void copy16(u32 to, const void* from, u32 bytes) {
-    if (to % 16 || ((u64)from % 16 && bytes)) { fprintf(stderr, "a copy is not aligned\n"); abort(); }
+    if (to % 16 || ((u64)from % 16 && bytes)) fail("a copy is not aligned");
     memset(memory + to, 0xff, 16);
-    fibers[threadIdx.x].open.push_back({to, bytes, from});
+    Fiber& f = fibers[threadIdx.x];
+    f.copies.add({to, bytes, from});
+    f.open++;
 }
 inline void copies_commit() {
     Fiber& f = fibers[threadIdx.x];
-    f.groups.push_back(f.open);
-    f.open.clear();
+    f.groups.add(f.open);
+    f.open = 0;
 }
-template <int N> void copies_wait() {
-    auto& groups = fibers[threadIdx.x].groups;
-    while (groups.size() > N) {
-        for (Copy& c : groups[0]) {
-            memset(memory + c.to, 0, 16);
-            memcpy(memory + c.to, c.from, c.bytes);
-        }
-        groups.erase(groups.begin());
+inline void copies_arrive(int but) {
+    Fiber& f = fibers[threadIdx.x];
+    int groups = f.groups.count - but, copies = 0;
+    if (groups <= 0) return;
+    for (int i = 0; i < groups; i++) copies += f.groups.all[i];
+    for (int i = 0; i < copies; i++) {
+        Copy& c = f.copies.all[i];
+        memset(memory + c.to, 0, 16);
+        memcpy(memory + c.to, c.from, c.bytes);
     }
+    f.copies.drop(copies);
+    f.groups.drop(groups);
 }
+template <int N> void copies_wait() { copies_arrive(N); }
 
 inline u32 half_up(float x) {  // bfloat16
     u32 bits = __float_as_uint(x);
@@ -191,13 +207,15 @@ static void begin() {
     _longjmp(scheduler, 1);
 }
 static void run_block(unsigned block, unsigned threads, void (*kernel)()) {
-    static std::vector<char*> stacks;
-    entry = kernel, blockIdx.x = block, idle = 0, everybody = Meeting();
+    static char* stacks[MOST_THREADS];
+    if (threads > MOST_THREADS) fail("too many threads");
+    entry = kernel, blockIdx.x = block, block_threads = threads, idle = 0, everybody = Meeting();
     for (auto& w : warps) w = Meeting();
-    while (stacks.size() < threads) stacks.push_back((char*)malloc(256 << 10));
-    fibers.assign(threads, Fiber());
     memset(memory, 0xff, sizeof(memory));
     for (unsigned i = 0; i < threads; i++) {
+        if (!stacks[i]) stacks[i] = (char*)malloc(256 << 10);
+        fibers[i].begun = fibers[i].done = false;
+        fibers[i].copies.count = fibers[i].groups.count = fibers[i].open = 0;
         getcontext(&fibers[i].first);
         fibers[i].first.uc_stack = {stacks[i], 0, 256 << 10};
         makecontext(&fibers[i].first, begin, 0);

@@ -2,17 +2,19 @@
 //
 // A product is done when it is waited for, of what shared memory and registers hold then. A wait for a
 // barrier that nothing will reach ends as "all threads wait".
-#include <map>
-#include <utility>
-
 constexpr int W = 64, PANEL = 8192, LISTS = W * 12;
 
 struct Barrier { int arrivals, left; u32 phase; };
-static std::map<u32, Barrier> barriers;
-inline void barrier_init(u32 bar, int arrivals) { barriers[bar] = {arrivals, arrivals, 0}; }
-inline void barrier_wait(u32 bar, u32 parity) { while (barriers.at(bar).phase % 2 == parity) yield(); }
+static Barrier barriers[sizeof(memory) / 8];
+inline Barrier& barrier(u32 bar) {
+    Barrier& b = barriers[bar / 8];
+    if (bar % 8 || !b.arrivals) fail("no barrier is there");
+    return b;
+}
+inline void barrier_init(u32 bar, int arrivals) { barriers[bar / 8] = {arrivals, arrivals, 0}; }
+inline void barrier_wait(u32 bar, u32 parity) { while (barrier(bar).phase % 2 == parity) yield(); }
 inline void barrier_arrive(u32 bar) {
-    Barrier& b = barriers.at(bar);
+    Barrier& b = barrier(bar);
     if (--b.left == 0) b.left = b.arrivals, b.phase++, idle = 0;
 }
 inline void barrier_arrive_copies(u32 bar) {
@@ -23,7 +25,7 @@ inline void barrier_arrive_copies(u32 bar) {
 inline void fence_async() {}
 inline u64 evicted_first() { return 0; }
 inline void bulk(void* to, const void* from, u32 bytes) {
-    if ((u64)to % 16 || (u64)from % 16 || bytes % 16) { fprintf(stderr, "a bulk copy is not aligned\n"); abort(); }
+    if ((u64)to % 16 || (u64)from % 16 || bytes % 16) fail("a bulk copy is not aligned");
     memcpy(to, from, bytes);
 }
 inline void bulk_load(u32 to, const void* from, u32 bytes, u32 bar, u64) {
@@ -53,14 +55,14 @@ inline float operand_at(u32 place, int row, int term, bool turned, int panel = P
 
 struct Product { int columns, panel; bool ta, tb, more; u32 a, b; const u32* from[128]; float* to[128]; };
 static Product coming[8];
-static std::vector<Product> begun[8];
+static List<Product, 32> begun[8];
 inline void product(int columns, bool ta, bool tb, u32 a, const u32* from, u32 b, bool more, float* d, int panel = PANEL) {
     int group = threadIdx.x / 128, t = threadIdx.x % 128;
     Product& p = coming[group];
     p.columns = columns, p.panel = panel, p.ta = ta, p.tb = tb, p.more = more, p.a = a, p.b = b;
     p.from[t] = from, p.to[t] = d;
     meet(groups[group], 128);
-    if (t == 0) begun[group].push_back(p);
+    if (t == 0) begun[group].add(p);
     meet(groups[group], 128);
 }
 template <int TA, int TB, int PB = PANEL, int N> void multiply(float (&d)[N], u32 a, u32 b, bool more) {
@@ -71,7 +73,7 @@ template <int TB, int N> void multiply(float (&d)[N], const u32* a, u32 b, bool 
 }
 inline void products() {}
 inline void products_begun() {}
-inline void finish(const Product& p) {
+QUICK inline void finish(const Product& p) {
     static float a[64][16], b[128][16];
     for (int k = 0; k < 16; k++) {
         for (int m = 0; m < 64; m++) {
@@ -92,15 +94,16 @@ inline void finish(const Product& p) {
             *d = sum;
         }
 }
-template <class... D> void products_done(D&...) {
+inline void products_end() {
     int group = threadIdx.x / 128;
     meet(groups[group], 128);
     if (threadIdx.x % 128 == 0) {
-        for (const Product& p : begun[group]) finish(p);
-        begun[group].clear();
+        for (int i = 0; i < begun[group].count; i++) finish(begun[group].all[i]);
+        begun[group].count = 0;
     }
     meet(groups[group], 128);
 }
+template <class... D> void products_done(D&...) { products_end(); }
 template <class A> void unchanged(A&) {}
 
 struct Rows { u32 to, x[4]; };
@@ -110,9 +113,9 @@ inline void put_blocks(Rows mine, bool turned) {
     for (int m = 0; m < 4; m++)
         for (int i = 0; i < 2; i++) {
             int row = lane / 4, column = lane % 4 * 2 + i;
-            if (turned) std::swap(row, column);
             u16 x = (u16)(mine.x[m] >> 16 * i);
-            memcpy(memory + all.of(8 * m + row).to + 2 * column, &x, 2);
+            u32 to = all.of(8 * m + (turned ? column : row)).to;
+            memcpy(memory + to + 2 * (turned ? row : column), &x, 2);
         }
     __syncwarp();
 }
