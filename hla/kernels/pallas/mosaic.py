@@ -7,7 +7,9 @@ Operands are bfloat16; of float16 and float32 they are sums of two and three suc
 products are added smallest first.
 
 Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024, and 32 of a gate's weights:
-0.179 ms at 3.0 TB/s for B = 8, T = 4096, H = 16.
+0.179 ms at 3.0 TB/s for B = 8, T = 4096, H = 16. On one H200 (0.12 ms at 4.5 TB/s) linear took
+0.214 ms with a log gate and 1.20 with gradients, 0.574 without a gate; with one warpgroup that
+computes 0.353, 2.02 and 0.710.
 """
 
 from __future__ import annotations
