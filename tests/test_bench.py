@@ -399,6 +399,27 @@ def test_the_rate_is_that_of_one_product_of_2048():
     assert peers.floor("float32") is machine  # its operands are not drawn for every row
 
 
+@pytest.mark.parametrize("here", [("torch", "jax"), ("jax",), ()])
+def test_numba_which_multiplies_no_matrices_has_the_floor_of_another_library(here, monkeypatch):
+    asked = []
+
+    def load(name, accelerator):
+        asked.append(name)
+        if name in here:
+            return fake_device(1.0)._replace(array=lambda x, dtype: x[:8, :8])
+        raise NotImplementedError
+
+    monkeypatch.setattr(peers, "load", load)
+    floor = peers.floor.__wrapped__
+    if here:
+        (product,) = floor("bfloat16", "numba", True).product()
+        assert product.shape == (8, 8)
+        assert asked[-1] == here[0]
+    else:
+        with pytest.raises(NotImplementedError, match="install one of cupy, torch, jax"):
+            floor("bfloat16", "numba", True)
+
+
 # What is timed
 
 

@@ -12,11 +12,12 @@ measured copy bandwidth. One step has no floor.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -413,15 +414,29 @@ class Floor(NamedTuple):
         return max(least, compulsory_bytes(workload, case) / (self.copied_bytes / copy))
 
 
+def _multiplies(libraries: Iterable[str]) -> str:
+    for name in libraries:
+        with contextlib.suppress(NotImplementedError):
+            load(name, True)
+            return name
+    raise NotImplementedError(
+        "the floor of Numba's rows is measured by another library's matrix product, and none is "
+        f"installed for this accelerator: install one of {', '.join(libraries)}"
+    )
+
+
 @functools.lru_cache(maxsize=2)  # one of the host, one of the accelerator
 def floor(dtype: str, library: str = "numpy", accelerator: bool = False) -> Floor:
     """Prepare the floor of one machine.
 
     On the host NumPy's matmul of 2048^3 in float32 (float64 for float64) and no copy, whatever the
     library; on an accelerator its library's matmul of 8192^3 in ``dtype`` and a pass over 1 GiB.
+    Numba multiplies no matrices: in its place stands the first of CuPy, torch and JAX that is here.
     """
     if not accelerator:
         dtype, library = "float64" if dtype == "float64" else "float32", "numpy"
+    elif library == "numba":
+        library = _multiplies(("cupy", "torch", "jax"))
     lib, N = load(library, accelerator), 8192 if accelerator else 2048
     draws = np.random.default_rng(0).standard_normal((2, N, N), dtype=np.float32)
     a, b = (lib.array(x, dtype) for x in draws)
