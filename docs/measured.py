@@ -65,7 +65,8 @@ def host(machine):
 def made_by(result):
     """Date, commit and versions of a result."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    return f"{result['date'][:10]}, commit {result['commit'] or 'unknown'}; {versions}"
+    settings = "".join(f"; {name}={value}" for name, value in result.get("settings", {}).items())
+    return f"{result['date'][:10]}, commit {result['commit'] or 'unknown'}; {versions}{settings}"
 
 
 def sizes(case):
