@@ -1,6 +1,7 @@
 """What the documentation and the README show of committed results of `hla bench` and `hla demo`.
 
-python docs/measured.py writes the README's part.
+python docs/measured.py draws the plots that are missing or of other results, and writes the
+README's parts.
 """
 
 import json
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hla import contract
 from hla.bench.measure import SOFTMAX
 from hla.bench.workloads import CALL, HOST, WORKLOADS
+from hla.machine import source
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -65,7 +67,8 @@ def host(machine):
 def made_by(result):
     """Date, commit and versions of a result."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    return f"{result['date'][:10]}, commit {result['commit'] or 'unknown'}; {versions}"
+    settings = "".join(f"; {name}={value}" for name, value in result.get("settings", {}).items())
+    return f"{result['date'][:10]}, commit {result['commit'] or 'unknown'}; {versions}{settings}"
 
 
 def sizes(case):
@@ -365,5 +368,26 @@ def written(text):
     return text
 
 
+def draw():
+    """Draw the plot of every result that has none of its own."""
+    from hla.bench import measure, report
+    from hla.demo.report import draw
+
+    for path, result in results(BENCHMARKS).items():
+        plot = path.with_suffix(".png")
+        if not shows(plot, "bench", result):
+            report.plot(plot, result, [measure.Row(**row) for row in result["rows"]])
+    result, _ = trained(DEMO)
+    if not shows(DEMO / "curves.png", "demo", result):
+        draw(result, DEMO / "curves.png")
+
+
+def shows(plot, program, result):
+    """Whether a plot is of this result, and was not broken on its way."""
+    found = plot.read_bytes() if plot.exists() else b""
+    return found.startswith(b"\x89PNG\r\n") and source(program, result).encode() in found
+
+
 if __name__ == "__main__":
+    draw()
     README.write_text(written(README.read_text("utf-8")), encoding="utf-8")

@@ -19,10 +19,12 @@ PACKAGES = (
     *("numpy", "torch", "triton", "fla-core", "jax", "cupy-cuda13x", "cupy-cuda12x"),
     *("numba", "numba-cuda", "array-api-compat"),
 )
+# of the environment, that change how fast a library is
+SETTINGS = "XLA_FLAGS", "CUDA_LAUNCH_BLOCKING", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"
 
 
 def describe(commit: str | None = None) -> dict[str, Any]:
-    """Date, commit, versions and machine, so that a figure never stands alone.
+    """Date, commit, settings, versions and machine, so that a figure never stands alone.
 
     Parameters
     ----------
@@ -46,8 +48,10 @@ def describe(commit: str | None = None) -> dict[str, Any]:
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": _threads(),
     }
+    settings = {name: os.environ[name] for name in SETTINGS if os.environ.get(name, "").strip()}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"date": now, "commit": commit or _commit(), "versions": versions, "machine": machine}
+    about = {"date": now, "commit": commit or _commit(), "settings": settings}
+    return about | {"versions": versions, "machine": machine}
 
 
 def source(program: str, result: dict[str, Any]) -> str:

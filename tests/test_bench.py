@@ -31,6 +31,7 @@ from hla.bench.libraries import Call, Meter
 from hla.bench.workloads import OPERATORS, WORKLOADS, Case, Target
 from hla.cli import main
 from hla.contract import ANY
+from hla.machine import describe
 
 SMALL = Case(tokens=130, heads=2, width=24)
 NUMPY = Target("array_api", "numpy")
@@ -347,6 +348,15 @@ def test_the_import_loads_no_library():
     command, env = [sys.executable, "-c", code], environment()
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_settings_that_change_the_speed_are_recorded(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--some=1")
+    monkeypatch.setenv("OMP_NUM_THREADS", " ")
+    found = describe("abc")
+    assert found["commit"] == "abc"
+    assert found["settings"]["XLA_FLAGS"] == "--some=1"
+    assert "OMP_NUM_THREADS" not in found["settings"]
 
 
 # The floor
@@ -1034,9 +1044,11 @@ def test_what_would_take_too_long_is_left_out():
 def test_the_page_shows_every_committed_result(quick, tmp_path):
     conf = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "measured.py"))
     assert conf["benchmarks"](tmp_path) == "No result is committed yet."
-    shutil.copy(quick / "bench.json", tmp_path / "this.json")
     result = json.loads((quick / "bench.json").read_text())
+    result["settings"] = {"XLA_FLAGS": "--some=1"}
+    (tmp_path / "this.json").write_text(json.dumps(result))
     shown = conf["benchmarks"](tmp_path)
+    assert "; XLA_FLAGS=--some=1." in shown
     assert f"commit {result['commit'] or 'unknown'}" in shown
     assert f"{result['machine']['processor']}, {result['machine']['cores']} cores" in shown
     lines = [line.split(" | ") for line in shown.splitlines() if line.startswith("| linear")]

@@ -18,7 +18,6 @@ from hla.bench.peers import PEERS
 from hla.bench.workloads import COMPILED, HOST, WORKLOADS
 from hla.contract import Machine
 from hla.core import programs
-from hla.machine import source
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -208,7 +207,7 @@ def test_the_commands_to_add_results_time_every_kernel():
         assert set(args.library) == libraries
         native = {name: backends.load(name).capabilities.native for name in backends.TABLE}
         assert set(args.backend) == {name for name in native if native[name] in libraries}
-        assert f"cp {args.out}/bench.$kind docs/benchmarks/" in copies
+        assert f"cp {args.out}/bench.json docs/benchmarks/" in copies
         _, shown = MEASURED["widest"](RESULTS, several)
         theirs, of = planned(shown["command"])
         assert theirs == plan or set(of.library) != libraries
@@ -303,7 +302,7 @@ def test_what_the_pages_say_of_quality_is_measured():
         cells = MEASURED["titled"](operator), *(f"{x:.1%}" for x in right)
         assert f"| {' | '.join(cells)} |" in shown
         assert f"{cells[0]} {min(right):.0%}" in said
-    assert source("demo", result).encode() in (folder / "curves.png").read_bytes()
+    assert MEASURED["shows"](folder / "curves.png", "demo", result)
 
 
 def test_benchmarks_page_shows_every_figure_of_its_results():
@@ -348,14 +347,17 @@ def test_benchmarks_page_shows_every_figure_of_its_results():
 
 
 def test_the_plots_are_of_the_committed_results():
-    """A plot names the result that it shows, in its own file."""
+    """A plot names the result that it shows, in its own file, and can be read."""
+    image = installed("matplotlib.image")
     plots = sorted(RESULTS.glob("*.png"), key=lambda path: path.stem)
     for plot in plots:
         result = json.loads(plot.with_suffix(".json").read_text("utf-8"))
-        assert source("bench", result).encode() in plot.read_bytes()
+        assert MEASURED["shows"](plot, "bench", result)
+        assert image.imread(plot).shape[-1] == 4
     assert {p.with_suffix(".json") for p in plots} == set(RESULTS.glob("*.json"))
     shown = MEASURED["benchmarks"](RESULTS)
     assert re.findall(r"benchmarks/(.*)\.png", shown) == [p.stem for p in plots]
+    assert not MEASURED["shows"](plots[0], "bench", result | {"date": "another"})
     drawn = [MEASURED["widest"](RESULTS, several)[0].stem for several in (False, True)]
     assert re.findall(r"benchmarks/(.*)\.png", README.read_text("utf-8")) == drawn
 
