@@ -72,13 +72,6 @@ def _lowered(ctx: Any, *given: Any, call: Any, platform: str, avals: Any, ahead:
 
 
 @functools.cache
-def processors() -> int:
-    """Multiprocessors of the GPU here; those of an H100 where there is none."""
-    found = [x for x in jax.devices() if x.platform == "gpu"]
-    return int(found[0].core_count) if found else 132
-
-
-@functools.cache
 def _hopper() -> Any:
     """Return a device here that runs kernels of Mosaic GPU, None if there is none."""
     cards = (x for x in jax.local_devices() if getattr(x, "compute_capability", "") == "9.0")

@@ -1,10 +1,10 @@
 """The causal pass on an NVIDIA GPU of compute capability 9.0, in Pallas Mosaic GPU.
 
-A warpgroup has 64 values of a head, whose state (64, D) lies in its accumulators. A program has one
-or, where there are more than multiprocessors, and room, two, which wait while the other computes;
-another loads chunks by TMA. A state is multiplied from registers, all else from shared memory, as
-`chunk` tells. Operands are bfloat16; of float16 and float32 they are sums of two and three such
-planes, whose products are added smallest first.
+A warpgroup has 64 values of a head, whose state (64, D) lies in its accumulators; a program has
+two such warpgroups where there is room, which wait while the other computes, and one that loads
+chunks by TMA. A state is multiplied from registers, all else from shared memory, as `chunk` tells.
+Operands are bfloat16; of float16 and float32 they are sums of two and three such planes, whose
+products are added smallest first.
 
 Bytes a token and head, D = V = 128, bfloat16: q, k, v and o once, 1024, and 32 of a gate's weights:
 0.179 ms at 3.0 TB/s for B = 8, T = 4096, H = 16. On one H200 (0.12 ms at 4.5 TB/s) linear took
@@ -26,7 +26,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...core.passes import Shape
 from .chunk import ROWS, TOTAL, W, Work, chunk, known
-from .lowering import processors
 from .ordered import ordered
 from .sweep import OWN, Entry, Found, Operands, entry, weights_of
 from .warpgroups import (
@@ -181,7 +180,7 @@ def cuda(p: Work, batch: Shape, given: Operands) -> Found:
     own = p._replace(D=D, V=V, read=read, write=write, strict=None)
     arrays["factors"] = jnp.array([p.read, p.write], F32)
     arrays["whole"] = jnp.array([0, p.strict], jnp.int32)
-    made = _kernel(own, n, tiles, n * tiles > processors(), tuple(at.items()), arrays)
+    made = _kernel(own, n, tiles, tuple(at.items()), arrays)
     if p.reads:
         o = made["o"] if p.out == "bfloat16" else made["o"].mT
         made["o"] = o[..., : p.V]
@@ -210,21 +209,15 @@ def results(p: Work, n: int, tiles: int, C: int) -> dict[str, jax.ShapeDtypeStru
     return outs
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _kernel(
-    p: Work,
-    n: int,
-    tiles: int,
-    many: bool,
-    entries: tuple[tuple[str, Entry], ...],
-    arrays: dict[str, Array],
+    p: Work, n: int, tiles: int, entries: tuple[tuple[str, Entry], ...], arrays: dict[str, Array]
 ) -> dict[str, Array]:
     """Run one kernel on flat arrays; one function of the program for all launches it can do.
 
     Each takes seconds to compile. So numbers are inputs: the factors that a gate's weights do not
     have, and `whole`, whether a pass is strict behind a 0. Of one chunk ptxas would otherwise know
     the first state, and may set a register of that operand to 0 behind the product that reads it.
-    Where a GPU has fewer multiprocessors than there are tiles (``many``), two share a program.
     """
     C, count, at = arrays["k"].shape[-2] // W, PLANES[p.dtype], dict(entries)
     outs = results(p, n, tiles, C)
@@ -240,7 +233,7 @@ def _kernel(
         rows = count * (rows + owners * W * p.reads)
         return 2 * W * (rows + owners * V * (1 if narrow else 2)) < SHARED
 
-    owners = 2 if many and tiles % 2 == 0 and room(2, 2) else 1
+    owners = 2 if tiles % 2 == 0 and room(2, 2) else 1
     stages, parts = min(2 if room(owners, 2) else 1, C), tiles // owners
     scratch: dict[str, Any] = {
         x + "s": tile(stages, copies(x, owners), count, W, columns[x]) for x in names

@@ -25,7 +25,6 @@ from ...device.steps import Fused, Launch, Limits, Ref, Row, Step
 from ...device.tiles import Layout, whole
 from . import rows, sweep, weights
 from .chunk import W, Work
-from .lowering import processors
 from .ordered import ordered
 from .sweep import Found, Operands
 
@@ -214,6 +213,13 @@ def limits(request: Request, where: str) -> Limits:
         return Limits(WIDE, -1, 0, 0, symmetric=(), tile=WIDE, chunk=W, period=PERIOD)
     keys = 128 if request.dtype == "bfloat16" else 64  # of which there are several planes
     return Limits(keys, -1, 0, 0, symmetric=(), tile=64, chunk=W, period=PERIOD)
+
+
+@functools.cache
+def processors() -> int:
+    """Multiprocessors of the GPU here; those of an H100 where there is none."""
+    found = [x for x in jax.devices() if x.platform == "gpu"]
+    return int(found[0].core_count) if found else 132
 
 
 def segments(request: Request, where: str) -> int:
