@@ -141,12 +141,16 @@ def fast(folder):
         f" {listed(list(dict.fromkeys(spoken(n) for n, _ in kernels(longer))))}: softmax attention"
         f" is {faster(longer, SOFTMAX)}; FLA is {faster(longer, ('FLA',))}."
     )
+    columns = (
+        "The floor is the least time that the card's measured matrix rate and bandwidth allow."
+        " Softmax attention is torch's (SDPA) or JAX's (cuDNN), whichever is faster. Where an eager"
+        " call's Python takes longer than its kernels, as in a step of Numba, the time is Python's."
+    )
     return "\n\n".join(
         [
             wrapped(text),
             speed(result),
-            "The floor is the least time that the card's measured matrix rate and bandwidth allow."
-            "\nSoftmax attention is torch's (SDPA) or JAX's (cuDNN), whichever is faster.",
+            wrapped(columns),
             f"![Forward time of hla2 beside its peers](benchmarks/{path.stem}.png)",
             wrapped(also),
             f"![Forward time of hla2 and its peers against T](benchmarks/{growing.stem}.png)",
@@ -155,24 +159,28 @@ def fast(folder):
 
 
 def speed(result):
-    """The table of a result: what hla's kernels take, and what its peers take."""
-    rows = []
-    for library, r in kernels(result):
+    """The table of a result: what each sum takes by hla's kernels, and by its peers."""
+    sums = {}
+    for r in result["rows"]:
         if r["workload"] in WORKLOADS and not_linear(r):
-            ratio = r["times_faster"]
-            fla = next((ratio[name] for name in ("FLA", "FLA recurrent") if name in ratio), None)
-            rows.append(
-                (
-                    f"{r['operator']} {r['workload']}",
-                    f"{library} ({r['name'].split('/')[0]})",
-                    ms(r["seconds"]),
-                    known(r["share_of_floor"], ".0%"),
-                    known(fla, ".1f", "x"),
-                    known(attention(r), ".1f", "x"),
-                )
+            sums.setdefault((r["operator"], r["workload"]), {})[r["name"]] = r
+    backends = {
+        r["name"]: f"{spoken(library)} ({r['name'].split('/')[0]})"
+        for library, r in kernels(result)
+    }
+    rows = []
+    for what, found in sums.items():
+        took = {name: r["seconds"] for name, r in found.items()}
+        rows.append(
+            (
+                " ".join(what),
+                *(ms(took.get(name)) for name in backends),
+                ms(took.get("FLA", took.get("FLA recurrent"))),
+                ms(min((took[name] for name in SOFTMAX if name in took), default=None)),
+                ms(next(iter(found.values()))["floor"]),
             )
-    peers = "FLA's time / hla's", "softmax attention's / hla's"
-    return table(("what", "arrays (backend)", "ms", "floor / ms", *peers), *rows)
+        )
+    return table(("ms", *backends.values(), "FLA", "softmax attention", "floor"), *rows)
 
 
 def not_linear(row):
