@@ -1,6 +1,7 @@
 """Write asv's pages of every result of `hla bench` that was committed: python publish.py FOLDER."""
 
 import inspect
+import itertools
 import json
 import subprocess
 import sys
@@ -38,6 +39,11 @@ def publish(html):
         run("asv", "--config", f"{folder}/asv.conf.json", *words)
     run("asv_tachyon", "install", "--no-backup", str(html))  # asv's own page needs the network
     (html / "error.html").unlink()  # asv's own page shows it, where there is no network
+    graphs = html / "graphs" / "branch-HEAD"
+    names = {path.name for path in graphs.glob("machine-*/*.json")}
+    for name, card in itertools.product(names, graphs.glob("machine-*")):
+        if not (card / name).exists():  # the page asks for every benchmark of every card
+            (card / name).write_text("[]", encoding="utf-8")
     commits = [on_the_branch(result["commit"]) for result in results]
     subjects = {commit: git("show", "-s", "--format=%s", commit)[0] for commit in commits}
     write(html / "commits.json", subjects)
