@@ -398,7 +398,6 @@ def test_reports_are_asked_for_what_says_where_they_ran():
 def test_the_project_has_no_address_yet_and_one_place_for_it():
     """Its pages take the address from pyproject.toml, which has none."""
     conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
-    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
     assert conf["ADDRESS"] is None
     assert conf["html_theme_options"] == {}
     texts = [*PAGES, ROOT / "CITATION.cff", *ROOT.glob(".github/**/*.yml")]
@@ -416,7 +415,6 @@ def test_the_api_page_has_every_public_name():
     assert set(hla.__all__) - {"states"} <= told
     types = {name for name in vars(hla.states) if re.fullmatch(r"\w+(State|Segment)", name)}
     assert types == {x.removeprefix("hla.states.") for x in told if x.startswith("hla.states.")}
-    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
     conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
     tables = "".join(conf["myst_substitutions"][name] for name in ("states", "segments"))
     assert set(re.findall(r"`(\w+)`", tables)) == {x for x in types if "Packed" not in x}

@@ -1,8 +1,8 @@
 """`hla bench`: time every backend on this machine beside its peers and the floor of the same run.
 
 `workloads` has the timed calls and checks them, `peers` what they are compared with, `libraries`
-and `measure` time them, and `report` prints the results. The asv
-suite times the same workloads by the same code.
+and `measure` time them, and `report` prints the results. The asv suite times the same workloads by
+the same code.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -414,7 +414,8 @@ class Floor(NamedTuple):
         return max(least, compulsory_bytes(workload, case) / (self.copied_bytes / copy))
 
 
-def _multiplies(libraries: Iterable[str]) -> str:
+def _multiplies() -> str:
+    libraries = "cupy", "torch", "jax"
     for name in libraries:
         with contextlib.suppress(NotImplementedError):
             load(name, True)
@@ -436,7 +437,7 @@ def floor(dtype: str, library: str = "numpy", accelerator: bool = False) -> Floo
     if not accelerator:
         dtype, library = "float64" if dtype == "float64" else "float32", "numpy"
     elif library == "numba":
-        library = _multiplies(("cupy", "torch", "jax"))
+        library = _multiplies()
     lib, N = load(library, accelerator), 8192 if accelerator else 2048
     draws = np.random.default_rng(0).standard_normal((2, N, N), dtype=np.float32)
     a, b = (lib.array(x, dtype) for x in draws)

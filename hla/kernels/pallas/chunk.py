@@ -70,8 +70,8 @@ class Tiles(Protocol):
     def stored(self, x: Array) -> Any:
         """Return a tile of pairs as an operand."""
 
-    def values(self, x: Any, turned: bool = False) -> Array:
-        """Return an operand's values, or their transpose."""
+    def values(self, x: Any) -> Array:
+        """Return the transpose of an operand's values."""
 
     def weights(self, row: int, axis: int, shape: tuple[int, int]) -> Array:
         """Return a row of the gate's weights along one axis of a tile, the same along the other."""
@@ -130,7 +130,7 @@ def chunk(m: Tiles, p: Work, q: Any, k: Any, v: Any, x: Any, S: Array) -> Chunk:
         if p.gated:
             into = into * m.weights(INTO, 1, (p.V, W))
         if p.dots:
-            sums = m.columns(into, m.values(x, turned=True), by_query), by_key
+            sums = m.columns(into, m.values(x), by_query), by_key
         o = m.outer(v, pairs, into)
         o = times(o, m.read)
     left = m.weights(OUT, 1, (p.V, W)) if p.gated else m.write

@@ -101,10 +101,7 @@ class Tiles:
         A tensor core's sum is cut, not rounded, at every 16 products. Of several planes it begins
         with nothing, as what is lost of a state would add up over all chunks.
         """
-        if known(left):
-            a = [turned(x) for x in a]
-        else:
-            a = self.state(self.values(a, turned=True) * left)
+        a = [turned(x) for x in a] if known(left) else self.state(self.values(a) * left)
         if self.count > 1:
             return to + self.summed(a, b)
         return added((to,), ((a[0], b[0]),))[0]
@@ -125,11 +122,11 @@ class Tiles:
         plgpu.commit_smem()
         return refs
 
-    def values(self, x: list[Any], turned: bool = False) -> Array:
-        """Return an operand's values, or their transpose."""
+    def values(self, x: list[Any]) -> Array:
+        """Return the transpose of an operand's values."""
         found = None
         for ref in reversed(x):
-            plane = (taken_turned(ref) if turned else loaded(ref, WGMMA)).astype(F32)
+            plane = taken_turned(ref).astype(F32)
             found = plane if found is None else found + plane
         return found
 

@@ -69,7 +69,7 @@ class Plain:
 
     def outer(self, a: Array, b: Array, to: Array, left: Any = 1.0) -> Array:
         """Return ``to`` + (left * a') b."""
-        a = a.T if known(left) else self.operand(self.values(a, turned=True) * left)
+        a = a.T if known(left) else self.operand(self.values(a) * left)
         return to + self._dot(a, b, 1, 0)
 
     def state(self, S: Array) -> Array:
@@ -80,10 +80,9 @@ class Plain:
         """Return a tile of pairs as an operand."""
         return self.operand(x)
 
-    def values(self, x: Array, turned: bool = False) -> Array:
-        """Return an operand's values, or their transpose."""
-        x = x.astype(jnp.float32)
-        return x.T if turned else x
+    def values(self, x: Array) -> Array:
+        """Return the transpose of an operand's values."""
+        return x.astype(jnp.float32).T
 
     def weights(self, row: int, axis: int, shape: tuple[int, int]) -> Array:
         """Return a row of the gate's weights along one axis of a tile."""
